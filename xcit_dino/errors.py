@@ -1,0 +1,19 @@
+"""The one error that users are meant to see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input: the message is one line that names the option or file and the remedy.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean a, b?"`` with the closest known names, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
