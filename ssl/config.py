@@ -1,0 +1,138 @@
+"""Options of the pretraining run; torch-free, so that ``--help`` and ``launch --dry_run`` are quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
+from xcit_dino.errors import InputError
+from xcit_dino.models.zoo import ModelConfig, canonical_name, model_spec
+from xcit_dino.train.config import (
+    CONFIGS,
+    OptimConfig,
+    RunConfig,
+    options,
+    parse,
+    pop_option,
+    read_yaml,
+    replace,
+)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The projection head (DINO ``vision_transformer.py:DINOHead``)."""
+
+    out_dim: int = 65536
+    """Prototypes K."""
+    head_nlayers: int = 3
+    """Layers of the MLP before the prototypes."""
+    head_hidden_dim: int = 2048
+    """Width of the MLP's hidden layers."""
+    head_bottleneck_dim: int = 256
+    """Width of the L2-normalised bottleneck."""
+    norm_last_layer: bool = True
+    """Keep the prototypes at unit length; steadier training, False is better for small models."""
+    use_bn_in_head: bool = False
+    """Batch-norm in the head's MLP."""
+    freeze_last_layer: float = 1.0
+    """Epochs during which the prototypes get no update."""
+
+
+@dataclass(frozen=True)
+class DinoConfig:
+    """The self-distillation (DINO ``main_dino.py``)."""
+
+    student_temp: float = 0.1
+    """Student's softmax temperature."""
+    warmup_teacher_temp: float = 0.04
+    """Teacher's temperature at the start."""
+    teacher_temp: float = 0.04
+    """Teacher's temperature after its warm-up."""
+    warmup_teacher_temp_epochs: float = 0.0
+    """Epochs of the linear warm-up of the teacher's temperature."""
+    center_momentum: float = 0.9
+    """Momentum of the centre of the teacher's outputs; one update an optimiser step."""
+    momentum_teacher: float = 0.996
+    """EMA momentum of the teacher at the start; cosine to 1."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A complete pretraining run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    dino: DinoConfig = field(default_factory=DinoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+def recipe_path(arch: str) -> Path:
+    """The recipe that ``--arch`` picks: ``configs/pretrain/ARCH.yaml``, else ``default.yaml``."""
+    own = CONFIGS / "pretrain" / f"{canonical_name(arch).replace('/', '_')}.yaml"
+    return own if own.is_file() else CONFIGS / "pretrain" / "default.yaml"
+
+
+def pretrain_config(argv: Sequence[str], prog: str = "xcit-dino pretrain") -> PretrainConfig:
+    """Recipe (``--config FILE``, or the one of ``--arch``) plus command-line overrides.
+
+    Raises:
+        InputError: unknown model, file, option or value, in one line.
+    """
+    file, argv = pop_option(argv, "config")
+    arch, _ = pop_option(argv, "arch")
+    path = Path(file) if file else recipe_path(arch or ModelConfig().arch)
+    recipe = replace(PretrainConfig(), read_yaml(path), source=str(path))
+    about = f"Pretrain a backbone with DINO. Defaults below: {path} (another with --config FILE)."
+    config = parse(recipe, argv, prog, about)
+    canonical = replace(config, {"arch": canonical_name(config.model.arch)})
+    check(canonical)
+    return canonical
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuse impossible values in words.
+
+    Raises:
+        InputError: names the option and the remedy.
+    """
+    values = dict(options(config))
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"--{name} {number}: give a finite number")
+            if isinstance(number, int | float) and (number < 0 or number > 1e12):
+                raise InputError(f"--{name} {number}: give a number from 0 to 1e12")
+    for name in POSITIVE:
+        if not values[name] > 0:
+            raise InputError(f"--{name} {values[name]}: must be greater than 0")
+    for name in UNIT:
+        if not values[name] <= 1:
+            raise InputError(f"--{name} {values[name]}: must be from 0 to 1")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = values[name]
+        if not 0 < low <= high <= 1:
+            raise InputError(f"--{name} {low} {high}: needs 0 < low <= high <= 1")
+    patch = model_spec(config.model.arch).patch_size
+    for name in ("global_crops_size", "local_crops_size"):
+        if patch and values[name] % patch:
+            near = max(patch, round(values[name] / patch) * patch)
+            raise InputError(
+                f"--{name} {values[name]}: {config.model.arch} needs a multiple of its patch size "
+                f"{patch}, say {near}"
+            )
+
+
+POSITIVE = (
+    "epochs batch_size_per_gpu accum_iter log_every saveckp_freq keep_checkpoints student_temp "
+    "teacher_temp warmup_teacher_temp out_dim head_nlayers head_hidden_dim head_bottleneck_dim"
+).split()
+UNIT = "drop_path_rate center_momentum momentum_teacher".split()

@@ -1,0 +1,277 @@
+"""Typed options: frozen dataclasses, joined into one config per command, filled from YAML and flags.
+
+A command's config is a frozen dataclass whose fields are options or *sections* (nested frozen dataclasses).
+Option names are unique within a command, so a recipe is a flat ``name: value`` YAML file, a flag is ``--name``
+and the run folder's ``config.yaml`` lists every option once. This module imports no torch: ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from xcit_dino.errors import InputError, suggest
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedules; names and defaults are those of DINO's ``main_dino.py``."""
+
+    lr: float = 0.0005
+    """Peak learning rate for 256 images; scaled linearly with the global batch (DINO's rule)."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of training; not scaled."""
+    warmup_epochs: float = 10.0
+    """Epochs of linear warm-up from ``warmup_lr``."""
+    warmup_lr: float = 0.0
+    """Learning rate at step 0; not scaled."""
+    weight_decay: float = 0.04
+    """Weight decay at the start; none on biases, norms, `temperature` and `cls_token`."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end (cosine)."""
+    clip_grad: float = 3.0
+    """Largest gradient norm of each parameter; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it computes."""
+
+    output_dir: Path = Path("runs/default")
+    """The run folder: config, checkpoints, metrics, results, report."""
+    epochs: int = 100
+    """Passes over the data."""
+    batch_size_per_gpu: int = 64
+    """Images a process takes at once."""
+    accum_iter: int = 1
+    """Micro-batches an optimiser step; the global batch is batch_size_per_gpu x accum_iter x processes."""
+    seed: int = 0
+    """Seed of weights, data order, augmentation and drop-path."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Forward arithmetic; weights stay fp32. auto: bf16 where the GPU has it, else fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where there is one."""
+    saveckp_freq: int = 20
+    """Keep a checkpoint every so many epochs, beside the newest ones."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    checkpoint_minutes: float = 10.0
+    """Also save after so many minutes; 0 saves at epoch ends only."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl and TensorBoard."""
+    max_steps: int = 0
+    """Stop (resumably) after this optimiser step; 0 runs to the end. Schedules do not change."""
+    may_change: tuple[str, ...] = ()
+    """Options that may differ from those the run folder was made with."""
+
+
+# -- flat view: option name -> value -----------------------------------------------------------------------------
+
+
+def options(config: Any) -> Iterator[tuple[str, Any]]:
+    """``(name, value)`` of every option of a config, sections opened, in order."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from options(value)
+        else:
+            yield field.name, value
+
+
+def option_types(config_class: type) -> dict[str, Any]:
+    """``name -> annotated type`` of every option of a config class."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    found: dict[str, Any] = {}
+    for field in fields(config_class):
+        kind = hints[field.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= option_types(kind)
+        else:
+            found[field.name] = kind
+    return found
+
+
+def replace(config: Config, values: dict[str, Any], source: str = "the override") -> Config:
+    """A copy of ``config`` with options replaced by flat name; an unknown name is an :class:`InputError`."""
+    known = option_types(type(config))
+    for name in values:
+        if name not in known:
+            raise InputError(f"{source}: unknown option {name!r}{suggest(name, known)}")
+    changed = {}
+    for field in fields(typing.cast(Any, config)):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            inner = {k: v for k, v in values.items() if k in option_types(type(value))}
+            if inner:
+                changed[field.name] = replace(value, inner, source)
+        elif field.name in values:
+            changed[field.name] = _coerce(values[field.name], known[field.name], field.name, source)
+    return dataclasses.replace(typing.cast(Any, config), **changed)
+
+
+def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
+    """Check a YAML value against the option's type; YAML reads ``1e-6`` as text, so numbers in text are taken."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _coerce(value, args[0], name, source)
+    if origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        if Ellipsis in args:
+            return tuple(_coerce(v, args[0], name, source) for v in value)
+        if len(args) == len(value):
+            return tuple(_coerce(v, k, name, source) for v, k in zip(value, args, strict=True))
+    elif origin in (typing.Union, getattr(__import__("types"), "UnionType", None)):
+        for choice in args:
+            with contextlib.suppress(InputError):
+                return _coerce(value, choice, name, source)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind in (int, float) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            number = kind(value)
+            if kind is float or number == float(value):
+                return number
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif kind in (str, Path) and isinstance(value, str | Path):
+        return kind(value)
+    expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
+    raise InputError(f"{source}: {name} must be {expected}, got {value!r}")
+
+
+# -- YAML --------------------------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a flat recipe; tags, nesting and anything that is not ``name: value`` are refused."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: {getattr(error, 'strerror', error)}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise InputError(f"--config {path}: must hold lines of 'name: value'")
+    return values
+
+
+def dump_yaml(config: Any) -> str:
+    """Every option as ``name: value``, readable again by :func:`read_yaml` + :func:`replace`."""
+    plain = {
+        name: str(value)
+        if isinstance(value, os.PathLike)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in options(config)
+    }
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def differing(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """``name -> (old, new)`` of the options in which two configs differ."""
+    before = dict(options(old))
+    return {k: (before.get(k), v) for k, v in options(new) if before.get(k) != v}
+
+
+# -- command line ------------------------------------------------------------------------------------------------
+
+
+def parse(default: Config, argv: Sequence[str], prog: str, description: str = "") -> Config:
+    """Apply command-line flags to a config.
+
+    Args:
+        default: the config before the flags (defaults, or a recipe already applied).
+        argv: flags, ``--batch_size_per_gpu 64`` or ``--batch-size-per-gpu=64``; booleans take ``true|false``.
+
+    Raises:
+        InputError: an unknown flag or a value of the wrong kind, in one line.
+        SystemExit: after ``--help``.
+    """
+    import tyro
+
+    types = option_types(type(default))
+    argv = list(_normalised(argv, types))
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                type(default),
+                args=argv,
+                default=default,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = re.sub(r"[│╭╮╰╯─┌┐└┘]+", " ", errors.getvalue())
+        raise InputError(f"{' '.join(words.split())} (see {prog} --help)") from None
+
+
+def _normalised(argv: Sequence[str], types: dict[str, Any]) -> Iterator[str]:
+    """Underscored flag names, checked against the known ones, and booleans as tyro reads them."""
+    flags = {"help"} | set(types)
+    booleans = {
+        "true": "True",
+        "false": "False",
+        "1": "True",
+        "0": "False",
+        "yes": "True",
+        "no": "False",
+    }
+    pending = False  # the last flag was a boolean that still waits for its value
+    for word in argv:
+        is_flag = word.startswith("--") and len(word) > 2
+        if pending:
+            pending = False
+            if is_flag:
+                yield "True"  # a bare --flag means true
+            else:
+                yield booleans.get(word.lower(), word)
+                continue
+        if not is_flag:
+            yield word
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in flags:
+            raise InputError(f"unknown option --{name}{suggest(name, flags)}")
+        yield f"--{name}"
+        if equals:
+            yield booleans.get(value.lower(), value) if types.get(name) is bool else value
+        else:
+            pending = types.get(name) is bool
+    if pending:
+        yield "True"
+
+
+def pop_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take ``--name VALUE`` out of a command line: ``(value or None, the rest)``; the last one wins."""
+    value, rest, words = None, [], iter(argv)
+    for word in words:
+        flag, equals, given = word.partition("=")
+        if flag.replace("-", "_") != f"__{name}":
+            rest.append(word)
+        elif (value := given if equals else next(words, None)) is None:
+            raise InputError(f"--{name} needs a value")
+    return value, rest

@@ -1,0 +1,131 @@
+"""Where a number comes from: ``results.json`` entries carry protocol, weights, commit, versions, hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "faiss-gpu",
+    "faiss-cpu",
+    "webdataset",
+    "submitit",
+)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: temporary name, flush, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file, first 16 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions, hardware and time of this process, as plain JSON values."""
+    return {"commit": commit(), "versions": versions(), "hardware": hardware(), "time": now()}
+
+
+def now() -> str:
+    """UTC time, ISO 8601, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def commit() -> str:
+    """Commit of the checkout, ``+changes`` where files differ from it; a snapshot's COMMIT file; else 'unknown'."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / "COMMIT").is_file():  # a copy of the code that a launcher made
+        return (root / "COMMIT").read_text().strip()
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip()[:12] + ("+changes" if changed.stdout.strip() else "")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python, this project and the libraries that bear on a result."""
+    from xcit_dino import __version__
+
+    found = {"python": platform.python_version(), "xcit-dino": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """CPU and GPUs of this host."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus}
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next(
+        (s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), "unknown"
+    )
+
+
+def record_result(
+    folder: Path, name: str, metrics: dict[str, float], protocol: dict[str, Any], **facts: Any
+) -> None:
+    """Put one evaluation into ``results.json`` of a run folder; an earlier one of the same name is replaced.
+
+    Args:
+        folder: the run folder.
+        name: ``knn``, ``linear``, ``knn/random``, ``knn/pixels`` ...: the evaluation, then what was evaluated
+            where it is not the pretrained backbone.
+        metrics: accuracies in percent, and other numbers.
+        protocol: every choice that makes two numbers comparable (k, temperature, crop, network, data checksum).
+        facts: weights' checksum, wall seconds, and the like.
+    """
+    results = read_results(folder)
+    results[name] = {"metrics": metrics, "protocol": protocol, **facts, **provenance()}
+    write_atomic(folder / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """``name -> entry`` of a run folder's ``results.json``; empty where there is none."""
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,119 @@
+"""``xcit-dino COMMAND``: sub-commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xcit_dino import __version__
+from xcit_dino.errors import InputError, suggest
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: how its options become a config, and what runs with it."""
+
+    config: str
+    """``module:name`` of a config dataclass, or of a function ``argv, prog -> config``; torch-free."""
+    run: str
+    """``module:function`` that takes the config; imported after the options are checked."""
+    about: str
+    """One line for ``--help``."""
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "eval.config:QuickstartConfig", "eval.quickstart:run",
+        "demo images -> shards -> pretraining -> k-NN and linear probe -> report",
+    ),
+    "shards make": Command("data.config:MakeConfig", "data.pack:make", "pack images into WebDataset shards"),
+    "shards check": Command("data.config:CheckConfig", "data.doctor:check", "verify shards, or index foreign ones"),
+    "shards demo": Command("data.config:DemoConfig", "data.demo:make", "make the built-in data set"),
+    "pretrain": Command("ssl.config:pretrain_config", "ssl.pretrain:pretrain", "DINO pretraining in this process, or under torchrun"),
+    "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy of a backbone"),
+    "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe on cached features"),
+    "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of one or more runs"),
+    "weights extract": Command("models.config:ExtractConfig", "models.weights:extract", "take one network out of a checkpoint"),
+    "weights convert": Command("models.config:ConvertConfig", "models.weights:convert", "another layout: official, timm, PASSL"),
+    "weights export": Command("models.config:ExportConfig", "models.weights:export", "safetensors or ONNX, verified"),
+    "launch": Command("slurm.config:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0 done, 1 failed while running, 2 bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, rest = find_command(words)
+        if name is None:
+            return 0
+        return run_command(name, rest)
+    except InputError as error:
+        print(f"xcit-dino: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xcit-dino: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def find_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """``(command, its arguments)``; prints the help or the version and returns None where that was asked.
+
+    Raises:
+        InputError: no such command.
+    """
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, list(words[length:])
+    first = words[0] if words else "--help"
+    if first == "--version":
+        print(f"xcit-dino {__version__}")
+    elif first in ("-h", "--help", "help"):
+        print(overview())
+    elif group := [name for name in COMMANDS if name.startswith(f"{first} ")]:
+        if len(words) > 1 and words[1] not in ("-h", "--help"):
+            choices = [name.split()[1] for name in group]
+            raise InputError(f"no command {first!r} {words[1]!r}; it has {', '.join(choices)}")
+        print(overview(group))
+    else:
+        raise InputError(f"no command {first!r}{suggest(first, COMMANDS)} (see xcit-dino --help)")
+    return None, []
+
+
+def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
+    """The commands with a phrase each."""
+    lines = [f"  {name:<16} {COMMANDS[name].about}" for name in names]
+    return "\n".join(
+        ["usage: xcit-dino COMMAND [OPTIONS]   (COMMAND --help lists its options)", "", *lines]
+    )
+
+
+def run_command(name: str, argv: Sequence[str]) -> int:
+    """Build the config of a command, then import and run it."""
+    command = COMMANDS[name]
+    make_config, prog = load(command.config), f"xcit-dino {name}"
+    if isinstance(make_config, type):
+        from xcit_dino.train.config import parse
+
+        config = parse(make_config(), argv, prog, command.about)
+    else:
+        config = make_config(argv, prog)
+    return int(load(command.run)(config) or 0)
+
+
+def load(path: str) -> Callable[..., Any]:
+    """``"ssl.config:PretrainConfig"`` -> that object of ``xcit_dino.ssl.config``."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"xcit_dino.{module}"), name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Progress of long work: a bar with ETA on a terminal, a plain line a minute elsewhere, silence on other ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+PLAIN_SECONDS = 60.0  # between plain lines, where the output is a log file
+
+
+class Bar(Protocol):
+    """What :func:`progress` gives."""
+
+    def advance(self, amount: float = 1, **shown: Any) -> None:
+        """Count ``amount`` more; ``shown`` are values to print beside the bar (``loss="3.21"``)."""
+        ...
+
+
+@contextmanager
+def progress(label: str, total: float, unit: str = "", start: float = 0) -> Iterator[Bar]:
+    """Show ``label`` advancing from ``start`` to ``total``, on stderr.
+
+    Args:
+        label: what is being done, two or three words.
+        total: how many units there are.
+        unit: name of a unit, for the plain lines ("images").
+        start: units that are done already (a resumed run).
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield Silent()
+    elif sys.stderr.isatty():
+        with RichBar(label, total, start) as bar:
+            yield bar
+    else:
+        bar = PlainBar(label, total, unit, start)
+        yield bar
+        bar.finish()
+
+
+def track(items: Iterable[T], label: str, total: float, unit: str = "") -> Iterator[T]:
+    """Iterate with :func:`progress`, one unit an item."""
+    with progress(label, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+class Silent:
+    """Nothing is shown."""
+
+    def advance(self, amount: float = 1, **shown: Any) -> None: ...
+
+
+class RichBar:
+    """A live bar: label, share, count, rate, elapsed, ETA, values."""
+
+    def __init__(self, label: str, total: float, start: float):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bar = Progress(
+            TextColumn("[bold]{task.description:<18}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=Console(stderr=True),
+        )
+        self.task = self.bar.add_task(label, total=total, completed=start, shown="")  # type: ignore[arg-type]
+
+    def __enter__(self) -> RichBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, amount: float = 1, **shown: Any) -> None:
+        fields = {"shown": words(shown)} if shown else {}
+        self.bar.update(self.task, advance=amount, **fields)
+
+
+class PlainBar:
+    """A line at the first unit, then one a minute, and one at the end."""
+
+    def __init__(self, label: str, total: float, unit: str, start: float):
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.done = start
+        self.began = time.monotonic()
+        self.next_line = self.began
+        self.shown = ""
+
+    def advance(self, amount: float = 1, **shown: Any) -> None:
+        self.done += amount
+        self.shown = words(shown) or self.shown
+        if time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + PLAIN_SECONDS
+            self.line()
+
+    def finish(self) -> None:
+        self.line()
+
+    def line(self) -> None:
+        seconds = time.monotonic() - self.began
+        rate = (self.done - self.start) / max(seconds, 1e-9)
+        left = (self.total - self.done) / rate if rate else float("inf")
+        eta = f"eta {clock(left)}" if self.done < self.total else f"took {clock(seconds)}"
+        text = f"{self.label}: {self.done:,.0f}/{self.total:,.0f} {self.unit}".rstrip()
+        print(f"{text}  {eta}  {self.shown}".rstrip(), file=sys.stderr, flush=True)
+
+
+def words(shown: dict[str, Any]) -> str:
+    """``{"loss": "3.2"}`` -> ``"loss 3.2"``."""
+    return "  ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def clock(seconds: float) -> str:
+    """``3723`` -> ``"1:02:03"``; unknown -> ``"?"``."""
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
