@@ -132,8 +132,8 @@ def resolve_split(root: str | Path, split: str) -> str:
         return root
     if own:
         raise InputError(
-            f"--data_path {root} is one set of shards, and {split} needs another one: give a folder "
-            "that holds train/ and val/, as made by: xcit-dino shards make SRC DST"
+            f"--data_path {root} is one set of shards, and {split} needs another one: give a "
+            "folder that holds train/ and val/, as made by: xcit-dino shards make SRC DST"
         )
     for folder in (inside, root):
         if not is_url(root) and next(Path(folder).glob("**/*.tar"), None) is not None:
@@ -164,8 +164,8 @@ def _fetched(url: str) -> Path:
     import fsspec
 
     try:
-        with fsspec.open(f"{url.rstrip('/')}/{INDEX}", "rb") as file:
-            raw = cast(bytes, file.read())
+        with cast(Any, fsspec.open(f"{url.rstrip('/')}/{INDEX}", "rb")) as file:
+            raw = file.read()
     except FileNotFoundError:
         raise InputError(f"no {INDEX} at {url}; copy it there beside the shards") from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xcit_dino"
@@ -173,7 +173,7 @@ def _fetched(url: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ARRAYS:
         if not (folder / f"index.{name}.npy").exists():
-            with fsspec.open(f"{url.rstrip('/')}/index.{name}.npy", "rb") as file:
+            with cast(Any, fsspec.open(f"{url.rstrip('/')}/index.{name}.npy", "rb")) as file:
                 write_atomically(
                     folder / f"index.{name}.npy", iter(partial(file.read, 1 << 22), b"")
                 )
@@ -331,8 +331,10 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
         os.close(descriptor)
     table = np.array(rows, np.int64).reshape(-1, 3)
     sha256 = file_sha256(path) if with_sha256 else None
-    columns = [table[:, column].astype(dtype) for column, dtype in enumerate(ARRAYS.values())]
-    return ShardPart(name, size, sha256, *columns, [{"shard": name, **item} for item in damage])
+    offsets, sizes, labels = (table[:, i].astype(d) for i, d in enumerate(ARRAYS.values()))
+    return ShardPart(
+        name, size, sha256, offsets, sizes, labels, [{"shard": name, **item} for item in damage]
+    )
 
 
 def scan_samples(
