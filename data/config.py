@@ -1,0 +1,130 @@
+"""Options of the data plane. No torch here: ``--help`` reads these classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from xcit_dino.errors import InputError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Multi-crop geometry (official dino main_dino.py, DataAugmentationDINO)."""
+
+    global_crops_number: int = 2
+    """Global crops of an image; they go through the teacher and the student."""
+    global_crops_size: int = 224
+    """Side of a global crop in pixels; the patch size must divide it."""
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the image's area that a global crop covers, from and to."""
+    local_crops_number: int = 8
+    """Local crops of an image; they go through the student only. 0 switches multi-crop off."""
+    local_crops_size: int = 96
+    """Side of a local crop in pixels; the patch size must divide it."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the image's area that a local crop covers, from and to."""
+    crops_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a crop before it is resized to a square, from and to (torchvision)."""
+
+    def __post_init__(self) -> None:
+        if self.global_crops_number < 1:
+            raise InputError("--global_crops_number must be at least 1")
+        if self.local_crops_number < 0:
+            raise InputError("--local_crops_number must not be negative")
+        for name in ("global_crops_size", "local_crops_size"):
+            if not 1 <= getattr(self, name) <= 4096:
+                raise InputError(f"--{name} must be from 1 to 4096 pixels")
+        for name in ("global_crops_scale", "local_crops_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise InputError(f"--{name} must be two shares of the area, 0 < from <= to <= 1")
+        low, high = self.crops_ratio
+        if not 0.01 <= low <= high <= 100:
+            raise InputError("--crops_ratio must be two ratios, 0.01 <= from <= to <= 100")
+
+    @property
+    def num_crops(self) -> int:
+        """All crops of an image; numbered globals first."""
+        return self.global_crops_number + self.local_crops_number
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Photometric augmentation of the crops (official dino main_dino.py, DataAugmentationDINO)."""
+
+    flip_prob: float = 0.5
+    """Probability of a left-right flip."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Brightness, contrast, saturation (factors from 1-s to 1+s) and hue (+-s turns)."""
+    color_jitter_prob: float = 0.8
+    """Probability of colour jitter; its four operations come in random order."""
+    gray_prob: float = 0.2
+    """Probability that a crop loses its colours."""
+    blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    """Probability of blur for the first global, the other global and the local crops."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Blur radius in pixels, drawn uniformly (official utils.GaussianBlur; Pillow's radius)."""
+    solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
+    """Probability of solarization for the first global, the other global and the local crops."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Subtracted from the channels (values in [0, 1])."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """The channels are divided by it."""
+
+    def __post_init__(self) -> None:
+        probabilities = (self.flip_prob, self.color_jitter_prob, self.gray_prob)
+        if not all(0 <= p <= 1 for p in (*probabilities, *self.blur_prob, *self.solarize_prob)):
+            raise InputError("every --*_prob of the augmentation must lie in [0, 1]")
+        if (
+            not all(0 <= s <= 1 for s in self.color_jitter[:3])
+            or not 0 <= self.color_jitter[3] <= 0.5
+        ):
+            raise InputError("--color_jitter must lie in [0, 1], its hue in [0, 0.5]")
+        low, high = self.blur_sigma
+        if not 0 < low <= high <= 100:
+            raise InputError("--blur_sigma must be two radii in pixels, 0 < from <= to <= 100")
+        if not all(s > 0 for s in self.std):
+            raise InputError("--std must be positive")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """From shards to batches."""
+
+    data_path: Path | None = None
+    """Folder of shards with their index (``xcit-dino shards make`` writes one)."""
+    shard_url: str | None = None
+    """Where the shards lie if not beside their index: http(s)://, s3:// or gs:// and a folder, or
+    ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output."""
+    num_workers: int = 10
+    """Processes that decode and crop; 0 does it in the training process."""
+    prefetch_factor: int = 2
+    """Micro-batches that each worker prepares ahead."""
+    shuffle_window: int = 16
+    """Shards among which samples are mixed; the order of the shards is random too."""
+    last_batch: Literal["drop", "wrap"] = "drop"
+    """Samples that fill no whole batch at the end of an epoch: drop, or fill up with its first."""
+    max_bad_fraction: float = 0.001
+    """The run stops when more than this share of all samples is unreadable (1 always may be)."""
+    cache_dir: Path | None = None
+    """Local folder for copies of remote shards, shared by all processes of a node."""
+    cache_gb: float = 100.0
+    """The cache holds at most this many gigabytes; the shards unused for longest go first."""
+    decoder: Literal["host", "cuda"] = "host"
+    """Where JPEGs are decoded and cropped: the host's cores, or the GPU (needs CUDA)."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise InputError("--num_workers must not be negative; 0 loads in the training process")
+        for name in ("prefetch_factor", "shuffle_window"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise InputError("--max_bad_fraction must lie in [0, 1]")
+        if not self.cache_gb > 0:
+            raise InputError("--cache_gb must be positive")

@@ -1,0 +1,138 @@
+"""Which samples make up the global batch of a step: a pure function of (seed, step, data).
+
+An epoch visits every sample once. Its order: the shards in random order; then, inside each window
+of consecutive shards in that order, all samples in random order. Storage is thus read window by
+window, nearly in sequence, while neighbours in a shard are torn apart. Nothing here reads data, and
+nothing has to be replayed: any step of any epoch is computed directly, from O(shards + window)
+memory, so a run continues at the exact next sample from one integer, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xcit_dino.data.keyed import keyed_permutation, text_key
+from xcit_dino.errors import InputError
+
+LastBatch = Literal["drop", "wrap"]
+SHARD_ORDER, WINDOW_ORDER = 1, 2
+
+
+class Plan:
+    """The order of all samples for ever, in global batches.
+
+    Args:
+        counts: samples of each shard, in the index's order; a sample's number counts through it.
+        seed: of the run.
+        checksum: of the index; other data, another order.
+        batch_size: global: samples of one optimiser step over all ranks and micro-batches.
+        window: shards among which samples are mixed.
+        last_batch: whether an epoch's last partial batch is dropped, or wrapped round to the
+            epoch's first samples.
+    """
+
+    def __init__(
+        self,
+        counts: NDArray[np.int64],
+        *,
+        seed: int,
+        checksum: str = "",
+        batch_size: int,
+        window: int = 16,
+        last_batch: LastBatch = "drop",
+    ) -> None:
+        self.counts = np.asarray(counts, np.int64)
+        self.starts = np.cumsum(self.counts) - self.counts
+        self.num_samples = int(self.counts.sum())
+        self.seed = seed
+        self.batch_size = batch_size
+        self.window = window
+        self.last_batch = last_batch
+        self._data_key = text_key(checksum)
+        self._epoch = -1
+        self._windows: dict[int, NDArray[np.int64]] = {}
+        if self.num_samples < batch_size:
+            raise InputError(
+                f"the data has {self.num_samples} images, fewer than one global batch of "
+                f"{batch_size}; lower --batch_size_per_gpu or use more data"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        whole, rest = divmod(self.num_samples, self.batch_size)
+        return whole + (rest > 0 and self.last_batch == "wrap")
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Sample numbers [batch_size] of the global batch of optimiser step ``step`` (from 0)."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first = step * self.batch_size
+        last = first + self.batch_size
+        head = self.slice(epoch, first, min(last, self.num_samples))
+        if last <= self.num_samples:
+            return head
+        return np.concatenate([head, self.slice(epoch, 0, last - self.num_samples)])
+
+    def slice(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """Sample numbers at the positions ``first <= position < last`` of an epoch's order."""
+        self._enter(epoch)
+        begin = np.searchsorted(self._window_ends, first, side="right")
+        end = np.searchsorted(self._window_ends, last, side="left")
+        parts = []
+        for number in range(begin, end + 1):
+            offset = self._window_ends[number - 1] if number else 0
+            parts.append(self._window_order(number)[max(first - offset, 0) : last - offset])
+        return np.concatenate(parts)
+
+    def shards_of_window(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """Shard numbers of an epoch's n-th window, in the order in which they are wanted."""
+        self._enter(epoch)
+        return self._shard_order[number * self.window : (number + 1) * self.window]
+
+    def window_of(self, step: int) -> tuple[int, int, int]:
+        """(epoch, number of the window where this step begins, windows an epoch)."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        self._enter(epoch)
+        number = int(np.searchsorted(self._window_ends, step * self.batch_size, side="right"))
+        return epoch, number, len(self._window_ends)
+
+    def _enter(self, epoch: int) -> None:
+        """Keep the shard order of one epoch at a time."""
+        if epoch == self._epoch:
+            return
+        keys = (self.seed, self._data_key, epoch, SHARD_ORDER)
+        self._shard_order = keyed_permutation(len(self.counts), *keys)
+        ends = np.cumsum(self.counts[self._shard_order])
+        last_shards = np.arange(self.window, len(ends) + self.window, self.window) - 1
+        self._window_ends = ends[np.minimum(last_shards, len(ends) - 1)]
+        self._epoch = epoch
+        self._windows.clear()
+
+    def _window_order(self, number: int) -> NDArray[np.int64]:
+        """The samples of one window, shuffled; the last two windows asked for are remembered."""
+        if number not in self._windows:
+            shards = self.shards_of_window(self._epoch, number)
+            counts, starts = self.counts[shards], self.starts[shards]
+            samples = np.arange(counts.sum()) + np.repeat(
+                starts - np.cumsum(counts) + counts, counts
+            )
+            keys = (self.seed, self._data_key, self._epoch, WINDOW_ORDER, number)
+            order = samples[keyed_permutation(len(samples), *keys)]
+            if len(self._windows) > 1:
+                del self._windows[next(iter(self._windows))]
+            self._windows[number] = order
+        return self._windows[number]
+
+
+def rank_slice(
+    batch: NDArray[np.int64], rank: int, world_size: int, accum: int = 1, micro: int = 0
+) -> NDArray[np.int64]:
+    """The part of a global batch that one rank takes in one micro-batch.
+
+    Micro-batches come one after the other and are split over the ranks in order, so the global
+    batch is the same list for every ``world_size x accum``.
+    """
+    assert len(batch) % (world_size * accum) == 0, (len(batch), world_size, accum)
+    return batch.reshape(accum, world_size, -1)[micro, rank]
