@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from xcit_dino.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -128,3 +130,118 @@ class LoaderConfig:
             raise InputError("--max_bad_fraction must lie in [0, 1]")
         if not self.cache_gb > 0:
             raise InputError("--cache_gb must be positive")
+
+
+@dataclass(frozen=True)
+class MakeConfig:
+    """``xcit-dino shards make SRC DST``: images from anywhere into WebDataset shards."""
+
+    src: tyro.conf.Positional[str] = tyro.MISSING
+    """Folder, tar, tar.gz or zip of images (in class folders, or flat); a .csv or .jsonl of
+    path,label; the ILSVRC2012 archives or the folder that holds them; or the name of a torchvision
+    data set: cifar10, cifar100, imagenette, flowers102."""
+    dst: tyro.conf.Positional[Path] = tyro.MISSING
+    """Folder for the shards. Sources with train and val parts fill DST/train and DST/val."""
+    split: str | None = None
+    """Pack everything into DST/SPLIT (train, val, ...) instead of what the folder names say."""
+    labels: Path | None = None
+    """Labels of a flat source: the ILSVRC2012 devkit, LOC_val_solution.csv, any CSV, TSV or JSONL
+    of name,label, or a text file with one label a line in the order of the file names."""
+    label_map: Path | None = None
+    """Which classes, and their numbers: a text file of class names (line number = label), or JSON
+    {"class name": number}. Classes that it does not name are left out: so a subset is packed."""
+    shard_size: int = 10_000
+    """Images in a shard at most."""
+    shard_bytes: float = 1e9
+    """Bytes of source images in a shard at most (1e9 = 1 GB)."""
+    resize: int | None = None
+    """Shrink images whose shorter side is longer than this to it (bicubic), as JPEG; smaller
+    images and all without this option stay as they are, byte for byte."""
+    quality: int = 90
+    """JPEG quality of resized images (4:2:0 chroma below 90, full chroma from 90 on)."""
+    shuffle: bool = True
+    """Mix the images over all shards, which the training's local shuffling relies on."""
+    seed: int = 0
+    """Seed of the shuffling."""
+    verify: bool = True
+    """Decode every image once and leave out what cannot be decoded (listed in quarantine.jsonl)."""
+    num_workers: int | None = None
+    """Processes; by default one a core. The shards do not depend on it."""
+    root: Path | None = None
+    """Folder that holds a torchvision data set, or is to hold it (default: DST/..)."""
+    download: bool = False
+    """Download a torchvision data set that --root does not hold."""
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1 or not 1e3 <= self.shard_bytes <= 1e15:
+            raise InputError("--shard_size must be at least 1 and --shard_bytes from 1e3 to 1e15")
+        if self.resize is not None and not 1 <= self.resize <= 16384:
+            raise InputError("--resize must be from 1 to 16384 pixels")
+        if not 1 <= self.quality <= 100:
+            raise InputError("--quality must be from 1 to 100")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise InputError("--num_workers must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("--seed must be from 0 to 2^63 - 1")
+        if self.split is not None and not self.split.isidentifier():
+            raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """``xcit-dino shards check DST``: the doctor; it also indexes shards that have no index."""
+
+    dst: tyro.conf.Positional[str] = tyro.MISSING
+    """Folder of shards, or of train/ and val/."""
+    sample: int | None = None
+    """Decode that many images, spread evenly, instead of all."""
+    rebuild: bool = False
+    """Build the index again from the shards."""
+    hash: bool = False
+    """Put checksums of foreign shards into the index (reads every byte)."""
+    num_workers: int | None = None
+    """Processes; by default one a core."""
+    nodes: int | None = None
+    """Preflight: nodes of the planned run. With this or --gpus, says whether the data suit it."""
+    gpus: int | None = None
+    """Preflight: GPUs a node."""
+    workers: int = 10
+    """Preflight: loader processes a GPU."""
+    batch_size_per_gpu: int = 64
+    """Preflight: images a GPU takes at once."""
+    images_per_second: float | None = None
+    """Preflight: images a second a GPU trains on, to say what the storage must deliver."""
+
+    def __post_init__(self) -> None:
+        for name in ("sample", "num_workers", "nodes", "gpus", "batch_size_per_gpu"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1")
+        if self.workers < 0:
+            raise InputError("--workers must not be negative")
+        if self.images_per_second is not None and not 0 < self.images_per_second < 1e9:
+            raise InputError("--images_per_second must be positive")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """``xcit-dino shards demo DST``: the built-in labelled images, no download."""
+
+    dst: tyro.conf.Positional[Path] = tyro.MISSING
+    """Folder that gets train/ and val/ shards."""
+    train: int = 4000
+    """Training images."""
+    val: int = 1000
+    """Validation images."""
+    size: int = 32
+    """Side of the images in pixels, 16 to 512."""
+    seed: int = 0
+    """Another seed draws other images of the same classes."""
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.size <= 512:
+            raise InputError(f"--size must be from 16 to 512 pixels, got {self.size}")
+        if min(self.train, self.val) < 1:
+            raise InputError("--train and --val must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise InputError("--seed must be from 0 to 2^63 - 1")
