@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.keyed import keyed_permutation, text_key
 from xcit_dino.errors import InputError
 
@@ -59,6 +61,18 @@ class Plan:
                 f"the data has {self.num_samples} images, fewer than one global batch of "
                 f"{batch_size}; lower --batch_size_per_gpu or use more data"
             )
+
+    @staticmethod
+    def of(index: ShardIndex, config: LoaderConfig, *, seed: int, batch_size: int) -> Plan:
+        """The plan of an index; ``batch_size`` is the global one."""
+        return Plan(
+            index.counts,
+            seed=seed,
+            checksum=index.checksum,
+            batch_size=batch_size,
+            window=config.shuffle_window,
+            last_batch=config.last_batch,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

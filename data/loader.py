@@ -1,0 +1,257 @@
+"""Plan -> micro-batches of uint8 crops, in the plan's order, for ever.
+
+Worker processes (workers.py) fill slots of shared memory (ring.py); under CUDA the slots are
+page-locked and copied to the device on a side stream, so a crop is written once, from decoding, and
+copied once, to the GPU.
+
+An unreadable sample is replaced, never dropped: shapes stay as they are and no other sample moves.
+Its substitute is drawn from (seed, epoch, sample), not from the micro-batch, so that the global
+batch stays the same on any layout; :attr:`Batch.sources` says whose pixels each place holds.
+
+A slot is filled again only after its micro-batch has been released: tensors in host memory may be
+used until the step after the next is asked for; tensors on a device are the caller's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xcit_dino.data.config import CropsConfig, LoaderConfig
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.plan import Plan, rank_slice
+from xcit_dino.data.quarantine import Quarantine
+from xcit_dino.data.ring import Ring
+from xcit_dino.data.storage import open_source
+from xcit_dino.data.workers import CropWork, Done, ImageWork, Task, answers
+from xcit_dino.errors import InputError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch; G global and L local crops of B samples.
+
+    Attributes:
+        step, micro, epoch: optimiser step (from 0), micro-batch in it, epoch of the step.
+        samples: int64 [B], the plan's numbers; they key every random choice.
+        sources: int64 [B], whose pixels these are: another number where a sample is unreadable.
+        labels: int64 [B], of the sources; -1 where there is none.
+        global_crops, local_crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]; channels last.
+    """
+
+    step: int
+    micro: int
+    epoch: int
+    samples: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    labels: Tensor
+    global_crops: Tensor
+    local_crops: Tensor
+
+
+class CropLoader:
+    """Iterates over the optimiser steps from ``start_step`` on, for ever.
+
+    Yields, for each step, the list of this rank's ``accum`` micro-batches.
+
+    Args:
+        index: of the shards.
+        plan: order of the samples; its batch size is the global one.
+        crops: geometry.
+        config: workers, limits, where the shards are.
+        rank, world_size, accum: this rank's part of every global batch.
+        start_step: the first step to deliver; what was delivered before does not matter.
+        device: where the tensors go; None leaves them in shared host memory.
+        run_folder: for ``quarantine.jsonl``.
+
+    Attributes:
+        wait_seconds: time for which the caller has waited for data so far.
+
+    Raises:
+        InputError: the global batch cannot be split evenly; too many bad samples.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        plan: Plan,
+        crops: CropsConfig,
+        config: LoaderConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accum: int = 1,
+        start_step: int = 0,
+        device: torch.device | str | None = None,
+        run_folder: Path | None = None,
+    ) -> None:
+        if plan.batch_size % (world_size * accum):
+            raise InputError(
+                f"the global batch of {plan.batch_size} cannot be split evenly over {world_size} "
+                f"ranks x {accum} micro-batches; change --batch_size_per_gpu or the accumulation"
+            )
+        self.index, self.plan, self.crops, self.config = index, plan, crops, config
+        self.rank, self.world_size, self.accum = rank, world_size, accum
+        self.start_step = start_step
+        self.device = torch.device(device) if device is not None else None
+        self.wait_seconds = 0.0
+        self.quarantine = Quarantine(
+            run_folder,
+            rank=rank,
+            num_samples=index.num_samples,
+            max_bad_fraction=config.max_bad_fraction,
+        )
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        size = self.plan.batch_size // (self.world_size * self.accum)
+        in_flight = self.config.num_workers * self.config.prefetch_factor
+        ring = Ring(in_flight + 2 * self.accum, _shapes(self.crops, size))
+        source = open_source(self.index, self.config)
+        work = CropWork(self.index, source, ring, self.crops, self.plan.seed)
+        tasks = self._tasks(ring.num_slots)
+        copier = Copier(self.device) if self.device and self.device.type == "cuda" else None
+        with closing(answers(work, tasks, self.config, ring, pin=copier is not None)) as results:
+            while True:
+                begin = time.perf_counter()
+                step = [self._batch(next(results), ring) for _ in range(self.accum)]
+                self.wait_seconds += time.perf_counter() - begin
+                yield copier.copied(step) if copier else step
+
+    def _tasks(self, num_slots: int) -> Iterator[Task]:
+        """This rank's micro-batches. With 2 x accum slots more than are in flight, a slot comes up
+        again when the step before the last has been released."""
+        number, step = 0, self.start_step
+        while True:
+            batch = self.plan.batch(step)
+            epoch = step // self.plan.steps_per_epoch
+            for micro in range(self.accum):
+                part = rank_slice(batch, self.rank, self.world_size, self.accum, micro)
+                yield Task(number % num_slots, part, step, micro, epoch)
+                number += 1
+            step += 1
+
+    def _batch(self, done: Done, ring: Ring) -> Batch:
+        record(self.quarantine, self.index, done)
+        task = done.task
+        global_crops, local_crops = ring.views(task.slot)
+        labels = torch.from_numpy(self.index.labels[done.sources].astype(np.int64))
+        return Batch(
+            task.step, task.micro, task.epoch, task.samples, done.sources, labels,
+            global_crops, local_crops,
+        )  # fmt: skip
+
+
+class ImageLoader:
+    """One pass over labelled images for feature extraction: resized, centre-cropped, not augmented.
+
+    Yields (uint8 [B, 3, crop, crop] channels last, int64 labels [B], int64 sample numbers [B]); the
+    images are valid until the batch after the next is asked for. Unreadable images are left out.
+
+    Args:
+        index: of the shards.
+        config: workers, limits, where the shards are.
+        resize: shorter side before the crop (256 for 224); None keeps an image's own size.
+        crop: side of the central square.
+        batch_size: of this rank; the last batch may be smaller.
+        indices: sample numbers to deliver, in this order; None: all.
+        rank, world_size: this rank delivers every ``world_size``-th of them.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        config: LoaderConfig,
+        *,
+        resize: int | None = 256,
+        crop: int = 224,
+        batch_size: int = 128,
+        indices: NDArray[np.int64] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        run_folder: Path | None = None,
+    ) -> None:
+        self.index, self.config = index, config
+        self.resize, self.crop, self.batch_size = resize, crop, batch_size
+        everything = np.arange(index.num_samples) if indices is None else np.asarray(indices)
+        self.samples = everything[rank::world_size]
+        self.quarantine = Quarantine(
+            run_folder,
+            rank=rank,
+            num_samples=index.num_samples,
+            max_bad_fraction=config.max_bad_fraction,
+        )
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+        in_flight = self.config.num_workers * self.config.prefetch_factor
+        ring = Ring(in_flight + 2, [(1, self.batch_size, self.crop, self.crop, 3)])
+        source = open_source(self.index, self.config)
+        work = ImageWork(self.index, source, ring, self.resize, self.crop)
+        with closing(answers(work, self._tasks(ring.num_slots), self.config, ring)) as results:
+            for done in results:
+                record(self.quarantine, self.index, done)
+                images = ring.views(done.task.slot)[0][0, : len(done.task.samples)]
+                there = done.sources >= 0
+                samples = done.task.samples[there]
+                images = images if there.all() else images[torch.from_numpy(there)]
+                yield images, torch.from_numpy(self.index.labels[samples].astype(np.int64)), samples
+
+    def _tasks(self, num_slots: int) -> Iterator[Task]:
+        for number, first in enumerate(range(0, len(self.samples), self.batch_size)):
+            yield Task(number % num_slots, self.samples[first : first + self.batch_size])
+
+
+class Copier:
+    """Copies micro-batches to the GPU on a stream of its own, beside the running step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.last, self.before = torch.cuda.Event(), torch.cuda.Event()
+
+    def copied(self, step: list[Batch]) -> list[Batch]:
+        """The same batches on the device, ready for the current stream.
+
+        Returns once the copies of the step before are done: its slots are then free.
+        """
+        with torch.cuda.stream(self.stream):
+            moved = [self._to_device(batch) for batch in step]
+            self.last, self.before = self.before, self.last
+            self.last.record(self.stream)
+        self.before.synchronize()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self.last)
+        for batch in moved:
+            for tensor in (batch.global_crops, batch.local_crops, batch.labels):
+                tensor.record_stream(current)
+        return moved
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return replace(
+            batch,
+            global_crops=batch.global_crops.to(self.device, non_blocking=True),
+            local_crops=batch.local_crops.to(self.device, non_blocking=True),
+            labels=batch.labels.to(self.device, non_blocking=True),
+        )
+
+
+def record(quarantine: Quarantine, index: ShardIndex, done: Done) -> None:
+    """Enter a worker's bad samples; raises InputError when there are too many."""
+    for sample, key, reason in done.bad:
+        quarantine.add(sample, index.shards[index.locate(sample)[0]], key, reason)
+
+
+def _shapes(crops: CropsConfig, size: int) -> list[tuple[int, ...]]:
+    G, S = crops.global_crops_number, crops.global_crops_size
+    L, s = crops.local_crops_number, crops.local_crops_size
+    return [(G, size, S, S, 3), (L, size, s, s, 3)]

@@ -1,0 +1,231 @@
+"""What the loader's worker processes do: read, decode, crop into a slot of the ring.
+
+torch's DataLoader runs them: it keeps the order, limits what is in flight and notices when a worker
+dies. It is given tasks instead of indices, and gets back bookkeeping instead of pixels.
+"""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from xcit_dino.data.config import CropsConfig, LoaderConfig
+from xcit_dino.data.crops import center_view, crop_boxes, cut_crops
+from xcit_dino.data.decode import BadImage, Header, Scratch, decode, read_header
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.keyed import keyed_bits
+from xcit_dino.data.ring import Ring
+from xcit_dino.data.storage import Source, Unreadable, read_key
+
+T = TypeVar("T")
+SUBSTITUTE_STREAM = 12
+SUBSTITUTES = 50  # unreadable substitutes in a row after which the data set counts as lost
+GRACE = 120  # seconds for which a worker outlives SIGTERM, so that its run can save and leave
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is asked for: one micro-batch, and the slot to put it in."""
+
+    slot: int
+    samples: NDArray[np.int64]
+    step: int = 0
+    micro: int = 0
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """A worker's answer; the pixels are in the slot."""
+
+    task: Task
+    sources: NDArray[np.int64]  # -1: nothing in this place
+    bad: list[tuple[int, str, str]]  # (sample, key, reason)
+
+
+class Work(Protocol):
+    """A DataLoader's data set, indexed by tasks."""
+
+    def __getitem__(self, task: Task) -> Done: ...
+
+
+@dataclass
+class Reading:
+    """Reads images by sample number and keeps a list of those that cannot be read."""
+
+    index: ShardIndex
+    source: Source
+    bad: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def many(self, samples: NDArray[np.int64]) -> list[bytes | Unreadable]:
+        return self.source.read_many([self.index.locate(int(sample)) for sample in samples])
+
+    def reject(self, sample: int, reason: Exception) -> None:
+        shard, offset, _ = self.index.locate(sample)
+        self.bad.append((sample, read_key(self.source, shard, offset), str(reason)))
+
+    def take_bad(self) -> list[tuple[int, str, str]]:
+        bad, self.bad = self.bad, []
+        return bad
+
+
+class CropWork:
+    """Fills a slot with the crops of a micro-batch."""
+
+    def __init__(
+        self, index: ShardIndex, source: Source, ring: Ring, crops: CropsConfig, seed: int
+    ) -> None:
+        self.reading = Reading(index, source)
+        self.ring, self.crops, self.seed = ring, crops, seed
+        self.num_samples = index.num_samples
+        self.scratch = Scratch(), Scratch()
+
+    def __getitem__(self, task: Task) -> Done:
+        sources = task.samples.copy()
+        images = self.reading.many(sources)
+        headers = [self._header(image) for image in images]
+        boxes = self._boxes(task, headers)
+        for place, (image, header) in enumerate(zip(images, headers, strict=True)):
+            try:
+                self._fill(task.slot, place, image, header, boxes[place])
+            except (Unreadable, BadImage) as reason:
+                self.reading.reject(int(task.samples[place]), reason)
+                sources[place] = self._substitute(task, place)
+        return Done(task, sources, self.reading.take_bad())
+
+    def _header(self, image: bytes | Unreadable) -> Header | Exception:
+        try:
+            return read_header(image) if isinstance(image, bytes) else image
+        except BadImage as reason:
+            return reason
+
+    def _boxes(self, task: Task, headers: list[Header | Exception]) -> NDArray[np.int64]:
+        """[B, V, 4]; those of an unreadable image are never looked at."""
+        sizes = [(h.height, h.width) if isinstance(h, Header) else (1, 1) for h in headers]
+        heights, widths = np.array(sizes).T
+        return crop_boxes(
+            self.crops, heights, widths, seed=self.seed, epoch=task.epoch, samples=task.samples
+        )
+
+    def _fill(
+        self,
+        slot: int,
+        place: int,
+        image: bytes | Unreadable,
+        header: Header | Exception,
+        boxes: NDArray[np.int64],
+    ) -> None:
+        if isinstance(header, Exception):
+            raise header
+        assert isinstance(image, bytes)
+        outputs = [crop for group in self.ring.views(slot) for crop in group[:, place, None]]
+        cut_crops(image, header, boxes, outputs, self.scratch)
+
+    def _substitute(self, task: Task, place: int) -> int:
+        """Fill the place with another image, a pure function of (seed, epoch, sample).
+
+        Its crops are keyed by the sample it stands for, so they differ from its own.
+        """
+        wanted = task.samples[place : place + 1]
+        keys = (self.seed, SUBSTITUTE_STREAM, task.epoch, int(wanted[0]), np.arange(SUBSTITUTES))
+        for candidate in (keyed_bits(*keys) % np.uint64(self.num_samples)).astype(np.int64):
+            image = self.reading.many(np.array([candidate]))[0]
+            header = self._header(image)
+            one = Task(task.slot, wanted, task.step, task.micro, task.epoch)
+            try:
+                self._fill(task.slot, place, image, header, self._boxes(one, [header])[0])
+                return int(candidate)
+            except (Unreadable, BadImage) as reason:
+                self.reading.reject(int(candidate), reason)
+        raise RuntimeError(
+            f"{SUBSTITUTES} images drawn in place of sample {wanted[0]} are all unreadable; "
+            f"the last: {self.reading.bad[-1]}"
+        )
+
+
+class ImageWork:
+    """Fills a slot with centre views; the places of unreadable images stay empty."""
+
+    def __init__(
+        self, index: ShardIndex, source: Source, ring: Ring, resize: int | None, crop: int
+    ) -> None:
+        self.reading = Reading(index, source)
+        self.ring, self.resize, self.crop = ring, resize, crop
+        self.scratch = Scratch()
+
+    def __getitem__(self, task: Task) -> Done:
+        sources = task.samples.copy()
+        (out,) = self.ring.views(task.slot)
+        for place, image in enumerate(self.reading.many(sources)):
+            try:
+                if isinstance(image, Unreadable):
+                    raise image
+                pixels = decode(image, read_header(image), self.scratch)
+                center_view(pixels, self.resize, self.crop, out[0, place, None])
+            except (Unreadable, BadImage) as reason:
+                self.reading.reject(int(task.samples[place]), reason)
+                sources[place] = -1
+        return Done(task, sources, self.reading.take_bad())
+
+
+def answers(
+    work: Work, tasks: Iterable[Task], config: LoaderConfig, ring: Ring, *, pin: bool = False
+) -> Generator[Done]:
+    """Answers to ``tasks``, in their order, from ``config.num_workers`` processes (0: from here).
+
+    Close the generator to stop the processes.
+
+    Args:
+        pin: page-lock the ring for copies to a GPU.
+
+    Raises:
+        RuntimeError: a worker died (DataLoader's message names it).
+    """
+    options: dict[str, Any] = {}
+    if config.num_workers:
+        options = dict(multiprocessing_context="fork", prefetch_factor=config.prefetch_factor)
+    loader = DataLoader(
+        work,  # pyright: ignore[reportArgumentType]  (whatever has __getitem__ will do)
+        batch_size=None,
+        sampler=tasks,
+        num_workers=config.num_workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+        **options,
+    )
+    with warnings.catch_warnings():
+        # Fork shares the ring and starts in milliseconds; the children touch neither CUDA nor the
+        # parent's threads (Python 3.12 warns of those). How many workers is the user's choice.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        results = iter(loader)
+    try:
+        if pin:
+            ring.pin()
+        yield from results
+    finally:
+        del results  # stops the workers
+        ring.unpin()
+
+
+def _as_it_is(done: T) -> T:
+    return done
+
+
+def _start_worker(_: int) -> None:
+    """Signals go to all processes of a job; what to do about them is for the training process."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
+
+
+def _end_later() -> None:
+    signal.alarm(GRACE)
