@@ -1,8 +1,9 @@
-"""Typed options: frozen dataclasses, joined into one config per command, filled from YAML and flags.
+"""Typed options: frozen dataclasses, one config per command, filled from YAML and flags.
 
-A command's config is a frozen dataclass whose fields are options or *sections* (nested frozen dataclasses).
-Option names are unique within a command, so a recipe is a flat ``name: value`` YAML file, a flag is ``--name``
-and the run folder's ``config.yaml`` lists every option once. This module imports no torch: ``--help`` is quick.
+A command's config is a frozen dataclass whose fields are options or *sections* (nested frozen
+dataclasses). Option names are unique within a command, so a recipe is a flat ``name: value`` YAML
+file, a flag is ``--name`` and a run folder's ``config.yaml`` lists every option once. This module
+imports no torch, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Config = TypeVar("Config")
 
 
+def within(config: Any, low: float, high: float, *names: str) -> None:
+    """Refuse values outside [low, high]; NaN is outside of everything.
+
+    Raises:
+        InputError: names the option and the range.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                raise InputError(f"--{name} {number}: must be from {low:g} to {high:g}")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its schedules; names and defaults are those of DINO's ``main_dino.py``."""
@@ -45,6 +59,10 @@ class OptimConfig:
     clip_grad: float = 3.0
     """Largest gradient norm of each parameter; 0 switches clipping off."""
 
+    def __post_init__(self) -> None:
+        within(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay", "weight_decay_end")
+        within(self, 0, 1e6, "warmup_epochs", "clip_grad")
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -57,7 +75,7 @@ class RunConfig:
     batch_size_per_gpu: int = 64
     """Images a process takes at once."""
     accum_iter: int = 1
-    """Micro-batches an optimiser step; the global batch is batch_size_per_gpu x accum_iter x processes."""
+    """Micro-batches a step; the global batch is batch_size_per_gpu x accum_iter x processes."""
     seed: int = 0
     """Seed of weights, data order, augmentation and drop-path."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -77,8 +95,14 @@ class RunConfig:
     may_change: tuple[str, ...] = ()
     """Options that may differ from those the run folder was made with."""
 
+    def __post_init__(self) -> None:
+        within(self, 1, 1e6, "epochs", "batch_size_per_gpu", "accum_iter")
+        within(self, 1, 1e9, "saveckp_freq", "keep_checkpoints", "log_every")
+        within(self, 0, 2**31, "seed")
+        within(self, 0, 1e12, "checkpoint_minutes", "max_steps")
 
-# -- flat view: option name -> value -----------------------------------------------------------------------------
+
+# -- flat view: option name -> value
 
 
 def options(config: Any) -> Iterator[tuple[str, Any]]:
@@ -105,7 +129,7 @@ def option_types(config_class: type) -> dict[str, Any]:
 
 
 def replace(config: Config, values: dict[str, Any], source: str = "the override") -> Config:
-    """A copy of ``config`` with options replaced by flat name; an unknown name is an :class:`InputError`."""
+    """A copy of ``config`` with options replaced by flat name; an unknown name is an error."""
     known = option_types(type(config))
     for name in values:
         if name not in known:
@@ -123,7 +147,7 @@ def replace(config: Config, values: dict[str, Any], source: str = "the override"
 
 
 def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
-    """Check a YAML value against the option's type; YAML reads ``1e-6`` as text, so numbers in text are taken."""
+    """Check a YAML value against its type; numbers in text pass: YAML reads ``1e-6`` as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return _coerce(value, args[0], name, source)
@@ -156,7 +180,7 @@ def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
     raise InputError(f"{source}: {name} must be {expected}, got {value!r}")
 
 
-# -- YAML --------------------------------------------------------------------------------------------------------
+# -- YAML
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -191,7 +215,7 @@ def differing(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     return {k: (before.get(k), v) for k, v in options(new) if before.get(k) != v}
 
 
-# -- command line ------------------------------------------------------------------------------------------------
+# -- command line
 
 
 def parse(default: Config, argv: Sequence[str], prog: str, description: str = "") -> Config:
@@ -199,7 +223,8 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
 
     Args:
         default: the config before the flags (defaults, or a recipe already applied).
-        argv: flags, ``--batch_size_per_gpu 64`` or ``--batch-size-per-gpu=64``; booleans take ``true|false``.
+        argv: flags, ``--batch_size_per_gpu 64`` or ``--batch-size-per-gpu=64``; booleans take
+            ``true|false``.
 
     Raises:
         InputError: an unknown flag or a value of the wrong kind, in one line.
@@ -266,7 +291,7 @@ def _normalised(argv: Sequence[str], types: dict[str, Any]) -> Iterator[str]:
 
 
 def pop_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Take ``--name VALUE`` out of a command line: ``(value or None, the rest)``; the last one wins."""
+    """Take ``--name VALUE`` out of a command line: (value or None, the rest); the last wins."""
     value, rest, words = None, [], iter(argv)
     for word in words:
         flag, equals, given = word.partition("=")

@@ -1,4 +1,4 @@
-"""Where a number comes from: ``results.json`` entries carry protocol, weights, commit, versions, hardware."""
+"""Where a number comes from: each carries protocol, weights, commit, versions, hardware."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def now() -> str:
 
 @cache
 def commit() -> str:
-    """Commit of the checkout, ``+changes`` where files differ from it; a snapshot's COMMIT file; else 'unknown'."""
+    """Commit of the checkout (``+changes`` where files differ) or of a snapshot; else "unknown"."""
     root = Path(__file__).resolve().parents[1]
     if (root / "COMMIT").is_file():  # a copy of the code that a launcher made
         return (root / "COMMIT").read_text().strip()
@@ -110,14 +110,15 @@ def cpu_name() -> str:
 def record_result(
     folder: Path, name: str, metrics: dict[str, float], protocol: dict[str, Any], **facts: Any
 ) -> None:
-    """Put one evaluation into ``results.json`` of a run folder; an earlier one of the same name is replaced.
+    """Put one evaluation into a run's ``results.json``, in place of one of the same name.
 
     Args:
         folder: the run folder.
-        name: ``knn``, ``linear``, ``knn/random``, ``knn/pixels`` ...: the evaluation, then what was evaluated
-            where it is not the pretrained backbone.
+        name: ``knn``, ``linear``, ``knn/random``, ``knn/pixels`` ...: the evaluation, then what was
+            evaluated where it is not the pretrained backbone.
         metrics: accuracies in percent, and other numbers.
-        protocol: every choice that makes two numbers comparable (k, temperature, crop, network, data checksum).
+        protocol: every choice that makes two numbers comparable (k, temperature, crop, network,
+            data checksum).
         facts: weights' checksum, wall seconds, and the like.
     """
     results = read_results(folder)

@@ -1,7 +1,8 @@
 """xcit-dino: self-supervised pretraining of XCiT backbones with DINO.
 
-The code lives in the top-level folders ``data models train ssl eval slurm``; this package only gives them
-one import name (``xcit_dino.ssl.dino``), because a top-level package called ``ssl`` would hide Python's own.
+The code lives in the top-level folders ``data models train ssl eval slurm``; this package only
+gives them one import name (``xcit_dino.ssl.dino``), because a top-level package called ``ssl``
+would hide Python's own.
 """
 
 from __future__ import annotations

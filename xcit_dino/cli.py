@@ -6,19 +6,17 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xcit_dino import __version__
-from xcit_dino.errors import InputError, suggest
+from xcit_dino.errors import InputError, RunError, Stopped, suggest
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One sub-command: how its options become a config, and what runs with it."""
 
     config: str
-    """``module:name`` of a config dataclass, or of a function ``argv, prog -> config``; torch-free."""
+    """``module:name`` of a config dataclass or of a function ``argv, prog -> config``; no torch."""
     run: str
     """``module:function`` that takes the config; imported after the options are checked."""
     about: str
@@ -27,21 +25,36 @@ class Command:
 
 COMMANDS = {
     "quickstart": Command(
-        "eval.config:QuickstartConfig", "eval.quickstart:run",
-        "demo images -> shards -> pretraining -> k-NN and linear probe -> report",
+        "slurm.config:QuickstartConfig",
+        "slurm.quickstart:run",
+        "the whole pipeline on built-in images, with a report",
     ),
-    "shards make": Command("data.config:MakeConfig", "data.pack:make", "pack images into WebDataset shards"),
-    "shards check": Command("data.config:CheckConfig", "data.doctor:check", "verify shards, or index foreign ones"),
-    "shards demo": Command("data.config:DemoConfig", "data.demo:make", "make the built-in data set"),
-    "pretrain": Command("ssl.config:pretrain_config", "ssl.pretrain:pretrain", "DINO pretraining in this process, or under torchrun"),
-    "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy of a backbone"),
-    "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe on cached features"),
-    "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of one or more runs"),
-    "weights extract": Command("models.config:ExtractConfig", "models.weights:extract", "take one network out of a checkpoint"),
-    "weights convert": Command("models.config:ConvertConfig", "models.weights:convert", "another layout: official, timm, PASSL"),
-    "weights export": Command("models.config:ExportConfig", "models.weights:export", "safetensors or ONNX, verified"),
-    "launch": Command("slurm.config:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"),
-}  # fmt: skip
+    "shards make": Command(
+        "data.config:MakeConfig", "data.pack:make", "pack images into WebDataset shards"
+    ),
+    "shards check": Command(
+        "data.config:CheckConfig", "data.doctor:check", "verify shards, or index foreign ones"
+    ),
+    "shards demo": Command("data.config:DemoConfig", "data.demo:make", "make the built-in images"),
+    "pretrain": Command(
+        "ssl.config:pretrain_config", "ssl.pretrain:main", "DINO, in this process or under torchrun"
+    ),
+    "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy"),
+    "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe"),
+    "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
+    "weights extract": Command(
+        "models.config:ExtractConfig", "models.weights:extract", "one network of a checkpoint"
+    ),
+    "weights convert": Command(
+        "models.config:ConvertConfig", "models.weights:convert", "official, timm and PASSL layouts"
+    ),
+    "weights export": Command(
+        "models.config:ExportConfig", "models.weights:export", "safetensors or ONNX, verified"
+    ),
+    "launch": Command(
+        "slurm.config:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"xcit-dino: {error}", file=sys.stderr)
         return 2
+    except (RunError, Stopped) as error:
+        print(f"xcit-dino: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("xcit-dino: interrupted", file=sys.stderr)
         return 130
@@ -64,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """``(command, its arguments)``; prints the help or the version and returns None where that was asked.
+    """(command, its arguments); where help or version was asked, prints it and returns None.
 
     Raises:
         InputError: no such command.

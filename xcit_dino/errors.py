@@ -1,4 +1,4 @@
-"""The one error that users are meant to see."""
+"""Endings that users are meant to see, each in one line and without a traceback."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with 2.
     """
+
+
+class RunError(RuntimeError):
+    """A run cannot go on: the message says what happened and what to do. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A run was asked to stop and has saved itself: the same command goes on. Exit code 1."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with ETA on a terminal, a plain line a minute elsewhere, silence on other ranks."""
+"""Progress of long work: a bar with ETA on a terminal, a line a minute elsewhere; rank 0 only."""
 
 from __future__ import annotations
 

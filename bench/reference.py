@@ -1,0 +1,159 @@
+"""The DINO step written plainly, in the official order: what tests and benches compare with.
+
+Slow and obvious on purpose: eager, one loss term a pair of views, a loop over parameters for
+clipping and for the moving average, ``loss.item()`` every step. Semantics: dino
+``main_dino.py:train_one_epoch`` and
+``DINOLoss``; the network is timm's XCiT. Shares no code with ``ssl/`` but the crops it is given.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PlainHead(nn.Module):
+    """Projection head of dino ``vision_transformer.py:DINOHead``, weight-norm written out."""
+
+    def __init__(self, in_dim: int, out_dim: int, hidden: int, bottleneck: int, norm_last: bool):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden), nn.GELU(),
+            nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, bottleneck),
+        )  # fmt: skip
+        self.last_layer = nn.Module()
+        self.last_layer.weight_v = nn.Parameter(torch.randn(out_dim, bottleneck) * 0.02)
+        self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(self.mlp(x), dim=-1, p=2)
+        v, g = self.last_layer.weight_v, self.last_layer.weight_g
+        return F.linear(x, g * v / v.norm(dim=1, keepdim=True))
+
+
+class PlainNet(nn.Module):
+    """Backbone over crops grouped by size, then one pass of the head (MultiCropWrapper)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        features, start = torch.empty(0, device=views[0].device), 0
+        while start < len(views):
+            end = start
+            while end < len(views) and views[end].shape[-1] == views[start].shape[-1]:
+                end += 1
+            output = self.backbone(torch.cat(views[start:end]))
+            features = torch.cat((features, output))
+            start = end
+        return self.head(features)
+
+
+class PlainLoss(nn.Module):
+    """DINOLoss: one term a (teacher view, other student view) pair."""
+
+    def __init__(self, out_dim: int, num_crops: int, student_temp: float, center_momentum: float):
+        super().__init__()
+        self.num_crops = num_crops
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, temperature: float) -> Tensor:
+        student = (student_output / self.student_temp).chunk(self.num_crops)
+        teacher = F.softmax((teacher_output - self.center) / temperature, dim=-1).detach().chunk(2)
+        total, terms = 0.0, 0
+        for iq, q in enumerate(teacher):
+            for v in range(len(student)):
+                if v == iq:
+                    continue
+                total += torch.sum(-q * F.log_softmax(student[v], dim=-1), dim=-1).mean()
+                terms += 1
+        self.update_center(teacher_output)
+        return total / terms
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        batch_center = torch.sum(teacher_output, dim=0, keepdim=True)
+        world = 1
+        if dist.is_initialized():
+            dist.all_reduce(batch_center)
+            world = dist.get_world_size()
+        batch_center = batch_center / (len(teacher_output) * world)
+        self.center = self.center * self.center_momentum + batch_center * (1 - self.center_momentum)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """No weight decay on biases, 1-D tensors, ``temperature`` and ``cls_token``."""
+    decayed, plain = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.endswith((".bias", "temperature", "cls_token")) or len(p.shape) == 1:
+            plain.append(p)
+        else:
+            decayed.append(p)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+def plain_step(
+    student: PlainNet,
+    teacher: PlainNet,
+    loss_fn: PlainLoss,
+    optimizer: torch.optim.Optimizer,
+    views: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    teacher_temp: float,
+    clip: float,
+    freeze_last_layer: bool,
+    autocast: torch.autocast | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> float:
+    """One step over float views (B, C, H, W), the two global ones first; returns the loss."""
+    for i, group in enumerate(optimizer.param_groups):
+        group["lr"] = lr
+        if i == 0:
+            group["weight_decay"] = weight_decay
+    with autocast or torch.autocast(views[0].device.type, enabled=False):
+        with torch.no_grad():
+            teacher_output = teacher(list(views[:2]))
+        student_output = student(list(views))
+        loss = loss_fn(student_output, teacher_output, teacher_temp)
+    if not math.isfinite(loss.item()):
+        print(f"Loss is {loss.item()}, stopping training")
+        sys.exit(1)
+    optimizer.zero_grad()
+    (scaler.scale(loss) if scaler else loss).backward()
+    if scaler:
+        scaler.unscale_(optimizer)
+    if clip:
+        for p in student.parameters():
+            if p.grad is not None:
+                coefficient = clip / (p.grad.data.norm(2) + 1e-6)
+                if coefficient < 1:
+                    p.grad.data.mul_(coefficient)
+    if freeze_last_layer:
+        for name, p in student.named_parameters():
+            if "last_layer" in name:
+                p.grad = None
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    with torch.no_grad():
+        for q, k in zip(student.parameters(), teacher.parameters(), strict=True):
+            k.data.mul_(momentum).add_((1 - momentum) * q.detach().data)
+    return loss.item()

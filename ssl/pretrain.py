@@ -1,0 +1,205 @@
+"""DINO pretraining (arXiv 2104.14294): the loop, in the paper's order.
+
+``pretrain`` sets a run up and goes through its steps, ``train_step`` is the method, ``Trainer``
+holds what both need. Everything between two steps (logging, evaluating, saving, stopping) stands in
+``between_steps``.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from xcit_dino.data.augment import Augment
+from xcit_dino.data.index import ShardIndex, resolve_split
+from xcit_dino.data.loader import Batch, CropLoader
+from xcit_dino.data.plan import Plan
+from xcit_dino.errors import Stopped
+from xcit_dino.ssl import dino, sentinel
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.loss import DinoLoss
+from xcit_dino.ssl.schedule import Hyperparameters, Schedule
+from xcit_dino.train import dist, optim, stop, syncbn
+from xcit_dino.train.config import dump_yaml
+from xcit_dino.train.log import RunLog
+from xcit_dino.train.precision import autocast, resolve_precision
+from xcit_dino.train.run import open_run
+from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
+
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+
+
+@dataclass
+class Trainer:
+    """What a step works with."""
+
+    config: PretrainConfig
+    world: dist.World
+    student: dino.MultiCropNet
+    teacher: dino.MultiCropNet
+    loss: DinoLoss
+    augment: Augment
+    dtype: torch.dtype
+    state: TrainState
+    parallel: nn.Module  # the student, in DistributedDataParallel where there are several ranks
+
+    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+
+def train_step(
+    trainer: Trainer, batches: Sequence[Batch], now: Hyperparameters
+) -> dict[str, Tensor]:
+    """One optimiser step of DINO over this rank's micro-batches.
+
+    Returns:
+        Scalars on the device: the loss and the signs of :mod:`xcit_dino.ssl.sentinel`.
+    """
+    config, state, device = trainer.config, trainer.state, trainer.world.device
+    student, teacher, dino_loss = trainer.student, trainer.teacher, trainer.loss
+    optim.set_hyperparameters(state.optimizer, now.lr, now.weight_decay)
+    seed_drop_path(config.run.seed, state.step, trainer.world.rank)
+    signs = []
+
+    for micro, batch in enumerate(batches):
+        views = trainer.augment(batch)  # global, then local, each (V*B, 3, S, S)
+        with trainer.exchanging(last_micro=micro == len(batches) - 1):
+            with autocast(device, trainer.dtype):
+                with torch.no_grad():  # only the global views pass through the teacher
+                    targets = dino_loss.targets(teacher(views[:1]), now.teacher_temp)
+                loss = dino_loss(trainer.parallel(views), targets)
+            state.scaler.scale(loss / len(batches)).backward()
+        signs.append(sentinel.health(loss, targets))
+
+    state.scaler.unscale_(state.optimizer)
+    norms = optim.clip_gradients(student.parameters(), config.optim.clip_grad)
+    if now.freeze_last_layer:
+        student.head.last_layer.zero_grad(set_to_none=True)
+    skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
+    state.optimizer.zero_grad(set_to_none=True)
+    dino_loss.update_center()
+    optim.update_ema(teacher, student, now.momentum_teacher)
+    state.step += 1
+    return optim.mean_of(signs) | {"grad_norm": norms.norm(), "skipped": skipped}
+
+
+def seed_drop_path(seed: int, step: int, rank: int) -> None:
+    """Give drop-path, the one user of torch's generator, numbers that depend on nothing else."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+
+
+def main(config: PretrainConfig) -> None:
+    """``xcit-dino pretrain``: :func:`pretrain` with signals that save before they end it."""
+    stop.install(signal.SIGTERM, signal.SIGINT)
+    try:
+        pretrain(config)
+    finally:
+        dist.shutdown()
+
+
+def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
+    """Train, or go on training, until the last epoch.
+
+    Args:
+        config: the whole run; ``config.run.output_dir`` is resumed from where it stopped.
+        evaluate: called with (teacher's backbone, step) at epoch ends; its numbers are logged.
+
+    Raises:
+        InputError: bad options or data, before anything is written.
+        Stopped: a signal ended this try; the state is saved.
+        RunError: gradients are no numbers any more.
+    """
+    run = config.run
+    world = dist.init(run.device)
+    stop.clear()
+    dtype = resolve_precision(run.precision, world.device)
+
+    # -- data: which samples, in which order
+    index = ShardIndex.load(resolve_split(config.loader.data_path, "train"))
+    global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
+    plan = Plan.of(index, config.loader, seed=run.seed, batch_size=global_batch)
+    schedule = Schedule(config, plan.steps_per_epoch, global_batch)
+    if world.is_main:
+        open_run(config, run)
+
+    # -- student, teacher, loss, optimiser
+    student, teacher = dino.build(config.model, config.head, run.seed)
+    if world.size > 1:
+        syncbn.convert(student)
+        syncbn.convert(teacher)
+    student.to(world.device).train()
+    teacher.to(world.device).train()
+    loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
+    loss.to(world.device)
+    state = TrainState(
+        {"student": student, "teacher": teacher, "loss": loss},
+        optim.adamw(student),
+        torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
+        data=index.checksum,
+        global_batch=global_batch,
+    )
+
+    # -- resume
+    checkpoints = Checkpoints(run.output_dir, keep=run.keep_checkpoints)
+    if (newest := checkpoints.newest()) is not None:
+        state.load_state_dict(load_checkpoint(newest))
+    parallel: nn.Module = student
+    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
+        parallel = DistributedDataParallel(student, broadcast_buffers=False)
+    augment = Augment(config.augment, config.run.seed, world.device, dtype)
+    trainer = Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)
+    loader = CropLoader(
+        index,
+        plan,
+        config.crops,
+        config.loader,
+        rank=world.rank,
+        world_size=world.size,
+        accum=run.accum_iter,
+        start_step=state.step,
+        device=world.device,
+        run_folder=run.output_dir,
+    )
+
+    # -- the loop
+    vote = stop.Vote()
+    saved_at = time.monotonic()
+    with RunLog(run, state.step, schedule.total_steps, global_batch) as log:
+        for batches in loader if state.step < schedule.total_steps else ():
+            vote.cast()
+            now = schedule(state.step)
+            metrics = train_step(trainer, batches, now)
+            log.step(state.step, metrics, asdict(now), loader.wait_seconds)
+
+            epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
+            if evaluate is not None and into_epoch == 0:
+                log.write(state.step, evaluate(teacher.backbone, epoch))
+            finished = state.step == schedule.total_steps
+            stopping = vote.result() or state.step == run.max_steps
+            waited = time.monotonic() - saved_at
+            late = 0 < 60 * run.checkpoint_minutes < waited
+            if world.is_main and (into_epoch == 0 or stopping or late):
+                permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
+                checkpoints.save(state.state_dict() | described(config, epoch), permanent)
+                saved_at = time.monotonic()
+            if finished or stopping:
+                break
+    dist.barrier()
+    if (reason := stop.requested()) and state.step < schedule.total_steps:
+        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
+
+
+def described(config: PretrainConfig, epoch: int) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its state."""
+    return {"epoch": epoch, "arch": config.model.arch, "config": dump_yaml(config)}

@@ -1,0 +1,99 @@
+"""Optimiser parts against plain loops."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from xcit_dino.train.optim import (
+    adamw,
+    clip_gradients,
+    parameter_groups,
+    set_hyperparameters,
+    step_unless_nonfinite,
+    update_ema,
+)
+
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 5), nn.LayerNorm(5)
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 5))
+        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+
+
+def with_gradients(seed=0, scale=1.0):
+    torch.manual_seed(seed)
+    net = Net()
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad = torch.randn_like(p) * scale
+    return net
+
+
+def test_only_the_matrix_gets_weight_decay():
+    net = Net()
+    decayed, plain = parameter_groups(net)
+    assert [p is net.linear.weight for p in decayed["params"]] == [True]
+    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("limit", [0.5, 3.0, 100.0])
+def test_clipping_equals_a_loop_over_parameters(limit):
+    net = with_gradients(scale=4.0)
+    plain = copy.deepcopy(net)
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        if q.grad is not None:
+            p.grad = q.grad.clone()
+            coefficient = limit / (p.grad.norm() + 1e-6)
+            if coefficient < 1:
+                p.grad.mul_(coefficient)
+    norms = clip_gradients(net.parameters(), limit)
+    assert len(norms) == 6
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_clipping_off_leaves_gradients_alone():
+    net = with_gradients(scale=50.0)
+    before = net.linear.weight.grad.clone()
+    clip_gradients(net.parameters(), 0.0)
+    assert torch.equal(before, net.linear.weight.grad)
+
+
+def test_ema_equals_a_loop_and_leaves_buffers():
+    student, teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.normal_(student.weight), student.running_mean.fill_(7.0)
+    want = 0.9 * teacher.weight + 0.1 * student.weight
+    update_ema(teacher, student, 0.9)
+    torch.testing.assert_close(teacher.weight, want)
+    assert teacher.running_mean.eq(0).all()
+
+
+def test_a_step_equals_torch_adamw_with_two_groups():
+    ours, theirs = with_gradients(), with_gradients()
+    optimizer = adamw(ours)
+    set_hyperparameters(optimizer, 0.01, 0.3)
+    assert step_unless_nonfinite(optimizer, NO_SCALER, clip_gradients(ours.parameters(), 0)) == 0
+    rest = [p for n, p in theirs.named_parameters() if n != "linear.weight" and p.requires_grad]
+    groups = [{"params": [theirs.linear.weight], "weight_decay": 0.3}, {"params": rest}]
+    torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0).step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_skips_the_step_and_the_moments(poison):
+    net = with_gradients()
+    optimizer = adamw(net)
+    set_hyperparameters(optimizer, 0.01, 0.3)
+    before = copy.deepcopy(net.state_dict())
+    net.norm.weight.grad[1] = poison
+    assert step_unless_nonfinite(optimizer, NO_SCALER, clip_gradients(net.parameters(), 3.0)) == 1
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    assert all(s["exp_avg"].eq(0).all() and s["step"] == 0 for s in optimizer.state.values())

@@ -1,0 +1,96 @@
+"""The processes of a run: torchrun's environment variables in, ``torch.distributed`` out.
+
+``RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`` are all that is read, so torchrun, SLURM and
+a submitit job start the same code. Without them this is one process and every function here is
+cheap.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from xcit_dino.errors import InputError
+
+TIMEOUT = timedelta(minutes=float(os.environ.get("XCIT_DINO_TIMEOUT_MINUTES", "15")))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(device: str = "auto") -> World:
+    """Join the process group, if there is one, and take this process's device.
+
+    Args:
+        device: ``auto`` (cuda where there is one), ``cuda`` or ``cpu``.
+
+    Raises:
+        InputError: cuda was asked for and is not there, or is shared by too many processes.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES"
+        )
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if not cuda:
+        here = torch.device("cpu")
+    else:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this node has no GPU of its own "
+                f"({torch.cuda.device_count()} visible); start as many processes as GPUs, "
+                "or use --device cpu"
+            )
+        here = torch.device("cuda", local_rank)
+        torch.cuda.set_device(here)
+    if size > 1 and not dist.is_initialized():
+        # gloo serves CPU tensors beside NCCL: small talk between ranks never waits for the GPU
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=here if cuda else None)
+    return World(rank, size, here)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks, in place; every rank gets it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor

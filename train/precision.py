@@ -1,0 +1,30 @@
+"""Which arithmetic a device should use."""
+
+from __future__ import annotations
+
+import torch
+
+from xcit_dino.errors import InputError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto | bf16 | fp16 | fp32`` -> dtype of the forward pass.
+
+    ``auto``: bf16 on GPUs that have it, fp32 elsewhere.
+
+    Raises:
+        InputError: fp16 on a CPU.
+    """
+    cuda = device.type == "cuda"
+    if name == "auto":
+        return torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    if name == "fp16" and not cuda:
+        raise InputError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to ``dtype``; off for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

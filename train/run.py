@@ -1,0 +1,44 @@
+"""The run folder: one run, one config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xcit_dino.errors import InputError
+from xcit_dino.train.config import RunConfig, dump_yaml, options, read_yaml, replace
+from xcit_dino.train.provenance import write_atomic
+
+# These may differ between two tries of one run: they change nothing of what is learnt.
+FREE = frozenset(
+    "output_dir num_workers log_every keep_checkpoints saveckp_freq checkpoint_minutes max_steps "
+    "may_change device cache_dir batch_size_per_gpu accum_iter data_path".split()
+)
+
+
+def open_run(config: Any, run: RunConfig) -> None:
+    """Make the run folder, or check that it holds this very run.
+
+    ``batch_size_per_gpu`` and ``accum_iter`` are free because the global batch is checked when the
+    state is loaded; ``data_path`` because the index checksum is.
+
+    Raises:
+        InputError: the folder holds another run (lists the differing options), or is read-only.
+    """
+    path = run.output_dir / "config.yaml"
+    if path.is_file():
+        before = replace(config, read_yaml(path), source=str(path))
+        changed = {
+            name: (old, value)
+            for (name, old), (_, value) in zip(options(before), options(config), strict=True)
+            if old != value and name not in FREE and name not in run.may_change
+        }
+        if changed:
+            words = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())
+            raise InputError(
+                f"--output_dir {run.output_dir} holds a run with other options ({words}); choose "
+                f"another folder, or allow it with --may_change {' '.join(changed)}"
+            )
+    try:
+        write_atomic(path, dump_yaml(config))
+    except OSError as error:
+        raise InputError(f"--output_dir {run.output_dir}: {error.strerror}") from error

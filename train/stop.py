@@ -1,0 +1,70 @@
+"""Stopping between two steps, together: signals set a flag, ranks agree, the loop saves and leaves.
+
+A signal reaches the ranks at different times, perhaps only one of them. Every rank therefore brings
+its flag to a tiny all-reduce each step; whoever heard a signal stops all of them after the same
+step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_reason: str | None = None
+
+
+def request(reason: str) -> None:
+    """Ask this process to stop after the step it is in."""
+    global _reason
+    _reason = _reason or reason
+
+
+def clear() -> None:
+    """Forget an earlier request (a new run in the same process)."""
+    global _reason
+    _reason = None
+
+
+def requested() -> str | None:
+    """Why this process was asked to stop, or None."""
+    return _reason
+
+
+def install(*signals: signal.Signals) -> None:
+    """Let signals ask for a stop; a second SIGINT leaves at once, other repeats do nothing."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and _reason is not None:
+            os._exit(130)
+        request(signal.Signals(number).name)
+
+    for number in signals:
+        signal.signal(number, handler)
+
+
+class Vote:
+    """All ranks' flags, combined while the step runs.
+
+    ``cast`` starts the all-reduce at the beginning of a step and ``result`` reads it at the end, so
+    that agreeing costs no waiting. It runs on CPU tensors (gloo) and never touches the GPU.
+    """
+
+    def __init__(self) -> None:
+        self.flag = torch.zeros((), dtype=torch.int32)
+        self.work: dist.Work | None = None
+
+    def cast(self) -> None:
+        self.flag.fill_(int(_reason is not None))
+        if dist.is_initialized():
+            self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+
+    def result(self) -> bool:
+        """Whether any rank had been asked to stop when it called :meth:`cast`."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return bool(self.flag)
