@@ -1,0 +1,83 @@
+"""DINO's projection head (Caron et al., 2021, arXiv:2104.14294; official ``DINOHead``).
+
+Weight normalisation is written out as the parameters ``weight_g`` and ``weight_v``, the names in
+official checkpoints, so those load unchanged and a loss can read the normalised prototypes itself.
+
+Shape suffixes: B crops, D backbone channels, Z bottleneck, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Prototypes(nn.Module):
+    """A linear layer without bias whose rows are ``weight_g * weight_v / |weight_v|``."""
+
+    def __init__(self, dim: int, out_dim: int, norm_last_layer: bool) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
+        self.weight_v = nn.Parameter(nn.Linear(dim, out_dim, bias=False).weight.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """(K, Z), every row as long as its weight_g."""
+        norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return self.weight_v * (self.weight_g / norm)
+
+    def forward(self, z_BZ: Tensor) -> Tensor:
+        return F.linear(z_BZ, self.weight)
+
+
+class DINOHead(nn.Module):
+    """MLP to a normalised bottleneck, then cosine similarity with K prototypes.
+
+    in_dim: D; out_dim: K; use_bn: batch norm after each hidden linear layer; norm_last_layer:
+    prototypes keep length 1; nlayers: linear layers of the MLP, at least 1; hidden_dim and
+    bottleneck_dim: their widths.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int = 65_536,
+        *,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        assert nlayers >= 1, nlayers
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1)]
+        layers: list[nn.Module] = []
+        for wide_in, wide_out in zip(widths, widths[1:], strict=False):
+            layers.append(nn.Linear(wide_in, wide_out))
+            if use_bn:
+                layers.append(nn.BatchNorm1d(wide_out))
+            layers.append(nn.GELU())
+        layers.append(nn.Linear(widths[-1], bottleneck_dim))
+        # One layer alone carries no index in the official names.
+        self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
+        self.mlp.apply(_init_linear)
+        self.last_layer = Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+
+    def bottleneck(self, x_BD: Tensor) -> Tensor:
+        """(B, Z), rows of length 1, in at least float32: under autocast the MLP gives bfloat16,
+        whose three digits would leave the rows that far from the sphere."""
+        z_BZ = self.mlp(x_BD)
+        return F.normalize(z_BZ.to(torch.promote_types(z_BZ.dtype, torch.float32)), dim=-1)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """(B, K) logits; ``F.linear(bottleneck(x), last_layer.weight)`` in chunks is the same."""
+        return self.last_layer(self.bottleneck(x_BD))
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Official initialisation: truncated normal, 0.02, no bias."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

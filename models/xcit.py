@@ -1,0 +1,333 @@
+"""XCiT, the cross-covariance image transformer (El-Nouby et al., 2021, arXiv:2106.09681).
+
+The parameters carry the official names (facebookresearch/xcit, ``xcit.py``), so official
+checkpoints load unchanged; the computation is our own. Tokens stay a ``(B, H, W, D)`` grid from
+the stem to the class attention: seen through ``permute(0, 3, 1, 2)`` that is a channels-last image,
+so the 3x3 convolutions read and write it without a copy.
+
+Shape suffixes: B images, H W rows and columns of patches, N = H W patches, D channels, h heads,
+d = D / h channels a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcit_dino.errors import InputError
+
+LAYER_NORM_EPS = 1e-6
+CLASS_ATTENTION_LAYERS = 2
+PATCH_SIZES = (4, 8, 16)
+
+
+def residual(x: Tensor, update: Tensor, gamma: Tensor, drop_rate: float = 0.0) -> Tensor:
+    """``x + drop_path(gamma * update)`` in one pass over the tokens.
+
+    x, update: (B, ..., D); gamma: (D,), the layer scale; drop_rate: the chance in [0, 1) that an
+    image skips the update (stochastic depth); the others' updates grow by 1 / (1 - drop_rate).
+    """
+    if drop_rate > 0:
+        keep = 1 - drop_rate
+        kept = gamma.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep)
+        gamma = gamma * (kept / keep)
+    return torch.addcmul(x, gamma, update)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class FourierPosition(nn.Module):
+    """Sine and cosine of the relative row and column, projected to D channels (no fixed size)."""
+
+    bands = 16
+    temperature = 10_000.0
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token_projection = nn.Conv2d(4 * self.bands, dim, kernel_size=1)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """(H, W, D). The projection is linear, so rows and columns are projected apart and added:
+        H + W small vectors instead of a table of H x W."""
+        weight_y, weight_x = self.token_projection.weight.flatten(1).chunk(2, dim=1)
+        rows = F.linear(self._waves(height), weight_y, self.token_projection.bias)
+        columns = F.linear(self._waves(width), weight_x)
+        return rows[:, None] + columns
+
+    def _waves(self, size: int) -> Tensor:
+        """(size, 2 bands): sin, cos, sin, cos ... of position / size * 2 pi, slower and slower."""
+        device = self.token_projection.weight.device
+        position = torch.arange(1, size + 1, device=device, dtype=torch.float32)
+        octave = torch.arange(self.bands, device=device, dtype=torch.float32) / self.bands
+        angle = (position / (size + 1e-6) * (2 * math.pi))[:, None] / self.temperature**octave
+        waves = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+        return waves.to(self.token_projection.weight.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """log2(patch_size) strided 3x3 convolutions, each twice as wide as the one before."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        convs = int(math.log2(patch_size))
+        widths = [in_chans, *[dim >> (convs - 1 - i) for i in range(convs)]]
+        layers: list[nn.Module] = []
+        for wide_in, wide_out in zip(widths, widths[1:], strict=False):
+            conv = nn.Conv2d(wide_in, wide_out, 3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(conv, nn.BatchNorm2d(wide_out)), nn.GELU()]
+        self.proj = nn.Sequential(*layers[:-1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, rows, columns) -> (B, H, W, D), contiguous."""
+        x = self.proj(images.contiguous(memory_format=torch.channels_last))
+        return x.permute(0, 2, 3, 1).contiguous()  # no copy: it is channels-last already
+
+
+class LocalPatchInteraction(nn.Module):
+    """Two depthwise 3x3 convolutions that let neighbouring patches talk."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.bn = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        x = x_BHWD.permute(0, 3, 1, 2)
+        x = self.conv2(self.bn(F.gelu(self.conv1(x))))
+        return x.permute(0, 2, 3, 1)
+
+
+class CrossCovarianceAttention(nn.Module):
+    """Attention between channels: softmax(temperature * cosine(Q, K)) is d x d (paper, eq. 1)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        B, H, W, D = x_BHWD.shape
+        qkv = self.qkv(x_BHWD).view(B, H * W, 3, self.num_heads, D // self.num_heads)
+        q_BhNd, k_BhNd, v_BhNd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attention_Bhdd = self._attention(q_BhNd, k_BhNd).to(v_BhNd.dtype)
+        x = v_BhNd @ attention_Bhdd.transpose(-2, -1)
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, D))
+
+    def _attention(self, q_BhNd: Tensor, k_BhNd: Tensor) -> Tensor:
+        """(B, h, d, d) in float32: the small matrix is divided by the norms, not q and k."""
+        if (
+            q_BhNd.dtype == torch.float16
+        ):  # a sum over N tokens can pass 65504; cosines ignore scale
+            shrink = q_BhNd.shape[-2] ** -0.5
+            q_BhNd, k_BhNd = q_BhNd * shrink, k_BhNd * shrink
+        norms = _channel_norms(q_BhNd).unsqueeze(-1) * _channel_norms(k_BhNd).unsqueeze(-2)
+        cosine = (q_BhNd.transpose(-2, -1) @ k_BhNd).to(norms.dtype) / norms
+        return (cosine * self.temperature).softmax(dim=-1)
+
+
+def _channel_norms(x_BhNd: Tensor) -> Tensor:
+    """(B, h, d): the length of each channel over the tokens, accumulated in at least float32."""
+    dtype = torch.promote_types(x_BhNd.dtype, torch.float32)
+    return torch.linalg.vector_norm(x_BhNd, dim=-2, dtype=dtype).clamp_min(1e-12)
+
+
+class XCABlock(nn.Module):
+    """Cross-covariance attention, local patch interaction and MLP, each a scaled residual."""
+
+    def __init__(self, dim: int, num_heads: int, eta: float, drop_path_rate: float) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = CrossCovarianceAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim)
+        self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.local_mp = LocalPatchInteraction(dim)
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma3 = nn.Parameter(torch.full((dim,), eta))
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        drop = self.drop_path_rate if self.training else 0.0
+        x = residual(x_BHWD, self.attn(self.norm1(x_BHWD)), self.gamma1, drop)
+        x = residual(x, self.local_mp(self.norm3(x)), self.gamma3, drop)
+        return residual(x, self.mlp(self.norm2(x)), self.gamma2, drop)
+
+
+class ClassAttention(nn.Module):
+    """The class token alone asks; itself and the patches answer (CaiT, arXiv:2103.17239)."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: (B, 1 + N, D), the class token first. Returns its update (B, 1, D) and the
+        attention (B, h, 1, 1 + N), whose rows sum to 1."""
+        B, _, D = tokens.shape
+        weight_q, weight_kv = self.qkv.weight.split((D, 2 * D))
+        bias_q, bias_kv = self.qkv.bias.split((D, 2 * D))
+        q = F.linear(tokens[:, :1], weight_q, bias_q).view(B, 1, self.num_heads, -1).transpose(1, 2)
+        kv = F.linear(tokens, weight_kv, bias_kv).view(B, -1, 2, self.num_heads, q.shape[-1])
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        update = (attention.to(v.dtype) @ v).transpose(1, 2).reshape(B, 1, D)
+        return self.proj(update), attention
+
+
+class ClassAttentionBlock(nn.Module):
+    """Class attention and MLP on the class token.
+
+    What happens to the patches is the official code's arithmetic, kept because its weights expect
+    it: they gain their own normalised values and leave doubled.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eta: float, tokens_norm: bool) -> None:
+        super().__init__()
+        self.tokens_norm = tokens_norm
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = ClassAttention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim)
+        self.gamma1 = nn.Parameter(torch.full((dim,), eta))
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+
+    def forward(self, tokens: Tensor, class_only: bool = False) -> tuple[Tensor, Tensor]:
+        """tokens: (B, 1 + N, D) -> the same, or (B, 1, D) with class_only, and the attention
+        (B, h, 1, 1 + N)."""
+        normed = self.norm1(tokens)
+        update, attention = self.attn(normed)
+        cls = self.norm2(residual(tokens[:, :1], update, self.gamma1))
+        cls = residual(cls, self.mlp(cls), self.gamma2)
+        if class_only:
+            return cls, attention
+        patches = residual(tokens[:, 1:], normed[:, 1:], self.gamma1)
+        patches = self.norm2(patches) if self.tokens_norm else patches
+        return torch.cat((cls, 2 * patches), dim=1), attention
+
+
+class XCiT(nn.Module):
+    """The network. Any image whose sides the patch divides goes in; no size is built in.
+
+    patch_size: 4, 8 or 16 pixels; num_classes: 0 leaves the class token's features; eta: initial
+    layer scale; tokens_norm: class attention normalises all tokens (every size but nano);
+    drop_path_rate: in [0, 1), the same at every depth, none in the class attention (official).
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 0,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 8,
+        eta: float = 1.0,
+        tokens_norm: bool = True,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if patch_size not in PATCH_SIZES:
+            raise InputError(f"patch_size {patch_size}: choose one of {PATCH_SIZES}")
+        if not 0 <= drop_path_rate < 1:
+            raise InputError(f"drop_path_rate {drop_path_rate}: must be at least 0 and below 1")
+        self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
+        self.num_heads = num_heads
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.pos_embeder = FourierPosition(embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.blocks = nn.ModuleList(
+            XCABlock(embed_dim, num_heads, eta, drop_path_rate) for _ in range(depth)
+        )
+        self.cls_attn_blocks = nn.ModuleList(
+            ClassAttentionBlock(embed_dim, num_heads, eta, tokens_norm)
+            for _ in range(CLASS_ATTENTION_LAYERS)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_init_linear)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, rows, columns) -> logits (B, num_classes), or features (B, D) without."""
+        cls, _ = self._class_attention(self._patches(images), class_only=True)[-1]
+        return self.head(self.norm(cls[:, 0]))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the last norm, (B, 1 + N, D): the class token, then rows of patches."""
+        tokens, _ = self._class_attention(self._patches(images))[-1]
+        return self.norm(tokens)
+
+    def get_intermediate(self, images: Tensor, n: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """(class token, mean of patch tokens), each (B, D) after the norm, of the last n class
+        attention layers, the last one last. n: 1 or 2."""
+        if not 1 <= n <= len(self.cls_attn_blocks):
+            raise InputError(f"n {n}: XCiT has {len(self.cls_attn_blocks)} class attention layers")
+        outputs = self._class_attention(self._patches(images))[-n:]
+        normed = [self.norm(tokens) for tokens, _ in outputs]
+        return [(tokens[:, 0], tokens[:, 1:].mean(dim=1)) for tokens in normed]
+
+    def get_attention(self, images: Tensor) -> Tensor:
+        """How much the class token looks at each patch: (layers, B, h, H, W), in [0, 1]. A map
+        and the token's attention to itself sum to 1."""
+        patches = self._patches(images)
+        maps = [attention[:, :, 0, 1:] for _, attention in self._class_attention(patches)]
+        return torch.stack(maps).unflatten(-1, patches.shape[1:3])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two or more dimensions that weight decay must spare."""
+        temperatures = {f"blocks.{i}.attn.temperature" for i in range(len(self.blocks))}
+        return {"cls_token"} | temperatures
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """(B, in_chans, rows, columns) -> (B, H, W, D), after all cross-covariance blocks."""
+        rows, columns = images.shape[-2:]
+        if rows % self.patch_size or columns % self.patch_size:
+            raise InputError(
+                f"image size {rows}x{columns} is not divisible by patch_size {self.patch_size}; "
+                f"resize or crop to multiples of {self.patch_size}"
+            )
+        x = self.patch_embed(images)
+        x = x + self.pos_embeder(x.shape[1], x.shape[2])
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def _class_attention(
+        self, patches_BHWD: Tensor, class_only: bool = False
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Tokens (B, 1 + N, D) and attention (B, h, 1, 1 + N) after each class attention layer;
+        class_only spares the last layer the patches, which nobody reads."""
+        cls_token = self.cls_token.expand(len(patches_BHWD), -1, -1)
+        tokens = torch.cat((cls_token, patches_BHWD.flatten(1, 2)), dim=1)
+        outputs = []
+        for i, block in enumerate(self.cls_attn_blocks, start=1):
+            tokens, attention = block(tokens, class_only and i == len(self.cls_attn_blocks))
+            outputs.append((tokens, attention))
+        return outputs
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Official initialisation: truncated normal, 0.02; the rest keeps torch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

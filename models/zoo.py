@@ -1,0 +1,156 @@
+"""Names of backbones and what they stand for; importing this never imports torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xcit_dino.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TIMM_PREFIX = "timm/"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which backbone."""
+
+    arch: str = "xcit_small_12_p16"
+    """Backbone: a name from xcit_dino.list_models(), or timm/NAME for any timm model."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student, in [0, 1); the teacher has none."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of one XCiT (official ``xcit.py``); the fields are the arguments of XCiT."""
+
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    eta: float
+    tokens_norm: bool
+
+
+# name: (embed_dim, depth, num_heads, eta, tokens_norm)
+_OFFICIAL_SIZES = {
+    "nano_12": (128, 12, 4, 1.0, False),
+    "tiny_12": (192, 12, 4, 1.0, True),
+    "tiny_24": (192, 24, 4, 1e-5, True),
+    "small_12": (384, 12, 8, 1.0, True),
+    "small_24": (384, 24, 8, 1e-5, True),
+    "medium_24": (512, 24, 8, 1e-5, True),
+    "large_24": (768, 24, 16, 1e-5, True),
+}
+# Ours, for laptops, tests and the quickstart: 0.7 M parameters. Nothing published uses it.
+_OUR_SIZES = {"pico_6": (80, 6, 4, 1.0, True)}
+
+
+def _specs() -> dict[str, ModelSpec]:
+    """The official 14, then ours: patch 4 of the official sizes (for small images), then pico."""
+    official = [(f"xcit_{s}_p{p}", p, v) for p in (8, 16) for s, v in _OFFICIAL_SIZES.items()]
+    small = [(f"xcit_{s}_p4", 4, v) for s, v in _OFFICIAL_SIZES.items()]
+    pico = [(f"xcit_{s}_p{p}", p, v) for p in (4, 8, 16) for s, v in _OUR_SIZES.items()]
+    return {name: ModelSpec(patch, *values) for name, patch, values in official + small + pico}
+
+
+_SPECS = _specs()
+
+
+def list_models() -> list[str]:
+    """Names of all built-in models, the official 14 first."""
+    return list(_SPECS)
+
+
+def canonical_name(name: str) -> str:
+    """The built-in model behind a published name: ``xcit_small_12_p8_384_dist`` is
+    ``xcit_small_12_p8``. ``timm/NAME`` stays as it is. Raises InputError for any other name."""
+    if name.startswith(TIMM_PREFIX):
+        return name
+    bare = re.sub(r"(_224|_384)?(_dist)?$", "", name)
+    if bare not in _SPECS:
+        hint = suggest(bare, _SPECS) or "; xcit_dino.list_models() lists all"
+        raise InputError(f"unknown arch {name!r}{hint}, or write timm/NAME for a timm model")
+    return bare
+
+
+def model_spec(name: str) -> ModelSpec:
+    """Sizes of a built-in model, any spelling of its name."""
+    bare = canonical_name(name)
+    if bare.startswith(TIMM_PREFIX):
+        raise InputError(f"arch {name!r}: only built-in XCiT models have a known size table")
+    return _SPECS[bare]
+
+
+def create_model(
+    name: str | None = None,
+    *,
+    config: str | Path | None = None,
+    num_classes: int = 0,
+    in_chans: int = 3,
+    drop_path_rate: float | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a backbone with fresh weights.
+
+    name: a built-in name or ``timm/NAME``; config: a recipe (YAML) whose ``arch`` and
+    ``drop_path_rate`` are used instead; num_classes: 0 gives features (B, embed_dim);
+    drop_path_rate: overrides the recipe's, 0 where neither says; kwargs: any field of ModelSpec,
+    or an argument of the timm model. Every model has ``embed_dim`` and ``num_classes``.
+    """
+    if (name is None) == (config is None):
+        raise InputError("create_model: give either a model name or config=RECIPE, and not both")
+    if config is not None:
+        recipe = _read_recipe(Path(config))
+        name = recipe["arch"]
+        if drop_path_rate is None:
+            drop_path_rate = recipe.get("drop_path_rate")
+    assert name is not None
+    common: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    if drop_path_rate:  # not every timm model knows the argument
+        common["drop_path_rate"] = drop_path_rate
+    if name.startswith(TIMM_PREFIX):
+        return _create_timm(name.removeprefix(TIMM_PREFIX), **common, **kwargs)
+    spec = vars(model_spec(name))
+    from xcit_dino.models.xcit import XCiT
+
+    return XCiT(**{**spec, **common, **kwargs})
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """A flat YAML of ``key: value`` that names an arch."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config {path}: cannot be read ({_first_line(error)})") from error
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("arch"), str):
+        raise InputError(f"config {path}: has no 'arch: NAME' line, so it names no model")
+    return recipe
+
+
+def _create_timm(name: str, **kwargs: Any) -> nn.Module:
+    """A timm model, headless at num_classes 0, with ``embed_dim`` added where it lacks one."""
+    import timm
+
+    if not timm.is_model(name):
+        hint = suggest(name, timm.list_models()) or "; timm.list_models() lists all"
+        raise InputError(
+            f"arch timm/{name}: this timm ({timm.__version__}) has no such model{hint}"
+        )
+    try:
+        model: Any = timm.create_model(name, pretrained=False, **kwargs)
+    except TypeError as error:  # an argument this model does not take
+        raise InputError(f"arch timm/{name}: {_first_line(error)}") from error
+    model.embed_dim = model.num_features
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
