@@ -1,0 +1,263 @@
+"""Where the images of a source lie: in a folder, a tar (of tars), a tar.gz or a zip.
+
+Every source becomes a list of :class:`Image`, which says in which file the bytes of an image lie.
+Archives are never unpacked: names inside them are only labels, so that none can climb out of a
+folder, and links and devices in them are left out. What is left out is counted, with the reason.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
+import stat
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, cast
+
+from xcit_dino.data.decode import BadImage
+from xcit_dino.data.index import IMAGE_EXTENSIONS
+from xcit_dino.data.storage import MAX_BYTES
+from xcit_dino.data.tarscan import BLOCK, Damage, scan
+from xcit_dino.errors import InputError
+from xcit_dino.progress import progress
+
+COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+NESTED_TAR_DEPTH = 2  # ILSVRC2012 is a tar of tars; deeper ones are not data sets
+
+
+class Image(NamedTuple):
+    """The bytes of one image: a whole file, or a part of an archive."""
+
+    name: str
+    """Path inside the source, with slashes."""
+    path: str
+    """The file that holds it."""
+    offset: int = -1
+    """-1: the whole file. In a zip: of the local header."""
+    size: int = 0
+    """Stored bytes."""
+    method: int = -1
+    """-1: not in a zip; else the zip's compression method (0 stored, 8 deflated)."""
+    crc: int = 0
+    """Of the decompressed bytes, in a zip."""
+    label: str | None = None
+    """Class, where the source itself says it (a list of path,label)."""
+
+
+@dataclass
+class Listing:
+    """What was found in a source."""
+
+    images: list[Image] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many files were left out as no images, by reason."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """``{"source", "reason"}`` of what could not be used and should be looked at."""
+
+    def wants(self, name: str) -> bool:
+        """True for the name of an image to pack; counts the others."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            self.bad.append({"source": name, "reason": "its name leaves the archive"})
+        elif any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
+            self.skipped["hidden files"] += 1
+        elif path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+            self.skipped[f"{path.suffix[:20].lower() or 'no extension'} files"] += 1
+        else:
+            return True
+        return False
+
+
+def list_folder(folder: Path) -> Listing:
+    """All images below a folder, and in the tars in it: a tar counts as a folder of its name."""
+    listing = Listing()
+    for path, name in _walk(folder, frozenset()):
+        if name.endswith(".tar") and not PurePosixPath(name).name.startswith("."):
+            _list_tar(listing, path, name.removesuffix(".tar") + "/")
+        elif listing.wants(name):
+            try:
+                listing.images.append(Image(name, path, size=os.stat(path).st_size))
+            except OSError as error:
+                reason = f"cannot be read: {error.strerror}"
+                listing.bad.append({"source": name, "reason": reason})
+    return listing
+
+
+def _walk(folder: Path | str, above: frozenset[tuple[int, int]], prefix: str = "") -> Iterator:
+    """(path, name below the first folder) of every file; follows links, but not in circles."""
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = prefix + entry.name
+            if entry.is_dir():
+                yield from _walk(entry.path, above | {identity}, name + "/")
+            elif entry.is_file() or entry.is_symlink():
+                yield entry.path, name
+
+
+def list_archive(path: Path, work: Path) -> Listing:
+    """All images in a tar, compressed tar or zip; the kind is seen in the file, not in its name.
+
+    Args:
+        work: folder for the decompressed tar, so that all processes can read from any place.
+
+    Raises:
+        InputError: neither.
+    """
+    with path.open("rb") as file:
+        magic = file.read(BLOCK)
+    listing = Listing()
+    if opener := next((o for m, o in COMPRESSED.items() if magic.startswith(m)), None):
+        work.mkdir(parents=True, exist_ok=True)
+        status = path.stat()
+        identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        target = work / f"source-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.tar"
+        path = _decompress(path, cast(Any, opener), target, listing)
+    elif magic.startswith(b"PK"):
+        _list_zip(listing, path)
+        return listing
+    elif magic.startswith(b"\x28\xb5\x2f\xfd"):
+        raise InputError(f"{path} is compressed with zstd: decompress it first (unzstd)")
+    _list_tar(listing, str(path), "")
+    return listing
+
+
+def _decompress(path: Path, opener: Any, target: Path, listing: Listing) -> Path:
+    """The decompressed archive beside the shards to be; kept until they are complete."""
+    if target.exists():
+        return target
+    temporary = target.with_suffix(".tmp")
+    with path.open("rb") as raw, temporary.open("wb") as out:
+        with progress(f"Decompress {path.name}", path.stat().st_size, "bytes") as bar:
+            before = 0
+            try:
+                with opener(raw) as stream:
+                    while piece := cast(IO[bytes], stream).read(1 << 22):
+                        out.write(piece)
+                        bar.advance(raw.tell() - before)
+                        before = raw.tell()
+            except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                reason = f"the compressed archive is damaged or truncated: {error}"
+                listing.bad.append({"source": path.name, "reason": reason})
+    temporary.replace(target)
+    return target
+
+
+def _list_tar(listing: Listing, path: str, prefix: str) -> None:
+    before = len(listing.images) + len(listing.bad) + listing.skipped.total()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _scan_tar(listing, path, descriptor, prefix, 0, os.fstat(descriptor).st_size, 1)
+    finally:
+        os.close(descriptor)
+    first = listing.bad[-1] if listing.bad else {}
+    nothing = len(listing.images) + len(listing.bad) + listing.skipped.total() == before
+    if not listing.images and (nothing or first.get("offset") == 0):
+        raise InputError(f"{path} is no tar, tar.gz or zip that holds images")
+
+
+def _scan_tar(
+    listing: Listing, path: str, descriptor: int, prefix: str, start: int, end: int, depth: int
+) -> None:
+    for member in scan(lambda at, length: os.pread(descriptor, length, at), end, start):
+        name = prefix + member.name.removeprefix("./")
+        if isinstance(member, Damage):
+            listing.bad.append({"source": name, "reason": member.reason, "offset": member.offset})
+        elif name.endswith(".tar") and depth < NESTED_TAR_DEPTH:
+            inner, inner_end = name.removesuffix(".tar") + "/", member.offset + member.size
+            _scan_tar(listing, path, descriptor, inner, member.offset, inner_end, depth + 1)
+        elif listing.wants(name):
+            listing.images.append(Image(name, path, member.offset, member.size))
+
+
+def _list_zip(listing: Listing, path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise InputError(f"{path} is no readable zip: {error}") from None
+    for entry in entries:
+        if entry.is_dir():
+            continue
+        reason = (
+            "encrypted" if entry.flag_bits & 1
+            else "a link" if stat.S_ISLNK(entry.external_attr >> 16)
+            else "packed in a way other than stored or deflated"
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            else None
+        )  # fmt: skip
+        if not listing.wants(entry.filename):
+            continue
+        if reason:
+            listing.bad.append({"source": entry.filename, "reason": reason})
+            continue
+        listing.images.append(
+            Image(
+                entry.filename, str(path), entry.header_offset, entry.compress_size,
+                entry.compress_type, entry.CRC,
+            )
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- reading one image
+
+
+def read_image(image: Image) -> bytes:
+    """The encoded image.
+
+    Raises:
+        BadImage: it cannot be read, or is absurdly large.
+    """
+    if image.size > MAX_BYTES:
+        raise BadImage(f"{image.size} bytes are no image")
+    try:
+        if image.offset < 0:
+            with open(image.path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise BadImage(f"more than {MAX_BYTES} bytes are no image")
+            return data
+        if image.method < 0:
+            return _part(image.path, image.offset, image.size)
+        return _unzip(image)
+    except (OSError, zlib.error) as error:
+        raise BadImage(f"cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _descriptor(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
+def _part(path: str, offset: int, size: int) -> bytes:
+    data = os.pread(_descriptor(path), size, offset)
+    if len(data) < size:
+        raise BadImage("the archive is truncated")
+    return data
+
+
+def _unzip(image: Image) -> bytes:
+    header = _part(image.path, image.offset, 30)  # APPNOTE.TXT 4.3.7, local file header
+    if header[:4] != b"PK\3\4":
+        raise BadImage("damaged zip entry")
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    data = _part(image.path, image.offset + 30 + name + extra, image.size)
+    if image.method == zipfile.ZIP_DEFLATED:
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = inflate.decompress(data, MAX_BYTES)
+        if inflate.unconsumed_tail:
+            raise BadImage(f"more than {MAX_BYTES} bytes are no image")
+    if zlib.crc32(data) != image.crc:
+        raise BadImage("damaged zip entry (checksum)")
+    return data
