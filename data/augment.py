@@ -1,0 +1,260 @@
+"""uint8 crops -> augmented, normalised crops, batched on any device (dino DataAugmentationDINO).
+
+Flip, colour jitter in random order, grey, blur, solarize, normalise. Random choices
+(:func:`sample_params`) are made on the host from (seed, epoch, sample, crop), so they do not depend
+on ranks, workers or micro-batches; applying them (:func:`apply`) is a pure function. Each operation
+is Pillow's with the same parameters, without its rounding to 8 bits after every one.
+
+Shapes: V crops of B images; N = V*B crops, crop-major (all images' crop 0, then crop 1, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xcit_dino.data.config import AugmentConfig
+from xcit_dino.data.keyed import keyed_uniforms
+from xcit_dino.data.loader import Batch
+
+AUGMENT_STREAM = 13
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's convert("L")
+SOLARIZE_FROM = 127.5 / 255  # Pillow inverts 8-bit values of 128 and more
+
+
+class Augment:
+    """The augmentation of a run: a micro-batch's global and local crops, ready for the network.
+
+    Args:
+        config: probabilities and strengths.
+        seed: of the run.
+        dtype: of the result; the arithmetic is float32.
+    """
+
+    def __init__(
+        self, config: AugmentConfig, *, seed: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.config, self.seed, self.dtype = config, seed, dtype
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """([G*B, 3, S, S], [L*B, 3, s, s]) on the crops' device, crop-major."""
+        num_global = len(batch.global_crops)
+        num_crops = num_global + len(batch.local_crops)
+        globals_, locals_ = (
+            self._group(group, batch, range(first, last), num_global)
+            for group, first, last in (
+                (batch.global_crops, 0, num_global),
+                (batch.local_crops, num_global, num_crops),
+            )
+        )
+        return globals_, locals_
+
+    def _group(self, crops: Tensor, batch: Batch, numbers: range, num_global: int) -> Tensor:
+        params = sample_params(
+            self.config, self.seed, batch.epoch, batch.samples, numbers, num_global
+        )
+        return apply(crops, params, self.config, self.dtype)
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """What is done to each of N crops.
+
+    Attributes:
+        flip: bool [N], left-right.
+        order: int64 [N, 4], the operation (BRIGHTNESS ... HUE) that comes first, second, ...
+        factors: float32 [N, 4], of brightness, contrast, saturation (1: unchanged), and the hue's
+            shift in turns (0: unchanged).
+        gray: bool [N].
+        sigma: float32 [N], Pillow's blur radius in pixels; 0: none.
+        solarize: bool [N].
+    """
+
+    flip: NDArray[np.bool_]
+    order: NDArray[np.int64]
+    factors: NDArray[np.float32]
+    gray: NDArray[np.bool_]
+    sigma: NDArray[np.float32]
+    solarize: NDArray[np.bool_]
+
+
+def sample_params(
+    config: AugmentConfig,
+    seed: int,
+    epoch: int,
+    samples: NDArray[np.int64],
+    crops: Sequence[int],
+    num_global: int,
+) -> AugmentParams:
+    """Draw the parameters of ``crops`` (numbers, globals first) of ``samples``; N = V*B."""
+    numbers = np.asarray(crops)
+    u = keyed_uniforms(
+        seed, AUGMENT_STREAM, epoch, samples[:, None], numbers[:, None, None], np.arange(14)
+    ).reshape(-1, 14)
+    kind = np.repeat(np.where(numbers >= num_global, 2, np.minimum(numbers, 1)), len(samples))
+    strength = np.array(config.color_jitter)
+    factors = np.array([1, 1, 1, 0]) + (2 * u[:, 2:6] - 1) * strength
+    jitter = u[:, 1] < config.color_jitter_prob
+    factors[~jitter] = (1, 1, 1, 0)
+    low, high = config.blur_sigma
+    blur = u[:, 11] < np.array(config.blur_prob)[kind]
+    return AugmentParams(
+        flip=u[:, 0] < config.flip_prob,
+        order=np.argsort(u[:, 6:10], axis=1),
+        factors=factors.astype(np.float32),
+        gray=u[:, 10] < config.gray_prob,
+        sigma=np.where(blur, low + u[:, 12] * (high - low), 0).astype(np.float32),
+        solarize=u[:, 13] < np.array(config.solarize_prob)[kind],
+    )
+
+
+def apply(
+    crops: Tensor, params: AugmentParams, config: AugmentConfig, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """uint8 [V, B, 3, H, W] (any strides) -> ``dtype`` [V*B, 3, H, W], contiguous."""
+    device, crops = crops.device, crops.flatten(0, 1)
+    if not len(crops):
+        return crops.to(dtype)
+    crops = torch.where(_column(params.flip, device), crops.flip(-1), crops)
+    x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    x = color_jitter(x, params.order, params.factors)
+    x = torch.where(_column(params.gray, device), grayscale(x), x)
+    x = _where_nonzero(x, params.sigma, gaussian_blur)
+    x = torch.where(_column(params.solarize, device), solarize(x), x)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (config.mean, config.std))
+    return x.sub_(mean).div_(std).to(dtype)
+
+
+# --------------------------------------------- operations on float [N, 3, H, W] with values in 0..1
+
+
+def color_jitter(x: Tensor, order: NDArray[np.int64], factors: NDArray[np.float32]) -> Tensor:
+    """Brightness, contrast, saturation and hue of each image in its own order.
+
+    Four passes. The first three operations blend an image with black, its mean grey or its grey
+    version, so a pass does them for all images at once, each with its own; hue goes separately.
+    """
+    for operation in order.T:
+        factor = np.take_along_axis(factors, operation[:, None], 1)[:, 0]
+        shift = np.where(operation == HUE, factor, 0)
+        factor = np.where(operation == HUE, 1, factor)
+        x = blend(x, factor, operation == CONTRAST, operation == SATURATION)
+        x = _where_nonzero(x, shift, shift_hue)
+    return x
+
+
+def blend(
+    x: Tensor,
+    factor: NDArray[np.float32],
+    with_mean: NDArray[np.bool_],
+    with_gray: NDArray[np.bool_],
+) -> Tensor:
+    """``factor * x + (1 - factor) * other``, cut to 0..1 (Pillow's ImageEnhance).
+
+    ``other`` is the mean grey level where ``with_mean`` (contrast), the grey image where
+    ``with_gray`` (saturation), else black (brightness).
+    """
+    gray = grayscale(x)
+    mean = gray.mean((2, 3), keepdim=True) * _column((1 - factor) * with_mean, x.device)
+    other = torch.addcmul(mean, gray, _column((1 - factor) * with_gray, x.device))
+    return torch.addcmul(other, x, _column(factor, x.device)).clamp_(0, 1)
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """Luma [N, 1, H, W]."""
+    r, g, b = x.split(1, 1)
+    return (r * GRAY[0]).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
+
+
+def shift_hue(x: Tensor, turns: NDArray[np.float32]) -> Tensor:
+    """Turn the hue in HSV space; +-0.5 turns give the complementary colour.
+
+    HSV to RGB in closed form: channel c is V - C max(0, min(k, 4 - k, 1)), k = (n_c + 6 H) mod 6
+    with n = 5, 3, 1 for red, green, blue, value V and chroma C.
+    """
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    scale = 1 / chroma.clamp(min=1e-12)
+    sixths = torch.where(
+        value == r,
+        (g - b) * scale,
+        torch.where(value == g, 2 + (b - r) * scale, 4 + (r - g) * scale),
+    )
+    sixths = sixths + _column(6 * turns, x.device)[:, 0]
+    channels = []
+    for n in (5, 3, 1):
+        k = (sixths + n).remainder_(6)
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
+    return torch.stack(channels, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: NDArray[np.float32]) -> Tensor:
+    """Pillow's GaussianBlur(radius=sigma): three box filters of that total variance.
+
+    As matrix products, x -> F x F^T with F the banded matrix of one box filter, cubed: a kernel an
+    image, edges exactly as Pillow repeats them, and far faster than grouped convolutions.
+    """
+    taps = extended_box(sigma)
+    rows, columns = (_band(taps, size, x.device) for size in x.shape[-2:])
+    return (rows @ rows @ rows)[:, None] @ x @ (columns @ columns @ columns).mT[:, None]
+
+
+def extended_box(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Weights [N, 2R+1] of the box filters that, applied three times, have variance sigma^2.
+
+    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering"
+    (SSVM 2011): a box of radius r = l + a has weight 1 out to l and a at l + 1, l whole.
+    """
+    variance = sigma.astype(np.float64) ** 2 / 3  # of one of the three
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
+    radius = (whole + part / (6 * (variance - (whole + 1) ** 2)))[:, None]
+    reach = int(np.ceil(radius.max()))
+    return np.clip(radius + 1 - abs(np.arange(-reach, reach + 1)), 0, 1) / (2 * radius + 1)
+
+
+def solarize(x: Tensor) -> Tensor:
+    """Invert the values from one half up."""
+    return torch.where(x >= SOLARIZE_FROM, 1 - x, x)
+
+
+def _band(taps: NDArray[np.float64], size: int, device: torch.device) -> Tensor:
+    """[N, size, size]: row i holds the taps centred on column i, those beyond an edge added to it.
+
+    Differences of the taps' running sum, so that no two weights compete for one element.
+    """
+    reach = taps.shape[1] // 2
+    running = np.pad(np.cumsum(taps, 1), ((0, 0), (1, 0)))
+    offset = np.arange(size) - np.arange(size)[:, None] + reach
+    upto = np.clip(offset + 1, 0, 2 * reach + 1)
+    before = np.clip(offset, 0, 2 * reach + 1)
+    before[:, 0], upto[:, -1] = 0, 2 * reach + 1
+    sums = torch.tensor(running, dtype=torch.float32, device=device)
+    upto, before = (torch.tensor(index, device=device) for index in (upto, before))
+    return sums[:, upto] - sums[:, before]
+
+
+def _column(values: np.ndarray, device: torch.device) -> Tensor:
+    """One value an image, [N, 1, 1, 1]."""
+    dtype = torch.bool if values.dtype == bool else torch.float32
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True).view(-1, 1, 1, 1)
+
+
+def _where_nonzero(
+    x: Tensor,
+    amount: NDArray[np.float32],
+    operation: Callable[[Tensor, NDArray[np.float32]], Tensor],
+) -> Tensor:
+    """Apply ``operation`` to the images whose ``amount`` is not zero."""
+    (chosen,) = np.nonzero(amount)
+    if len(chosen) == 0:
+        return x
+    where = torch.from_numpy(chosen).to(x.device, non_blocking=True)
+    return x.index_copy(0, where, operation(x.index_select(0, where), amount[chosen]))
