@@ -329,7 +329,7 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
         rows, damage = scan_samples(lambda at, length: os.pread(descriptor, length, at), size)
     finally:
         os.close(descriptor)
-    table = np.array(rows, np.int64).reshape(-1, 3)
+    table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
     sha256 = file_sha256(path) if with_sha256 else None
     offsets, sizes, labels = (table[:, i].astype(d) for i, d in enumerate(ARRAYS.values()))
     return ShardPart(
@@ -339,15 +339,15 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
 
 def scan_samples(
     read_at: ReadAt, end: int
-) -> tuple[list[tuple[int, int, int]], list[dict[str, Any]]]:
-    """([(offset, size, label)], [{"key", "reason"}]) of the samples of one tar."""
-    rows: list[tuple[int, int, int]] = []
+) -> tuple[list[tuple[int, int, int, str]], list[dict[str, Any]]]:
+    """([(offset, size, label, key)], [{"key", "reason", "offset"}]) of the samples of one tar."""
+    rows: list[tuple[int, int, int, str]] = []
     damage: list[dict[str, Any]] = []
     current, image, label = "", None, -1
 
     def close() -> None:
         if image is not None:
-            rows.append((image.offset, image.size, label))
+            rows.append((image.offset, image.size, label, current))
 
     for member in scan(read_at, end):
         if isinstance(member, Damage):

@@ -59,6 +59,8 @@ class Listing:
     images: list[Image] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     """How many files were left out as no images, by reason."""
+    is_list: bool = False
+    """The source is a list of path,label: folders in the names mean nothing."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """``{"source", "reason"}`` of what could not be used and should be looked at."""
 

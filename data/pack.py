@@ -1,0 +1,322 @@
+"""``xcit-dino shards make SRC DST``: images from anywhere into WebDataset shards and their index.
+
+The plan comes first: all images, sorted by name, shuffled with a seed and cut into shards. Each
+shard is then a function of the plan alone, so that the shards are the same bytes whatever the
+number of processes, and a run that was interrupted goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xcit_dino.data.config import MakeConfig
+from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
+from xcit_dino.data.index import ARRAYS, INDEX, ShardIndex, ShardPart, write_atomically, write_index
+from xcit_dino.data.keyed import keyed_permutation, text_key
+from xcit_dino.data.labels import LIST_SUFFIXES, list_images, list_torchvision, torchvision_names
+from xcit_dino.data.layout import Part, arrange
+from xcit_dino.data.parallel import Advance, map_processes
+from xcit_dino.data.sources import Image, Listing, list_archive, list_folder, read_image
+from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
+from xcit_dino.errors import InputError, suggest
+from xcit_dino.progress import progress
+
+WORK = ".packing"  # finished shards' parts, until all are there
+PLAN = "packing.json"  # what the shards were made of
+QUARANTINE = "quarantine.jsonl"
+MAGIC = (  # what a file is, whatever its name says
+    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
+    (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"RIFF", "webp"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What becomes of an image on its way into a shard."""
+
+    resize: int | None
+    quality: int
+    verify: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard to be written: a function of this is all that a process computes."""
+
+    folder: Path
+    number: int
+    first: int
+    """Number of its first image in the split."""
+    images: list[Image]
+    labels: list[int]
+    classes: list[str] | None
+    encoding: Encoding
+
+    @property
+    def name(self) -> str:
+        return SHARD_NAME.format(self.number)
+
+
+def make(config: MakeConfig) -> int:
+    """Pack ``config.src`` into ``config.dst``; returns the exit code.
+
+    Raises:
+        InputError: the source holds nothing to pack, or the folder holds something else.
+    """
+    config.dst.mkdir(parents=True, exist_ok=True)
+    with _locked(config.dst):
+        work = config.dst / WORK
+        listing, src = _list(config, work)
+        parts = arrange(listing, config, src)
+        for split, part in parts.items():
+            _pack(config.dst / split, part, listing, config)
+        shutil.rmtree(work, ignore_errors=True)
+    return 0
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One packing at a time in a folder."""
+    with (folder / ".packing.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another process is packing into this folder") from None
+        yield
+        os.unlink(file.name)
+
+
+def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
+    """The images of the source, and its path if it has one."""
+    src = Path(config.src)
+    if not src.exists():
+        if config.src.lower() in torchvision_names():
+            root = config.root or config.dst.parent
+            return list_torchvision(config.src.lower(), root, config.download, work), None
+        raise InputError(
+            f"{src}: no such folder, file or data set{suggest(config.src, torchvision_names())}"
+        )
+    if src.is_dir() and (src / INDEX).exists():
+        raise InputError(f"{src} holds shards already; train on it with --data_path {src}")
+    if src.resolve() == config.dst.resolve():
+        raise InputError(f"{src}: the shards need a folder of their own; give another DST")
+    listing = (
+        list_folder(src) if src.is_dir()
+        else list_images(src) if src.suffix.lower() in LIST_SUFFIXES
+        else list_archive(src, work)
+    )  # fmt: skip
+    if listing.skipped[".cls files"]:
+        raise InputError(f"{src} holds WebDataset shards; index them: xcit-dino shards check {src}")
+    return listing, src
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
+    """The shards of a split. The size limits count source bytes, which are known beforehand."""
+    images, labels = part.images, part.labels
+    order: Iterable[int] = sorted(range(len(images)), key=lambda n: images[n].name)
+    if config.shuffle:
+        by_name = list(order)
+        order = (by_name[n] for n in keyed_permutation(len(images), text_key("pack"), config.seed))
+    groups: list[list[int]] = [[]]
+    num_bytes = 0
+    for n in order:
+        full = (
+            len(groups[-1]) >= config.shard_size or num_bytes + images[n].size > config.shard_bytes
+        )
+        if full and groups[-1]:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(n)
+        num_bytes += images[n].size
+    encoding = Encoding(config.resize, config.quality, config.verify)
+    firsts = np.cumsum([0, *map(len, groups)])
+    return [
+        Shard(folder, number, int(firsts[number]), [images[n] for n in group],
+              [labels[n] for n in group], part.classes, encoding)
+        for number, group in enumerate(groups)
+    ]  # fmt: skip
+
+
+def fingerprint(shards: list[Shard]) -> str:
+    """A digest of everything that the bytes of the shards follow from, but not of where it lies."""
+    digest = hashlib.sha256(repr((1, shards[0].encoding, shards[0].classes)).encode())
+    for shard in shards:
+        names = [(image.name, image.size) for image in shard.images]
+        digest.update(repr((shard.first, names, shard.labels)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _pack(folder: Path, part: Part, listing: Listing, config: MakeConfig) -> None:
+    """Write the shards of one split that are not there yet, then the index."""
+    shards = cut(part, folder, config)
+    if not _begin(folder, fingerprint(shards)):
+        index = ShardIndex.load(folder)
+        print(f"{folder}: {index.num_samples:,} images are packed already; nothing to do")
+        return
+    work = folder / WORK
+    work.mkdir(exist_ok=True)
+    done = [shard for shard in shards if _load_part(shard) is not None]
+    todo = [shard for shard in shards if _load_part(shard) is None]
+    total = len(part.images)
+    with progress(
+        f"Pack {folder.name}", total, "images", start=sum(len(shard.images) for shard in done)
+    ) as bar:
+        try:
+            for _ in map_processes(_write, todo, config.num_workers, bar):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{folder}: {error.strerror or error}; the same command goes on where it stopped"
+            ) from None
+    parts = [_load_part(shard) for shard in shards]
+    bad = listing.bad + [item for p in parts if p is not None for item in p.damage]
+    _finish(folder, [p for p in parts if p is not None], part.classes, bad)
+    _summary(folder, bad, listing)
+
+
+def _begin(folder: Path, digest: str) -> bool:
+    """Prepare the folder; False if it holds the finished shards of the same plan.
+
+    Raises:
+        InputError: it holds shards of another plan.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        before = json.loads((folder / PLAN).read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if before == digest:
+        return not (folder / INDEX).exists()
+    if before is not None or any(folder.glob("*.tar")) or (folder / INDEX).exists():
+        raise InputError(
+            f"{folder} holds shards of another source or of other options; "
+            "delete them or give another DST"
+        )
+    write_atomically(folder / PLAN, [json.dumps({"fingerprint": digest}).encode()])
+    return True
+
+
+def _finish(
+    folder: Path, parts: list[ShardPart], classes: list[str] | None, bad: list[dict[str, Any]]
+) -> None:
+    if not sum(len(part.offsets) for part in parts):
+        raise InputError(f"{folder}: none of the images is usable: {bad[0]['reason']}")
+    lines = [json.dumps(item, sort_keys=True).encode() + b"\n" for item in bad]
+    (folder / QUARANTINE).unlink(missing_ok=True)
+    if lines:
+        write_atomically(folder / QUARANTINE, lines)
+    write_index(folder, parts, classes)
+    shutil.rmtree(folder / WORK)
+
+
+def _summary(folder: Path, bad: list[dict[str, Any]], listing: Listing) -> None:
+    index = ShardIndex.load(folder)
+    classes = f" of {len(index.classes)} classes" if index.classes else ""
+    print(
+        f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
+        f"{index.shard_bytes.sum() / 1e6:,.1f} MB"
+    )
+    for reason, count in listing.skipped.most_common():
+        print(f"  left out: {count:,} {reason}")
+    if bad:
+        print(f"  bad: {len(bad):,} files, listed in {folder / QUARANTINE}")
+
+
+# ---------------------------------------------------------------------------- one shard
+
+
+def _write(shard: Shard, advance: Advance) -> None:
+    """Write one shard, and beside it its part of the index, which says that it is complete."""
+    bad: list[dict[str, Any]] = []
+    part = write_shard(shard.folder, shard.name, _samples(shard, bad, advance))
+    buffer = io.BytesIO()
+    meta = {"bytes": part.bytes, "sha256": part.sha256, "damage": bad}
+    arrays = {name: getattr(part, name) for name in ARRAYS}
+    np.savez(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+    write_atomically(_part_path(shard), [buffer.getvalue()])
+
+
+def _part_path(shard: Shard) -> Path:
+    return shard.folder / WORK / f"{shard.name}.npz"
+
+
+def _load_part(shard: Shard) -> ShardPart | None:
+    """What :func:`_write` left, or None if the shard is not complete."""
+    try:
+        size = (shard.folder / shard.name).stat().st_size
+        with np.load(_part_path(shard), allow_pickle=False) as file:
+            meta, arrays = json.loads(file["meta"].tobytes()), {name: file[name] for name in ARRAYS}
+    except (OSError, ValueError, KeyError):
+        return None
+    if size != meta["bytes"]:
+        return None
+    return ShardPart(shard.name, size, meta["sha256"], **arrays, damage=meta["damage"])
+
+
+# ---------------------------------------------------------------------------- one image
+
+
+def _samples(shard: Shard, bad: list[dict[str, Any]], advance: Advance) -> Iterator[Sample]:
+    scratch = Scratch()
+    for number, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True)):
+        try:
+            data, extension, height, width = _encode(read_image(image), shard.encoding, scratch)
+        except BadImage as error:
+            bad.append({"source": _clean(image.name), "reason": str(error)})
+        else:
+            meta = {"source": _clean(image.name), "height": height, "width": width}
+            if shard.classes and label >= 0:
+                meta["class"] = shard.classes[label]
+            yield Sample(f"{shard.first + number:09d}", extension, data, label, meta)
+        advance(1)
+
+
+def _clean(name: str) -> str:
+    """Names may be no valid text; JSON needs them to be."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _encode(raw: bytes, how: Encoding, scratch: Scratch) -> tuple[bytes, str, int, int]:
+    """(image as stored, extension, height, width).
+
+    Raises:
+        BadImage: it cannot be decoded.
+    """
+    header = read_header(raw)
+    short = min(header.height, header.width)
+    if how.resize is not None and short > how.resize:
+        return _shrink(raw, how.resize, how.quality, scratch)
+    if how.verify:
+        decode(raw, header, scratch, reduce=8)  # in full, but with little arithmetic
+    extension = next((name for magic, name in MAGIC if raw.startswith(magic)), "ppm")
+    return raw, extension, header.height, header.width
+
+
+def _shrink(raw: bytes, side: int, quality: int, scratch: Scratch) -> tuple[bytes, str, int, int]:
+    """Shorter side to ``side`` with Pillow's antialiased bicubic, as JPEG."""
+    import PIL.Image
+    import simplejpeg
+
+    pixels = decode(raw, read_header(raw), scratch)
+    height, width = pixels.shape[:2]
+    scale = side / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    small = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC)
+    chroma = "444" if quality >= 90 else "420"
+    data = simplejpeg.encode_jpeg(np.asarray(small), quality=quality, colorsubsampling=chroma)
+    return data, "jpg", size[1], size[0]

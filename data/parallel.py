@@ -1,0 +1,84 @@
+"""Run one function over many tasks in processes, with one progress bar and a clean Ctrl-C."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from xcit_dino.progress import Bar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+Advance = Callable[[int], None]
+"""Tells the bar how much has been done since the last call."""
+
+
+def num_cores() -> int:
+    """Cores that this process may use (a SLURM job's share, not the whole machine)."""
+    return len(os.sched_getaffinity(0))
+
+
+def map_processes(
+    function: Callable[[Task, Advance], Result],
+    tasks: Sequence[Task],
+    num_workers: int | None,
+    bar: Bar,
+) -> Iterator[Result]:
+    """``function(task, advance)`` for every task; results come in the order of the tasks.
+
+    Args:
+        function: at module level, so that a process can import it.
+        num_workers: processes; None is one a core, and one stays in this process.
+    """
+    num_workers = min(num_workers or num_cores(), len(tasks))
+    if num_workers <= 1:
+        for task in tasks:
+            yield function(task, bar.advance)
+        return
+    context = multiprocessing.get_context("spawn")  # safe whatever threads this process runs
+    count, stop = context.Value("q", 0), context.Event()
+    with ProcessPoolExecutor(num_workers, context, _start_worker, (count, stop)) as pool:
+        try:
+            shown = 0
+            for future in [pool.submit(_call, function, task) for task in tasks]:
+                while not _is_done(future) or shown < count.value:
+                    shown, before = count.value, shown
+                    bar.advance(shown - before)
+                yield future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a process was killed (out of memory?); fewer --num_workers need less of it"
+            ) from None
+        except BaseException:  # also Ctrl-C: let the processes drop what they are at
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _is_done(future: Future[Any]) -> bool:
+    return not wait([future], timeout=0.2).not_done
+
+
+_shared: list[Any] = []  # in a worker: the counter and the event of its parent
+
+
+def _start_worker(count: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _shared[:] = [count, stop]
+
+
+def _call(function: Callable[[Any, Advance], Any], task: Any) -> Any:
+    return function(task, _advance)
+
+
+def _advance(amount: int) -> None:
+    count, stop = _shared
+    if stop.is_set():
+        raise InterruptedError
+    with count.get_lock():
+        count.value += amount
