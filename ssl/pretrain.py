@@ -22,7 +22,7 @@ from xcit_dino.data.augment import Augment
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
-from xcit_dino.errors import Stopped
+from xcit_dino.errors import InputError, Stopped
 from xcit_dino.ssl import dino, sentinel
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
@@ -73,7 +73,8 @@ def train_step(
     signs = []
 
     for micro, batch in enumerate(batches):
-        views = trainer.augment(batch)  # global, then local, each (V*B, 3, S, S)
+        # global, then local, each (V*B, 3, S, S)
+        views = [group for group in trainer.augment(batch) if len(group)]
         with trainer.exchanging(last_micro=micro == len(batches) - 1):
             with autocast(device, trainer.dtype):
                 with torch.no_grad():  # only the global views pass through the teacher
@@ -122,13 +123,21 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     """
     run = config.run
     world = dist.init(run.device)
-    stop.clear()
     dtype = resolve_precision(run.precision, world.device)
 
     # -- data: which samples, in which order
+    if config.loader.data_path is None:
+        raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
     index = ShardIndex.load(resolve_split(config.loader.data_path, "train"))
     global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
-    plan = Plan.of(index, config.loader, seed=run.seed, batch_size=global_batch)
+    plan = Plan(
+        index.counts,
+        seed=run.seed,
+        checksum=index.checksum,
+        batch_size=global_batch,
+        window=config.loader.shuffle_window,
+        last_batch=config.loader.last_batch,
+    )
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)
     if world.is_main:
         open_run(config, run)
@@ -157,7 +166,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     parallel: nn.Module = student
     if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
         parallel = DistributedDataParallel(student, broadcast_buffers=False)
-    augment = Augment(config.augment, config.run.seed, world.device, dtype)
+    augment = Augment(config.augment, seed=run.seed, dtype=dtype)
     trainer = Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)
     loader = CropLoader(
         index,
@@ -197,6 +206,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
                 break
     dist.barrier()
     if (reason := stop.requested()) and state.step < schedule.total_steps:
+        stop.clear()  # heeded; a request made before the loop began was kept until here
         raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
 
 

@@ -52,7 +52,7 @@ COMMANDS = {
         "models.config:ExportConfig", "models.weights:export", "safetensors or ONNX, verified"
     ),
     "launch": Command(
-        "slurm.config:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"
+        "slurm.stages:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"
     ),
 }
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 PLAIN_SECONDS = 60.0  # between plain lines, where the output is a log file
+STATE_SECONDS = 1.0  # between states of the bar, for a launcher that shows it elsewhere
+STATE_FILE = "XCIT_DINO_PROGRESS"  # environment variable: where those states go
 
 
 class Bar(Protocol):
@@ -95,14 +100,15 @@ class RichBar:
 
 
 class PlainBar:
-    """A line at the first unit, then one a minute, and one at the end."""
+    """A line at the first unit, then one a minute, and one at the end; its state in ``STATE_FILE`` if asked."""
 
     def __init__(self, label: str, total: float, unit: str, start: float):
         self.label, self.total, self.unit = label, total, unit
         self.start = self.done = start
         self.began = time.monotonic()
-        self.next_line = self.began
+        self.next_line = self.next_state = self.began
         self.shown = ""
+        self.state_file = os.environ.get(STATE_FILE)
 
     def advance(self, amount: float = 1, **shown: Any) -> None:
         self.done += amount
@@ -110,9 +116,25 @@ class PlainBar:
         if time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PLAIN_SECONDS
             self.line()
+        if self.state_file and time.monotonic() >= self.next_state:
+            self.next_state = time.monotonic() + STATE_SECONDS
+            self.publish()
 
     def finish(self) -> None:
         self.line()
+        if self.state_file:
+            self.publish()
+
+    def publish(self) -> None:
+        """Write the state for a launcher that shows this bar; read whole or not at all."""
+        state = {
+            name: getattr(self, name)
+            for name in ("label", "unit", "start", "done", "total", "shown")
+        }
+        state |= {"seconds": time.monotonic() - self.began, "time": time.time()}
+        with contextlib.suppress(OSError):  # a full disk must not end the run for this
+            Path(f"{self.state_file}.tmp").write_text(json.dumps(state))
+            os.replace(f"{self.state_file}.tmp", str(self.state_file))
 
     def line(self) -> None:
         seconds = time.monotonic() - self.began

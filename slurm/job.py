@@ -1,0 +1,199 @@
+"""The job: one stage, one process of it. The same code under SLURM, local processes and the debug executor.
+
+``StageJob`` is what submitit pickles and each rank calls. Around the ranks, a job's script on the first node runs
+``python -m xcit_dino.slurm.job begin|finish``: there, and nowhere else, it is decided whether the job starts and
+whether it is put back into the queue. So the decision is taken once, and also when rank 0 was the one that died.
+
+Signals: SLURM sends SIGUSR2 (ours, before the time limit) or SIGTERM (preemption) to every rank; each only
+notes it, and the training loop stops all ranks after the same step. NCCL is known to catch SIGUSR1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import submitit
+
+from xcit_dino.errors import InputError, Stopped
+from xcit_dino.slurm import env, record, scheduler
+from xcit_dino.slurm.config import RESUMES
+from xcit_dino.slurm.stages import load
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal ended a stage that has nothing to save; no ``except Exception`` holds it up."""
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage of a run; calling it does the work of this rank."""
+
+    stage: str
+    entry: str
+    """``module:function`` that takes the config."""
+    config: Any
+    run: Path
+
+    def __call__(self) -> None:
+        here = Rank(self, submitit.JobEnvironment())
+        here.listen()
+        try:
+            store = here.join()  # kept until the end: it is the group's meeting point
+            self.work(here)
+            del store
+        except InputError as error:
+            here.say(error=str(error), code=2)
+            print(f"xcit-dino: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        except (Stopped, Interrupted) as reason:
+            here.say(stopped=str(reason))
+            print(f"stopped: {reason}", file=sys.stderr, flush=True)
+        except Exception as error:
+            here.say(error=f"{type(error).__name__}: {first_line(error)}", code=1)
+            raise
+
+    def work(self, here: Rank) -> None:
+        """Run the stage; what saves itself is told of signals by :mod:`xcit_dino.train.stop`."""
+        if self.stage in RESUMES:
+            from xcit_dino.train import stop
+
+            here.request = stop.request
+            for name in here.heard:  # while torch was imported
+                stop.request(name)
+        run = load(self.entry)
+        try:
+            run(self.config)
+        finally:
+            from xcit_dino.train import dist
+
+            dist.shutdown()
+
+
+class Rank:
+    """This process of the job: its place, what it hears, what it leaves in the run folder."""
+
+    def __init__(self, job: StageJob, place: submitit.JobEnvironment):
+        self.job, self.place = job, place
+        self.restart = restart_count()
+        self.heard: list[str] = []
+        self.request: Any = None  # train.stop.request, once torch is imported
+
+    def say(self, **word: Any) -> None:
+        """Leave a word for whoever judges this attempt."""
+        record.leave_word(
+            self.job.run, self.place.job_id, self.restart, self.place.global_rank, **word
+        )
+
+    def join(self) -> Any:
+        """Meet the other ranks."""
+        here = self.place
+        key = f"{self.job.run} {here.job_id} {self.restart} {os.environ.get('SLURM_STEP_ID', '')}"
+        hosts = [here.hostnames[0], os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")]
+        set_threads(here.num_tasks // here.num_nodes)
+        return env.join(key, here.global_rank, here.num_tasks, own_gpu(here.local_rank), hosts)
+
+    def listen(self) -> None:
+        """Take the signals over from submitit, before anything slow is imported."""
+        for number in SIGNALS:
+            signal.signal(number, self.hear)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with SIGTERM and means nothing
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal. A second Ctrl-C leaves at once; other repeats do nothing."""
+        name = signal.Signals(number).name
+        if name in self.heard:
+            if number == signal.SIGINT:
+                os._exit(130)
+            return
+        self.heard.append(name)
+        if len(self.heard) == 1:
+            self.say(heard=name)
+        if self.job.stage not in RESUMES:
+            raise Interrupted(name)
+        if self.request:
+            self.request(name)
+
+
+def restart_count() -> int:
+    """How often SLURM has restarted this job; a local attempt is a job of its own."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def set_threads(tasks: int) -> None:
+    """Share the node's cores among its processes; torch would give all of them to each."""
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0)) // tasks
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
+
+def own_gpu(local_rank: int) -> int:
+    """Number of this process's GPU among those it sees; some clusters show each process only its own."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return 0 if seen and "," not in seen else local_rank
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:300]
+
+
+# -- around the ranks, in the job's script -----------------------------------------------------------------------
+
+
+def begin(run: Path, stage: str) -> None:
+    """Start an attempt: count it, and see that every node finds what it needs.
+
+    Raises:
+        InputError: the run was cancelled or failed too often; a node lacks a folder.
+    """
+    job_id, nodes = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_JOB_NUM_NODES"])
+    record.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
+    config = record.read_launch(run)["stages"][stage]["config"]
+    needed = [sys.executable, str(record.folder(run) / f"{stage}.json")]
+    needed += [str(config[name]) for name in ("data_path",) if config.get(name)]
+    if lacking := scheduler.lacking(needed, nodes):
+        record.leave_word(run, job_id, restart_count(), 0, error=lacking, code=2)
+        record.finish(run, stage, 2)
+        raise InputError(lacking)
+
+
+def finish(run: Path, stage: str, code: int) -> int:
+    """End an attempt: note how, and put the job back into the queue where it has to run again.
+
+    Returns:
+        The job's exit code: 0 only when the stage is done, so that ``afterok`` means that.
+    """
+    ended = record.finish(run, stage, code)
+    job_id = os.environ["SLURM_JOB_ID"]
+    if ended.state == "requeued":
+        if scheduler.job_state(job_id) == "CANCELLED":
+            ended.state, ended.reason = "cancelled", "by scancel"
+            record.save(run, ended)
+        else:
+            scheduler.requeue(job_id)
+    print(f"{stage}: {ended.state} {ended.reason}".rstrip(), file=sys.stderr, flush=True)
+    return {"done": 0, "failed": code or 1}.get(ended.state, record.RESUMABLE)
+
+
+def main(argv: list[str]) -> int:
+    """``begin RUN STAGE`` or ``finish RUN STAGE CODE``."""
+    action, run, stage = argv[0], Path(argv[1]), argv[2]
+    try:
+        if action == "finish":
+            return finish(run, stage, int(argv[3]))
+        begin(run, stage)
+    except InputError as error:
+        print(f"xcit-dino: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""``python slurm/launch.py --arch xcit_small_12_p8 ...``: stages of a run on SLURM, or on this machine.
+
+The same as ``xcit-dino launch``. The trainer knows nothing of it: this file resolves the command line, shows what
+follows from it, finds what is wrong before anything is queued, and hands each stage to submitit.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from xcit_dino.data.index import ShardIndex, resolve_split
+from xcit_dino.errors import InputError
+from xcit_dino.slurm import record, scheduler
+from xcit_dino.slurm.config import Launch, Stage
+from xcit_dino.train.config import dump_yaml, options
+from xcit_dino.train.run import FREE, open_run
+
+OFFICIAL_GPUS = 8  # dino run_with_submitit.py: GPUs of a node where nobody can be asked
+Cluster = Literal["slurm", "local", "debug"]
+
+
+def run(launch: Launch) -> int:
+    """Launch the stages; returns the exit code (0 also when jobs are merely queued)."""
+    cluster = choose_cluster(launch)
+    launch = with_gpus(launch, cluster)
+    if cluster != "slurm" and any(stage.resources.nodes > 1 for stage in launch.stages):
+        raise InputError("--nodes: one machine is one node; give --cluster slurm, or --nodes 1")
+    if launch.launch.dry_run:
+        from xcit_dino.slurm.preview import preview
+
+        preview(launch, cluster)
+        return 0
+    check_input(launch)
+    refuse_busy(launch, cluster)
+    todo = unfinished(launch)
+    if not todo:
+        print(f"{launch.run}: all stages are done; nothing to run")
+        return 0
+    return start(launch, todo, cluster)
+
+
+def choose_cluster(launch: Launch) -> Cluster:
+    """``auto`` resolved: SLURM where it answers, else this machine."""
+    wanted = launch.launch.cluster
+    if wanted in ("local", "debug") or (wanted == "slurm" and launch.launch.dry_run):
+        return wanted
+    silent = scheduler.answers()
+    if silent is None:
+        return "slurm"
+    if wanted == "slurm":
+        raise InputError(f"--cluster slurm: SLURM does not answer ({silent}); use --cluster local")
+    return "local"
+
+
+def with_gpus(launch: Launch, cluster: Cluster) -> Launch:
+    """``--ngpus`` left out becomes the number of GPUs of a node."""
+
+    def fixed(stage: Stage) -> Stage:
+        asked = stage.resources
+        there = available_gpus(cluster, asked.partition, launch.launch.dry_run)
+        if asked.ngpus is None:
+            return replace(
+                stage, resources=replace(asked, ngpus=OFFICIAL_GPUS if there is None else there)
+            )
+        if there is not None and asked.ngpus > there:
+            if (
+                stage is not launch.stages[0]
+            ):  # a later stage asks for a GPU only where there are some
+                return replace(stage, resources=replace(asked, ngpus=there))
+            raise InputError(
+                f"--ngpus {asked.ngpus}: a node has {there}; ask for fewer, or for more --nodes"
+            )
+        return stage
+
+    return replace(launch, stages=tuple(fixed(stage) for stage in launch.stages))
+
+
+def available_gpus(cluster: Cluster, partition: str | None, dry_run: bool) -> int | None:
+    """GPUs of a node; None where a dry run cannot know."""
+    if cluster != "slurm":
+        from xcit_dino.slurm.local import visible_gpus
+
+        return len(visible_gpus())
+    if dry_run and scheduler.answers() is not None:
+        return None
+    return scheduler.gpus_per_node(partition)
+
+
+# -- what can be found wrong before anything is queued -----------------------------------------------------------
+
+
+def check_input(launch: Launch) -> None:
+    """Look at data and run folder as the stages will.
+
+    Raises:
+        InputError: data are missing or too few, or the folder holds another run.
+    """
+    for stage in launch.stages:
+        values = dict(options(stage.config))
+        if stage.name != "pretrain":
+            continue
+        if values["data_path"] is None:
+            raise InputError("--data_path: name the folder with the shards (xcit-dino shards make)")
+        index = ShardIndex.load(resolve_split(values["data_path"], "train"))
+        if {"knn", "linear"} & {later.name for later in launch.stages}:
+            resolve_split(values["data_path"], "val")
+        batch = global_batch(stage)
+        if index.num_samples < batch:
+            raise InputError(
+                f"--batch_size_per_gpu {values['batch_size_per_gpu']}: the global batch of {batch} is more than "
+                f"the {index.num_samples} images of {values['data_path']}; take a smaller one"
+            )
+        open_run(stage.config, stage.config.run)
+    if not (launch.run / "config.yaml").is_file():
+        raise InputError(f"--output_dir {launch.run}: no run is there; put pretrain into --stages")
+
+
+def global_batch(stage: Stage) -> int:
+    """Images of one optimiser step of a training stage."""
+    values = dict(options(stage.config))
+    return values["batch_size_per_gpu"] * values.get("accum_iter", 1) * stage.num_tasks
+
+
+def refuse_busy(launch: Launch, cluster: Cluster) -> None:
+    """Refuse a run folder that a job uses, and on SLURM a name that one of the user's jobs has.
+
+    Raises:
+        InputError: naming the job.
+    """
+    from xcit_dino.slurm.status import owner
+
+    if who := owner(launch.run):
+        raise InputError(
+            f"--output_dir {launch.run}: {who} is at work there; see `xcit-dino launch status`, end it with "
+            "`xcit-dino launch cancel`, or choose another folder"
+        )
+    for stage in launch.stages if cluster == "slurm" else ():
+        name = f"{launch.job_name}-{stage.name}"
+        if jobs := scheduler.named(name):
+            raise InputError(
+                f"--job_name {launch.job_name}: job {jobs[0]} is already called {name}; give another --job_name"
+            )
+
+
+def unfinished(launch: Launch) -> list[Stage]:
+    """The stages from the first one that is not done with these very options."""
+    for number, stage in enumerate(launch.stages):
+        known = record.load(launch.run, stage.name)
+        if known.state != "done" or differs(known.config, dump(stage.config)):
+            return list(launch.stages[number:])
+        print(f"{stage.name}: done already")
+    return []
+
+
+def differs(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two configs differ in more than what may change between two tries of a run."""
+    free = FREE - {"max_steps"}
+    return any(before.get(name) != value for name, value in now.items() if name not in free)
+
+
+def dump(config: Any) -> dict[str, Any]:
+    """Options as plain values."""
+    import yaml
+
+    return yaml.safe_load(dump_yaml(config))
+
+
+# -- starting ----------------------------------------------------------------------------------------------------
+
+
+def start(launch: Launch, todo: list[Stage], cluster: Cluster) -> int:
+    """Copy the code, note what is launched, and start it."""
+    from xcit_dino.slurm import local, snapshot, submit
+
+    code = snapshot.copy_code(record.folder(launch.run) / "code")
+    note: dict[str, Any] = {
+        "cluster": cluster,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "pid_start": record.start_time(os.getpid()),
+        "code": str(code),
+        "max_requeues": launch.launch.max_requeues,
+        "argv": sys.argv,
+        "stages": {stage.name: {"job_id": "", "config": dump(stage.config)} for stage in todo},
+    }
+    record.allow(launch.run)
+    record.write_launch(launch.run, note)
+    for stage in todo:
+        record.save(launch.run, record.Record(stage.name))
+    if cluster == "slurm":
+        for name, job_id in submit.submit(launch, todo, code).items():
+            note["stages"][name]["job_id"] = job_id
+        record.write_launch(launch.run, note)
+        return told(launch, note)
+    return local.run_stages(launch, todo, code, inside=cluster == "debug")
+
+
+def told(launch: Launch, note: dict[str, Any]) -> int:
+    """Say what was submitted, and how to follow it."""
+    for name, stage in note["stages"].items():
+        print(f"{name}: job {stage['job_id']}")
+    print(f"follow with: xcit-dino launch status {launch.run}   (logs, cancel likewise)")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``xcit-dino launch`` with these arguments."""
+    from xcit_dino import cli
+
+    return cli.main(["launch", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    # this folder is first on the path when the file is run as a script; only the package is meant to be found
+    sys.path[:] = [
+        entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent
+    ]
+    sys.exit(main())

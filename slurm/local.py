@@ -1,0 +1,217 @@
+"""Stages as processes of this machine: submitit's local executor, with SLURM's habits.
+
+Like srun's ``--kill-on-bad-exit``, a rank that dies ends the others; like sbatch's ``--signal``, ranks are told
+before the time limit. While a run goes on, its log and a live bar are shown here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from submitit.core.utils import JobPaths, environment_variables
+from submitit.local import local
+from submitit.local.debug import DebugExecutor
+
+from xcit_dino.progress import STATE_FILE
+from xcit_dino.slurm import record, watch
+from xcit_dino.slurm.config import Launch, Stage
+from xcit_dino.slurm.job import StageJob
+
+GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
+FOREVER = 10**7  # minutes
+
+
+class Controller(local.Controller):
+    """Starts the ranks of one attempt and waits for them; runs in a process of its own."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.folder = JobPaths(folder, self.pid).folder
+        for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+            signal.signal(number, self._forward_signal)  # type: ignore[arg-type]
+
+    def run(self, max_retry: int = 0) -> None:
+        """Run one attempt; the exit code is 0 when all ranks left in good order."""
+        try:
+            self.start_tasks()
+            codes = self.wait()
+            self.name_killed(codes)
+        finally:
+            self.kill_tasks()
+        sys.exit(next((abs(code) for code in codes if code), 0))
+
+    def wait(self, freq: int = 10) -> list[int]:
+        """Wait for all ranks; one that fails takes the others along after a while."""
+        parent, began = os.getppid(), time.monotonic()
+        warn = self.timeout_s - self.signal_delay_s
+        ends = float(self.timeout_s)
+        while True:
+            codes = [task.poll() for task in self.tasks]
+            passed = time.monotonic() - began
+            if None not in codes or passed > ends:
+                return [-signal.SIGKILL if code is None else code for code in codes]
+            if any(codes):
+                ends = min(ends, passed + GRACE)
+            if passed > warn:
+                warn = float("inf")
+                self._forward_signal(signal.SIGUSR2)
+            if os.getppid() != parent:  # the launcher died: save and leave
+                parent = os.getppid()
+                self._forward_signal(signal.SIGHUP)
+            time.sleep(1 / freq)
+
+    def name_killed(self, codes: list[int]) -> None:
+        """Say which ranks were killed, as srun does."""
+        for rank, code in enumerate(codes):
+            if code < 0:
+                name = signal.Signals(-code).name
+                line = f"local: error: {socket.gethostname()}: task {rank}: killed by {name}\n"
+                self.stderrs[0].write(line)
+
+
+class Executor(local.LocalExecutor):
+    """submitit's, with the controller above."""
+
+    def _submit_command(self, command: str) -> local.LocalJob[Any]:
+        asked = self.parameters
+        environment = os.environ | {
+            "SUBMITIT_LOCAL_NTASKS": str(asked["tasks_per_node"]),
+            "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * asked["timeout_min"]),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(asked["signal_delay_s"]),
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_STDERR_TO_STDOUT": "",
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_WITH_SHELL": "",
+            "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: asked["gpus_per_node"]]),
+        }
+        words = [sys.executable, "-m", "xcit_dino.slurm.local", str(self.folder)]
+        if asked["setup"]:
+            words = [
+                "bash",
+                "-c",
+                "\n".join(["set -e", *asked["setup"], 'exec "$@"']),
+                "bash",
+                *words,
+            ]
+        # a session of its own: Ctrl-C reaches the launcher alone, which passes it on once
+        process = subprocess.Popen(words, env=environment, start_new_session=True)
+        tasks = list(range(asked["tasks_per_node"]))
+        return local.LocalJob(self.folder, str(process.pid), tasks, process)
+
+
+def visible_gpus() -> list[str]:
+    """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES takes them; asked without torch."""
+    if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in seen.split(",") if name]
+    nodes = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number, _ in enumerate(nodes.iterdir())] if nodes.is_dir() else []
+
+
+def executor(launch: Launch, stage: Stage) -> Executor:
+    """The executor that starts one attempt of a stage."""
+    made = Executor(folder=record.job_folder(launch.run, "%j"), max_num_timeout=0)
+    made.update_parameters(
+        nodes=stage.resources.nodes,
+        tasks_per_node=stage.tasks_per_node,
+        gpus_per_node=stage.resources.ngpus or 0,
+        timeout_min=stage.resources.timeout or FOREVER,
+        signal_delay_s=launch.launch.signal_delay,
+        setup=launch.launch.setup,
+    )
+    return made
+
+
+def run_stages(launch: Launch, stages: list[Stage], code: Path, inside: bool) -> int:
+    """Run stages one after the other, in this process where ``inside``; returns the exit code."""
+    for stage in stages:
+        print(f"{stage.name}: {stage.num_tasks} process(es), run folder {launch.run}", flush=True)
+        ended = (run_inside if inside else run_stage)(launch, stage, code)
+        if ended.state != "done":
+            return told(launch, ended)
+    return 0
+
+
+def told(launch: Launch, ended: record.Record) -> int:
+    """Say why the chain ends here; returns the exit code."""
+    if ended.state == "failed":
+        log = watch.log_path(launch.run, ended.job_id, 0, "err")
+        print(f"xcit-dino: {ended.stage}: {ended.reason}  (log: {log})", file=sys.stderr)
+        return 2 if ended.bad_input else 1
+    print(f"xcit-dino: {ended.stage} {ended.state}: {ended.reason}", file=sys.stderr)
+    return 130 if ended.reason.startswith(signal.SIGINT.name) else record.RESUMABLE
+
+
+def run_inside(launch: Launch, stage: Stage, code: Path) -> record.Record:
+    """Run one stage in this process (for a debugger): no log file, no restart, no copy of the code."""
+    attempt = record.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
+    job = StageJob(stage.name, stage.entry, stage.config, launch.run)
+    executor = DebugExecutor(record.job_folder(launch.run, "debug"))
+    started = executor.submit(job)
+    attempt.job_id = started.job_id
+    record.save(launch.run, attempt)
+    try:
+        started.results()
+        code_of_exit = 0
+    except SystemExit as stop:
+        code_of_exit = int(stop.code or 0)
+    return record.finish(launch.run, stage.name, code_of_exit)
+
+
+def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
+    """Run one stage to its end, again after a failure or a time limit, as SLURM would."""
+    progress = record.folder(launch.run) / f"{stage.name}.progress.json"
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",
+        "SUBMITIT_LOG_LEVEL": "WARNING",
+        STATE_FILE: str(progress),
+    }
+    while True:
+        progress.unlink(missing_ok=True)
+        attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())
+        with environment_variables(**environment):
+            job = StageJob(stage.name, stage.entry, stage.config, launch.run)
+            started = executor(launch, stage).submit(job)
+        attempt.job_id = started.job_id
+        record.save(launch.run, attempt)
+        process = started._process
+        with passing_on_signals(process):
+            watch.show(launch.run, stage.name, started.job_id, lambda: process.poll() is None)
+        ended = record.finish(launch.run, stage.name, process.wait())
+        if ended.state != "requeued":
+            return ended
+        print(f"{stage.name}: starting again after {ended.reason}", file=sys.stderr)
+
+
+@contextmanager
+def passing_on_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ctrl-C and the like go to the ranks, which save themselves; the launcher waits for them."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            print("\nsaving and leaving; Ctrl-C again leaves at once", file=sys.stderr)
+        process.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+if __name__ == "__main__":
+    Controller(Path(sys.argv[1])).run()

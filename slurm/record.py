@@ -1,0 +1,230 @@
+"""What the run folder remembers of a stage's attempts, and what follows from how one ended.
+
+``RUN/launch/STAGE.json`` is the record. It has one writer at a time: whoever brackets an attempt (the batch
+script on the first node, or the launcher for local processes) calls :func:`begin` before and :func:`finish`
+after it. The ranks in between leave words of their own, a file each in ``RUN/launch/jobs/ID``: that a signal
+was heard, or why they failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from xcit_dino.errors import InputError
+from xcit_dino.train.provenance import now, write_atomic
+
+RESUMABLE = 75  # exit code of a job that saved itself and is not done (EX_TEMPFAIL of sysexits.h)
+State = Literal[
+    "waiting", "running", "requeued", "stopped", "done", "failed", "cancelled"
+]  # stopped: saved, and started again by nobody but the user
+SCHEDULER = ("SIGUSR2", "SIGTERM")  # a scheduler tells a job to stop with these; it shall run again
+
+
+@dataclass
+class Record:
+    """One stage of one run."""
+
+    stage: str
+    state: State = "waiting"
+    job_id: str = ""
+    restart: int = 0  # of this job id
+    attempts: int = 0
+    failures: int = 0
+    hosts: str = ""
+    began: str = ""
+    ended: str = ""
+    reason: str = ""  # of the state, in words
+    bad_input: bool = False  # the failure is the user's to mend
+    config: dict[str, Any] = field(default_factory=dict)  # of the stage when it was done
+
+    @property
+    def finished(self) -> bool:
+        return self.state in ("stopped", "done", "failed", "cancelled")
+
+
+def folder(run: Path) -> Path:
+    """Where a run's launcher files are."""
+    return run / "launch"
+
+
+def job_folder(run: Path, job_id: str) -> Path:
+    """Logs and pickles of one job (submitit writes them there)."""
+    return folder(run) / "jobs" / job_id
+
+
+def load(run: Path, stage: str) -> Record:
+    """The record of a stage; a blank one where it has none."""
+    path = folder(run) / f"{stage}.json"
+    if not path.is_file():
+        return Record(stage)
+    known = {f.name for f in fields(Record)}
+    return Record(**{k: v for k, v in json.loads(path.read_text()).items() if k in known})
+
+
+def save(run: Path, record: Record) -> None:
+    """Write a record, whole or not at all."""
+    write_atomic(folder(run) / f"{record.stage}.json", json.dumps(asdict(record), indent=1) + "\n")
+
+
+# -- words of the ranks ------------------------------------------------------------------------------------------
+
+
+def leave_word(run: Path, job_id: str, restart: int, rank: int, **word: Any) -> None:
+    """Add to what a rank says of its attempt.
+
+    ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``error`` and ``code``: it failed.
+    """
+    path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    word = {"rank": rank, "host": socket.gethostname(), "time": time.time(), **before, **word}
+    write_atomic(path, json.dumps(word))
+
+
+def words(run: Path, job_id: str, restart: int) -> list[dict[str, Any]]:
+    """What the ranks of an attempt left, in order of time."""
+    paths = job_folder(run, job_id).glob(f"words-{restart}-*.json")
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda w: w["time"])
+
+
+def heard(run: Path, record: Record) -> str:
+    """The signal that the attempt was told to stop with, or ''."""
+    return next((w["heard"] for w in words(run, record.job_id, record.restart) if "heard" in w), "")
+
+
+def failure(run: Path, record: Record) -> str:
+    """The first failure of an attempt, naming rank and host: the cause of the others."""
+    killed = killed_task(run, record)
+    errors = [w for w in words(run, record.job_id, record.restart) if "error" in w]
+    if killed or not errors:
+        return killed
+    first = errors[0]
+    return f"rank {first['rank']} on {first['host']}: {first['error']}"
+
+
+def killed_task(run: Path, record: Record) -> str:
+    """What srun says of a task that died without Python noticing (``kill -9``, the out-of-memory killer)."""
+    log = job_folder(run, record.job_id) / f"{record.job_id}_0_log.err"
+    if not log.is_file():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 65536))
+        tail = file.read().decode(errors="replace")
+    lines = re.findall(r"^(?:srun|local): error: (\S+: tasks? [\d,-]+: .+)$", tail, re.MULTILINE)
+    lines = [line for line in lines if "Terminated" not in line and "Exited" not in line]
+    return lines[0] if lines else ""
+
+
+# -- attempts ----------------------------------------------------------------------------------------------------
+
+
+def begin(run: Path, stage: str, job_id: str, restart: int, hosts: str) -> Record:
+    """Count an attempt that is about to start.
+
+    An attempt before it that ended without a word, and without having been told to stop, was a failure:
+    its node died.
+
+    Raises:
+        InputError: the run was cancelled, or has failed too often.
+    """
+    record, max_requeues = load(run, stage), read_launch(run)["max_requeues"]
+    if record.state == "running" and not heard(run, record):
+        record.failures += 1
+        record.reason = f"the job ended without a word on {record.hosts}"
+    record.job_id, record.restart, record.hosts = job_id, restart, hosts
+    if cancelled(run):
+        record.state, record.reason, record.ended = "cancelled", "by `launch cancel`", now()
+    elif record.failures > max_requeues:
+        record.state, record.ended = "failed", now()
+        record.reason = (
+            f"failed {record.failures} times (--max_requeues {max_requeues}); {record.reason}"
+        )
+    else:
+        record.state, record.began, record.ended = "running", now(), ""
+        record.attempts += 1
+    save(run, record)
+    if record.state != "running":
+        raise InputError(f"{stage} is not started: {record.state} ({record.reason})")
+    return record
+
+
+def finish(run: Path, stage: str, code: int) -> Record:
+    """Note how an attempt ended; the state is then ``requeued`` where it has to be started again.
+
+    Args:
+        code: exit code of the ranks together: 0 where all left in good order.
+    """
+    record, launch = load(run, stage), read_launch(run)
+    said = words(run, record.job_id, record.restart)
+    stopped = next((w["stopped"] for w in said if "stopped" in w), "")
+    record.ended, record.reason = now(), ""
+    if code == 0 and not stopped:
+        record.state, record.config = "done", launch["stages"][stage]["config"]
+    elif cancelled(run):
+        record.state, record.reason = "cancelled", "by `launch cancel`"
+    elif code == 0:
+        by_scheduler = heard(run, record) in SCHEDULER
+        record.state, record.reason = "requeued" if by_scheduler else "stopped", stopped
+    else:
+        record.failures += 1
+        record.reason = failure(run, record) or f"exit code {code}"
+        record.bad_input = any(w.get("code") == 2 for w in said)
+        again = not record.bad_input and record.failures <= launch["max_requeues"]
+        record.state = "requeued" if again else "failed"
+    save(run, record)
+    return record
+
+
+# -- the launch --------------------------------------------------------------------------------------------------
+
+
+def write_launch(run: Path, launch: dict[str, Any]) -> None:
+    """Keep what was launched: cluster, host, code, stages with job ids and configs."""
+    write_atomic(folder(run) / "launch.json", json.dumps(launch, indent=1) + "\n")
+
+
+def read_launch(run: Path) -> dict[str, Any]:
+    """What was launched last in a run folder.
+
+    Raises:
+        InputError: nothing was.
+    """
+    path = folder(run) / "launch.json"
+    if not path.is_file():
+        raise InputError(f"{run}: not a run folder of the launcher (it has no launch/launch.json)")
+    return json.loads(path.read_text())
+
+
+def cancel(run: Path) -> None:
+    """Let no job of this run start, or start again."""
+    write_atomic(folder(run) / "cancelled", now() + "\n")
+
+
+def cancelled(run: Path) -> bool:
+    """Whether :func:`cancel` was called since the last submission."""
+    return (folder(run) / "cancelled").is_file()
+
+
+def allow(run: Path) -> None:
+    """Take :func:`cancel` back."""
+    (folder(run) / "cancelled").unlink(missing_ok=True)
+
+
+def host_alive(pid: int, start: str) -> bool:
+    """Whether the process of this host with that start time (see :func:`start_time`) still runs."""
+    return start_time(pid) == start
+
+
+def start_time(pid: int | None = None) -> str:
+    """Start of a process in clock ticks since boot ('' when there is none): a pid that came round differs."""
+    try:
+        stat = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]

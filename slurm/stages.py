@@ -1,0 +1,193 @@
+"""The launcher's command line: one for all stages.
+
+Launcher options and pretraining options share one flat namespace (``--nodes 2 --arch xcit_small_12_p8
+--epochs 100``); a later stage's options carry its name (``--knn.nb_knn 20 --linear.timeout 120``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from xcit_dino.errors import InputError, suggest
+from xcit_dino.slurm.config import Launch, LaunchConfig, ResourceConfig, Stage, check, check_path
+from xcit_dino.train.config import (
+    RunConfig,
+    option_types,
+    options,
+    parse,
+    pop_option,
+    read_yaml,
+    replace,
+)
+
+STAGES = ("pretrain", "knn", "linear", "evaluate", "finetune", "distill", "report")
+PRETRAIN = (
+    "xcit_dino.ssl.pretrain:pretrain"  # the command's `main` would take over the job's signals
+)
+
+
+def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch:
+    """Defaults, then the user's file, then the command line; checked without touching the cluster.
+
+    Raises:
+        InputError: a bad option, in one line.
+    """
+    defaults, argv = pop_option(argv, "launch_defaults")
+    base = read_defaults(defaults)
+    if {"-h", "--help"} & set(argv):
+        parse(base, ["--help"], prog, HELP)
+    own, by_stage, rest = split_words(argv)
+    launch = parse(base, own, prog, HELP)
+    names = stage_names(launch.stages)
+    if unknown := set(by_stage) - set(names):
+        raise InputError(f"--{unknown.pop()}.*: that stage is not in --stages {launch.stages}")
+    check(launch)
+    run, stages = None, []
+    for name in names:
+        if name == "pretrain":
+            stage = pretrain_stage(launch, rest, prog)
+        elif "pretrain" not in names and rest:
+            raise InputError(
+                f"{rest[0]}: not an option of the launcher; for a stage write --{name}.OPTION"
+            )
+        else:
+            stage = later_stage(name, launch, by_stage.get(name, []), run, prog)
+        run = run or dict(options(stage.config))["output_dir"]
+        stages.append(stage)
+    assert isinstance(run, Path)
+    check_path(run)
+    return Launch(launch, run, tuple(stages))
+
+
+HELP = (
+    "Run stages as SLURM jobs or local processes. All options of `xcit-dino pretrain --help` are taken "
+    "too; those of another stage as --knn.nb_knn, --linear.nodes and so on. Defaults can be kept in "
+    "~/.config/xcit-dino/slurm.yaml (another file: --launch_defaults FILE). "
+    "`launch status|logs|cancel RUN` follow a run, `launch rehearse` tries this cluster out."
+)
+
+
+def read_defaults(path: str | None) -> LaunchConfig:
+    """The user's defaults; a file that was named must exist."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    file = Path(path) if path else home / "xcit-dino" / "slurm.yaml"
+    if not path and not file.is_file():
+        return LaunchConfig()
+    return replace(LaunchConfig(), read_yaml(file), source=str(file))
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Sort a command line into (launcher's, {stage: its words}, pretraining's)."""
+    launcher = option_types(LaunchConfig)
+    own: list[str] = []
+    rest: list[str] = []
+    by_stage: dict[str, list[str]] = {}
+    target = rest
+    for word in argv:
+        if word.startswith("--"):
+            name, dot, option = word[2:].partition("=")[0].replace("-", "_").partition(".")
+            if dot and name in STAGES:
+                target = by_stage.setdefault(name, [])
+                word = f"--{option}{word[len(f'--{name}.{option}') :]}"
+            elif dot:
+                raise InputError(f"{word}: no stage {name!r}{suggest(name, STAGES)}")
+            else:
+                target = own if name in launcher else rest
+        target.append(word)
+    return own, by_stage, rest
+
+
+def stage_names(words: str) -> list[str]:
+    """``"pretrain,knn"`` -> names, checked."""
+    known = [name for name in STAGES if name in commands()]
+    names = [name.strip() for name in words.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"--stages: no stage {name!r}{suggest(name, known)} (there are {', '.join(known)})"
+            )
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"--stages {words!r}: name one or more stages, each once")
+    return sorted(names, key=STAGES.index)
+
+
+def commands() -> dict[str, Any]:
+    """The sub-commands; the stages are some of them, so that each is defined in one place."""
+    from xcit_dino.cli import COMMANDS
+
+    return COMMANDS
+
+
+def pretrain_stage(launch: LaunchConfig, argv: list[str], prog: str) -> Stage:
+    """The pretraining job; the run folder is ``runs/ARCH`` where none is given."""
+    make: Callable[..., Any] = load(f"xcit_dino.{commands()['pretrain'].config}")
+    known = option_types(LaunchConfig) | option_types(return_class(make))
+    for word in argv:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known | {"config": str}:
+            raise InputError(f"unknown option --{name}{suggest(name, known)}")
+    config = make(argv, prog)
+    if config.run.output_dir == RunConfig.output_dir:
+        folder = (launch.shared_dir or Path("runs")) / config.model.arch.replace("/", "_")
+        config = replace(config, {"output_dir": folder})
+    return Stage("pretrain", PRETRAIN, absolute(config), launch.resources)
+
+
+def return_class(function: Callable[..., Any]) -> type:
+    """The class that an annotated config function returns."""
+    return typing.get_type_hints(function)["return"]
+
+
+def later_stage(
+    name: str, launch: LaunchConfig, argv: list[str], run: Path | None, prog: str
+) -> Stage:
+    """A job that works on the run folder; one node and one GPU unless it is told otherwise."""
+    if run is None and pop_option(argv, "output_dir")[0] is None:
+        raise InputError(f"--{name}.output_dir: name the run folder, or put pretrain into --stages")
+    config_class = load(f"xcit_dino.{commands()[name].config}")
+    default = config_class(**{"output_dir": run}) if name == "report" else config_class()
+    if run is not None:
+        default = replace(default, {"output_dir": run})
+    resource_names = {f.name for f in fields(ResourceConfig)}
+    mine, theirs = partition(argv, resource_names)
+    ngpus = launch.resources.ngpus
+    one = {"nodes": 1, "nproc": 1, "ngpus": 0 if name == "report" or ngpus == 0 else 1}
+    resources = parse(replace(launch.resources, one), mine, f"{prog} --{name}.*")
+    check(replace(launch, dict(options(resources))), prefix=f"{name}.")
+    config = absolute(parse(default, theirs, f"{prog} --{name}.*", commands()[name].about))
+    return Stage(name, f"xcit_dino.{commands()[name].run}", config, resources)
+
+
+def partition(argv: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the options called ``names`` and the others."""
+    chosen: list[str] = []
+    others: list[str] = []
+    target = others
+    for word in argv:
+        if word.startswith("--"):
+            target = chosen if word[2:].partition("=")[0].replace("-", "_") in names else others
+        target.append(word)
+    return chosen, others
+
+
+def absolute(config: Any) -> Any:
+    """The same config with absolute paths: a job may start in another folder."""
+
+    def fixed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fixed(item) for item in value)
+        return Path(os.path.abspath(value)) if isinstance(value, Path) else value
+
+    return replace(config, {name: fixed(value) for name, value in options(config)})
+
+
+def load(path: str) -> Any:
+    """``"xcit_dino.eval.config:KnnConfig"`` -> that object."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,117 @@
+"""Stages as SLURM jobs, each waiting for the one before to succeed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
+
+from xcit_dino.errors import InputError
+from xcit_dino.slurm import record, scheduler
+from xcit_dino.slurm.config import Launch, Stage, slurm_option
+from xcit_dino.slurm.job import StageJob
+
+TIMEOUT = 1440  # minutes
+
+
+class Executor(SlurmExecutor):
+    """submitit's, able to write its script where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def executor(launch: Launch, stage: Stage, code: Path, after: str | None = None) -> Executor:
+    """The executor that submits one stage; ``after`` is the job that has to succeed first."""
+    made = Executor(folder=record.job_folder(launch.run, "%j"), max_num_timeout=0)
+    made.update_parameters(**parameters(launch, stage, code, after))
+    return made
+
+
+def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> dict[str, Any]:
+    """submitit's parameters for one stage."""
+    asked, options = stage.resources, launch.launch
+    own = {
+        name: getattr(asked, name)
+        for name in ("partition", "account", "qos", "constraint", "exclude", "comment", "mem")
+    }
+    extra: dict[str, Any] = {"requeue": True, "kill-on-invalid-dep": "yes"}
+    extra |= {k.replace("_", "-"): v for k, v in map(slurm_option, asked.slurm)}
+    return {name: value for name, value in own.items() if value is not None} | {
+        "job_name": f"{launch.job_name}-{stage.name}",
+        "nodes": asked.nodes,
+        "ntasks_per_node": stage.tasks_per_node,
+        "cpus_per_task": stage.cpus_per_task,
+        "gpus_per_node": asked.ngpus or None,
+        "time": asked.timeout or TIMEOUT,
+        "signal_delay_s": options.signal_delay,
+        "dependency": f"afterok:{after}" if after else None,
+        # one dead rank ends the step; since SLURM 22.05 srun does not take --cpus-per-task over from sbatch
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={stage.cpus_per_task}"],
+        "setup": before(launch, stage, code),
+        "teardown": behind(launch, stage),
+        "additional_parameters": extra,
+    }
+
+
+def before(launch: Launch, stage: Stage, code: Path) -> list[str]:
+    """Shell lines in front of srun: the run's own code, then the user's lines, then the attempt is counted."""
+    return [
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+        "trap : TERM  # preemption ends the ranks; this script still has to say how it ended",
+        *launch.launch.setup,
+        f"{bracket('begin', launch, stage)} || exit $?",
+    ]
+
+
+def behind(launch: Launch, stage: Stage) -> list[str]:
+    """Shell lines after srun: judge the attempt, put the job back into the queue if need be."""
+    return [f"{bracket('finish', launch, stage)} $?", "exit $?"]
+
+
+def bracket(action: str, launch: Launch, stage: Stage) -> str:
+    """The command that brackets an attempt."""
+    words = [sys.executable, "-m", "xcit_dino.slurm.job", action, str(launch.run), stage.name]
+    return shlex.join(words)
+
+
+def script(launch: Launch, stage: Stage, code: Path, after: str | None = None) -> str:
+    """The submission script, letter by letter."""
+    made = executor(launch, stage, code, after)
+    return made._make_submission_file_text(made._submitit_command_str, "")
+
+
+def submit(launch: Launch, stages: list[Stage], code: Path) -> dict[str, str]:
+    """Submit stages as a chain, or none of them.
+
+    Returns:
+        stage -> job id.
+
+    Raises:
+        InputError: SLURM refused one, in its own words.
+    """
+    for stage in stages:
+        try:
+            scheduler.try_out(script(launch, stage, code))
+        except scheduler.SlurmError as error:
+            raise refused(stage, error) from error
+    jobs: dict[str, str] = {}
+    for stage in stages:
+        after = list(jobs.values())[-1] if jobs else None
+        job = StageJob(stage.name, stage.entry, stage.config, launch.run)
+        try:
+            jobs[stage.name] = executor(launch, stage, code, after).submit(job).job_id
+        except FailedJobError as error:
+            scheduler.cancel(list(jobs.values()))
+            raise refused(stage, error) from error
+    return jobs
+
+
+def refused(stage: Stage, error: Exception) -> InputError:
+    """SLURM's words as bad input."""
+    return InputError(f"SLURM refuses the job of stage {stage.name}: {scheduler.words(str(error))}")
