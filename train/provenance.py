@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from xcit_dino.commit import commit
 
 LIBRARIES = (
     "torch",
@@ -50,27 +51,6 @@ def provenance() -> dict[str, Any]:
 def now() -> str:
     """UTC time, ISO 8601, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@cache
-def commit() -> str:
-    """Commit of the checkout (``+changes`` where files differ) or of a snapshot; else "unknown"."""
-    root = Path(__file__).resolve().parents[1]
-    if (root / "COMMIT").is_file():  # a copy of the code that a launcher made
-        return (root / "COMMIT").read_text().strip()
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip()[:12] + ("+changes" if changed.stdout.strip() else "")
 
 
 @cache

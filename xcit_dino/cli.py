@@ -43,13 +43,13 @@ COMMANDS = {
     "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe"),
     "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
     "weights extract": Command(
-        "models.config:ExtractConfig", "models.weights:extract", "one network of a checkpoint"
+        "models.config:ExtractConfig", "models.convert:extract", "one network of a checkpoint"
     ),
     "weights convert": Command(
-        "models.config:ConvertConfig", "models.weights:convert", "official, timm and PASSL layouts"
+        "models.config:ConvertConfig", "models.convert:convert", "official, timm and PASSL layouts"
     ),
     "weights export": Command(
-        "models.config:ExportConfig", "models.weights:export", "safetensors or ONNX, verified"
+        "models.config:ExportConfig", "models.convert:export", "safetensors or ONNX, verified"
     ),
     "launch": Command(
         "slurm.stages:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"
