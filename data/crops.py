@@ -120,7 +120,7 @@ def center_view(pixels: Pixels, resize: int | None, crop: int, out: Tensor) -> N
     short = min(height, width)
     target = resize if resize is not None else max(short, crop)
     sides = [target if side == short else int(target * side / short) for side in (height, width)]
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    image = cut(pixels, [0, 0, height, width], Scratch())
     resized = torch.empty((1, *sides, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     resize_into(image, resized)
     top, left = (round((side - crop) / 2) for side in sides)

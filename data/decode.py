@@ -14,16 +14,21 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = (  # Pillow knows the last two once their modules are imported
+    "JPEG", "PNG", "GIF", "BMP", "PPM",
+    str(TiffImagePlugin.TiffImageFile.format), str(WebPImagePlugin.WebPImageFile.format),
+)  # fmt: skip
 ROTATIONS = {  # EXIF orientation -> upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,7 +69,7 @@ def read_header(raw: bytes) -> Header:
     if colorspace in ("CMYK", "YCCK"):
         return _pillow_header(raw)
     _check_size(height, width)
-    orientation = _exif_orientation(raw)
+    orientation = _jpeg_orientation(raw)
     if orientation >= 5:
         height, width = width, height
     return Header(height, width, orientation)
@@ -79,16 +84,9 @@ def decode(raw: bytes, header: Header, scratch: Scratch, reduce: int = 1) -> Pix
         BadImage: truncated or damaged.
     """
     if header.pillow is not None:
-        return _pillow_decode(header.pillow)
-    height, width = header.height, header.width
-    if header.orientation >= 5:
-        height, width = width, height
-    least = (-(-height // reduce), -(-width // reduce)) if reduce > 1 else (0, 0)
-    buffer = scratch.get(height * width * 3)
-    try:
-        pixels = simplejpeg.decode_jpeg(raw, "RGB", False, False, *least, buffer=buffer)
-    except ValueError:  # damaged, perhaps harmlessly: Pillow decides
-        return _pillow_decode(cast(Image.Image, _pillow_header(raw).pillow))
+        pixels = _pillow_decode(header.pillow)
+    else:
+        pixels = _jpeg_decode(raw, header, scratch, reduce)
     if header.orientation > 1:
         pixels = np.asarray(Image.fromarray(pixels).transpose(ROTATIONS[header.orientation]))
     return pixels
@@ -118,55 +116,79 @@ def _check_size(height: int, width: int) -> None:
         raise BadImage(f"empty image: {width}x{height} pixels")
 
 
-def _exif_orientation(raw: bytes) -> int:
-    """The EXIF orientation tag of a JPEG, 1 (upright) where there is none."""
-    if raw.find(b"Exif\0\0", 0, 1 << 16) < 0:
-        return 1
+def _jpeg_decode(raw: bytes, header: Header, scratch: Scratch, reduce: int) -> Pixels:
+    height, width = header.height, header.width
+    if header.orientation >= 5:
+        height, width = width, height
+    least = (-(-height // reduce), -(-width // reduce)) if reduce > 1 else (0, 0)
+    buffer = scratch.get(height * width * 3)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            orientation = Image.open(io.BytesIO(raw), formats=FORMATS).getexif().get(0x0112, 1)
-    except Exception:  # the tag is damaged, not the picture
+        return simplejpeg.decode_jpeg(raw, "RGB", False, False, *least, buffer=buffer)
+    except ValueError:  # damaged, perhaps harmlessly: Pillow decides
+        return _pillow_decode(_open(raw))
+
+
+def _pillow_header(raw: bytes) -> Header:
+    image = _open(raw)
+    width, height = image.size
+    _check_size(height, width)
+    orientation = _orientation(image)
+    if orientation >= 5:
+        height, width = width, height
+    return Header(height, width, orientation, image)
+
+
+def _jpeg_orientation(raw: bytes) -> int:
+    """Pillow is asked only where the file seems to hold EXIF data: opening costs time."""
+    return _orientation(_open(raw)) if raw.find(b"Exif\0\0", 0, 1 << 16) >= 0 else 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation tag; 1 (upright) where there is none or it is damaged."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # getexif() would decode every pixel to look for the tag behind them
+    try:
+        with _quietly():
+            orientation = image.getexif().get(0x0112, 1)
+    except Exception:
         return 1
     return orientation if orientation in ROTATIONS else 1
 
 
-def _pillow_header(raw: bytes) -> Header:
+def _open(raw: bytes) -> Image.Image:
     """Whatever a hostile file makes Pillow raise, it is one bad image."""
     if not raw:
         raise BadImage("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(raw), formats=FORMATS)
-            orientation = image.getexif().get(0x0112, 1)
+        with _quietly():
+            return Image.open(io.BytesIO(raw), formats=FORMATS)
     except Exception as error:
         raise BadImage(f"cannot be decoded: {_words(error)}") from None
-    width, height = image.size
-    _check_size(height, width)
-    if orientation in ROTATIONS and orientation >= 5:
-        height, width = width, height
-    return Header(height, width, 1, image)
 
 
 def _pillow_decode(image: Image.Image) -> Pixels:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        with _quietly():
+            return np.asarray(_to_rgb(image))
     except Exception as error:
         raise BadImage(f"cannot be decoded: {_words(error)}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 with 16 in use
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 of which 16 are in use
+        upper = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(upper).convert("RGB")
     if image.mode == "F":
         raise BadImage("floating-point pixels have no known range")
     return image.convert("RGB")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Pillow warns of what it can live with (odd tags, sizes that we check ourselves)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _words(error: Exception) -> str:
