@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 from xcit_dino.progress import Bar
 
+AHEAD = 4  # tasks a process that are handed out or wait with their result: bounds the memory
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
@@ -43,13 +45,17 @@ def map_processes(
     context = multiprocessing.get_context("spawn")  # safe whatever threads this process runs
     count, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(num_workers, context, _start_worker, (count, stop)) as pool:
+        waiting: deque[Future[Result]] = deque()
+        shown = submitted = 0
         try:
-            shown = 0
-            for future in [pool.submit(_call, function, task) for task in tasks]:
-                while not _is_done(future) or shown < count.value:
+            while submitted < len(tasks) or waiting:
+                while submitted < len(tasks) and len(waiting) < AHEAD * num_workers:
+                    waiting.append(pool.submit(_call, function, tasks[submitted]))
+                    submitted += 1
+                while not _is_done(waiting[0]) or shown < count.value:
                     shown, before = count.value, shown
                     bar.advance(shown - before)
-                yield future.result()
+                yield waiting.popleft().result()
         except BrokenProcessPool:
             raise RuntimeError(
                 "a process was killed (out of memory?); fewer --num_workers need less of it"

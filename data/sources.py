@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
 from xcit_dino.data.decode import BadImage
-from xcit_dino.data.index import IMAGE_EXTENSIONS
+from xcit_dino.data.shardscan import IMAGE_EXTENSIONS
 from xcit_dino.data.storage import MAX_BYTES
 from xcit_dino.data.tarscan import BLOCK, Damage, scan
 from xcit_dino.errors import InputError

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.index import BLOCK, ShardIndex, key_of
+from xcit_dino.data.index import ShardIndex, key_of
+from xcit_dino.data.tarscan import BLOCK
 
 MAX_OPEN = 128  # files a process keeps open; a window of shards is smaller
 MAX_BYTES = 1 << 28  # no photograph is larger; an index that says so is damaged or hostile

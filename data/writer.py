@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xcit_dino.data.index import ShardPart, scan_shard
+from xcit_dino.data.index import ShardPart
+from xcit_dino.data.shardscan import scan_shard
 from xcit_dino.data.tarscan import BLOCK
 
 SHARD_NAME = "shard-{:06d}.tar"  # the usual WebDataset naming: shard-{000000..000099}.tar

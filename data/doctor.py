@@ -1,0 +1,231 @@
+"""``xcit-dino shards check DST``: is every sample of these shards there, whole and decodable?
+
+Shards that have no index (img2dataset's, or any WebDataset tars) get one first, from their headers.
+With ``--nodes`` or ``--gpus`` a preflight says what a planned run makes of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from xcit_dino.data.config import CheckConfig
+from xcit_dino.data.examine import Finding, examine
+from xcit_dino.data.index import (
+    INDEX,
+    ShardIndex,
+    ShardPart,
+    is_url,
+    write_atomically,
+    write_index,
+)
+from xcit_dino.data.parallel import Advance, map_processes, num_cores
+from xcit_dino.data.shardscan import scan_shard
+from xcit_dino.errors import InputError
+from xcit_dino.progress import progress
+
+REPORT = "check.jsonl"
+SHOWN = 20  # problems printed; all of them are in the report
+CROP_SECONDS = 2e-3  # cutting 2x224 + 10x96 crops on one core, see bench/crops.py
+
+
+def check(config: CheckConfig) -> int:
+    """Check every split below ``config.dst``; returns 1 if anything is wrong with a sample.
+
+    Raises:
+        InputError: no shards there.
+    """
+    if is_url(config.dst):
+        raise InputError(
+            f"{config.dst}: check shards where they lie on a disk; their index.json and "
+            "index.*.npy can then be copied beside them"
+        )
+    problems = 0
+    for folder in _folders(Path(config.dst)):
+        try:
+            if config.rebuild or not (folder / INDEX).exists():
+                build_index(folder, config)
+        except OSError as error:
+            raise InputError(f"{folder}: the index cannot be written: {error.strerror}") from None
+        index = ShardIndex.load(folder)
+        finding = examine(index, config.sample, config.num_workers)
+        problems += len(finding.bad)
+        _report(index, finding)
+        if config.nodes is not None or config.gpus is not None:
+            for line in preflight(index.num_samples, int(index.sizes.mean()), finding, config):
+                print(line)
+    return 1 if problems else 0
+
+
+def _folders(dst: Path) -> list[Path]:
+    if not dst.is_dir():
+        raise InputError(f"{dst}: no such folder")
+    splits = [dst / split for split in ("train", "val") if (dst / split).is_dir()]
+    inside = [folder for folder in splits if (folder / INDEX).exists() or _tars(folder)]
+    if inside and not (dst / INDEX).exists():
+        return inside
+    if not (dst / INDEX).exists() and not _tars(dst):
+        raise InputError(
+            f"{dst} holds no shards (*.tar); make some: xcit-dino shards make SRC {dst}"
+        )
+    return [dst]
+
+
+def _tars(folder: Path) -> list[str]:
+    """Names of the shards below a folder, in the order in which they are numbered."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*.tar") if path.is_file())
+    return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
+
+
+# ---------------------------------------------------------------------------- building an index
+
+
+def build_index(folder: Path, config: CheckConfig) -> None:
+    """Index the shards of a folder from their headers.
+
+    Class names are kept if an earlier index or a ``classes.txt`` (one a line) says them.
+    """
+    names, classes = _tars(folder), _classes(folder)
+    tasks = [(str(folder), name, config.hash) for name in names]
+    with progress(f"Index {folder.name}", len(names), "shards") as bar:
+        write_index(folder, map_processes(_index_shard, tasks, config.num_workers, bar), classes)
+    if not ShardIndex.load(folder).num_samples:
+        (folder / INDEX).unlink()
+        raise InputError(f"{folder}: its {len(names)} tars hold no images")
+
+
+def _index_shard(task: tuple[str, str, bool], advance: Advance) -> ShardPart:
+    folder, name, with_sha256 = task
+    part = scan_shard(folder, name, with_sha256=with_sha256)
+    advance(1)
+    return part
+
+
+def _classes(folder: Path) -> list[str] | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        classes = json.loads((folder / INDEX).read_bytes())["classes"]
+        if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+            return classes
+    with contextlib.suppress(OSError):
+        return (folder / "classes.txt").read_text().splitlines()
+    return None
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def _report(index: ShardIndex, finding: Finding) -> None:
+    """A table of what was checked, and the first problems; all of them go into check.jsonl."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("check", "result", title=escape(index.root), title_justify="left")
+    for name, value in _rows(index, finding):
+        table.add_row(name, escape(value))
+    console = Console()
+    console.print(table)
+    for item in finding.bad[:SHOWN]:
+        console.print(escape(f"  {item['shard']} {item['key']}: {item['reason']}"), style="red")
+    if finding.bad:
+        where = _write_report(Path(index.root) / REPORT, finding)
+        console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}")
+
+
+def _write_report(path: Path, finding: Finding) -> str:
+    try:
+        lines = (json.dumps(item, sort_keys=True).encode() + b"\n" for item in finding.bad)
+        write_atomically(path, lines)
+    except OSError as error:  # shards are often kept read-only
+        return f"(the first {SHOWN} above; {path} cannot be written: {error.strerror})"
+    return f"(all in {path})"
+
+
+def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
+    counts, num_bytes = index.counts, index.shard_bytes
+    yield "samples", f"{index.num_samples:,}"
+    yield (
+        "shards",
+        (
+            f"{len(index.shards):,} of {counts.min():,} to {counts.max():,} samples, "
+            f"{num_bytes.sum() / 1e9:,.2f} GB"
+        ),
+    )
+    yield "image bytes", f"mean {index.sizes.mean() / 1e3:,.1f} kB, largest {index.sizes.max():,}"
+    yield "checksums", f"{finding.hashed:,} of {len(index.shards):,} shards have one, compared"
+    rate = finding.decoded / max(finding.seconds, 1e-9)
+    yield "decoded", f"{finding.decoded:,} images, {rate:,.0f} a second a core"
+    yield "duplicate keys", _duplicates(finding)
+    yield "labels", _balance(index)
+    yield "problems", f"{len(finding.bad):,}" if finding.bad else "none"
+    yield "index", index.checksum[:16]
+
+
+def _duplicates(finding: Finding) -> str:
+    inside = sum(item["reason"] == "duplicate key" for item in finding.bad)
+    across = finding.keys_across
+    return f"{inside:,} in a shard, {across:,} across shards" + (" (harmless here)" * (across > 0))
+
+
+def _balance(index: ShardIndex) -> str:
+    labels = np.asarray(index.labels)
+    counts = np.bincount(labels[labels >= 0])
+    if not counts.sum():
+        return "none"
+    num_classes = len(index.classes) if index.classes else len(counts)
+    counts = np.pad(counts, (0, max(0, num_classes - len(counts))))
+    return (
+        f"{num_classes:,} classes of {counts.min():,} to {counts.max():,} images "
+        f"(median {np.median(counts):,.0f}), {(labels < 0).sum():,} images without"
+    )
+
+
+# ---------------------------------------------------------------------------- preflight
+
+
+def preflight(
+    num_samples: int, mean_bytes: int, finding: Finding, config: CheckConfig
+) -> Iterator[str]:
+    """What a run of ``nodes x gpus`` makes of the data: steps, dropped samples, what starves."""
+    nodes, gpus, per_gpu = config.nodes or 1, config.gpus or 1, config.batch_size_per_gpu
+    batch = nodes * gpus * per_gpu
+    steps, dropped = divmod(num_samples, batch)
+    yield (
+        f"{nodes} nodes x {gpus} GPUs x {per_gpu} images: a global batch of {batch:,}, "
+        f"{steps:,} steps an epoch on every rank, {dropped:,} samples dropped "
+        f"({dropped / num_samples:.2%}, other ones every epoch)"
+    )
+    if not steps:
+        yield (
+            "  STARVES: fewer samples than one global batch; lower --batch_size_per_gpu to "
+            f"{num_samples // (nodes * gpus)} or take fewer GPUs"
+        )
+    workers = max(config.workers, 1)
+    if finding.decoded:
+        seconds = finding.seconds / finding.decoded + CROP_SECONDS
+        yield (
+            f"  {workers} workers feed a GPU about {workers / seconds:,.0f} images/s (estimate: "
+            f"decoding as measured here, and {CROP_SECONDS * 1e3:.1f} ms for 2x224 + 10x96 crops)"
+        )
+        yield from _speed(workers, seconds, mean_bytes, config, gpus)
+    if gpus * workers > num_cores():
+        yield f"  a node needs {gpus * workers} cores for that; this machine has {num_cores()}"
+
+
+def _speed(
+    workers: int, seconds: float, mean_bytes: int, config: CheckConfig, gpus: int
+) -> Iterator[str]:
+    """What training at ``--images_per_second`` asks of storage and workers."""
+    if (rate := config.images_per_second) is None:
+        return
+    storage = rate * gpus * mean_bytes / 1e6
+    yield f"  at {rate:,.0f} images/s a GPU, storage must give a node {storage:,.1f} MB/s"
+    if workers / seconds < rate:
+        yield (
+            f"  STARVES: {workers} workers are too few for that; "
+            f"--num_workers {int(np.ceil(rate * seconds))} would do"
+        )
