@@ -191,21 +191,22 @@ def answers(
     options: dict[str, Any] = {}
     if config.num_workers:
         options = dict(multiprocessing_context="fork", prefetch_factor=config.prefetch_factor)
-    loader = DataLoader(
-        work,  # pyright: ignore[reportArgumentType]  (whatever has __getitem__ will do)
-        batch_size=None,
-        sampler=tasks,
-        num_workers=config.num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
-        **options,
-    )
     with warnings.catch_warnings():
         # Fork shares the ring and starts in milliseconds; the children touch neither CUDA nor the
         # parent's threads (Python 3.12 warns of those). How many workers is the user's choice.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        results = iter(loader)
+        results = iter(
+            DataLoader(
+                work,  # pyright: ignore[reportArgumentType]  (whatever has __getitem__ will do)
+                batch_size=None,
+                sampler=tasks,
+                num_workers=config.num_workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                **options,
+            )
+        )
     try:
         if pin:
             ring.pin()
