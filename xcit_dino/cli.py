@@ -41,6 +41,11 @@ COMMANDS = {
     ),
     "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy"),
     "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe"),
+    "evaluate": Command(
+        "eval.config:EvaluateConfig",
+        "eval.classify:run",
+        "top-1 and top-5 of a classifier, or of a backbone and a head",
+    ),
     "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
     "weights extract": Command(
         "models.config:ExtractConfig", "models.convert:extract", "one network of a checkpoint"
@@ -53,6 +58,13 @@ COMMANDS = {
     ),
     "launch": Command(
         "slurm.stages:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"
+    ),
+    "launch status": Command(
+        "slurm.config:StatusConfig", "slurm.status:status", "state and progress of a run"
+    ),
+    "launch logs": Command("slurm.config:LogsConfig", "slurm.status:logs", "a rank's log"),
+    "launch cancel": Command(
+        "slurm.config:CancelConfig", "slurm.status:cancel", "save and end a run's jobs"
     ),
 }
 

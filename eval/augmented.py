@@ -1,0 +1,122 @@
+"""DINO's linear protocol (``eval_linear.py``), for a whole grid of heads at once: RandomResizedCrop
+and flip of every image go through the frozen backbone in every epoch, and all heads learn from the
+same features.
+
+Interpolation is bicubic where the official code leaves torchvision's default, bilinear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcit_dino.data.augment import Augment
+from xcit_dino.data.config import AugmentConfig, CropsConfig
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.loader import CropLoader
+from xcit_dino.data.plan import Plan
+from xcit_dino.eval.config import LinearConfig
+from xcit_dino.eval.features import blocks_of, loader_config, output_batches
+from xcit_dino.eval.heads import Blocks, Choice, Heads, cosine, hold_out
+from xcit_dino.eval.subject import Network, Subject
+from xcit_dino.progress import progress
+from xcit_dino.train import dist
+from xcit_dino.train.precision import autocast, resolve_precision
+
+SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
+FLIP_ONLY = AugmentConfig(
+    color_jitter_prob=0.0, gray_prob=0.0, blur_prob=(0.0, 0.0, 0.0), solarize_prob=(0.0, 0.0, 0.0)
+)
+
+
+def train_augmented(
+    network: Network,
+    train: ShardIndex,
+    subject: Subject,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    world: dist.World,
+) -> tuple[Heads, list[tuple[float, float]]]:
+    """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO.
+
+    Returns:
+        The heads, and (accuracy in percent, cross-entropy) of each choice on centre crops of the
+        held-out images.
+    """
+    model, device = network.model.to(world.device), world.device
+    dtype = resolve_precision(config.subject.precision, device)
+    options = loader_config(config.subject)
+    batch_size = config.subject.batch_size_per_gpu * world.size
+    plan = Plan.of(train, options, seed=config.seed, batch_size=batch_size)
+    crops = CropsConfig(
+        global_crops_number=1,
+        global_crops_size=subject.crop,
+        global_crops_scale=SCALE,
+        local_crops_number=0,
+    )
+    loader = CropLoader(
+        train, plan, crops, options, rank=world.rank, world_size=world.size, device=device
+    )
+    augment = Augment(FLIP_ONLY, seed=config.seed)
+    held_out = hold_out(train.num_samples, config.holdout, config.seed)
+    with torch.inference_mode():
+        probe = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
+    dims = {name: block.shape[1] for name, block in probe.items()}
+    heads = Heads(choices, dims, num_classes, batch_size, config.seed, device)
+
+    steps = config.epochs * plan.steps_per_epoch
+    with progress(f"{len(choices)} linear heads", steps, "steps") as bar, torch.no_grad():
+        for (batch,) in islice(loader, steps):
+            images, _ = augment(batch)
+            with autocast(device, dtype):
+                blocks = blocks_of(model, images)
+            everyone = gathered(
+                {name: block.float() for name, block in blocks.items()}
+                | {
+                    "labels": batch.labels.to(device),
+                    "held out": held_out[batch.sources].to(device),
+                }
+            )
+            labels, out = everyone.pop("labels"), everyone.pop("held out")
+            heads.step(everyone, labels, out, cosine(batch.epoch / config.epochs))
+            bar.advance()
+
+    rows = np.flatnonzero(held_out.numpy())
+    with torch.inference_mode():
+        return heads, heads.judge(judged(network, train, subject, config, device, rows))
+
+
+def judged(
+    network: Network,
+    train: ShardIndex,
+    subject: Subject,
+    config: LinearConfig,
+    device: torch.device,
+    rows: np.ndarray,
+) -> Iterator[tuple[Blocks, Tensor]]:
+    """Centre-crop features and labels of the held-out images, a batch at a time."""
+    dtype = resolve_precision(config.subject.precision, device)
+    function = partial(blocks_of, network.model)
+    for blocks, samples in output_batches(
+        function, train, subject, config.subject, device, dtype, rows, "held-out images"
+    ):
+        labels = torch.from_numpy(train.labels[samples].astype(np.int64)).to(device)
+        yield blocks, labels
+
+
+def gathered(tensors: Blocks) -> dict[str, Tensor]:
+    """Every rank's rows, in rank order, so that all ranks take the same step of the same heads."""
+    if dist.world_size() == 1:
+        return tensors
+    result = {}
+    for name, mine in tensors.items():
+        theirs = [torch.empty_like(mine) for _ in range(dist.world_size())]
+        torch.distributed.all_gather(theirs, mine.contiguous())
+        result[name] = torch.cat(theirs)
+    return result

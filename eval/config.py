@@ -1,0 +1,149 @@
+"""Options of the evaluations; torch-free, so that ``--help`` is quick. Names are DINO's where DINO
+has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from xcit_dino.errors import InputError
+
+
+@dataclass(frozen=True)
+class SubjectConfig:
+    """Which network is evaluated, on which images, and how they are computed."""
+
+    output_dir: Path = Path("runs/default")
+    """The run folder: its config.yaml gives what is left out below; results.json and features go
+    there."""
+    pretrained_weights: Path | None = None
+    """Weights file of any kind that `weights` reads; left out: the run's newest checkpoint."""
+    checkpoint_key: Literal["teacher", "student", "model", "model_ema"] | None = None
+    """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
+    arch: str | None = None
+    """Model name; left out: the run's."""
+    data_path: str | None = None
+    """Folder (or URL) that holds the shards of train and val; left out: the run's."""
+    cache_dir: Path | None = None
+    """Local folder for copies of remote shards."""
+    crop_size: int = 0
+    """Side of the centre crop; 0: the run's global_crops_size, or 224 without a run."""
+    resize_size: int = -1
+    """Shorter side before the crop (bicubic); -1: crop_size x 256 / 224 above 64 px, else
+    crop_size."""
+    baselines: bool = False
+    """Evaluate raw pixels and a randomly initialised backbone too, so that the lift is visible."""
+    batch_size_per_gpu: int = 128
+    """Images a process takes at once."""
+    num_workers: int = 10
+    """Processes that decode images; 0 decodes in the main process."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
+    """Arithmetic of the forward pass; the published numbers are fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.crop_size < 0:
+            raise InputError(f"--crop_size {self.crop_size}: give a size in pixels, or 0")
+        if self.resize_size != -1 and self.resize_size < max(1, self.crop_size):
+            raise InputError(
+                f"--resize_size {self.resize_size}: must be at least --crop_size, or -1"
+            )
+        if self.batch_size_per_gpu < 1:
+            raise InputError(f"--batch_size_per_gpu {self.batch_size_per_gpu}: must be at least 1")
+        if self.num_workers < 0:
+            raise InputError(f"--num_workers {self.num_workers}: must be 0 or more")
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Weighted k-NN (DINO ``eval_knn.py``)."""
+
+    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    nb_knn: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours; one search serves all. 20 usually works best."""
+    temperature: float = 0.07
+    """Temperature T of a neighbour's vote exp(cosine / T)."""
+
+    def __post_init__(self) -> None:
+        if not self.nb_knn or min(self.nb_knn) < 1:
+            raise InputError("--nb_knn: give one or more numbers of neighbours, each at least 1")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: must be greater than 0")
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Linear probe: a grid of heads trained side by side in one pass over the features."""
+
+    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    protocol: Literal["cached", "dino"] = "cached"
+    """cached: features of the centre crop, extracted once. dino: RandomResizedCrop + flip, every
+    epoch through the backbone (DINO ``eval_linear.py``)."""
+    epochs: int = 100
+    """Passes over the training images (DINO: 100)."""
+    lrs: tuple[float, ...] = (
+        1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
+    )  # fmt: skip
+    """Learning rates for 256 images, scaled linearly with the batch; one head each."""
+    weight_decays: tuple[float, ...] = (0.0, 1e-4)
+    """Weight decays, each with every learning rate (DINO: 0)."""
+    layers: tuple[Literal["cls", "cls+patch", "cls2", "cls2+patch"], ...] = (
+        "cls",
+        "cls+patch",
+        "cls2",
+    )
+    """Features, each with every learning rate: the class token after the last layer (DINO for
+    XCiT), with the mean of the patch tokens, with the class token one class-attention layer
+    earlier."""
+    probe_batch_size: int = 1024
+    """Images of one step of the heads (cached); dino takes batch_size_per_gpu x processes."""
+    holdout: float = 0.1
+    """Share of the training images on which the best head is chosen; the validation set never
+    is."""
+    seed: int = 0
+    """Seed of heads, order, held-out part and crops."""
+
+    def __post_init__(self) -> None:
+        for name in ("lrs", "layers", "weight_decays"):
+            if not getattr(self, name):
+                raise InputError(f"--{name}: give at least one")
+        if not all(0 < lr < float("inf") for lr in self.lrs):
+            raise InputError("--lrs: each must be greater than 0")
+        if not all(0 <= decay < 1 for decay in self.weight_decays):
+            raise InputError("--weight_decays: each must be from 0 to below 1")
+        if not 0 < self.holdout <= 0.5:
+            raise InputError(f"--holdout {self.holdout}: must be above 0 and at most 0.5")
+        if self.epochs < 1 or self.probe_batch_size < 1:
+            raise InputError("--epochs and --probe_batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Top-1 and top-5 of a classifier: one checkpoint, or a backbone and the head of a linear
+    probe."""
+
+    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    head: Path | None = None
+    """Head saved by `linear` (linear_head.safetensors); left out: the weights file holds a
+    classifier."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """One self-contained HTML page of one or more runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Run folders; the page of several compares them. Left out: --output_dir."""
+    output_dir: Path = Path("runs/default")
+    """The run folder where none is named; stages name it so."""
+    output: Path | None = None
+    """File to write; left out: report.html in the first run folder."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Run folders in the order of the page."""
+        return self.runs or (self.output_dir,)

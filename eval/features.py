@@ -1,0 +1,255 @@
+"""Features of all images of a split, extracted once to disk and memory-mapped.
+
+They lie in ``RUN/features/NETWORK-SPLIT-KEY/``: one float32 ``.npy`` a *block* (``cls``, ``patch``,
+``cls2``), ``seen.npy`` (0 where the image could not be read) and ``meta.json``. KEY is a hash of
+everything that bears on them (weights, network, index checksum, geometry, precision). Every rank
+writes its own rows; the folder gets its name when all are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, LoaderConfig
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.loader import ImageLoader
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.subject import Network, Subject
+from xcit_dino.progress import progress
+from xcit_dino.train import dist
+from xcit_dino.train.precision import autocast, resolve_precision
+from xcit_dino.train.provenance import write_atomic
+
+FORMAT = 1
+LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
+    "cls": ("cls",),
+    "cls+patch": ("cls", "patch"),
+    "cls2": ("cls", "cls2"),
+    "cls2+patch": ("cls", "cls2", "patch"),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of the readable images of a split, in index order."""
+
+    blocks: dict[str, np.ndarray]
+    """Block name -> float32 [N, D], memory-mapped."""
+    labels: np.ndarray
+    """int64 [N]."""
+    num_classes: int
+    unreadable: int
+    """Images left out because they could not be decoded."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def blocks_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Feature blocks of a batch, each (B, D).
+
+    ``cls`` is the network's output (XCiT: class token after the last norm). XCiT adds ``patch``,
+    the mean patch token, and ``cls2``, the class token one class-attention layer earlier, both
+    after the same norm.
+    """
+    if not hasattr(model, "get_intermediate"):
+        return {"cls": model(images)}
+    (earlier, _), (cls, patch) = model.get_intermediate(images, 2)  # type: ignore[operator]
+    return {"cls": cls, "patch": patch, "cls2": earlier}
+
+
+def normalise(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 on ``device``, ImageNet mean 0 and deviation 1 a channel."""
+    images = images.to(device, non_blocking=True).float()
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
+    return (images - mean) / std
+
+
+def loader_config(config: SubjectConfig) -> LoaderConfig:
+    """The data plane's options for an evaluation."""
+    return LoaderConfig(num_workers=config.num_workers, cache_dir=config.cache_dir)
+
+
+def check_labels(index: ShardIndex) -> None:
+    """Every image has a label.
+
+    Raises:
+        InputError: it has none, or there are no images.
+    """
+    missing = int((np.asarray(index.labels) < 0).sum())
+    if not index.num_samples:
+        raise InputError(f"--data_path {index.root}: holds no images")
+    if missing:
+        count = f"{missing} of {index.num_samples}"
+        raise InputError(
+            f"--data_path {index.root}: {count} images carry no label, and an accuracy needs them; "
+            "pack class sub-folders or a list of path,label with: xcit-dino shards make SRC DST"
+        )
+
+
+def num_classes_of(*indexes: ShardIndex) -> int:
+    """Number of classes of labelled splits that belong together.
+
+    Raises:
+        InputError: an image has no label, or their class lists differ.
+    """
+    for index in indexes:
+        check_labels(index)
+    lists = [index.classes for index in indexes if index.classes]
+    if any(classes != lists[0] for classes in lists):
+        raise InputError(
+            f"--data_path: {' and '.join(i.root for i in indexes)} name other classes; pack both "
+            "with one label map"
+        )
+    highest = max(int(index.labels.max()) + 1 for index in indexes)
+    return max([highest, *(len(classes) for classes in lists)])
+
+
+def extract(
+    network: Network,
+    index: ShardIndex,
+    split: str,
+    subject: Subject,
+    config: SubjectConfig,
+    world: dist.World,
+) -> Features:
+    """Features of a split: from the run folder's cache, or computed by all ranks and put there."""
+    dtype = resolve_precision(config.precision, world.device)
+    facts = network.facts | {
+        "format": FORMAT,
+        "index": index.checksum,
+        "resize": subject.resize,
+        "crop": subject.crop,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    folder = config.output_dir / "features"
+    target = folder / f"{network.name}-{split}-{key}"
+    if not target.is_dir():
+        unfinished = folder / f".{target.name}.tmp"
+        _compute(network, index, split, subject, config, world, dtype, unfinished)
+        if world.is_main:
+            write_atomic(unfinished / "meta.json", json.dumps(facts, indent=1) + "\n")
+            os.replace(unfinished, target)
+            for old in folder.glob(f"{network.name}-{split}-*"):  # of other weights or options
+                if old != target:
+                    shutil.rmtree(old)
+        dist.barrier()
+    return _open(target, index)
+
+
+def _compute(
+    network: Network,
+    index: ShardIndex,
+    split: str,
+    subject: Subject,
+    config: SubjectConfig,
+    world: dist.World,
+    dtype: torch.dtype,
+    folder: Path,
+) -> None:
+    """Run this rank's share of the images through the network and write its rows."""
+    device, model, count = world.device, network.model.to(world.device), index.num_samples
+    with torch.inference_mode():
+        shapes = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
+        if world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for name, block in shapes.items():
+                Rows.create(folder / f"{name}.npy", (count, block.shape[1]), np.float32)
+            Rows.create(folder / "seen.npy", (count,), np.uint8)
+        dist.barrier()
+        rows = {name: Rows(folder / f"{name}.npy") for name in (*shapes, "seen")}
+        first, last = (count * (world.rank + i) // world.size for i in (0, 1))
+        mine = np.arange(first, last)
+        label = f"features {network.name} {split}"
+        for blocks, samples in output_batches(
+            partial(blocks_of, model), index, subject, config, device, dtype, mine, label
+        ):
+            for name, block in blocks.items():
+                rows[name].write(samples, block.cpu().numpy())
+            rows["seen"].write(samples, np.ones(len(samples), np.uint8))
+    for file in rows.values():
+        file.close()
+    dist.barrier()
+
+
+def output_batches(
+    function: Callable[[Tensor], dict[str, Tensor]],
+    index: ShardIndex,
+    subject: Subject,
+    config: SubjectConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    samples: np.ndarray,
+    label: str,
+) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
+    """What a function of normalised images gives (as float32, on the device), and the sample
+    numbers: the readable ones of ``samples``, a batch at a time, with a progress bar."""
+    loader = ImageLoader(
+        index, loader_config(config), resize=subject.resize, crop=subject.crop,
+        batch_size=config.batch_size_per_gpu, indices=samples,
+    )  # fmt: skip
+    with progress(label, len(samples), "images") as bar:
+        for images, _, numbers in loader:
+            with autocast(device, dtype):
+                outputs = function(normalise(images, device))
+            yield {name: output.float() for name, output in outputs.items()}, numbers
+            bar.advance(len(numbers))
+
+
+def _open(folder: Path, index: ShardIndex) -> Features:
+    blocks = {p.stem: np.load(p, mmap_mode="c") for p in sorted(folder.glob("*.npy"))}
+    seen, labels = blocks.pop("seen"), np.asarray(index.labels, dtype=np.int64)
+    unreadable = int(len(seen) - seen.sum())
+    if unreadable:
+        kept = np.flatnonzero(seen)
+        blocks = {name: block[kept] for name, block in blocks.items()}
+        labels = labels[kept]
+    return Features(blocks, labels, num_classes_of(index), unreadable)
+
+
+class Rows:
+    """Rows of an ``.npy`` file that several processes fill, each its own.
+
+    Plain writes at byte offsets instead of a shared memory map: two machines that map one page of a
+    network file overwrite each other's half of it.
+    """
+
+    def __init__(self, path: Path):
+        array = np.load(path, mmap_mode="r")
+        self.dtype, self.offset = array.dtype, array.offset  # type: ignore[attr-defined]
+        self.row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:]))
+        self.file = os.open(path, os.O_WRONLY)
+
+    @staticmethod
+    def create(path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        """A file of zeros."""
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Put ``values`` [n, ...] at row numbers ``rows`` [n], consecutive ones in one write."""
+        values = np.ascontiguousarray(values, self.dtype)
+        cuts = np.flatnonzero(np.diff(rows) != 1) + 1
+        for numbers, part in zip(np.split(rows, cuts), np.split(values, cuts), strict=True):
+            if len(numbers):
+                os.pwrite(self.file, part.tobytes(), self.offset + int(numbers[0]) * self.row_bytes)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        os.fsync(self.file)
+        os.close(self.file)

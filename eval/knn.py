@@ -1,0 +1,271 @@
+"""Weighted k-NN on frozen features (DINO ``eval_knn.py``; Wu et al. 2018, arXiv 1805.01978, section
+3.4).
+
+Similarity is the cosine; a neighbour of similarity s votes exp(s / T) for its class. One exact
+FAISS search for the largest k serves every k, as the neighbours come sorted. What is equal has an
+order: of neighbours equally near the one with the lower number comes first, of classes with equal
+votes the lower label.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import KnnConfig
+from xcit_dino.eval.features import Features, extract, num_classes_of
+from xcit_dino.eval.subject import Network, Subject, networks, resolve
+from xcit_dino.progress import track
+from xcit_dino.train import dist
+from xcit_dino.train.provenance import record_result
+
+QUERY_ROWS = 4096  # queries of one search
+BANK_ROWS = 1 << 21  # images of one index: 3 GB at 384 dimensions
+ADD_ROWS = 1 << 16  # images normalised at a time
+VOTE_CELLS = 1 << 24  # float64 cells of one table of votes, or of one widened search
+GPU_MAX_K = 2048  # FAISS's limit on GPUs
+
+
+def run(config: KnnConfig) -> None:
+    """Evaluate by k-NN and write ``knn`` (and ``knn/random``, ``knn/pixels``) to ``results.json``.
+
+    Raises:
+        InputError: bad options, unlabelled data, or a k larger than the bank.
+    """
+    world = dist.init(config.subject.device)
+    subject = resolve(config.subject)
+    train, val = subject.index("train"), subject.index("val")
+    num_classes = num_classes_of(train, val)
+    check_ks(config.nb_knn, train.num_samples)
+    for network in networks(config.subject, subject):
+        began = time.monotonic()
+        bank = extract(network, train, "train", subject, config.subject, world)
+        queries = extract(network, val, "val", subject, config.subject, world)
+        metrics = evaluate(bank, queries, config.nb_knn, config.temperature, num_classes, world)
+        if world.is_main:
+            record_result(
+                config.subject.output_dir,
+                f"knn{network.suffix}",
+                metrics,
+                protocol(config, subject, network, bank, queries, train.checksum, val.checksum),
+                weights_file=subject.weights.name if network.name == "pretrained" else None,
+                wall_seconds=round(time.monotonic() - began, 2),
+            )
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+            print(f"k-NN, {network.name}: {shown}", flush=True)
+    dist.barrier()
+
+
+def check_ks(ks: Sequence[int], bank_size: int) -> None:
+    """Refuse a k larger than the bank."""
+    if max(ks) > bank_size:
+        raise InputError(
+            f"--nb_knn {max(ks)}: the training split has only {bank_size} images; ask for fewer"
+        )
+
+
+def protocol(
+    config: KnnConfig,
+    subject: Subject,
+    network: Network,
+    bank: Features,
+    queries: Features,
+    train: str,
+    val: str,
+) -> dict[str, Any]:
+    """Everything that two k-NN accuracies must share to be compared."""
+    return network.facts | {
+        "evaluation": "knn",
+        "nb_knn": list(config.nb_knn),
+        "temperature": config.temperature,
+        "resize": subject.resize,
+        "crop": subject.crop,
+        "precision": config.subject.precision,
+        "features": "cls, L2-normalised" if network.name != "pixels" else "pixels, L2-normalised",
+        "train_index": train,
+        "val_index": val,
+        "train_images": len(bank),
+        "val_images": len(queries),
+        "unreadable_images": bank.unreadable + queries.unreadable,
+    }
+
+
+def evaluate(
+    bank: Features,
+    queries: Features,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    world: dist.World,
+) -> dict[str, float]:
+    """Accuracies in percent, ``top1_k20`` and so on; every rank takes its share of the queries."""
+    check_ks(ks, len(bank))
+    mine = slice(*(len(queries) * (world.rank + i) // world.size for i in (0, 1)))
+    hits = knn_hits(
+        bank.blocks["cls"], bank.labels, queries.blocks["cls"][mine], queries.labels[mine],
+        ks, temperature, num_classes, gpu=world.device.type == "cuda",
+    )  # fmt: skip
+    if world.size > 1:
+        torch.distributed.all_reduce(hits)
+    percent = 100 * hits / len(queries)
+    return {
+        f"top{5 if five else 1}_k{k}": percent[row, five].item()
+        for row, k in enumerate(sorted(set(ks)))
+        for five in (0, 1)
+    }
+
+
+def knn_hits(
+    bank: np.ndarray,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+    gpu: bool = False,
+) -> torch.Tensor:
+    """Number of queries whose label is the first, and among the first five, of the classes by
+    votes.
+
+    Args:
+        bank, queries: float [N, D] and [Q, D], not normalised.
+        bank_labels, query_labels: int64 [N] and [Q], from 0 to num_classes - 1.
+        ks: numbers of neighbours, at most N each.
+        temperature: T > 0.
+
+    Returns:
+        float64 [k's in ascending order, 2]. Below 5 neighbours the second is among the first k, as
+            in DINO.
+    """
+    ks = sorted(set(ks))
+    hits = torch.zeros(len(ks), 2, dtype=torch.float64)
+    search = Search(bank, gpu)
+    starts = range(0, len(queries), QUERY_ROWS)
+    for start in track(starts, "k-NN search", len(starts), "blocks"):
+        part = slice(start, start + QUERY_ROWS)
+        similarities, neighbours = search(queries[part], ks[-1])
+        ranks = vote_ranks(
+            torch.from_numpy(similarities), torch.from_numpy(bank_labels[neighbours]),
+            torch.from_numpy(query_labels[part]), ks, temperature, num_classes,
+        )  # fmt: skip
+        for row, k in enumerate(ks):
+            hits[row, 0] += (ranks[row] < 1).sum()
+            hits[row, 1] += (ranks[row] < min(5, k)).sum()
+    return hits
+
+
+def vote_ranks(
+    similarities: torch.Tensor,
+    labels: torch.Tensor,
+    targets: torch.Tensor,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> torch.Tensor:
+    """Place (0 is first) of each query's own class after the votes of its k nearest, for every k.
+
+    Args:
+        similarities: [Q, K] cosines, descending; K = max(ks).
+        labels: int64 [Q, K] classes of these neighbours.
+        targets: int64 [Q].
+        ks: ascending.
+
+    Returns:
+        int64 [len(ks), Q].
+    """
+    rows = max(1, VOTE_CELLS // num_classes)
+    if len(targets) > rows:
+        parts = zip(similarities.split(rows), labels.split(rows), targets.split(rows), strict=True)
+        return torch.cat([vote_ranks(*p, ks, temperature, num_classes) for p in parts], dim=1)
+    # a factor common to a query's votes changes nothing; this one keeps exp() finite at any T
+    votes = ((similarities - similarities[:, :1]).double() / temperature).exp()
+    table = torch.zeros(len(targets), num_classes, dtype=torch.float64)
+    lower = torch.arange(num_classes) < targets[:, None]
+    ranks, done = [], 0
+    for k in ks:
+        table.scatter_add_(1, labels[:, done:k], votes[:, done:k])
+        own = table.gather(1, targets[:, None])
+        ranks.append(((table > own) | ((table == own) & lower)).sum(1))
+        done = k
+    return torch.stack(ranks)
+
+
+class Search:
+    """Exact search for the most similar rows of a bank.
+
+    Memory is bounded: the bank is normalised and indexed a part at a time when it is larger than
+    BANK_ROWS, and the parts' neighbours are merged. On GPUs a part is spread over all that this
+    process sees.
+    """
+
+    def __init__(self, bank: np.ndarray, gpu: bool = False):
+        self.bank = bank
+        self.gpu = gpu and faiss.get_num_gpus() > 0
+        self.whole = self._index(bank) if len(bank) <= BANK_ROWS else None
+
+    def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines float32 [Q, k], descending, and row numbers int64 [Q, k], ascending where cosines
+        are equal."""
+        similarities, rows = self._exact(unit_rows(queries), k)
+        if (rows < 0).any():  # FAISS's mark for "none": every comparison failed
+            raise InputError(
+                "features are not finite: the weights are damaged or diverged in training"
+            )
+        return similarities, rows
+
+    def _exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """One neighbour more than asked shows whether equal ones were cut apart at k, where FAISS
+        may keep either; those queries search wider until the whole group is seen."""
+        wide = min(k + 1, len(self.bank))
+        similarities, rows = self._search(queries, wide)
+        cut = np.flatnonzero(similarities[:, k - 1] == similarities[:, k]) if wide > k else []
+        similarities, rows = similarities[:, :k].copy(), rows[:, :k].copy()
+        if len(cut):
+            wider = min(4 * wide, len(self.bank))
+            for part in np.array_split(cut, -(-len(cut) * wider // VOTE_CELLS)):
+                found = self._exact(queries[part], wider)
+                similarities[part], rows[part] = found[0][:, :k], found[1][:, :k]
+        return similarities, rows
+
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best, sorted; which of equal ones at the end is FAISS's choice."""
+        if self.whole is not None and (not self.gpu or k <= GPU_MAX_K):
+            return in_order(*self.whole.search(queries, k))
+        best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        for start in range(0, len(self.bank), BANK_ROWS):
+            part = self.bank[start : start + BANK_ROWS]
+            index = self._index(part, gpu=k <= GPU_MAX_K)
+            similarities, rows = index.search(queries, min(k, len(part)))
+            both = np.hstack((best[0], similarities)), np.hstack((best[1], rows + start))
+            similarities, rows = in_order(*both)
+            best = similarities[:, :k], rows[:, :k]
+        return best
+
+    def _index(self, rows: np.ndarray, gpu: bool = True) -> Any:
+        index = faiss.IndexFlatIP(rows.shape[1])
+        if self.gpu and gpu:
+            options = faiss.GpuMultipleClonerOptions()
+            options.shard = True
+            index = faiss.index_cpu_to_all_gpus(index, options)
+        for start in range(0, len(rows), ADD_ROWS):
+            index.add(unit_rows(rows[start : start + ADD_ROWS]))
+        return index
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows divided by their lengths, float32; a row of zeros stays."""
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(rows, np.float32)), dim=1).numpy()
+
+
+def in_order(similarities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort each query's neighbours by similarity, descending, then by row number."""
+    order = np.lexsort((rows, -similarities), axis=1)
+    return np.take_along_axis(similarities, order, 1), np.take_along_axis(rows, order, 1)

@@ -1,0 +1,236 @@
+"""Linear probe on a frozen backbone, as a grid of heads trained in one pass (DINO
+``eval_linear.py``, widened).
+
+``--protocol cached`` trains on features of the centre crop, extracted once. ``--protocol dino``
+sends RandomResizedCrop + flip of every image through the backbone in every epoch, as the official
+code does. Both choose learning rate, weight decay and layers on a held-out part of the training set
+(see :mod:`xcit_dino.eval.heads`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.eval.config import LinearConfig
+from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
+from xcit_dino.eval.heads import Blocks, Choice, Heads, best, cosine, grid, hold_out
+from xcit_dino.eval.subject import Network, Subject, networks, resolve
+from xcit_dino.progress import progress
+from xcit_dino.train import dist
+from xcit_dino.train.provenance import record_result, write_atomic
+
+HEAD_FILE = "linear_head.safetensors"
+CHUNK = 4096  # images of one batch when heads are only applied
+
+
+def run(config: LinearConfig) -> None:
+    """Train the grid and write ``linear`` (and ``linear/random``, ``linear/pixels``) to
+    ``results.json``.
+
+    The head of the pretrained backbone is saved as ``linear_head.safetensors`` for ``evaluate``.
+
+    Raises:
+        InputError: bad options, unlabelled data, or too few images to hold some out.
+    """
+    world = dist.init(config.subject.device)
+    subject = resolve(config.subject)
+    train, val = subject.index("train"), subject.index("val")
+    num_classes = num_classes_of(train, val)
+    name = "linear" if config.protocol == "cached" else "linear-dino"
+    for network in networks(config.subject, subject):
+        began = time.monotonic()
+        choices = choices_for(config, network)
+        val_features = extract(network, val, "val", subject, config.subject, world)
+        if config.protocol == "cached":
+            train_features = extract(network, train, "train", subject, config.subject, world)
+            heads, scores = train_cached(train_features, choices, num_classes, config, world.device)
+        elif network.name == "pixels":
+            continue  # crops of raw pixels are no features
+        else:
+            from xcit_dino.eval.augmented import train_augmented
+
+            heads, scores = train_augmented(
+                network, train, subject, choices, num_classes, config, world
+            )
+        chosen = best(scores)
+        weight, bias = heads.final(chosen)
+        metrics = accuracy(val_features, choices[chosen].layers, weight, bias)
+        metrics["holdout_top1"] = scores[chosen][0]
+        if world.is_main:
+            facts = protocol(config, subject, network, train, val, world)
+            if network.name == "pretrained":
+                save_head(
+                    config.subject.output_dir / HEAD_FILE,
+                    weight,
+                    bias,
+                    choices[chosen],
+                    facts,
+                    train.classes,
+                )
+            record_result(
+                config.subject.output_dir, f"{name}{network.suffix}", metrics, facts,
+                grid=[
+                    asdict(choice) | {"holdout_top1": top1}
+                    for choice, (top1, _) in zip(choices, scores, strict=True)
+                ],
+                chosen=asdict(choices[chosen]),
+                weights_file=subject.weights.name if network.name == "pretrained" else None,
+                wall_seconds=round(time.monotonic() - began, 2),
+            )  # fmt: skip
+            tell(network, choices[chosen], metrics, config)
+    dist.barrier()
+
+
+def choices_for(config: LinearConfig, network: Network) -> list[Choice]:
+    """The grid; what is not XCiT has the layer choice ``cls`` only."""
+    layers = config.layers if hasattr(network.model, "get_intermediate") else ("cls",)
+    return grid(layers, config.lrs, config.weight_decays)
+
+
+def tell(network: Network, choice: Choice, metrics: dict[str, float], config: LinearConfig) -> None:
+    """One line on the terminal, and a hint where the grid was too narrow."""
+    print(
+        f"linear probe, {network.name}: top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}  "
+        f"(lr {choice.lr:g}, weight decay {choice.weight_decay:g}, layers {choice.layers})",
+        flush=True,
+    )
+    if len(config.lrs) > 1 and choice.lr in (min(config.lrs), max(config.lrs)):
+        print(f"  lr {choice.lr:g} is at the edge of the grid: widen --lrs", flush=True)
+
+
+# -- training on cached features -------------------------------------------------------------------
+
+
+def train_cached(
+    features: Features,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    device: torch.device,
+) -> tuple[Heads, list[tuple[float, float]]]:
+    """Train all heads on extracted features; every rank does the same, as the heads are small.
+
+    Returns:
+        The heads, and (accuracy in percent, cross-entropy) of each choice on the held-out images.
+    """
+    count, size = len(features), min(config.probe_batch_size, len(features))
+    held_out = hold_out(count, config.holdout, config.seed)
+    used = sorted({block for choice in choices for block in LAYERS[choice.layers]})
+    table = Table(features, used, device)
+    dims = {name: features.blocks[name].shape[1] for name in used}
+    heads = Heads(choices, dims, num_classes, size, config.seed, device)
+    steps = count // size  # an epoch's last, smaller batch is dropped
+    generator = torch.Generator().manual_seed(config.seed)
+    with progress(f"{len(choices)} linear heads", config.epochs, "epochs") as bar:
+        for epoch in range(config.epochs):
+            order = torch.randperm(count, generator=generator)[: steps * size].view(steps, size)
+            for step, rows in enumerate(order):
+                factor = cosine((epoch * steps + step) / (config.epochs * steps))
+                heads.step(*table.rows(rows), held_out[rows].to(device), factor)
+            bar.advance()
+    rows = torch.nonzero(held_out).squeeze(1)
+    return heads, heads.judge(table.rows(part) for part in rows.split(CHUNK))
+
+
+class Table:
+    """Rows of some feature blocks and labels; on a GPU they lie there when they take less than half
+    its memory."""
+
+    def __init__(self, features: Features, names: list[str], device: torch.device):
+        self.device = device
+        self.blocks = {name: torch.from_numpy(features.blocks[name]) for name in names}
+        self.labels = torch.from_numpy(features.labels)
+        if device.type == "cuda":
+            bytes_needed = sum(block.nbytes for block in self.blocks.values())
+            if bytes_needed < torch.cuda.mem_get_info(device)[0] / 2:
+                self.blocks = {name: block.to(device) for name, block in self.blocks.items()}
+
+    def rows(self, numbers: Tensor) -> tuple[Blocks, Tensor]:
+        """Blocks and labels of some images, on the device."""
+        blocks = {
+            name: block[numbers.to(block.device)].to(self.device)
+            for name, block in self.blocks.items()
+        }
+        return blocks, self.labels[numbers].to(self.device)
+
+
+# -- applying and saving a head --------------------------------------------------------------------
+
+
+def accuracy(features: Features, layers: str, weight: Tensor, bias: Tensor) -> dict[str, float]:
+    """``top1`` and ``top5`` in percent of one head on extracted features."""
+    table = Table(features, list(LAYERS[layers]), weight.device)
+    right = torch.zeros(2, dtype=torch.float64)
+    for part in torch.arange(len(features)).split(CHUNK):
+        blocks, labels = table.rows(part)
+        logits = torch.cat([blocks[name] for name in LAYERS[layers]], 1) @ weight.t() + bias
+        right += top_hits(logits, labels)
+    top1, top5 = (100 * right / len(features)).tolist()
+    return {"top1": top1, "top5": top5}
+
+
+def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """float64 (2,): how often the label is first, and among the first five (fewer classes: all of
+    them)."""
+    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return torch.stack((found[:, 0].sum(), found.sum())).double().cpu()
+
+
+def save_head(
+    path: Path,
+    weight: Tensor,
+    bias: Tensor,
+    choice: Choice,
+    facts: dict[str, Any],
+    classes: list[str] | None,
+) -> None:
+    """``weight`` (C, D) and ``bias`` (C,) as safetensors; metadata: layers, protocol, class
+    names."""
+    from safetensors.torch import save
+
+    tensors = {"weight": weight.cpu().contiguous(), "bias": bias.cpu().contiguous()}
+    metadata = {
+        "layers": choice.layers,
+        "protocol": json.dumps(facts),
+        "classes": json.dumps(classes),
+    }
+    write_atomic(path, save(tensors, metadata))
+
+
+def protocol(
+    config: LinearConfig,
+    subject: Subject,
+    network: Network,
+    train: ShardIndex,
+    val: ShardIndex,
+    world: dist.World,
+) -> dict[str, Any]:
+    """Everything that two linear accuracies must share to be compared."""
+    dino = config.protocol == "dino"
+    return network.facts | {
+        "evaluation": "linear",
+        "protocol": config.protocol,
+        "epochs": config.epochs,
+        "batch": config.subject.batch_size_per_gpu * world.size
+        if dino
+        else config.probe_batch_size,
+        "lrs": list(config.lrs),
+        "weight_decays": list(config.weight_decays),
+        "layers": list(config.layers),
+        "chosen_on": f"{100 * config.holdout:g} % of the training images, held out",
+        "resize": subject.resize,
+        "crop": subject.crop,
+        "augmentation": "RandomResizedCrop + flip" if dino else "none",
+        "precision": config.subject.precision,
+        "seed": config.seed,
+        "train_index": train.checksum,
+        "val_index": val.checksum,
+    }

@@ -1,0 +1,72 @@
+"""A small run folder that several tests of the evaluations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xcit_dino.data.config import DemoConfig
+from xcit_dino.data.demo import make
+from xcit_dino.data.index import ShardIndex, write_index
+from xcit_dino.data.writer import Sample, write_shard
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.models.zoo import create_model
+
+ARCH = "xcit_pico_6_p8"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder with a config, and weights that training could have left."""
+
+    path: Path
+    data: Path
+    weights: Path
+
+    def subject(self, **changes: Any) -> SubjectConfig:
+        """Options that evaluate it in this process."""
+        options = {"output_dir": self.path, "pretrained_weights": self.weights, "num_workers": 0}
+        return SubjectConfig(**(options | {"device": "cpu"} | changes))
+
+
+@pytest.fixture(scope="session")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 + 48 labelled images of 32 px in shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    make(DemoConfig(dst=folder, train=96, val=48))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, demo_shards: Path) -> RunFolder:
+    """A new run folder on the demo images."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(
+        f"arch: {ARCH}\ndata_path: {demo_shards}\nglobal_crops_size: 32\n"
+    )
+    torch.manual_seed(1)
+    backbone = {f"backbone.{k}": v for k, v in create_model(ARCH).state_dict().items()}
+    weights = tmp_path / "weights.pth"
+    torch.save({"teacher": backbone, "student": backbone}, weights)
+    return RunFolder(run, demo_shards, weights)
+
+
+@pytest.fixture
+def unlabelled(tmp_path: Path, demo_shards: Path) -> Path:
+    """The training images without labels, as train and val."""
+    index = ShardIndex.load(demo_shards / "train")
+    for split in ("train", "val"):
+        folder = tmp_path / "unlabelled" / split
+        folder.mkdir(parents=True)
+        samples = []
+        for number in range(8):
+            shard, offset, size = index.locate(number)
+            image = Path(index.path(shard)).read_bytes()[offset : offset + size]
+            samples.append(Sample(f"{number:04d}", "jpg", image, -1, {}))
+        write_index(folder, [write_shard(folder, "shard-000000.tar", samples)], None)
+    return tmp_path / "unlabelled"

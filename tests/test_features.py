@@ -1,0 +1,200 @@
+"""Features: what is extracted, that it is cached by content, that ranks write one file together."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.errors import InputError
+from xcit_dino.eval import features
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.features import Rows, extract, num_classes_of
+from xcit_dino.eval.subject import Pixels, geometry, networks, pretrained, random_network, resolve
+from xcit_dino.models.zoo import create_model
+from xcit_dino.train.dist import World
+
+ONE = World(0, 1, torch.device("cpu"))
+
+
+def images_of(index: ShardIndex, numbers: range) -> torch.Tensor:
+    """Decoded by Pillow, normalised by torchvision: [n, 3, 32, 32]."""
+    images = []
+    for number in numbers:
+        shard, offset, size = index.locate(number)
+        data = Path(index.path(shard)).read_bytes()[offset : offset + size]
+        images.append(TF.pil_to_tensor(Image.open(io.BytesIO(data)).convert("RGB")))
+    scaled = torch.stack(images).float() / 255
+    return TF.normalize(scaled, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_features_are_the_networks_outputs(run_folder):
+    config = run_folder.subject(batch_size_per_gpu=20)
+    subject = resolve(config)
+    index, network = subject.index("val"), pretrained(subject)
+    found = extract(network, index, "val", subject, config, ONE)
+    with torch.no_grad():
+        images = images_of(index, range(48))
+        cls = network.model(images)
+        tokens = network.model.forward_features(images)
+    assert found.blocks["cls"].shape == (48, network.model.embed_dim)
+    np.testing.assert_allclose(found.blocks["cls"], cls, atol=1e-4)
+    np.testing.assert_allclose(found.blocks["patch"], tokens[:, 1:].mean(1), atol=1e-4)
+    assert not np.allclose(found.blocks["cls2"], found.blocks["cls"], atol=1e-2)
+    np.testing.assert_array_equal(found.labels, index.labels)
+    assert found.num_classes == len(index.classes or []) and found.unreadable == 0
+
+
+def test_cached_until_something_changes(run_folder, monkeypatch):
+    config = run_folder.subject()
+    subject = resolve(config)
+    index, network = subject.index("val"), pretrained(subject)
+    extract(network, index, "val", subject, config, ONE)
+    calls = []
+    compute = features._compute
+    monkeypatch.setattr(features, "_compute", lambda *a: (calls.append(1), compute(*a)))
+    extract(network, index, "val", subject, config, ONE)
+    assert not calls
+    other = dataclasses.replace(subject, crop=24)
+    extract(network, index, "val", other, config, ONE)
+    other = dataclasses.replace(network, facts=network.facts | {"weights": "0" * 16})
+    extract(other, index, "val", subject, config, ONE)
+    assert len(calls) == 2
+    folders = [path.name for path in (run_folder.path / "features").iterdir()]
+    assert len(folders) == 1, "features of earlier weights take no room"
+
+
+def test_an_interrupted_extraction_leaves_nothing_under_its_name(run_folder, monkeypatch):
+    config = run_folder.subject()
+    subject = resolve(config)
+    network = pretrained(subject)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features.Rows, "write", fail)
+        with pytest.raises(KeyboardInterrupt):
+            extract(network, subject.index("val"), "val", subject, config, ONE)
+    assert not list((run_folder.path / "features").glob("[!.]*"))
+    assert len(extract(network, subject.index("val"), "val", subject, config, ONE)) == 48
+
+
+def test_ranks_fill_one_file(run_folder, monkeypatch):
+    """Three ranks (threads) write their rows; the result is that of one process."""
+    config = run_folder.subject(batch_size_per_gpu=7)
+    subject = resolve(config)
+    index = subject.index("val")
+    network = dataclasses.replace(pretrained(subject), model=Pixels(), facts={"network": "pixels"})
+    alone = extract(network, index, "val", subject, config, ONE)
+    expected = np.array(alone.blocks["cls"])
+    gate = threading.Barrier(3)
+    monkeypatch.setattr(features.dist, "barrier", gate.wait)
+    other = run_folder.subject(batch_size_per_gpu=7, output_dir=run_folder.path / "three")
+    found = {}
+
+    def work(rank: int) -> None:
+        world = World(rank, 3, torch.device("cpu"))
+        found[rank] = extract(network, index, "val", subject, other, world)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in range(3):
+        np.testing.assert_array_equal(found[rank].blocks["cls"], expected)
+
+
+def test_unreadable_images_are_left_out(run_folder, tmp_path):
+    config = run_folder.subject()
+    subject = resolve(config)
+    index = ShardIndex.load(broken_copy(subject.index("val"), tmp_path / "broken"))
+    found = extract(pretrained(subject), index, "val", subject, config, ONE)
+    assert found.unreadable == 1 and len(found) == 47
+    np.testing.assert_array_equal(found.labels, np.delete(index.labels, 5))
+    assert np.abs(found.blocks["cls"]).sum(1).min() > 0
+
+
+def broken_copy(index: ShardIndex, folder):
+    """The same shards with the bytes of image 5 destroyed."""
+    shutil.copytree(index.root, folder)
+    shard, offset, size = index.locate(5)
+    with open(folder / index.shards[shard], "r+b") as file:
+        file.seek(offset)
+        file.write(b"\0" * size)
+    return folder
+
+
+def test_rows_land_where_they_belong(tmp_path):
+    Rows.create(tmp_path / "a.npy", (6, 2), np.float32)
+    rows = Rows(tmp_path / "a.npy")
+    rows.write(np.array([4, 5, 1]), np.array([[1, 2], [3, 4], [5, 6]], np.float64))
+    rows.write(np.array([], np.int64), np.zeros((0, 2)))
+    rows.close()
+    expected = [[0, 0], [5, 6], [0, 0], [0, 0], [1, 2], [3, 4]]
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
+
+
+def test_baselines(run_folder):
+    config = run_folder.subject(baselines=True)
+    found = {network.name: network for network in networks(config, resolve(config))}
+    assert list(found) == ["pretrained", "random", "pixels"]
+    torch.manual_seed(0)
+    fresh = create_model("xcit_pico_6_p8")
+    for a, b in zip(fresh.parameters(), found["random"].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    state = torch.get_rng_state()
+    random_network("xcit_pico_6_p8")
+    assert torch.equal(state, torch.get_rng_state()), "no other random numbers are disturbed"
+    big = torch.rand(2, 3, 64, 64)
+    averaged = big.unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)).flatten(1)
+    assert torch.allclose(Pixels()(big), averaged, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, trained, expected",
+    [
+        ({}, 224, (256, 224)),
+        ({}, None, (256, 224)),
+        ({}, 32, (32, 32)),
+        ({}, 96, (110, 96)),
+        ({"crop_size": 384}, 224, (439, 384)),
+        ({"crop_size": 224, "resize_size": 224}, 224, (224, 224)),
+    ],
+)
+def test_geometry(options, trained, expected):
+    assert geometry(SubjectConfig(**options), trained) == expected
+
+
+def test_bad_input_is_named(tmp_path, run_folder):
+    def refused(match: str, **options):
+        with pytest.raises(InputError, match=match):
+            resolve(SubjectConfig(**options))
+
+    refused("--arch: needed", output_dir=tmp_path)
+    refused("--data_path: needed", output_dir=tmp_path, arch="xcit_pico_6_p8")
+    refused("holds no checkpoint", output_dir=run_folder.path)
+    refused("no such file", output_dir=run_folder.path, pretrained_weights=tmp_path / "no.pth")
+    refused(
+        "unknown arch",
+        output_dir=run_folder.path,
+        arch="xcit_huge",
+        pretrained_weights=run_folder.weights,
+    )
+
+
+def test_splits_must_share_their_classes(demo_shards):
+    train = ShardIndex.load(demo_shards / "train")
+    other = dataclasses.replace(train, classes=["cat", "dog"])
+    with pytest.raises(InputError, match="one label map"):
+        num_classes_of(train, other)
