@@ -15,14 +15,16 @@ Image ``n`` of a split is a function of (seed, split, n) alone, so that more ima
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.index import write_index
+from xcit_dino.data.index import INDEX, ShardIndex, write_index
 from xcit_dino.data.keyed import keyed_bits, text_key
 from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
+from xcit_dino.errors import InputError
 from xcit_dino.progress import progress
 
 BATCH = 250  # images drawn at once: the arrays of one batch stay in the processor's cache
@@ -38,7 +40,7 @@ def make(config: DemoConfig) -> int:
     with progress("Demo images", config.train + config.val, "images") as bar:
         for split in SPLITS:
             folder = config.dst / split
-            folder.mkdir(parents=True, exist_ok=True)
+            _clear(folder)
             total, parts = getattr(config, split), []
             for number, start in enumerate(range(0, total, SHARD_SIZE)):
                 stop = min(start + SHARD_SIZE, total)
@@ -48,6 +50,21 @@ def make(config: DemoConfig) -> int:
             write_index(folder, parts, CLASSES)
     print(f"{config.train:,} training and {config.val:,} validation images in {config.dst}")
     return 0
+
+
+def _clear(folder: Path) -> None:
+    """Make the folder, or take the demo images that it holds out of it.
+
+    Raises:
+        InputError: it holds other shards.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / INDEX).exists() and ShardIndex.load(folder).classes == CLASSES:
+        (folder / INDEX).unlink()
+        for shard in folder.glob(SHARD_NAME.format(0).replace("0", "[0-9]")):
+            shard.unlink()
+    elif next(folder.glob("*.tar"), None) is not None:
+        raise InputError(f"{folder} holds other shards; give another DST or delete them")
 
 
 def _samples(config: DemoConfig, split: str, start: int, stop: int) -> Iterator[Sample]:

@@ -15,6 +15,7 @@ A data set is a folder of WebDataset shards and four files:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from xcit_dino.errors import InputError
 VERSION = 1
 INDEX = "index.json"
 ARRAYS = {"offsets": np.dtype("<i8"), "sizes": np.dtype("<i4"), "labels": np.dtype("<i4")}
+NPY_HEADER = 128  # bytes that NumPy writes in front of a one-dimensional array
 MAX_LABEL = (1 << 31) - 1
 KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]+)$")  # WebDataset: the key ends at the first dot
 
@@ -204,6 +206,8 @@ def _open(root: str, folder: Path) -> ShardIndex:
         classes = meta["classes"]
     except (KeyError, TypeError, OverflowError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from None
+    if (counts < 0).any() or not _are_names(classes):
+        raise _damaged(path, "counts below 0, or class names that are none")
     if unsafe := [name for name in shards if not _is_inside(name)]:
         raise _damaged(path, f"shard name {unsafe[0]!r} leaves the folder")
     arrays = {name: _map(folder / f"index.{name}.npy", int(counts.sum())) for name in ARRAYS}
@@ -212,6 +216,12 @@ def _open(root: str, folder: Path) -> ShardIndex:
         root, shards, sha256, counts, starts, num_bytes, **arrays, classes=classes,
         checksum=meta["checksum"],
     )  # fmt: skip
+
+
+def _are_names(classes: Any) -> bool:
+    return classes is None or (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    )
 
 
 def _is_inside(name: str) -> bool:
@@ -265,38 +275,35 @@ def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str]
     """
     root, shards = Path(root), []
     (root / INDEX).unlink(missing_ok=True)
-    files = {name: (root / f".index.{name}.tmp").open("wb+") for name in ARRAYS}
-    for file in files.values():
-        file.write(bytes(128))  # room for the .npy header, whose length is not known yet
-    for part in parts:
+    with contextlib.ExitStack() as stack:
+        files = {n: stack.enter_context((root / f".index.{n}.tmp").open("wb+")) for n in ARRAYS}
+        for file in files.values():
+            file.write(bytes(NPY_HEADER))  # its text, the number of samples, comes last
+        for part in parts:
+            for name, file in files.items():
+                file.write(np.ascontiguousarray(getattr(part, name), ARRAYS[name]).tobytes())
+            shards.append(
+                {"name": part.name, "samples": len(part.offsets), "bytes": part.bytes,
+                 "sha256": part.sha256}
+            )  # fmt: skip
+        samples = sum(shard["samples"] for shard in shards)
         for name, file in files.items():
-            file.write(np.ascontiguousarray(getattr(part, name), ARRAYS[name]).tobytes())
-        shards.append(
-            {"name": part.name, "samples": len(part.offsets), "bytes": part.bytes,
-             "sha256": part.sha256}
-        )  # fmt: skip
-    samples = sum(shard["samples"] for shard in shards)
-    digests = {name: _finish(root, name, file, samples) for name, file in files.items()}
+            file.seek(0)
+            header = {"descr": ARRAYS[name].str, "fortran_order": False, "shape": (samples,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            assert file.tell() == NPY_HEADER
+            file.flush()
+            os.fsync(file.fileno())
+    for name in ARRAYS:
+        (root / f".index.{name}.tmp").replace(root / f"index.{name}.npy")
     meta = {
         "version": VERSION, "samples": samples, "bytes": sum(shard["bytes"] for shard in shards),
-        "classes": classes, "shards": shards, "arrays": digests,
+        "classes": classes, "shards": shards,
+        "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in ARRAYS},
     }  # fmt: skip
     meta["checksum"] = _checksum(meta)
     write_atomically(root / INDEX, [json.dumps(meta, indent=1).encode()])
     return meta["checksum"]
-
-
-def _finish(root: Path, name: str, file: Any, samples: int) -> str:
-    """Put the .npy header (128 bytes, as NumPy writes for short shapes) in front and rename."""
-    file.seek(0)
-    header = {"descr": ARRAYS[name].str, "fortran_order": False, "shape": (samples,)}
-    np.lib.format.write_array_header_1_0(file, header)
-    assert file.tell() == 128
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    (root / f".index.{name}.tmp").replace(root / f"index.{name}.npy")
-    return file_sha256(root / f"index.{name}.npy")
 
 
 def file_sha256(path: Path) -> str:

@@ -59,11 +59,13 @@ def _number(field: bytes) -> int:
 
 def _valid(header: bytes) -> bool:
     """True when the header's checksum (POSIX ustar: the field itself counts as blanks) holds."""
+    if len(header) < BLOCK:
+        return False
     try:
         stored = _number(header[148:156])
     except ValueError:
         return False
-    return len(header) == BLOCK and stored == sum(header) - sum(header[148:156]) + 256
+    return stored == sum(header) - sum(header[148:156]) + 256
 
 
 def _text(raw: bytes) -> str:
