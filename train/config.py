@@ -16,6 +16,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -115,6 +116,7 @@ def options(config: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
+@cache
 def option_types(config_class: type) -> dict[str, Any]:
     """``name -> annotated type`` of every option of a config class."""
     hints = typing.get_type_hints(config_class, include_extras=True)

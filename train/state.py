@@ -62,7 +62,8 @@ class TrainState:
         if state["global_batch"] != self.global_batch:
             raise InputError(
                 f"the global batch is {self.global_batch} and was {state['global_batch']}: keep "
-                "processes x --batch_size_per_gpu x --accum_iter as it was, or start another --output_dir"
+                "processes x --batch_size_per_gpu x --accum_iter as it was, or start another "
+                "--output_dir"
             )
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
