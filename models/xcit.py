@@ -251,7 +251,7 @@ class XCiT(nn.Module):
         if not 0 <= drop_path_rate < 1:
             raise InputError(f"drop_path_rate {drop_path_rate}: must be at least 0 and below 1")
         self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
-        self.num_heads = num_heads
+        self.in_chans, self.num_heads = in_chans, num_heads
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -317,7 +317,7 @@ class XCiT(nn.Module):
     ) -> list[tuple[Tensor, Tensor]]:
         """Tokens (B, 1 + N, D) and attention (B, h, 1, 1 + N) after each class attention layer;
         class_only spares the last layer the patches, which nobody reads."""
-        cls_token = self.cls_token.expand(len(patches_BHWD), -1, -1)
+        cls_token = self.cls_token.expand(patches_BHWD.shape[0], -1, -1)
         tokens = torch.cat((cls_token, patches_BHWD.flatten(1, 2)), dim=1)
         outputs = []
         for i, block in enumerate(self.cls_attn_blocks, start=1):

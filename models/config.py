@@ -1,0 +1,74 @@
+"""Options of ``xcit-dino weights ...``; torch-free: ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from xcit_dino.errors import InputError
+
+Which = Literal["teacher", "student", "model", "model_ema"]
+WEIGHT_SUFFIXES = (".pth", ".safetensors", ".pdparams")
+
+
+def _require_suffix(output: Path, suffixes: tuple[str, ...]) -> None:
+    if output is not tyro.MISSING and output.suffix not in suffixes:  # missing: tyro says so
+        raise InputError(f"--output {output}: the name must end in {' or '.join(suffixes)}")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """``xcit-dino weights extract CHECKPOINT``: the tensors under one prefix, as they are."""
+
+    checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
+    """Checkpoint that holds several networks."""
+    output: Path = tyro.MISSING
+    """File to write: .pth, .safetensors or .pdparams."""
+    prefix: str = "Student"
+    """What the wanted names begin with: Student, Teacher, teacher.backbone, ..."""
+    remove_prefix: bool = False
+    """Write the names without the prefix, as a bare network has them."""
+
+    def __post_init__(self) -> None:
+        _require_suffix(self.output, WEIGHT_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """``xcit-dino weights convert CHECKPOINT``: one XCiT in another layout or file format."""
+
+    checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
+    """Any checkpoint that `weights` reads: official, ours, timm's, safetensors or PASSL's."""
+    output: Path = tyro.MISSING
+    """File to write: .pth or .safetensors; .pdparams is PASSL's layout."""
+    which: Which | None = None
+    """Network to take; by default the teacher, else the only one there is."""
+    layout: Literal["official", "timm"] = "official"
+    """Names of the tensors: facebookresearch's (and ours), or timm's."""
+    results: Path | None = None
+    """A results.json whose protocols and accuracies go into the metadata of a .safetensors."""
+
+    def __post_init__(self) -> None:
+        _require_suffix(self.output, WEIGHT_SUFFIXES)
+        if self.layout == "timm" and self.output.suffix == ".pdparams":
+            raise InputError(f"--layout timm: {self.output} is PASSL's layout; drop the option")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """``xcit-dino weights export CHECKPOINT``: a file to hand over, checked by running it."""
+
+    checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
+    """Any checkpoint that `weights` reads."""
+    output: Path = tyro.MISSING
+    """File to write: .onnx (any batch and image size) or .safetensors with metadata."""
+    which: Which | None = None
+    """Network to take; by default the teacher, else the only one there is."""
+    results: Path | None = None
+    """A results.json whose protocols and accuracies go into the metadata."""
+
+    def __post_init__(self) -> None:
+        _require_suffix(self.output, (".onnx", ".safetensors"))

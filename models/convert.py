@@ -1,0 +1,161 @@
+"""Weights out: ``xcit-dino weights extract | convert | export``.
+
+Every file is read back before it gets its name: a converted or exported network is also run beside
+the original, by timm where it is timm's layout, by onnxruntime where it is ONNX.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xcit_dino import __version__
+from xcit_dino.commit import commit
+from xcit_dino.errors import InputError, RunError
+from xcit_dino.models import formats, layouts
+from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
+from xcit_dino.models.weights import Found, check_tensors, find_network, listed
+from xcit_dino.models.xcit import XCiT
+from xcit_dino.models.zoo import create_model, list_models
+
+TOLERANCE = 1e-5  # largest difference between two outputs, relative to the largest value
+
+
+def extract(config: ExtractConfig) -> None:
+    """Write the tensors under a prefix to a file of their own (``weights extract``)."""
+    tree = layouts.flatten(formats.read(config.checkpoint))
+    prefix = f"{config.prefix.rstrip('.')}."
+    for root in ("", "model.", "state_dict."):  # where a training loop may have put them
+        if state := layouts.under(tree, root + prefix):
+            break
+    else:
+        raise InputError(
+            f"--prefix {config.prefix}: no such names in {config.checkpoint}; its names begin "
+            f"with {listed(name.split('.')[0] for name in tree)}"
+        )
+    if not config.remove_prefix:
+        state = {prefix + name: value for name, value in state.items()}
+
+    def check(path: Path) -> None:
+        again = layouts.flatten(formats.read(path))
+        same = again.keys() == state.keys() and all(torch.equal(again[n], state[n]) for n in state)
+        if not same:
+            raise RunError(f"{path}: was not read back as written")
+
+    facts = {"network": config.prefix, "source": config.checkpoint.name}
+    formats.publish(config.output, lambda path: formats.write(path, state, facts), check)
+    print(f"{config.output}: {len(state)} tensors of {config.checkpoint.name} under {prefix!r}")
+
+
+def convert(config: ConvertConfig) -> None:
+    """Write one XCiT in another layout or format (``weights convert``)."""
+    found = find_network(config.checkpoint, config.which)
+    arch, model = _build(found, config.checkpoint)
+    layout = "paddle" if config.output.suffix == ".pdparams" else config.layout
+    writers = {"official": dict, "timm": layouts.to_timm, "paddle": layouts.to_paddle}
+    state = writers[layout](found.state)
+    facts = _facts(arch, model, found, config.checkpoint, config.results) | {"layout": layout}
+
+    def check(path: Path) -> None:
+        if layout == "timm":
+            other = _timm_model(arch, model)
+            other.load_state_dict(formats.read(path))
+        else:
+            _, other = _build(find_network(path), path)
+        for images in _trial_images(model):
+            _compare(other.eval()(images), model(images), config.output)
+
+    with torch.no_grad():
+        formats.publish(config.output, lambda path: formats.write(path, state, facts), check)
+    print(f"{config.output}: {arch}, {found.network} of {config.checkpoint.name}, {layout} layout")
+
+
+def export(config: ExportConfig) -> None:
+    """Write a file to hand over: ONNX, or safetensors (``weights export``)."""
+    if config.output.suffix == ".safetensors":
+        convert(
+            ConvertConfig(config.checkpoint, config.output, config.which, results=config.results)
+        )
+        return
+    from xcit_dino.models import onnx_export
+
+    found = find_network(config.checkpoint, config.which)
+    arch, model = _build(found, config.checkpoint)
+    facts = _facts(arch, model, found, config.checkpoint, config.results)
+
+    def check(path: Path) -> None:
+        run = onnx_export.runner(path)
+        for images in _trial_images(model):
+            _compare(run(images), model(images), config.output)
+
+    with torch.no_grad():
+        formats.publish(config.output, lambda path: onnx_export.write(path, model, facts), check)
+    print(f"{config.output}: {arch}, {found.network} of {config.checkpoint.name}, any batch, size")
+
+
+def _build(found: Found, path: Path) -> tuple[str, XCiT]:
+    """(arch, model) of a found XCiT, in evaluation mode, sized by its own tensors.
+
+    Raises:
+        InputError: not an XCiT of the zoo.
+    """
+    shape = layouts.shape_of(found.state)
+    if shape is None or str(shape) not in list_models():
+        raise InputError(f"{path}: holds {shape or 'no XCiT'}; only XCiTs of the zoo convert")
+    classes = len(found.state["head.weight"]) if "head.weight" in found.state else 0
+    in_chans = found.state["patch_embed.proj.0.0.weight"].shape[1]
+    model = create_model(str(shape), num_classes=classes, in_chans=in_chans)
+    assert isinstance(model, XCiT)
+    check_tensors(path, found.state, model.state_dict())
+    model.load_state_dict(found.state)
+    return str(shape), model.eval()
+
+
+def _timm_model(arch: str, model: XCiT) -> nn.Module:
+    """timm's network of the same name.
+
+    Raises:
+        InputError: timm has none (patch 4, pico).
+    """
+    import timm
+
+    if arch not in list_models()[:14]:
+        raise InputError(f"--layout timm: timm has no {arch}; it has patch 8 and 16 of the paper")
+    return timm.create_model(f"{arch}_224", num_classes=model.num_classes, in_chans=model.in_chans)
+
+
+def _trial_images(model: XCiT) -> list[Tensor]:
+    """Random images in two batch sizes and two shapes, one of them not square."""
+    generator = torch.Generator().manual_seed(0)
+    channels, p = model.in_chans, model.patch_size
+    shapes = ((2, channels, 6 * p, 6 * p), (1, channels, 4 * p, 7 * p))
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def _compare(actual: Tensor, expected: Tensor, output: Path) -> None:
+    error = ((actual - expected).abs().max() / expected.abs().max()).item()
+    if not error <= TOLERANCE:
+        raise RunError(f"{output}: computes other values (relative error {error:.1e}), not written")
+
+
+def _facts(
+    arch: str, model: XCiT, found: Found, source: Path, results: Path | None
+) -> dict[str, str]:
+    """Metadata of a file to hand over; plain strings, as the formats want them."""
+    facts = {
+        "arch": arch,
+        "network": found.network,
+        "num_classes": str(model.num_classes),
+        "patch_size": str(model.patch_size),
+        "source": source.name,
+        "xcit_dino": __version__,
+        "commit": commit(),
+    }
+    if results is not None:
+        try:
+            facts["results"] = results.read_text()
+        except OSError as error:
+            raise InputError(f"--results {results}: cannot be read ({error.strerror})") from error
+    return facts

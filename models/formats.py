@@ -1,0 +1,179 @@
+"""Files of tensors: torch's, safetensors and Paddle's, read without executing anything in them.
+
+A pickle is a program. torch's own is run by ``weights_only``, Paddle's by an unpickler that knows
+six names, all of them stand-ins of ours that can do nothing but describe an array of numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcit_dino.errors import InputError
+
+Tree = dict[str, Any]
+PADDLE_NAMES = "StructuredToParameterName@@"  # an index of names that paddle.save puts beside them
+
+
+def read(path: Path) -> Tree:
+    """What a checkpoint holds: nested dicts with tensors (on the CPU) as leaves.
+
+    Raises:
+        InputError: missing, damaged, or holding anything but plain data; it names the file.
+    """
+    readers = {".safetensors": _read_safetensors, ".pdparams": _read_paddle}
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; name a checkpoint")
+    try:
+        tree = readers.get(path.suffix, _read_torch)(path)
+    except Exception as error:  # readers raise many kinds: pickle, zip, OS, EOF, value, memory
+        raise InputError(
+            f"{path}: not a readable file of weights, or one that holds more than tensors, so it "
+            f"was not loaded ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: holds a {type(tree).__name__} instead of named tensors")
+    return tree
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def write(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Write tensors in the format of the suffix; facts: metadata, which only .safetensors keeps."""
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save
+
+        path.write_bytes(save(state, metadata=facts))  # save_file makes it private, mode 600
+    elif path.suffix == ".pdparams":
+        _write_paddle(path, state)
+    else:
+        torch.save(state, path)
+
+
+def publish(
+    path: Path, write_file: Callable[[Path], None], check_file: Callable[[Path], None]
+) -> None:
+    """Write beside the final name, check what was written, then rename: a file under its final
+    name is whole and has passed the check."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        write_file(partial)
+        check_file(partial)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_torch(path: Path) -> Any:
+    # Official checkpoints keep their command line: a Namespace, which is a dict with dots.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> Tree:
+    from safetensors.torch import load_file
+
+    return dict(load_file(path))
+
+
+def _read_paddle(path: Path) -> Any:
+    names, array_type = _paddle_stand_ins()
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in names:
+                raise pickle.UnpicklingError(f"refused {module}.{name}: only arrays are allowed")
+            return names[module, name]
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, array_type):
+            return torch.from_numpy(value.array())
+        if isinstance(value, dict):
+            return {k: tensors(v) for k, v in value.items() if k != PADDLE_NAMES}
+        return value
+
+    with path.open("rb") as file:
+        return tensors(Unpickler(file).load())
+
+
+def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
+    """What a pickle of numpy arrays calls, and the type that its arrays become.
+
+    numpy's own classes are kept out: their ``__setstate__`` trusts the file. The stand-ins are made
+    anew for each file, since a pickle can set attributes of what it is given.
+    """
+
+    class DType:
+        def __init__(self, code: str, *_: Any) -> None:
+            self.code, self.order = code, "<"
+
+        def __setstate__(self, state: tuple[Any, ...]) -> None:
+            self.order = state[1]
+
+        def dtype(self) -> np.dtype[Any]:
+            if not re.fullmatch("f[248]|i[1248]", self.code) or self.order not in ("<", ">", "|"):
+                raise pickle.UnpicklingError(f"refused an array of type {self.code!r}")
+            return np.dtype(f"{self.order}{self.code}")
+
+    class Array:
+        def __init__(self, *_: Any) -> None:
+            self.state: tuple[Any, ...] = ()
+
+        def __setstate__(self, state: tuple[Any, ...]) -> None:
+            self.state = state  # version, shape, type, whether columns come first, bytes
+
+        def array(self) -> np.ndarray[Any, Any]:
+            _, shape, dtype, fortran, content = self.state
+            values = np.frombuffer(content, dtype.dtype())
+            values = values.reshape(shape, order="F" if fortran else "C")
+            return values.astype(values.dtype.newbyteorder("="), order="C")  # a copy, ours
+
+    def from_buffer(content: bytes, dtype: DType, shape: Any, order: str) -> Array:
+        array = Array()
+        array.state = (1, shape, dtype, order == "F", content)
+        return array
+
+    def encode(text: str, encoding: str) -> bytes:
+        return text.encode("latin1")  # how protocol 2 spells bytes
+
+    names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): DType}
+    for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
+        names[f"{core}.multiarray", "_reconstruct"] = Array
+        names[f"{core}.numeric", "_frombuffer"] = from_buffer
+    names["_codecs", "encode"] = encode
+    names["collections", "OrderedDict"] = OrderedDict
+    return names, Array
+
+
+def _write_paddle(path: Path, state: dict[str, Tensor]) -> None:
+    """As ``paddle.save`` does: a pickle (protocol 4) of numpy arrays and the index of names."""
+    arrays: Tree = {
+        name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        for name, value in state.items()
+    }
+    with path.open("wb") as file:
+        pickle.dump({**arrays, PADDLE_NAMES: {name: name for name in state}}, file, protocol=4)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
