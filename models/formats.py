@@ -1,12 +1,13 @@
 """Files of tensors: torch's, safetensors and Paddle's, read without executing anything in them.
 
 A pickle is a program. torch's own is run by ``weights_only``, Paddle's by an unpickler that knows
-six names, all of them stand-ins of ours that can do nothing but describe an array of numbers.
+a handful of names, nearly all stand-ins of ours that can only describe an array of numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pickle
 import re
@@ -112,8 +113,8 @@ def _read_paddle(path: Path) -> Any:
             return {k: tensors(v) for k, v in value.items() if k != PADDLE_NAMES}
         return value
 
-    with path.open("rb") as file:
-        return tensors(Unpickler(file).load())
+    # From memory, so that a length that the file does not have cannot reserve gigabytes.
+    return tensors(Unpickler(io.BytesIO(path.read_bytes())).load())
 
 
 def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
@@ -156,11 +157,15 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
     def encode(text: str, encoding: str) -> bytes:
         return text.encode("latin1")  # how protocol 2 spells bytes
 
+    def no_bytes() -> bytes:
+        return b""  # and how it spells none of them
+
     names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): DType}
     for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
         names[f"{core}.multiarray", "_reconstruct"] = Array
         names[f"{core}.numeric", "_frombuffer"] = from_buffer
     names["_codecs", "encode"] = encode
+    names["__builtin__", "bytes"] = no_bytes
     names["collections", "OrderedDict"] = OrderedDict
     return names, Array
 
