@@ -7,6 +7,7 @@ number of processes, and a run that was interrupted goes on with the shards that
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import io
@@ -26,7 +27,7 @@ from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
 from xcit_dino.data.index import ARRAYS, INDEX, ShardIndex, ShardPart, write_atomically, write_index
 from xcit_dino.data.keyed import keyed_permutation, text_key
 from xcit_dino.data.labels import LIST_SUFFIXES, list_images, list_torchvision, torchvision_names
-from xcit_dino.data.layout import Part, arrange
+from xcit_dino.data.layout import FOLDERS, SPLITS, Part, arrange
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.sources import Image, Listing, list_archive, list_folder, read_image
 from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
@@ -75,6 +76,8 @@ def make(config: MakeConfig) -> int:
     Raises:
         InputError: the source holds nothing to pack, or the folder holds something else.
     """
+    if config.split is None and config.dst.name in SPLITS:  # DST says which split it is
+        config = dataclasses.replace(config, dst=config.dst.parent, split=config.dst.name)
     config.dst.mkdir(parents=True, exist_ok=True)
     with _locked(config.dst):
         work = config.dst / WORK
@@ -119,6 +122,9 @@ def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
     )  # fmt: skip
     if listing.skipped[".cls files"]:
         raise InputError(f"{src} holds WebDataset shards; index them: xcit-dino shards check {src}")
+    if src.is_file() and src.stem in FOLDERS:  # ILSVRC2012_img_train.tar is a train folder
+        named = [image._replace(name=f"{src.stem}/{image.name}") for image in listing.images]
+        listing.images[:] = named
     return listing, src
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from xcit_dino.data.decode import BadImage
 from xcit_dino.data.shardscan import IMAGE_EXTENSIONS
@@ -43,9 +43,11 @@ class Image(NamedTuple):
     offset: int = -1
     """-1: the whole file. In a zip: of the local header."""
     size: int = 0
-    """Stored bytes."""
+    """Bytes of the image."""
     method: int = -1
     """-1: not in a zip; else the zip's compression method (0 stored, 8 deflated)."""
+    stored: int = 0
+    """Bytes that it takes in a zip."""
     crc: int = 0
     """Of the decompressed bytes, in a zip."""
     label: str | None = None
@@ -119,19 +121,21 @@ def list_archive(path: Path, work: Path) -> Listing:
     """
     with path.open("rb") as file:
         magic = file.read(BLOCK)
-    listing = Listing()
+    listing, tar = Listing(), path
     if opener := next((o for m, o in COMPRESSED.items() if magic.startswith(m)), None):
         work.mkdir(parents=True, exist_ok=True)
         status = path.stat()
         identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
         target = work / f"source-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.tar"
-        path = _decompress(path, cast(Any, opener), target, listing)
+        tar = _decompress(path, cast(Any, opener), target, listing)
     elif magic.startswith(b"PK"):
         _list_zip(listing, path)
         return listing
     elif magic.startswith(b"\x28\xb5\x2f\xfd"):
         raise InputError(f"{path} is compressed with zstd: decompress it first (unzstd)")
-    _list_tar(listing, str(path), "")
+    _list_tar(listing, str(tar), "")
+    if not listing.images and any(item.get("offset") == 0 for item in listing.bad):
+        raise InputError(f"{path} is no tar, tar.gz or zip that holds images")
     return listing
 
 
@@ -145,7 +149,7 @@ def _decompress(path: Path, opener: Any, target: Path, listing: Listing) -> Path
             before = 0
             try:
                 with opener(raw) as stream:
-                    while piece := cast(IO[bytes], stream).read(1 << 22):
+                    while piece := stream.read1(1 << 20):  # read() would lose what precedes damage
                         out.write(piece)
                         bar.advance(raw.tell() - before)
                         before = raw.tell()
@@ -157,16 +161,11 @@ def _decompress(path: Path, opener: Any, target: Path, listing: Listing) -> Path
 
 
 def _list_tar(listing: Listing, path: str, prefix: str) -> None:
-    before = len(listing.images) + len(listing.bad) + listing.skipped.total()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         _scan_tar(listing, path, descriptor, prefix, 0, os.fstat(descriptor).st_size, 1)
     finally:
         os.close(descriptor)
-    first = listing.bad[-1] if listing.bad else {}
-    nothing = len(listing.images) + len(listing.bad) + listing.skipped.total() == before
-    if not listing.images and (nothing or first.get("offset") == 0):
-        raise InputError(f"{path} is no tar, tar.gz or zip that holds images")
 
 
 def _scan_tar(
@@ -206,8 +205,8 @@ def _list_zip(listing: Listing, path: Path) -> None:
             continue
         listing.images.append(
             Image(
-                entry.filename, str(path), entry.header_offset, entry.compress_size,
-                entry.compress_type, entry.CRC,
+                entry.filename, str(path), entry.header_offset, entry.file_size,
+                entry.compress_type, entry.compress_size, entry.CRC,
             )
         )  # fmt: skip
 
@@ -221,7 +220,7 @@ def read_image(image: Image) -> bytes:
     Raises:
         BadImage: it cannot be read, or is absurdly large.
     """
-    if image.size > MAX_BYTES:
+    if max(image.size, image.stored) > MAX_BYTES:
         raise BadImage(f"{image.size} bytes are no image")
     try:
         if image.offset < 0:
@@ -254,7 +253,7 @@ def _unzip(image: Image) -> bytes:
     if header[:4] != b"PK\3\4":
         raise BadImage("damaged zip entry")
     name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-    data = _part(image.path, image.offset + 30 + name + extra, image.size)
+    data = _part(image.path, image.offset + 30 + name + extra, image.stored)
     if image.method == zipfile.ZIP_DEFLATED:
         inflate = zlib.decompressobj(-zlib.MAX_WBITS)
         data = inflate.decompress(data, MAX_BYTES)

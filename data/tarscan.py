@@ -85,12 +85,12 @@ def _pax(data: bytes) -> dict[str, str]:
     records = {}
     while data.strip(b"\0"):
         digits, _, _ = data.partition(b" ")
-        length = int(digits)
+        length = int(digits) if digits.isdigit() else 0
         if not len(digits) + 1 < length <= len(data):
-            raise ValueError("pax record")
+            raise ValueError("damaged extended tar header")
         key, equals, value = data[len(digits) + 1 : length - 1].partition(b"=")
         if not equals:
-            raise ValueError("pax record")
+            raise ValueError("damaged extended tar header")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
     return records
@@ -131,18 +131,19 @@ def scan(read_at: ReadAt, end: int, start: int = 0) -> Iterator[Member | Damage]
         if size < 0:
             reason = "truncated tar" if len(header) < BLOCK else "damaged tar header"
             yield Damage("", position, reason)
-            position, extended = _next_header(window, position + BLOCK, end), {}
+            if (position := _next_header(window, position + BLOCK, end)) == end:
+                return
+            extended = {}
             continue
         kind, data = header[156:157], position + BLOCK
         if kind in b"xgLK" and kind:
-            if size > MAX_EXTENDED:
-                yield Damage("", position, "oversized extended tar header")
-            else:
-                try:
-                    extended |= _extended(kind, window.get(data, size))
-                except ValueError:
-                    yield Damage("", position, "damaged extended tar header")
-            position = data + _padded(size)
+            try:
+                extended |= _extended(kind, window.get(data, min(size, MAX_EXTENDED + 1)))
+                position = data + _padded(size)
+            except ValueError as error:
+                yield Damage("", position, str(error))
+                if (position := _next_header(window, data, end)) == end:
+                    return
             continue
         name = extended.get("path") or _ustar_name(header)
         try:
@@ -156,17 +157,21 @@ def scan(read_at: ReadAt, end: int, start: int = 0) -> Iterator[Member | Damage]
                 yield Member(name, data, size)
             else:
                 yield Damage(name, position, "member runs past the end of the tar (truncated?)")
-                position = _next_header(window, data, end)
+                if (position := _next_header(window, data, end)) == end:
+                    return
                 continue
         elif kind != b"5" and not name.endswith("/"):
             yield Damage(name, position, f"not a regular file (tar type {kind!r})")
             # Links and devices carry no data whatever their size field says (POSIX pax, "size").
             size = 0 if kind in b"12346" else size
         position = data + _padded(max(size, 0))
+    yield Damage("", end, "no end-of-archive mark (truncated?)")
 
 
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
     """What a pax header (x, g) or a GNU long name (L; K is a link's) says of the next member."""
+    if len(data) > MAX_EXTENDED:
+        raise ValueError("oversized extended tar header")
     if kind == b"x":
         return _pax(data)
     return {"path": _text(data)} if kind == b"L" else {}
