@@ -93,7 +93,7 @@ def sample_params(
     num_global: int,
 ) -> AugmentParams:
     """Draw the parameters of ``crops`` (numbers, globals first) of ``samples``; N = V*B."""
-    numbers = np.asarray(crops)
+    numbers = np.asarray(crops, np.int64)  # without a dtype, no crops would be floats
     u = keyed_uniforms(
         seed, AUGMENT_STREAM, epoch, samples[:, None], numbers[:, None, None], np.arange(14)
     ).reshape(-1, 14)

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcit_dino.data.augment import Augment
+from xcit_dino.data.augment import sample_params
 from xcit_dino.data.config import AugmentConfig, CropsConfig
 from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.loader import CropLoader
+from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.eval.config import LinearConfig
-from xcit_dino.eval.features import blocks_of, loader_config, output_batches
+from xcit_dino.eval.features import blocks_of, loader_config, normalise, output_batches
 from xcit_dino.eval.heads import Blocks, Choice, Heads, cosine, hold_out
 from xcit_dino.eval.subject import Network, Subject
 from xcit_dino.progress import progress
@@ -29,9 +29,6 @@ from xcit_dino.train import dist
 from xcit_dino.train.precision import autocast, resolve_precision
 
 SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
-FLIP_ONLY = AugmentConfig(
-    color_jitter_prob=0.0, gray_prob=0.0, blur_prob=(0.0, 0.0, 0.0), solarize_prob=(0.0, 0.0, 0.0)
-)
 
 
 def train_augmented(
@@ -63,7 +60,6 @@ def train_augmented(
     loader = CropLoader(
         train, plan, crops, options, rank=world.rank, world_size=world.size, device=device
     )
-    augment = Augment(FLIP_ONLY, seed=config.seed)
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
     with torch.inference_mode():
         probe = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
@@ -73,7 +69,7 @@ def train_augmented(
     steps = config.epochs * plan.steps_per_epoch
     with progress(f"{len(choices)} linear heads", steps, "steps") as bar, torch.no_grad():
         for (batch,) in islice(loader, steps):
-            images, _ = augment(batch)
+            images = normalise(flipped(batch, config.seed), device)
             with autocast(device, dtype):
                 blocks = blocks_of(model, images)
             everyone = gathered(
@@ -90,6 +86,14 @@ def train_augmented(
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
         return heads, heads.judge(judged(network, train, subject, config, device, rows))
+
+
+def flipped(batch: Batch, seed: int) -> Tensor:
+    """The batch's only crop of each image, uint8 (B, 3, H, W), half of them left-right mirrored."""
+    params = sample_params(AugmentConfig(), seed, batch.epoch, batch.samples, range(1), 1)
+    crops = batch.global_crops[0]
+    flip = torch.from_numpy(params.flip).to(crops.device)
+    return torch.where(flip[:, None, None, None], crops.flip(-1), crops)
 
 
 def judged(

@@ -25,7 +25,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "quickstart": Command(
-        "slurm.config:QuickstartConfig",
+        "slurm.quickstart:QuickstartConfig",
         "slurm.quickstart:run",
         "the whole pipeline on built-in images, with a report",
     ),

@@ -1,0 +1,168 @@
+"""Linear probe: heads against torch.optim.SGD, an honest choice, both protocols, the saved head."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from xcit_dino.errors import InputError
+from xcit_dino.eval import augmented, linear
+from xcit_dino.eval.config import LinearConfig
+from xcit_dino.eval.features import Features
+from xcit_dino.eval.heads import Choice, Heads, best, cosine, grid, hold_out
+from xcit_dino.eval.linear import accuracy, top_hits, train_cached
+
+CPU = torch.device("cpu")
+
+
+def clusters(count: int, seed: int, dim: int = 12, classes: int = 4) -> Features:
+    """Overlapping clusters as blocks cls and patch."""
+    centres = np.random.default_rng(0).standard_normal((classes, 2 * dim))
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, count)
+    rows = centres[labels] + 1.5 * generator.standard_normal((count, 2 * dim))
+    rows = rows.astype(np.float32)
+    return Features({"cls": rows[:, :dim], "patch": rows[:, dim:]}, labels, classes, 0)
+
+
+def test_every_head_is_trained_as_by_torch():
+    """All heads at once equal one ``nn.Linear`` each under ``torch.optim.SGD`` and autograd."""
+    choices = grid(("cls", "cls+patch"), (0.01, 0.5), (0.0, 0.1))
+    heads = Heads(choices, {"cls": 6, "patch": 3}, 5, batch_size=64, seed=3, device=CPU)
+    start = [heads.final(n) for n in range(len(choices))]
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(16, 9, generator=generator), torch.randint(5, (16,), generator=generator))
+        for _ in range(6)
+    ]
+    held_out = torch.arange(16) % 4 == 1
+    for step, (x, labels) in enumerate(batches):
+        heads.step({"cls": x[:, :6], "patch": x[:, 6:]}, labels, held_out, cosine(step / 6))
+
+    def by_torch(choice: Choice, begin, kept) -> torch.nn.Linear:
+        head = torch.nn.Linear(begin[0].shape[1], 5)
+        head.load_state_dict({"weight": begin[0], "bias": begin[1]})
+        lr = choice.lr * 64 / 256
+        optimizer = torch.optim.SGD(
+            head.parameters(), lr, momentum=0.9, weight_decay=choice.weight_decay
+        )
+        for step, (x, labels) in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = lr * cosine(step / 6)
+            F.cross_entropy(head(x[kept, : head.in_features]), labels[kept]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return head
+
+    x, labels = batches[0]
+    scores = heads.judge([({"cls": x[:, :6], "patch": x[:, 6:]}, labels)])
+    for number, choice in enumerate(choices):
+        expected = by_torch(choice, start[number], torch.arange(16))
+        for ours, theirs in zip(heads.final(number), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
+        selection = by_torch(choice, start[number], ~held_out)
+        with torch.no_grad():
+            logits = selection(x[:, : selection.in_features])
+        assert scores[number][0] == pytest.approx(
+            100 * (logits.argmax(1) == labels).float().mean().item()
+        )
+        assert scores[number][1] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def test_schedule_is_torchs_cosine():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0)
+    for epoch in range(10):
+        assert cosine(epoch / 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_best_prefers_accuracy_then_loss_then_order():
+    assert best([(50, 1.0), (60, 3.0), (60, 2.0), (60, 2.0)]) == 2
+    assert best([(50, float("inf")), (50, float("inf"))]) == 0
+
+
+def test_held_out_images_are_a_fixed_share():
+    held_out = hold_out(200, 0.1, seed=0)
+    assert held_out.sum() == 20 and torch.equal(held_out, hold_out(200, 0.1, seed=0))
+    assert not torch.equal(held_out, hold_out(200, 0.1, seed=1))
+    assert hold_out(2, 0.01, seed=0).sum() == 1
+    with pytest.raises(InputError, match="fewer than 2 images"):
+        hold_out(1, 0.1, seed=0)
+
+
+def test_cached_training_learns_and_the_choice_is_made_on_held_out_images(monkeypatch):
+    """Labels of the held-out images are turned: only the choice may change, never the heads."""
+    train, val = clusters(400, seed=1), clusters(300, seed=2)
+    choices = grid(("cls", "cls+patch"), (1e-4, 0.1), (0.0,))
+    config = LinearConfig(epochs=20, probe_batch_size=64)
+    heads, scores = train_cached(train, choices, 4, config, CPU)
+    chosen = choices[best(scores)]
+    assert chosen.lr == 0.1 and chosen.layers == "cls+patch"
+    top1 = accuracy(val, chosen.layers, *heads.final(best(scores)))["top1"]
+    assert top1 > 90 > 60 > accuracy(val, "cls", *heads.final(0))["top1"]
+
+    held_out = hold_out(400, config.holdout, config.seed).numpy()
+    turned = np.where(held_out, (train.labels + 1) % 4, train.labels)
+    seen = []
+    monkeypatch.setattr(Heads, "judge", lambda self, batches: seen.append(self) or [(0.0, 0.0)])
+    train_cached(Features(train.blocks, turned, 4, 0), choices, 4, config, CPU)
+    for ours, theirs in zip(heads.groups, seen[0].groups, strict=True):
+        half = len(ours.choices)
+        assert torch.equal(ours.weight_DGC[:, :half], theirs.weight_DGC[:, :half])
+        assert not torch.equal(ours.weight_DGC[:, half:], theirs.weight_DGC[:, half:])
+
+
+def test_top_hits_by_hand():
+    logits = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
+    assert top_hits(logits, torch.tensor([1, 2])).tolist() == [1, 2]
+    assert top_hits(torch.eye(7), torch.tensor([0, 1, 2, 3, 4, 5, 0])).tolist()[0] == 6
+
+
+def test_run_cached(run_folder):
+    config = LinearConfig(run_folder.subject(baselines=True), epochs=3, lrs=(0.01, 0.1, 1.0))
+    linear.run(config)
+    results = json.loads((run_folder.path / "results.json").read_text())
+    assert set(results) == {"linear", "linear/random", "linear/pixels"}
+    entry = results["linear"]
+    assert set(entry["metrics"]) == {"top1", "top5", "holdout_top1"}
+    assert len(entry["grid"]) == 3 * 2 * 3 and entry["chosen"] in [
+        {k: point[k] for k in ("layers", "lr", "weight_decay")} for point in entry["grid"]
+    ]
+    assert max(p["holdout_top1"] for p in entry["grid"]) == entry["metrics"]["holdout_top1"]
+    assert len(results["linear/pixels"]["grid"]) == 2 * 3
+    with safe_open(run_folder.path / linear.HEAD_FILE, "pt") as file:
+        assert file.metadata()["layers"] == entry["chosen"]["layers"]
+        assert len(json.loads(file.metadata()["classes"])) == file.get_tensor("bias").shape[0]
+    linear.run(LinearConfig(run_folder.subject(), epochs=3, lrs=(0.01, 0.1, 1.0)))
+    again = json.loads((run_folder.path / "results.json").read_text())["linear"]
+    assert again["metrics"] == entry["metrics"]
+
+
+def test_run_dino(run_folder):
+    """The augmented protocol goes through the backbone in every epoch, with other crops each
+    time."""
+    seen = []
+    step = Heads.step
+
+    def watched(self, blocks, labels, held_out, factor):
+        seen.append((blocks["cls"].clone(), factor))
+        step(self, blocks, labels, held_out, factor)
+
+    config = LinearConfig(
+        run_folder.subject(batch_size_per_gpu=32), protocol="dino", epochs=2, lrs=(0.1, 1.0)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augmented.Heads, "step", watched)
+        linear.run(config)
+    assert [factor for _, factor in seen] == [1.0] * 3 + [0.5] * 3
+    first, second = torch.cat([x for x, _ in seen[:3]]), torch.cat([x for x, _ in seen[3:]])
+    assert torch.cdist(first, second).min() > 1e-4, "no crop comes twice"
+    results = json.loads((run_folder.path / "results.json").read_text())
+    assert results["linear-dino"]["protocol"]["augmentation"] == "RandomResizedCrop + flip"
+    assert results["linear-dino"]["protocol"]["batch"] == 32
