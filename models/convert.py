@@ -19,6 +19,7 @@ from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
 from xcit_dino.models.weights import Found, check_tensors, find_network, listed
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.models.zoo import create_model, list_models
+from xcit_dino.progress import progress
 
 TOLERANCE = 1e-5  # largest difference between two outputs, relative to the largest value
 
@@ -85,13 +86,18 @@ def export(config: ExportConfig) -> None:
     arch, model = _build(found, config.checkpoint)
     facts = _facts(arch, model, found, config.checkpoint, config.results)
 
+    def write(path: Path) -> None:
+        onnx_export.write(path, model, facts)
+        bar.advance()
+
     def check(path: Path) -> None:
         run = onnx_export.runner(path)
         for images in _trial_images(model):
             _compare(run(images), model(images), config.output)
+        bar.advance()
 
-    with torch.no_grad():
-        formats.publish(config.output, lambda path: onnx_export.write(path, model, facts), check)
+    with torch.no_grad(), progress("trace, check", total=2) as bar:
+        formats.publish(config.output, write, check)
     print(f"{config.output}: {arch}, {found.network} of {config.checkpoint.name}, any batch, size")
 
 

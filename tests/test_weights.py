@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -475,6 +476,16 @@ def test_onnx_runs_any_batch_and_size(tmp_path: Path, monkeypatch: pytest.Monkey
                 torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-5
             )
     assert session.get_modelmeta().custom_metadata_map["arch"] == "small"
+
+
+def test_onnx_without_its_libraries_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "a.pth", network().state_dict())
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"xcit-dino\[onnx\]"):
+        convert.export(ExportConfig(source, tmp_path / "a.onnx"))
+    assert os.listdir(tmp_path) == ["a.pth"]
 
 
 @pytest.mark.parametrize(
