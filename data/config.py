@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -136,11 +136,11 @@ class LoaderConfig:
 class MakeConfig:
     """``xcit-dino shards make SRC DST``: images from anywhere into WebDataset shards."""
 
-    src: tyro.conf.Positional[str] = tyro.MISSING
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
     """Folder, tar, tar.gz or zip of images (in class folders, or flat); a .csv or .jsonl of
     path,label; the ILSVRC2012 archives or the folder that holds them; or the name of a torchvision
     data set: cifar10, cifar100, imagenette, flowers102."""
-    dst: tyro.conf.Positional[Path] = tyro.MISSING
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder for the shards. Sources with train and val parts fill DST/train and DST/val."""
     split: str | None = None
     """Pack everything into DST/SPLIT (train, val, ...) instead of what the folder names say."""
@@ -191,7 +191,7 @@ class MakeConfig:
 class CheckConfig:
     """``xcit-dino shards check DST``: the doctor; it also indexes shards that have no index."""
 
-    dst: tyro.conf.Positional[str] = tyro.MISSING
+    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder of shards, or of train/ and val/."""
     sample: int | None = None
     """Decode that many images, spread evenly, instead of all."""
@@ -227,7 +227,7 @@ class CheckConfig:
 class DemoConfig:
     """``xcit-dino shards demo DST``: the built-in labelled images, no download."""
 
-    dst: tyro.conf.Positional[Path] = tyro.MISSING
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder that gets train/ and val/ shards."""
     train: int = 4000
     """Training images."""

@@ -10,64 +10,31 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
-from xcit_dino.data.index import ARRAYS, INDEX, ShardIndex, ShardPart, write_atomically, write_index
+from xcit_dino.data.index import INDEX, ShardIndex, ShardPart, write_atomically, write_index
 from xcit_dino.data.keyed import keyed_permutation, text_key
 from xcit_dino.data.labels import LIST_SUFFIXES, list_images, list_torchvision, torchvision_names
 from xcit_dino.data.layout import FOLDERS, SPLITS, Part, arrange
-from xcit_dino.data.parallel import Advance, map_processes
-from xcit_dino.data.sources import Image, Listing, list_archive, list_folder, read_image
-from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
+from xcit_dino.data.parallel import map_processes
+from xcit_dino.data.shardjob import WORK, Encoding, Shard, load_part, pack_shard
+from xcit_dino.data.sources import Listing, list_archive, list_folder
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.progress import progress
 
-WORK = ".packing"  # finished shards' parts, until all are there
 PLAN = "packing.json"  # what the shards were made of
 QUARANTINE = "quarantine.jsonl"
-MAGIC = (  # what a file is, whatever its name says
-    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
-    (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"RIFF", "webp"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What becomes of an image on its way into a shard."""
-
-    resize: int | None
-    quality: int
-    verify: bool
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard to be written: a function of this is all that a process computes."""
-
-    folder: Path
-    number: int
-    first: int
-    """Number of its first image in the split."""
-    images: list[Image]
-    labels: list[int]
-    classes: list[str] | None
-    encoding: Encoding
-
-    @property
-    def name(self) -> str:
-        return SHARD_NAME.format(self.number)
+GOES_ON = "the same command goes on where it stopped"
 
 
 def make(config: MakeConfig) -> int:
@@ -176,20 +143,21 @@ def _pack(folder: Path, part: Part, listing: Listing, config: MakeConfig) -> Non
         return
     work = folder / WORK
     work.mkdir(exist_ok=True)
-    done = [shard for shard in shards if _load_part(shard) is not None]
-    todo = [shard for shard in shards if _load_part(shard) is None]
+    done = [shard for shard in shards if load_part(shard) is not None]
+    todo = [shard for shard in shards if load_part(shard) is None]
     total = len(part.images)
     with progress(
         f"Pack {folder.name}", total, "images", start=sum(len(shard.images) for shard in done)
     ) as bar:
         try:
-            for _ in map_processes(_write, todo, config.num_workers, bar):
+            for _ in map_processes(pack_shard, todo, config.num_workers, bar):
                 pass
         except OSError as error:
-            raise InputError(
-                f"{folder}: {error.strerror or error}; the same command goes on where it stopped"
-            ) from None
-    parts = [_load_part(shard) for shard in shards]
+            raise InputError(f"{folder}: {error.strerror or error}; {GOES_ON}") from None
+        except KeyboardInterrupt:
+            print(f"{folder}: {GOES_ON}", file=sys.stderr)
+            raise
+    parts = [load_part(shard) for shard in shards]
     bad = listing.bad + [item for p in parts if p is not None for item in p.damage]
     _finish(folder, [p for p in parts if p is not None], part.classes, bad)
     _summary(folder, bad, listing)
@@ -241,88 +209,3 @@ def _summary(folder: Path, bad: list[dict[str, Any]], listing: Listing) -> None:
         print(f"  left out: {count:,} {reason}")
     if bad:
         print(f"  bad: {len(bad):,} files, listed in {folder / QUARANTINE}")
-
-
-# ---------------------------------------------------------------------------- one shard
-
-
-def _write(shard: Shard, advance: Advance) -> None:
-    """Write one shard, and beside it its part of the index, which says that it is complete."""
-    bad: list[dict[str, Any]] = []
-    part = write_shard(shard.folder, shard.name, _samples(shard, bad, advance))
-    buffer = io.BytesIO()
-    meta = {"bytes": part.bytes, "sha256": part.sha256, "damage": bad}
-    arrays = {name: getattr(part, name) for name in ARRAYS}
-    np.savez(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
-    write_atomically(_part_path(shard), [buffer.getvalue()])
-
-
-def _part_path(shard: Shard) -> Path:
-    return shard.folder / WORK / f"{shard.name}.npz"
-
-
-def _load_part(shard: Shard) -> ShardPart | None:
-    """What :func:`_write` left, or None if the shard is not complete."""
-    try:
-        size = (shard.folder / shard.name).stat().st_size
-        with np.load(_part_path(shard), allow_pickle=False) as file:
-            meta, arrays = json.loads(file["meta"].tobytes()), {name: file[name] for name in ARRAYS}
-    except (OSError, ValueError, KeyError):
-        return None
-    if size != meta["bytes"]:
-        return None
-    return ShardPart(shard.name, size, meta["sha256"], **arrays, damage=meta["damage"])
-
-
-# ---------------------------------------------------------------------------- one image
-
-
-def _samples(shard: Shard, bad: list[dict[str, Any]], advance: Advance) -> Iterator[Sample]:
-    scratch = Scratch()
-    for number, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True)):
-        try:
-            data, extension, height, width = _encode(read_image(image), shard.encoding, scratch)
-        except BadImage as error:
-            bad.append({"source": _clean(image.name), "reason": str(error)})
-        else:
-            meta = {"source": _clean(image.name), "height": height, "width": width}
-            if shard.classes and label >= 0:
-                meta["class"] = shard.classes[label]
-            yield Sample(f"{shard.first + number:09d}", extension, data, label, meta)
-        advance(1)
-
-
-def _clean(name: str) -> str:
-    """Names may be no valid text; JSON needs them to be."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _encode(raw: bytes, how: Encoding, scratch: Scratch) -> tuple[bytes, str, int, int]:
-    """(image as stored, extension, height, width).
-
-    Raises:
-        BadImage: it cannot be decoded.
-    """
-    header = read_header(raw)
-    short = min(header.height, header.width)
-    if how.resize is not None and short > how.resize:
-        return _shrink(raw, how.resize, how.quality, scratch)
-    if how.verify:
-        decode(raw, header, scratch, reduce=8)  # in full, but with little arithmetic
-    extension = next((name for magic, name in MAGIC if raw.startswith(magic)), "ppm")
-    return raw, extension, header.height, header.width
-
-
-def _shrink(raw: bytes, side: int, quality: int, scratch: Scratch) -> tuple[bytes, str, int, int]:
-    """Shorter side to ``side`` with Pillow's antialiased bicubic, as JPEG."""
-    import PIL.Image
-    import simplejpeg
-
-    pixels = decode(raw, read_header(raw), scratch)
-    height, width = pixels.shape[:2]
-    scale = side / min(height, width)
-    size = (round(width * scale), round(height * scale))
-    small = PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC)
-    chroma = "444" if quality >= 90 else "420"
-    data = simplejpeg.encode_jpeg(np.asarray(small), quality=quality, colorsubsampling=chroma)
-    return data, "jpg", size[1], size[0]

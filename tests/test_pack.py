@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import hashlib
 import io
@@ -25,7 +26,7 @@ import simplejpeg
 from PIL import Image
 
 from xcit_dino.cli import main
-from xcit_dino.data import pack, sources
+from xcit_dino.data import pack, shardjob, sources
 from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.index import ShardIndex, file_sha256
 from xcit_dino.data.matfile import read_mat
@@ -44,6 +45,19 @@ Sb8AlJ9naAABUHF0d2Azhx3NHBC/JCMzL13BgGz9iQqQYKUsHCDuN8CjHwaQ9WPzNzn2kq0/YIoDhfY7
 Pzn6KY5/Dorj3wSHP0iLf6PR+CdHP8XxL0Bx/Bvi8Adp8W88Gv/k6Kc4/kUojn9jHP4gLf5NRuOfHP0Ux78E+fFvCQU4/IHN
 HDY0c0D8gkRge7cEM/yx6WdE0c/IkE5p+GFp/2DTz4SmXwCu/YM9sjmU1sOUpCMABqds7g8AAABRAAAAeJzjY2BguADEbEDM
 AcSMDBDAisRngtIgseTUnJxiIM0HxAZI+ljw6AMBASAvMQmiLwFJHx+aPpAeZiR9PFB7YIAZSsPkYfYyIZkDAgAIRgU1
+"""
+# Likewise, in small, Flowers102's setid.mat (trnid 2 5, valid 1, tstid 3 4) and imagelabels.mat
+# (labels 1 1 2 1 2).
+SETID_MAT = """
+TUFUTEFCIDUuMCBNQVQtZmlsZSBQbGF0Zm9ybTogcG9zaXgsIENyZWF0ZWQgb246IE1vbiBOb3YgMjMgMTU6NDY6MzAgMjAy
+NgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABSU0PAAAALAAAAHic42NgYLAA
+YjYg5gBibgYIYIXyGYGYCUqDxEqK8jJTgDQLEDIBRQA23QKmDwAAACkAAAB4nONjYGCwAGI2IOYAYm4GCGCF8hmRMEisLDEn
+MwVIszAwgcUANawCjA8AAAAsAAAAeJzjY2BgsABiNiDmAGJuBghghfIZgZgJSoPESopLMlOANAsQMgMxADdCAq0=
+"""
+LABELS_MAT = """
+TUFUTEFCIDUuMCBNQVQtZmlsZSBQbGF0Zm9ybTogcG9zaXgsIENyZWF0ZWQgb246IE1vbiBOb3YgMjMgMTU6NDY6MzAgMjAy
+NgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABSU0PAAAALwAAAHic42NgYHAA
+YjYg5gBiTgYIYIXyGaFsRqianMSk1JxiBgYmmDgjEyOIDQBTjQMB
 """
 WNIDS = ["n10000000", "n10000002", "n10000004", "n10000001", "n10000003", "n99999999"]
 
@@ -147,7 +161,8 @@ def test_shards_are_what_webdatasets_own_writer_makes_and_its_reader_reads(tmp_p
         writer.close()
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
     with (tmp_path / "ours.tar").open("rb") as file:
-        grouped = list(group_by_keys(tar_file_iterator(file)))
+        members = [member | {"__url__": ""} for member in tar_file_iterator(file)]
+    grouped = list(group_by_keys(members))
     read = [(s["__key__"], s["jpg"], int(s["cls"])) for s in grouped]
     assert read == [(s.key, s.image, s.label) for s in samples]
 
@@ -231,7 +246,7 @@ def test_an_interrupted_run_goes_on_with_the_missing_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     src = to_folder(class_files(), tmp_path / "src")
-    read, calls = pack.read_image, []
+    read, calls = shardjob.read_image, []
 
     def interrupted(image: Any) -> bytes:
         calls.append(image)
@@ -239,13 +254,13 @@ def test_an_interrupted_run_goes_on_with_the_missing_shards(
             raise KeyboardInterrupt
         return read(image)
 
-    monkeypatch.setattr(pack, "read_image", interrupted)
+    monkeypatch.setattr(shardjob, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         packed(src, tmp_path / "dst", shard_size=3)
     with pytest.raises(InputError, match="has no index.json"):
         ShardIndex.load(tmp_path / "dst")
     calls.clear()
-    monkeypatch.setattr(pack, "read_image", lambda image: calls.append(image) or read(image))
+    monkeypatch.setattr(shardjob, "read_image", lambda image: calls.append(image) or read(image))
     packed(src, tmp_path / "dst", shard_size=3)
     assert len(calls) == 6  # two of four shards were there
     packed(src, tmp_path / "whole", shard_size=3)
@@ -418,6 +433,28 @@ def test_cifar_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         make(MakeConfig(src="cifar100", dst=tmp_path / "e", root=tmp_path))
 
 
+def test_flowers_and_imagenette_through_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from torchvision.datasets import Flowers102
+
+    monkeypatch.setattr(Flowers102, "_check_integrity", lambda self: True)
+    flowers = to_folder({f"jpg/image_{n:05d}.jpg": jpeg(n) for n in range(1, 6)},
+                        tmp_path / "flowers-102")  # fmt: skip
+    (flowers / "setid.mat").write_bytes(base64.b64decode(SETID_MAT))
+    (flowers / "imagelabels.mat").write_bytes(base64.b64decode(LABELS_MAT))
+    make(MakeConfig(src="flowers102", dst=tmp_path / "f", root=tmp_path, num_workers=1))
+    train, val = (contents(ShardIndex.load(tmp_path / "f" / s)) for s in ("train", "val"))
+    assert sorted(train.values()) == sorted([(jpeg(1), 0), (jpeg(2), 0), (jpeg(5), 1)])
+    assert sorted(val.values()) == sorted([(jpeg(3), 1), (jpeg(4), 0)])
+    files = {
+        f"{s}/{w}/1.JPEG": jpeg(1) for s in ("train", "val") for w in ("n01440764", "n03888257")
+    }
+    to_folder(files, tmp_path / "imagenette2")
+    make(MakeConfig(src="imagenette", dst=tmp_path / "i", root=tmp_path, num_workers=1))
+    assert ShardIndex.load(tmp_path / "i" / "val").classes == ["n01440764", "n03888257"]
+
+
 # -- bad and hostile files -----------------------------------------------------------------------
 
 
@@ -577,6 +614,24 @@ def test_shards_are_not_packed_again(tmp_path: Path):
         make(MakeConfig(src=str(tmp_path / "d" / "shard-000000.tar"), dst=tmp_path / "e"))
     with pytest.raises(InputError, match="folder of their own"):
         make(MakeConfig(src=str(src), dst=src))
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    src = to_folder(class_files(), tmp_path / "s")
+    write, full = shardjob.write_shard, [True]
+
+    def disk(folder: Path, name: str, samples: Any) -> Any:
+        if name == "shard-000001.tar" and full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(folder, name, samples)
+
+    monkeypatch.setattr(shardjob, "write_shard", disk)
+    with pytest.raises(InputError, match="No space left on device; the same command goes on"):
+        packed(src, tmp_path / "d", shard_size=5)
+    full.clear()
+    assert packed(src, tmp_path / "d", shard_size=5).num_samples == 12
 
 
 def test_one_process_packs_at_a_time(tmp_path: Path):
