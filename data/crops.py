@@ -10,6 +10,8 @@ crop of the sample still shrinks by at least ``KEEP`` afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from xcit_dino.data.keyed import keyed_uniforms
 KEEP = 1.5  # a reduced JPEG keeps this many pixels a side for each pixel of every crop
 TRIES = 10  # torchvision's RandomResizedCrop.get_params
 BOX_STREAM = 11
+_resize = torch._C._nn._upsample_bicubic2d_aa  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def crop_boxes(
@@ -64,44 +67,61 @@ def cut_crops(
     header: Header,
     boxes: NDArray[np.int64],
     outputs: list[Tensor],
-    scratch: tuple[Scratch, Scratch],
+    scratch: Scratch,
+    cutter: Cutter,
 ) -> None:
     """Decode one image and resize its boxes [V, 4] into ``outputs``: V times [1, 3, S, S] uint8.
-
-    Args:
-        scratch: one for the whole image, one for a crop of it.
 
     Raises:
         BadImage: see :func:`decode`.
     """
     sizes = np.array([out.shape[-1] for out in outputs])
     reduce = 1 if header.pillow is not None else reduction(boxes, sizes)
-    pixels = decode(raw, header, scratch[0], reduce)
+    pixels = decode(raw, header, scratch, reduce)
     if pixels.shape[:2] != (header.height, header.width):
         boxes = _scaled(boxes, header, pixels.shape[:2])
     for box, out in zip(boxes.tolist(), outputs, strict=True):
-        resize_into(cut(pixels, box, scratch[1]), out)
+        resize_into(cutter.cut(pixels, box), out)
 
 
-def cut(pixels: Pixels, box: list[int], scratch: Scratch) -> Tensor:
-    """A box of the image as [1, 3, height, width], channels last, without gaps, in ``scratch``."""
-    top, left, height, width = box
-    copy = scratch.get(height * width * 3)[: height * width * 3].reshape(height, width, 3)
-    np.copyto(copy, pixels[top : top + height, left : left + width])
-    return torch.from_numpy(copy).permute(2, 0, 1)[None]
+class Cutter:
+    """Copies boxes of images into memory that is used again for every box.
+
+    The resize wants its input without gaps, and torch would allocate that copy each time.
+    """
+
+    def __init__(self) -> None:
+        self._reserve(0)
+
+    def cut(self, pixels: Pixels, box: Sequence[int]) -> Tensor:
+        """A box (top, left, height, width) of [H, W, 3] as [1, 3, height, width], channels last.
+
+        Use it before the next cut.
+        """
+        top, left, height, width = box
+        size = height * width * 3
+        if size > self._array.size:
+            self._reserve(size)
+        target = self._array[:size].reshape(height, width, 3)
+        np.copyto(target, pixels[top : top + height, left : left + width])
+        return torch.as_strided(self._tensor, (1, 3, height, width), (size, 1, width * 3, 3))
+
+    def _reserve(self, size: int) -> None:
+        self._tensor = torch.empty(size, dtype=torch.uint8)
+        self._array = self._tensor.numpy()
 
 
 def resize_into(pixels: Tensor, out: Tensor) -> None:
     """Antialiased bicubic resize of uint8 [1, 3, H, W] into ``out`` [1, 3, h, w].
 
-    The operator behind ``F.interpolate(mode="bicubic", antialias=True)``, with a destination; both
-    sides channels last is its fast case.
+    What ``F.interpolate(mode="bicubic", antialias=True)`` calls, with a destination; channels last
+    on both sides is its fast case.
     """
     size = (out.shape[-2], out.shape[-1])
     if pixels.shape[-2:] == size:
         out.copy_(pixels)
     else:
-        torch.ops.aten._upsample_bicubic2d_aa.out(pixels, size, False, None, None, out=out)
+        _resize(pixels, size, False, None, None, out=out)
 
 
 def reduction(boxes: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
@@ -120,7 +140,7 @@ def center_view(pixels: Pixels, resize: int | None, crop: int, out: Tensor) -> N
     short = min(height, width)
     target = resize if resize is not None else max(short, crop)
     sides = [target if side == short else int(target * side / short) for side in (height, width)]
-    image = cut(pixels, [0, 0, height, width], Scratch())
+    image = Cutter().cut(pixels, (0, 0, height, width))
     resized = torch.empty((1, *sides, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     resize_into(image, resized)
     top, left = (round((side - crop) / 2) for side in sides)

@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, WebPImagePlugin
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 FORMATS = (  # Pillow knows the last two once their modules are imported
@@ -162,6 +162,8 @@ def _open(raw: bytes) -> Image.Image:
     try:
         with _quietly():
             return Image.open(io.BytesIO(raw), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImage("cannot be decoded: not an image of a known format") from None
     except Exception as error:
         raise BadImage(f"cannot be decoded: {_words(error)}") from None
 

@@ -15,7 +15,7 @@ used until the step after the next is asked for; tensors on a device are the cal
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +25,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xcit_dino.data.cache import ReadAhead
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
-from xcit_dino.data.storage import open_source
+from xcit_dino.data.storage import CachedSource, open_source
 from xcit_dino.data.workers import CropWork, Done, ImageWork, Task, answers
 from xcit_dino.errors import InputError
 
@@ -110,19 +111,24 @@ class CropLoader:
             max_bad_fraction=config.max_bad_fraction,
         )
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Generator[list[Batch]]:
         size = self.plan.batch_size // (self.world_size * self.accum)
         in_flight = self.config.num_workers * self.config.prefetch_factor
-        ring = Ring(in_flight + 2 * self.accum, _shapes(self.crops, size))
+        ring = Ring(in_flight + 2 * self.accum, slot_shapes(self.crops, size))
         source = open_source(self.index, self.config)
         work = CropWork(self.index, source, ring, self.crops, self.plan.seed)
         tasks = self._tasks(ring.num_slots)
         copier = Copier(self.device) if self.device and self.device.type == "cuda" else None
-        with closing(answers(work, tasks, self.config, ring, pin=copier is not None)) as results:
+        cache = source.cache if isinstance(source, CachedSource) else None
+        with (
+            closing(answers(work, tasks, self.config, ring, pin=copier is not None)) as results,
+            ReadAhead(cache, self.plan) as read_ahead,
+        ):
             while True:
                 begin = time.perf_counter()
                 step = [self._batch(next(results), ring) for _ in range(self.accum)]
                 self.wait_seconds += time.perf_counter() - begin
+                read_ahead.reached(step[0].step)
                 yield copier.copied(step) if copier else step
 
     def _tasks(self, num_slots: int) -> Iterator[Task]:
@@ -192,7 +198,7 @@ class ImageLoader:
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
         in_flight = self.config.num_workers * self.config.prefetch_factor
         ring = Ring(in_flight + 2, [(1, self.batch_size, self.crop, self.crop, 3)])
         source = open_source(self.index, self.config)
@@ -251,7 +257,8 @@ def record(quarantine: Quarantine, index: ShardIndex, done: Done) -> None:
         quarantine.add(sample, index.shards[index.locate(sample)[0]], key, reason)
 
 
-def _shapes(crops: CropsConfig, size: int) -> list[tuple[int, ...]]:
+def slot_shapes(crops: CropsConfig, size: int) -> list[tuple[int, ...]]:
+    """What a slot of the ring holds for ``size`` samples."""
     G, S = crops.global_crops_number, crops.global_crops_size
     L, s = crops.local_crops_number, crops.local_crops_size
     return [(G, size, S, S, 3), (L, size, s, s, 3)]

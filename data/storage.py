@@ -1,38 +1,84 @@
-"""Bytes of a shard, wherever it lies; remote ones are in remote.py."""
+"""Bytes of samples, wherever their shards lie.
+
+Local files are read where they are. For remote shards (http(s), s3, gs through fsspec) there are
+two ways, chosen by ``--cache_dir``: without it every sample is a range request of its own, so that
+each node moves only what it uses; with it whole shards are copied once into a bounded local folder
+(cache.py), ahead of their use. The output of a command (``pipe:``) has no ranges and needs the
+cache. Requests that fail are repeated (remote.py) before the sample counts as unreadable.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, Protocol
 
+from xcit_dino.data.cache import ShardCache, Unreadable
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.index import ShardIndex, key_of
+from xcit_dino.data.index import ShardIndex, is_url, key_of
+from xcit_dino.data.remote import (
+    GivenUp,
+    Remote,
+    persistent_chunks,
+    persistently,
+    pipe_chunks,
+)
 from xcit_dino.data.tarscan import BLOCK
+from xcit_dino.errors import InputError
 
-MAX_OPEN = 128  # files a process keeps open; a window of shards is smaller
+MAX_OPEN = 128  # files a process keeps open
 MAX_BYTES = 1 << 28  # no photograph is larger; an index that says so is damaged or hostile
+REQUESTS = 16  # of a worker under way at once: hides the latency of a distant store
 
 Place = tuple[int, int, int]
 """(shard number, offset, size in bytes)"""
 
 
-class Unreadable(Exception):
-    """The bytes cannot be had; the message is the reason."""
-
-
 class Source(Protocol):
-    """Reads byte ranges of shards. After a fork each process opens its own files."""
+    """Reads samples. After a fork, each process opens files and connections of its own."""
 
     def read_many(self, places: Sequence[Place]) -> list[bytes | Unreadable]:
         """One result for each place, failures (shard gone, too short ...) in their places."""
         ...
 
 
-def open_source(index: ShardIndex, config: LoaderConfig) -> Source:
-    """The source of an index's shards that the options ask for."""
-    return LocalSource([index.path(shard) for shard in range(len(index.shards))])
+def open_source(index: ShardIndex, config: LoaderConfig) -> LocalSource | RemoteSource:
+    """The source of an index's shards that the options ask for.
+
+    Raises:
+        InputError: options that do not go together.
+    """
+    base = (config.shard_url or index.root).rstrip("/")
+    pipe = base.startswith("pipe:")
+    if not pipe and not is_url(base):
+        return LocalSource([f"{base}/{name}" for name in index.shards])
+    if pipe and "{shard}" not in base:
+        raise InputError("--shard_url pipe:COMMAND needs {shard} where the shard's name goes")
+    if config.cache_dir is None:
+        if pipe:
+            raise InputError("--shard_url pipe:COMMAND needs --cache_dir for the shards it writes")
+        return RemoteSource(Remote(base), index.shards)
+    return CachedSource(_cache(index, config, base), max_open=2 * config.shuffle_window)
+
+
+def _cache(index: ShardIndex, config: LoaderConfig, base: str) -> ShardCache:
+    assert config.cache_dir is not None
+    sizes = index.shard_bytes.tolist()
+    needed = 2 * sum(sorted(sizes)[-config.shuffle_window :])
+    capacity = int(config.cache_gb * 1e9)
+    if capacity < min(needed, sum(sizes)):
+        raise InputError(
+            f"--cache_gb {config.cache_gb:g} is too small: two windows of {config.shuffle_window} "
+            f"shards take {needed / 1e9:.3g} GB; raise it or lower --shuffle_window"
+        )
+    chunks = partial(pipe_chunks, base[5:]) if base.startswith("pipe:") else Remote(base).chunks
+    return ShardCache(
+        config.cache_dir, partial(persistent_chunks, chunks), index.shards, sizes, index.sha256,
+        source=base, capacity=capacity,
+    )  # fmt: skip
 
 
 def read_key(source: Source, shard: int, offset: int) -> str:
@@ -44,25 +90,21 @@ def read_key(source: Source, shard: int, offset: int) -> str:
 class LocalSource:
     """Shards on a local or network file system; the files last used stay open."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], max_open: int = MAX_OPEN) -> None:
+        self.paths, self.max_open = paths, max_open
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read_many(self, places: Sequence[Place]) -> list[bytes | Unreadable]:
         """Reads in the order of storage, which discs and their read-ahead like."""
         results: list[Any] = [None] * len(places)
         for number in sorted(range(len(places)), key=places.__getitem__):
-            try:
-                results[number] = self._read(*places[number])
-            except Unreadable as failure:
-                results[number] = failure
+            results[number] = outcome(self._read, places[number])
         return results
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
-        if not 0 <= size <= MAX_BYTES:
-            raise Unreadable(f"{size} bytes are no image")
+    def _read(self, place: Place) -> bytes:
+        shard, offset, size = place
         try:
-            data = os.pread(self._descriptor(shard), size, offset)
+            data = os.pread(self._descriptor(shard), _checked(size), offset)
         except OSError as error:
             raise Unreadable(f"{type(error).__name__}: {error.strerror}") from None
         if len(data) < size:
@@ -73,7 +115,55 @@ class LocalSource:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        if len(self._open) >= MAX_OPEN:
+        if len(self._open) >= self.max_open:
             os.close(self._open.popitem(last=False)[1])
-        self._open[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = self._opened(shard)
         return self._open[shard]
+
+    def _opened(self, shard: int) -> int:
+        return os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+
+
+class CachedSource(LocalSource):
+    """Remote shards by way of their local copies."""
+
+    def __init__(self, cache: ShardCache, max_open: int) -> None:
+        super().__init__((), max_open)
+        self.cache = cache
+        self._given_up = GivenUp()
+
+    def _opened(self, shard: int) -> int:
+        return self._given_up.unless(shard, lambda: self.cache.open(shard))
+
+
+class RemoteSource:
+    """Remote shards by range requests, many at once."""
+
+    def __init__(self, remote: Remote, names: Sequence[str]) -> None:
+        self.remote, self.names = remote, names
+        self._given_up = GivenUp()
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:  # made in the process that reads, after the fork
+        return ThreadPoolExecutor(REQUESTS, "shard reads")
+
+    def read_many(self, places: Sequence[Place]) -> list[bytes | Unreadable]:
+        return list(self._threads.map(partial(outcome, self._read), places))
+
+    def _read(self, place: Place) -> bytes:
+        shard, offset, size = place
+        request = partial(self.remote.read, self.names[shard], offset, _checked(size))
+        return self._given_up.unless(shard, lambda: persistently(request))
+
+
+def outcome(read: Callable[[Place], bytes], place: Place) -> bytes | Unreadable:
+    try:
+        return read(place)
+    except Unreadable as failure:
+        return failure
+
+
+def _checked(size: int) -> int:
+    if not 0 <= size <= MAX_BYTES:
+        raise Unreadable(f"{size} bytes are no image")
+    return size

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from xcit_dino.data.cache import Unreadable
 from xcit_dino.data.config import CropsConfig, LoaderConfig
-from xcit_dino.data.crops import center_view, crop_boxes, cut_crops
+from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops
 from xcit_dino.data.decode import BadImage, Header, Scratch, decode, read_header
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.keyed import keyed_bits
 from xcit_dino.data.ring import Ring
-from xcit_dino.data.storage import Source, Unreadable, read_key
+from xcit_dino.data.storage import Source, read_key
 
 T = TypeVar("T")
 SUBSTITUTE_STREAM = 12
@@ -85,7 +86,7 @@ class CropWork:
         self.reading = Reading(index, source)
         self.ring, self.crops, self.seed = ring, crops, seed
         self.num_samples = index.num_samples
-        self.scratch = Scratch(), Scratch()
+        self.scratch, self.cutter = Scratch(), Cutter()
 
     def __getitem__(self, task: Task) -> Done:
         sources = task.samples.copy()
@@ -126,7 +127,7 @@ class CropWork:
             raise header
         assert isinstance(image, bytes)
         outputs = [crop for group in self.ring.views(slot) for crop in group[:, place, None]]
-        cut_crops(image, header, boxes, outputs, self.scratch)
+        cut_crops(image, header, boxes, outputs, self.scratch, self.cutter)
 
     def _substitute(self, task: Task, place: int) -> int:
         """Fill the place with another image, a pure function of (seed, epoch, sample).

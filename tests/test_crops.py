@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 from xcit_dino.data.config import CropsConfig
-from xcit_dino.data.crops import center_view, crop_boxes, cut_crops, reduction, resize_into
+from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops, reduction, resize_into
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
 
 
@@ -137,6 +138,31 @@ def test_garbage_after_the_image_does_no_harm():
     assert np.array_equal(decoded(raw + b"garbage" * 9), decoded(raw))
 
 
+def test_mutated_images_of_every_format_are_decoded_or_refused():
+    """FUZZ_CASES=5000 for the long version."""
+    image = photo(60, 50)
+    kinds = [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {}),
+             ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {}), ("PPM", {})]  # fmt: skip
+    files = [np.frombuffer(encoded(image, kind, **o), np.uint8) for kind, o in kinds]
+    refused = 0
+    for case in range(int(os.environ.get("FUZZ_CASES", "600"))):
+        rng = np.random.RandomState(case)
+        raw = files[case % len(files)].copy()
+        reach = 200 if rng.randint(2) else len(raw)  # headers are where the decisions are
+        raw[rng.randint(min(reach, len(raw)), size=rng.randint(1, 8))] = rng.randint(256)
+        raw = raw[: rng.randint(1, len(raw)) if rng.randint(4) == 0 else None]
+        try:
+            header = read_header(raw.tobytes())
+            if header.height * header.width > 10**6:
+                continue  # allowed, but not worth the test's time
+            pixels = decode(raw.tobytes(), header, Scratch())
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3, case
+        except BadImage as reason:
+            assert str(reason), case
+            refused += 1
+    assert refused > 50
+
+
 # -------------------------------------------------------------------------------------- geometry
 
 
@@ -201,7 +227,7 @@ def test_crops_are_pillows_within_one_level(size: int):
     raw = encoded(photo(330, 260), quality=95)
     boxes = np.array([[0, 0, 260, 330], [10, 20, 200, 150], [100, 100, 31, 29]])
     outputs = slots(size, size, size)
-    cut_crops(raw, read_header(raw), boxes, outputs, (Scratch(), Scratch()))
+    cut_crops(raw, read_header(raw), boxes, outputs, Scratch(), Cutter())
     for (top, left, height, width), out in zip(boxes, outputs, strict=True):
         box = (left, top, left + width, top + height)
         image = Image.open(io.BytesIO(raw)).convert("RGB").crop(box)
@@ -223,7 +249,7 @@ def test_large_jpegs_are_decoded_reduced_without_visible_change():
     sizes = [96, 64]
     assert reduction(boxes, np.array(sizes)) == 4
     reduced, exact = slots(*sizes), slots(*sizes)
-    cut_crops(raw, read_header(raw), boxes, reduced, (Scratch(), Scratch()))
+    cut_crops(raw, read_header(raw), boxes, reduced, Scratch(), Cutter())
     pixels = torch.from_numpy(decoded(raw)).permute(2, 0, 1)[None]
     for (top, left, height, width), out, same in zip(boxes, exact, reduced, strict=True):
         box = pixels[:, :, top : top + height, left : left + width]

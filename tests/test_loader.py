@@ -7,9 +7,12 @@ import json
 import os
 import signal
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
 
@@ -20,9 +23,12 @@ from PIL import Image
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.index import ShardIndex, write_index
-from xcit_dino.data.loader import Batch, CropLoader, ImageLoader
+from xcit_dino.data.loader import Batch, CropLoader, ImageLoader, slot_shapes
 from xcit_dino.data.plan import Plan
+from xcit_dino.data.ring import Ring
 from xcit_dino.data.shardscan import scan_shard
+from xcit_dino.data.storage import open_source
+from xcit_dino.data.workers import CropWork, Task
 from xcit_dino.errors import InputError
 
 CROPS = CropsConfig(global_crops_size=32, local_crops_number=3, local_crops_size=16)
@@ -290,6 +296,90 @@ def test_data_without_a_readable_image_ends_in_words(tmp_path):
     broken = make_shards(tmp_path / "shards", image=lambda number: b"nothing")
     with pytest.raises(RuntimeError, match="are all unreadable"):
         steps_of(loader_of(broken, max_bad_fraction=1.0), 1)
+
+
+# ---------------------------------------------------------------------------- from other machines
+
+
+@pytest.fixture
+def url(index: ShardIndex):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=index.root)) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("place", ["http", "file", "pipe"])
+def test_remote_shards_give_the_same_batches(index, url, tmp_path, place):
+    """By whole copies from a server without ranges, by ranges, and from a command; in workers."""
+    options = {
+        "http": dict(shard_url=url, cache_dir=tmp_path / "cache"),
+        "file": dict(shard_url=f"file://{index.root}"),
+        "pipe": dict(shard_url=f"pipe:cat {index.root}/{{shard}}", cache_dir=tmp_path / "cache"),
+    }[place]
+    remote = loader_of(index, num_workers=2, **options)
+    for ours, theirs in zip(steps_of(remote, 10), steps_of(loader_of(index), 10), strict=True):
+        assert_same(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------ fuzz
+
+
+def mutated(data: bytes, rng: np.random.RandomState) -> bytes:
+    """One of the ways in which a file comes to harm."""
+    raw = np.frombuffer(data, np.uint8).copy()
+    first = rng.randint(len(raw))
+    length = int(2 ** rng.uniform(0, 14))
+    match rng.randint(6):
+        case 0:  # bits flipped here and there
+            raw[rng.randint(len(raw), size=rng.randint(1, 30))] ^= 1 << rng.randint(8)
+        case 1:
+            raw[first : first + length] = 0
+        case 2:
+            hole = raw[first : first + length]
+            hole[:] = rng.randint(0, 256, len(hole))
+        case 3:
+            raw = raw[:first]
+        case 4:  # everything behind moves
+            raw = np.insert(raw, first, rng.randint(0, 256, min(length, 999), dtype=np.uint8))
+        case 5:
+            raw = np.delete(raw, slice(first, first + length))
+    return raw.tobytes()
+
+
+def test_mutated_shards_never_crash_and_every_good_sample_is_delivered(tmp_path):
+    """FUZZ_CASES=5000 for the long version."""
+    shard = make_shards(tmp_path / "shards", counts=(12,))
+    path, original = Path(shard.path(0)), Path(shard.path(0)).read_bytes()
+    samples = np.arange(12)
+    ring = Ring(2, slot_shapes(CROPS, 12))
+    work = CropWork(shard, open_source(shard, LoaderConfig()), ring, CROPS, seed=0)
+    work[Task(0, samples)]
+    expected, ours = ([view.numpy() for view in ring.views(slot)] for slot in (0, 1))
+    bad_samples = 0
+    for case in range(int(os.environ.get("FUZZ_CASES", "300"))):
+        data = mutated(original, np.random.RandomState(case))
+        path.write_bytes(data)  # in place: the source keeps the file open
+        places = [shard.locate(sample) for sample in samples]
+        intact = np.array([data[o : o + n] == original[o : o + n] for _, o, n in places])
+        try:
+            done = work[Task(1, samples)]
+        except RuntimeError as error:  # nothing readable is left to put in a bad sample's place
+            assert "are all unreadable" in str(error) and intact.sum() < 3, case
+            continue
+        assert (done.sources[intact] == samples[intact]).all(), case
+        for ours_group, expected_group in zip(ours, expected, strict=True):
+            assert np.array_equal(ours_group[:, intact], expected_group[:, intact]), case
+        replaced = done.sources != samples
+        listed = {sample for sample, _, _ in done.bad}
+        assert set(samples[replaced]) <= listed and all(reason for _, _, reason in done.bad), case
+        bad_samples += replaced.sum()
+    assert bad_samples > 100
 
 
 # ---------------------------------------------------------------------------------- image loader

@@ -1,0 +1,163 @@
+"""Shards on servers, and what to do when these fail.
+
+Requests that fail, stall or come back short are repeated with growing pauses; a copy goes on where
+it stopped; and a shard that failed every attempt is given up for a while, so that a lost shard
+costs one round of attempts and not one for each of its samples.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any, TypeVar
+
+from xcit_dino.data.cache import Unreadable
+
+T = TypeVar("T")
+CHUNK = 1 << 23  # bytes a request when a whole shard is copied
+ATTEMPTS = 5
+PAUSE = 0.5  # seconds after the first failed attempt; doubled after each further one
+TIMEOUT = 60.0  # seconds in which a server must answer a request
+HOLD_OFF = 60.0  # seconds for which a shard that failed every attempt is given up
+
+
+class Remote:
+    """Shards below a URL, through fsspec."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:  # connections do not survive a fork
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(self.base)
+        except (ImportError, ValueError) as error:
+            raise Unreadable(f"{self.base}: {error}") from None
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Bytes of a shard; any failure is an exception."""
+        data = self._get(name, offset, size)
+        if len(data) > size:
+            raise Unreadable("the server ignores byte ranges; copy whole shards with --cache_dir")
+        return data
+
+    def chunks(self, name: str, size: int, begin: int) -> Iterator[bytes]:
+        """The whole shard of ``size`` bytes from ``begin`` on, one request a chunk."""
+        for first in range(begin, size, CHUNK):
+            data = self._get(name, first, min(CHUNK, size - first))
+            if len(data) > CHUNK:  # the server ignores byte ranges and sent all of it
+                yield data[first:]
+                return
+            yield data
+
+    def _get(self, name: str, offset: int, size: int) -> bytes:
+        filesystem, root = self._opened
+        path, end = f"{root}/{name}", offset + size
+        data = filesystem.cat_file(path, start=offset, end=end, **self._deadline)
+        if len(data) < size:
+            raise OSError(f"{len(data)} of {size} bytes at {offset}")
+        return data
+
+    @property
+    def _deadline(self) -> dict[str, float]:
+        return {"timeout": TIMEOUT} if self._opened[0].async_impl else {}
+
+
+def pipe_chunks(command: str, name: str, size: int, begin: int) -> Iterator[bytes]:
+    """The output of a command (words split as a shell would, no shell) from byte ``begin`` on."""
+    words = [word.replace("{shard}", name) for word in shlex.split(command)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        try:
+            while True:
+                if not select.select([process.stdout], [], [], TIMEOUT)[0]:
+                    raise OSError(f"{words[0]} wrote nothing for {TIMEOUT:.0f} s")
+                chunk = os.read(process.stdout.fileno(), 1 << 20)
+                if not chunk:
+                    break
+                if len(chunk) > begin:
+                    yield chunk[begin:]
+                begin = max(0, begin - len(chunk))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise OSError(f"{words[0]} ended with code {process.returncode}")
+
+
+def persistent_chunks(
+    chunks: Callable[[str, int, int], Iterator[bytes]], name: str, size: int
+) -> Iterator[bytes]:
+    """A shard's bytes; after a failure it goes on where it stopped.
+
+    Raises:
+        Unreadable: ATTEMPTS failures without a byte between them.
+    """
+    done = failures = 0
+    while True:
+        try:
+            for chunk in chunks(name, size, done):
+                yield chunk
+                done, failures = done + len(chunk), 0
+            return
+        except (Unreadable, FileNotFoundError) as error:
+            raise _unreadable(error) from None
+        except Exception as error:
+            failures = _pause_after(failures, error)
+
+
+def persistently(request: Callable[[], T]) -> T:
+    """The request's result, tried up to ATTEMPTS times.
+
+    Raises:
+        Unreadable: each attempt failed, or it makes no sense to try again.
+    """
+    failures = 0
+    while True:
+        try:
+            return request()
+        except (Unreadable, FileNotFoundError) as error:
+            raise _unreadable(error) from None
+        except Exception as error:  # network libraries have dozens
+            failures = _pause_after(failures, error)
+
+
+def _pause_after(failures: int, error: Exception) -> int:
+    """Wait before the next attempt: random, so that not all workers come back at once."""
+    if failures + 1 == ATTEMPTS:
+        raise Unreadable(f"{ATTEMPTS} attempts failed, the last: {_words(error)}") from None
+    time.sleep(PAUSE * 2**failures * random.SystemRandom().uniform(0.5, 1))
+    return failures + 1
+
+
+class GivenUp:
+    """Shards that failed every attempt; their samples fail at once for a while."""
+
+    def __init__(self) -> None:
+        self._until: dict[int, tuple[float, Unreadable]] = {}
+
+    def unless(self, shard: int, request: Callable[[], T]) -> T:
+        until, failure = self._until.get(shard, (0.0, None))
+        if failure is not None and time.monotonic() < until:
+            raise failure
+        try:
+            return request()
+        except Unreadable as failure:
+            self._until[shard] = time.monotonic() + HOLD_OFF, failure
+            raise
+
+
+def _unreadable(error: Exception) -> Unreadable:
+    return error if isinstance(error, Unreadable) else Unreadable(f"no such shard: {_words(error)}")
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
