@@ -55,7 +55,7 @@ def check(config: CheckConfig) -> int:
         finding = examine(index, config.sample, config.num_workers)
         problems += len(finding.bad)
         _report(index, finding)
-        if config.nodes is not None or config.gpus is not None:
+        if (config.nodes is not None or config.gpus is not None) and folder.name != "val":
             for line in preflight(index.num_samples, int(index.sizes.mean()), finding, config):
                 print(line)
     return 1 if problems else 0
@@ -152,7 +152,7 @@ def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
         "shards",
         (
             f"{len(index.shards):,} of {counts.min():,} to {counts.max():,} samples, "
-            f"{num_bytes.sum() / 1e9:,.2f} GB"
+            f"{num_bytes.sum() / 1e6:,.1f} MB"
         ),
     )
     yield "image bytes", f"mean {index.sizes.mean() / 1e3:,.1f} kB, largest {index.sizes.max():,}"
@@ -201,8 +201,9 @@ def preflight(
     )
     if not steps:
         yield (
-            "  STARVES: fewer samples than one global batch; lower --batch_size_per_gpu to "
-            f"{num_samples // (nodes * gpus)} or take fewer GPUs"
+            "  STARVES: fewer samples than one global batch; take at most "
+            f"{max(num_samples // per_gpu, 1)} GPUs or --batch_size_per_gpu "
+            f"{max(num_samples // (nodes * gpus), 1)}"
         )
     workers = max(config.workers, 1)
     if finding.decoded:

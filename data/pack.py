@@ -50,8 +50,12 @@ def make(config: MakeConfig) -> int:
         work = config.dst / WORK
         listing, src = _list(config, work)
         parts = arrange(listing, config, src)
+        problems = listing.bad  # of the source as a whole: they go into the first split's list
         for split, part in parts.items():
-            _pack(config.dst / split, part, listing, config)
+            _pack(config.dst / split, part, problems, config)
+            problems = []
+        for reason, count in listing.skipped.most_common():
+            print(f"left out: {count:,} {reason}")
         shutil.rmtree(work, ignore_errors=True)
     return 0
 
@@ -134,7 +138,7 @@ def fingerprint(shards: list[Shard]) -> str:
     return digest.hexdigest()
 
 
-def _pack(folder: Path, part: Part, listing: Listing, config: MakeConfig) -> None:
+def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: MakeConfig) -> None:
     """Write the shards of one split that are not there yet, then the index."""
     shards = cut(part, folder, config)
     if not _begin(folder, fingerprint(shards)):
@@ -158,9 +162,9 @@ def _pack(folder: Path, part: Part, listing: Listing, config: MakeConfig) -> Non
             print(f"{folder}: {GOES_ON}", file=sys.stderr)
             raise
     parts = [load_part(shard) for shard in shards]
-    bad = listing.bad + [item for p in parts if p is not None for item in p.damage]
+    bad = problems + [item for p in parts if p is not None for item in p.damage]
     _finish(folder, [p for p in parts if p is not None], part.classes, bad)
-    _summary(folder, bad, listing)
+    _summary(folder, bad)
 
 
 def _begin(folder: Path, digest: str) -> bool:
@@ -198,14 +202,12 @@ def _finish(
     shutil.rmtree(folder / WORK)
 
 
-def _summary(folder: Path, bad: list[dict[str, Any]], listing: Listing) -> None:
+def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
     index = ShardIndex.load(folder)
     classes = f" of {len(index.classes)} classes" if index.classes else ""
     print(
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"
     )
-    for reason, count in listing.skipped.most_common():
-        print(f"  left out: {count:,} {reason}")
     if bad:
         print(f"  bad: {len(bad):,} files, listed in {folder / QUARANTINE}")

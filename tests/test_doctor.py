@@ -182,7 +182,7 @@ def test_preflight_counts_steps_and_says_what_starves():
     text = advice(1_281_167, nodes=4, gpus=8, batch_size_per_gpu=32)
     assert "global batch of 1,024, 1,251 steps an epoch" in text  # 1,281,167 = 1251 x 1024 + 143
     assert "143 samples dropped" in text and "STARVES" not in text
-    assert "lower --batch_size_per_gpu to 12 or" in advice(100, nodes=2, gpus=4)
+    assert "at most 1 GPUs or --batch_size_per_gpu 12" in advice(100, nodes=2, gpus=4)
     text = advice(10_000, gpus=8, workers=4, images_per_second=3000)  # 4 ms a sample and core
     assert "2,400.0 MB/s" in text and "--num_workers 12 would do" in text
 
