@@ -1,0 +1,135 @@
+"""k-NN while pretraining goes on: a fixed subset, all ranks together, nothing of the training
+disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from xcit_dino.data.index import ShardIndex, resolve_split
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.features import blocks_of, num_classes_of, output_batches
+from xcit_dino.eval.knn import knn_hits
+from xcit_dino.eval.subject import Subject, geometry
+from xcit_dino.train import dist
+from xcit_dino.train.precision import resolve_precision
+
+BANK, QUERIES = 20_000, 4_000  # images, spread evenly over the splits
+K, TEMPERATURE = 20, 0.07
+Evaluate = Callable[[nn.Module, int], dict[str, float]]
+
+
+def online_knn(
+    data_path: str | Path,
+    *,
+    crop: int,
+    every: int = 1,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    precision: str = "fp32",
+    device: torch.device | None = None,
+) -> Evaluate | None:
+    """What ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) -> metrics to log.
+
+    Args:
+        data_path: shards; the bank comes from train, the queries from val.
+        crop: the run's global_crops_size.
+        every: epochs between evaluations.
+        device: where the network lies.
+
+    Returns:
+        None where no accuracy can be had: no validation split, or images without labels.
+    """
+    try:
+        train, val = (ShardIndex.load(resolve_split(data_path, s)) for s in ("train", "val"))
+        classes = num_classes_of(train, val)
+    except InputError:
+        return None
+    config = SubjectConfig(
+        batch_size_per_gpu=batch_size,
+        num_workers=num_workers,
+        precision=precision,  # type: ignore
+    )
+    resize, crop = geometry(config, crop)
+    subject = Subject("", Path(), None, str(data_path), resize, crop)
+    return OnlineKnn(train, val, classes, subject, config, every, device or torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class OnlineKnn:
+    """The callable; see :func:`online_knn`."""
+
+    train: ShardIndex
+    val: ShardIndex
+    num_classes: int
+    subject: Subject
+    config: SubjectConfig
+    every: int
+    device: torch.device
+
+    def __call__(self, backbone: nn.Module, epoch: int) -> dict[str, float]:
+        """``knn_top1`` and ``knn_top5`` in percent at k = 20; nothing in epochs between."""
+        if epoch % self.every:
+            return {}
+        with evaluating(backbone), torch.inference_mode():
+            bank, bank_labels = self._features(backbone, self.train, BANK)
+            queries, query_labels = self._features(backbone, self.val, QUERIES)
+        k = min(K, len(bank))
+        hits = knn_hits(
+            bank, bank_labels, queries, query_labels, [k], TEMPERATURE, self.num_classes,
+            gpu=self.device.type == "cuda",
+        )  # fmt: skip
+        top1, top5 = (100 * hits[0] / len(queries)).tolist()
+        return {"knn_top1": top1, "knn_top5": top5}
+
+    def _features(
+        self, backbone: nn.Module, index: ShardIndex, most: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(float32 [n, D], labels [n]) of the readable images of the subset, on every rank."""
+        count = min(most, index.num_samples)
+        chosen = np.linspace(0, index.num_samples - 1, count).astype(np.int64)
+        world, rank = (
+            dist.world_size(),
+            torch.distributed.get_rank() if dist.world_size() > 1 else 0,
+        )
+        side = self.subject.crop
+        probe = blocks_of(backbone, torch.zeros(1, 3, side, side, device=self.device))["cls"]
+        # the last column says that the image was read
+        table = torch.zeros(count, probe.shape[1] + 1, device=self.device)
+        dtype = resolve_precision(self.config.precision, self.device)
+        for blocks, samples in output_batches(
+            partial(blocks_of, backbone), index, self.subject, self.config, self.device, dtype,
+            chosen[rank::world], "k-NN",
+        ):  # fmt: skip
+            rows = np.searchsorted(chosen, samples)
+            table[rows, :-1], table[rows, -1] = blocks["cls"], 1
+        if world > 1:
+            torch.distributed.all_reduce(table)
+        found = table.cpu().numpy()
+        seen = found[:, -1] > 0
+        return found[seen, :-1], index.labels[chosen[seen]].astype(np.int64)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module and random generator is as before.
+
+    DINO's teacher stays in training mode, where its batch-norms gather the statistics used here.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
