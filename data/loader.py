@@ -32,7 +32,7 @@ from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.storage import CachedSource, open_source
-from xcit_dino.data.workers import CropWork, Done, ImageWork, Task, answers
+from xcit_dino.data.workers import CropWork, Done, ImageWork, Retouch, Task, answers
 from xcit_dino.errors import InputError
 
 
@@ -72,6 +72,7 @@ class CropLoader:
         start_step: the first step to deliver; what was delivered before does not matter.
         device: where the tensors go; None leaves them in shared host memory.
         run_folder: for ``quarantine.jsonl``.
+        retouch: called in the worker on every micro-batch's crops.
 
     Attributes:
         wait_seconds: time for which the caller has waited for data so far.
@@ -93,6 +94,7 @@ class CropLoader:
         start_step: int = 0,
         device: torch.device | str | None = None,
         run_folder: Path | None = None,
+        retouch: Retouch | None = None,
     ) -> None:
         if plan.batch_size % (world_size * accum):
             raise InputError(
@@ -102,6 +104,7 @@ class CropLoader:
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
+        self.retouch = retouch
         self.device = torch.device(device) if device is not None else None
         self.wait_seconds = 0.0
         self.quarantine = Quarantine(
@@ -116,7 +119,7 @@ class CropLoader:
         in_flight = self.config.num_workers * self.config.prefetch_factor
         ring = Ring(in_flight + 2 * self.accum, slot_shapes(self.crops, size))
         source = open_source(self.index, self.config)
-        work = CropWork(self.index, source, ring, self.crops, self.plan.seed)
+        work = CropWork(self.index, source, ring, self.crops, self.plan.seed, self.retouch)
         tasks = self._tasks(ring.num_slots)
         copier = Copier(self.device) if self.device and self.device.type == "cuda" else None
         cache = source.cache if isinstance(source, CachedSource) else None

@@ -34,6 +34,8 @@ class Plan:
         window: shards among which samples are mixed.
         last_batch: whether an epoch's last partial batch is dropped, or wrapped round to the
             epoch's first samples.
+        repeats: repeated augmentation (arXiv 1901.09335): each sample stands that many times in a
+            row, so that its copies share a global batch. An epoch is then as many times longer.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Plan:
         batch_size: int,
         window: int = 16,
         last_batch: LastBatch = "drop",
+        repeats: int = 1,
     ) -> None:
         self.counts = np.asarray(counts, np.int64)
         self.starts = np.cumsum(self.counts) - self.counts
@@ -53,6 +56,7 @@ class Plan:
         self.batch_size = batch_size
         self.window = window
         self.last_batch = last_batch
+        self.repeats = repeats
         self._data_key = text_key(checksum)
         self._epoch = -1
         self._windows: dict[int, NDArray[np.int64]] = {}
@@ -76,18 +80,30 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, rest = divmod(self.num_samples, self.batch_size)
+        whole, rest = divmod(self.num_samples * self.repeats, self.batch_size)
         return whole + (rest > 0 and self.last_batch == "wrap")
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Sample numbers [batch_size] of the global batch of optimiser step ``step`` (from 0)."""
+        """Sample numbers [batch_size] of the global batch of optimiser step ``step`` (from 0).
+
+        The r-th copy of sample n has the number n + r * num_samples: random choices keyed by it
+        differ between copies.
+        """
         epoch, step = divmod(step, self.steps_per_epoch)
         first = step * self.batch_size
         last = first + self.batch_size
-        head = self.slice(epoch, first, min(last, self.num_samples))
-        if last <= self.num_samples:
+        total = self.num_samples * self.repeats
+        head = self._copies(epoch, first, min(last, total))
+        if last <= total:
             return head
-        return np.concatenate([head, self.slice(epoch, 0, last - self.num_samples)])
+        return np.concatenate([head, self._copies(epoch, 0, last - total)])
+
+    def _copies(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
+        """Numbers at ``first <= place < last`` of the order with every sample repeated."""
+        places = np.arange(first, last)
+        begin = first // self.repeats
+        samples = self.slice(epoch, begin, -(-last // self.repeats))
+        return samples[places // self.repeats - begin] + places % self.repeats * self.num_samples
 
     def slice(self, epoch: int, first: int, last: int) -> NDArray[np.int64]:
         """Sample numbers at the positions ``first <= position < last`` of an epoch's order."""
@@ -109,7 +125,8 @@ class Plan:
         """(epoch, number of the window where this step begins, windows an epoch)."""
         epoch, step = divmod(step, self.steps_per_epoch)
         self._enter(epoch)
-        number = int(np.searchsorted(self._window_ends, step * self.batch_size, side="right"))
+        place = step * self.batch_size // self.repeats
+        number = int(np.searchsorted(self._window_ends, place, side="right"))
         return epoch, number, len(self._window_ends)
 
     def _enter(self, epoch: int) -> None:

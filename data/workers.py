@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xcit_dino.data.cache import Unreadable
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops
-from xcit_dino.data.decode import BadImage, Header, Scratch, decode, read_header
+from xcit_dino.data.decode import BadImage, Header, Pixels, Scratch, decode, read_header
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.keyed import keyed_bits
 from xcit_dino.data.ring import Ring
@@ -49,6 +50,12 @@ class Done:
     task: Task
     sources: NDArray[np.int64]  # -1: nothing in this place
     bad: list[tuple[int, str, str]]  # (sample, key, reason)
+    images: list[bytes | Pixels] | None = None  # only from devicecrops.EncodedWork ...
+    boxes: NDArray[np.int64] | None = None  # ... [B, V, 4]
+
+
+Retouch = Callable[[list[Tensor], Task], None]
+"""Changes the crops of a slot in place: what the host does to pixels beyond cropping."""
 
 
 class Work(Protocol):
@@ -81,24 +88,32 @@ class CropWork:
     """Fills a slot with the crops of a micro-batch."""
 
     def __init__(
-        self, index: ShardIndex, source: Source, ring: Ring, crops: CropsConfig, seed: int
+        self,
+        index: ShardIndex,
+        source: Source,
+        ring: Ring,
+        crops: CropsConfig,
+        seed: int,
+        retouch: Retouch | None = None,
     ) -> None:
         self.reading = Reading(index, source)
-        self.ring, self.crops, self.seed = ring, crops, seed
+        self.ring, self.crops, self.seed, self.retouch = ring, crops, seed, retouch
         self.num_samples = index.num_samples
         self.scratch, self.cutter = Scratch(), Cutter()
 
     def __getitem__(self, task: Task) -> Done:
-        sources = task.samples.copy()
+        sources = task.samples % self.num_samples  # copies of a sample (Plan.repeats) share pixels
         images = self.reading.many(sources)
         headers = [self._header(image) for image in images]
         boxes = self._boxes(task, headers)
         for place, (image, header) in enumerate(zip(images, headers, strict=True)):
             try:
-                self._fill(task.slot, place, image, header, boxes[place])
+                self._fill(task.slot, place, *_readable(image, header), boxes[place])
             except (Unreadable, BadImage) as reason:
-                self.reading.reject(int(task.samples[place]), reason)
+                self.reading.reject(int(sources[place]), reason)
                 sources[place] = self._substitute(task, place)
+        if self.retouch is not None:
+            self.retouch(self.ring.views(task.slot), task)
         return Done(task, sources, self.reading.take_bad())
 
     def _header(self, image: bytes | Unreadable) -> Header | Exception:
@@ -116,16 +131,8 @@ class CropWork:
         )
 
     def _fill(
-        self,
-        slot: int,
-        place: int,
-        image: bytes | Unreadable,
-        header: Header | Exception,
-        boxes: NDArray[np.int64],
+        self, slot: int, place: int, image: bytes, header: Header, boxes: NDArray[np.int64]
     ) -> None:
-        if isinstance(header, Exception):
-            raise header
-        assert isinstance(image, bytes)
         outputs = [crop for group in self.ring.views(slot) for crop in group[:, place, None]]
         cut_crops(image, header, boxes, outputs, self.scratch, self.cutter)
 
@@ -141,7 +148,8 @@ class CropWork:
             header = self._header(image)
             one = Task(task.slot, wanted, task.step, task.micro, task.epoch)
             try:
-                self._fill(task.slot, place, image, header, self._boxes(one, [header])[0])
+                boxes = self._boxes(one, [header])[0]
+                self._fill(task.slot, place, *_readable(image, header), boxes)
                 return int(candidate)
             except (Unreadable, BadImage) as reason:
                 self.reading.reject(int(candidate), reason)
@@ -215,6 +223,13 @@ def answers(
     finally:
         del results  # stops the workers
         ring.unpin()
+
+
+def _readable(image: bytes | Unreadable, header: Header | Exception) -> tuple[bytes, Header]:
+    if isinstance(header, Exception):
+        raise header
+    assert isinstance(image, bytes)
+    return image, header
 
 
 def _as_it_is(done: T) -> T:

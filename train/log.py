@@ -43,7 +43,7 @@ class MetricsLog:
         self.file.write(json.dumps(values) + "\n")
         for name, value in values.items():
             if isinstance(value, float):
-                group = GROUPS.get(name, "eval" if name.startswith("knn") else "health")
+                group = GROUPS.get(name, "eval" if name.startswith(("knn", "val")) else "health")
                 self.board.add_scalar(f"{group}/{name}", value, values["step"])
 
     def text(self, name: str, content: str) -> None:
@@ -100,16 +100,24 @@ class RunLog(AbstractContextManager):
         step: steps done when this try began.
         total_steps: steps of the whole run.
         global_batch: images a step.
+        label: of the progress bar.
     """
 
-    def __init__(self, run: RunConfig, step: int, total_steps: int, global_batch: int):
+    def __init__(
+        self,
+        run: RunConfig,
+        step: int,
+        total_steps: int,
+        global_batch: int,
+        label: str = "pretraining",
+    ):
         self.run, self.global_batch = run, global_batch
         self.total_steps = total_steps
         self.meter = Meter()
         self.waited = 0.0
         self.files = MetricsLog(run.output_dir, step) if dist.is_main() else None
         self.stack = ExitStack()
-        self.bar = self.stack.enter_context(progress("pretraining", total_steps, "steps", step))
+        self.bar = self.stack.enter_context(progress(label, total_steps, "steps", step))
 
     def step(
         self, step: int, metrics: dict[str, Tensor], scheduled: dict[str, float], waited: float
@@ -131,9 +139,10 @@ class RunLog(AbstractContextManager):
         if torch.cuda.is_available():
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(step, line)
+        entropy = {"entropy": f"{line['teacher_entropy']:.2f}"} if "teacher_entropy" in line else {}
         self.bar.advance(
             loss=f"{line['loss']:.3f}",
-            entropy=f"{line['teacher_entropy']:.2f}",
+            **entropy,
             lr=f"{line['lr']:.1e}",
             img_s=f"{line['images_per_s']:.0f}",
             wait=f"{line['data_wait']:.0%}",

@@ -11,7 +11,8 @@ from xcit_dino.train.provenance import write_atomic
 # These may differ between two tries of one run: they change nothing of what is learnt.
 FREE = frozenset(
     "output_dir num_workers log_every keep_checkpoints saveckp_freq checkpoint_minutes max_steps "
-    "may_change device cache_dir batch_size_per_gpu accum_iter data_path".split()
+    "may_change device cache_dir batch_size_per_gpu accum_iter data_path knn_every "
+    "eval_every".split()
 )
 
 
