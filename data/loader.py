@@ -15,9 +15,10 @@ used until the step after the next is asked for; tensors on a device are the cal
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from xcit_dino.data.cache import ReadAhead
 from xcit_dino.data.config import CropsConfig, LoaderConfig
+from xcit_dino.data.devicecrops import DeviceCropper, EncodedWork
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
@@ -70,7 +72,7 @@ class CropLoader:
         config: workers, limits, where the shards are.
         rank, world_size, accum: this rank's part of every global batch.
         start_step: the first step to deliver; what was delivered before does not matter.
-        device: where the tensors go; None leaves them in shared host memory.
+        device: where the tensors go; on the CPU they stay in shared memory.
         run_folder: for ``quarantine.jsonl``.
         retouch: called in the worker on every micro-batch's crops.
 
@@ -101,11 +103,15 @@ class CropLoader:
                 f"the global batch of {plan.batch_size} cannot be split evenly over {world_size} "
                 f"ranks x {accum} micro-batches; change --batch_size_per_gpu or the accumulation"
             )
+        if config.decoder == "cuda" and (torch.device(device or "cpu").type != "cuda" or retouch):
+            raise InputError(
+                "--decoder cuda needs CUDA, and serves pretraining only; use --decoder host"
+            )
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
         self.retouch = retouch
-        self.device = torch.device(device) if device is not None else None
+        self.device = torch.device(device or "cpu")
         self.wait_seconds = 0.0
         self.quarantine = Quarantine(
             run_folder,
@@ -115,13 +121,22 @@ class CropLoader:
         )
 
     def __iter__(self) -> Generator[list[Batch]]:
-        size = self.plan.batch_size // (self.world_size * self.accum)
+        on_device = self.config.decoder == "cuda"
         in_flight = self.config.num_workers * self.config.prefetch_factor
-        ring = Ring(in_flight + 2 * self.accum, slot_shapes(self.crops, size))
+        size = self.plan.batch_size // (self.world_size * self.accum)
+        num_slots = 1 if on_device else in_flight + 2 * self.accum
+        ring = Ring(num_slots, slot_shapes(self.crops, size))
         source = open_source(self.index, self.config)
-        work = CropWork(self.index, source, ring, self.crops, self.plan.seed, self.retouch)
-        tasks = self._tasks(ring.num_slots)
-        copier = Copier(self.device) if self.device and self.device.type == "cuda" else None
+        kind = EncodedWork if on_device else CropWork
+        work = kind(self.index, source, ring, self.crops, self.plan.seed, self.retouch)
+        crops_of: Callable[[Done], tuple[Done, Tensor, Tensor]] = partial(_in_ring, ring)
+        copier = None
+        if on_device:
+            host = CropWork(self.index, source, ring, self.crops, self.plan.seed)
+            crops_of = DeviceCropper(host, self.device)
+        elif self.device.type == "cuda":
+            copier = Copier(self.device)
+        tasks = self._tasks(num_slots)
         cache = source.cache if isinstance(source, CachedSource) else None
         with (
             closing(answers(work, tasks, self.config, ring, pin=copier is not None)) as results,
@@ -129,7 +144,7 @@ class CropLoader:
         ):
             while True:
                 begin = time.perf_counter()
-                step = [self._batch(next(results), ring) for _ in range(self.accum)]
+                step = [self._batch(*crops_of(next(results))) for _ in range(self.accum)]
                 self.wait_seconds += time.perf_counter() - begin
                 read_ahead.reached(step[0].step)
                 yield copier.copied(step) if copier else step
@@ -147,14 +162,13 @@ class CropLoader:
                 number += 1
             step += 1
 
-    def _batch(self, done: Done, ring: Ring) -> Batch:
+    def _batch(self, done: Done, global_crops: Tensor, local_crops: Tensor) -> Batch:
         record(self.quarantine, self.index, done)
         task = done.task
-        global_crops, local_crops = ring.views(task.slot)
         labels = torch.from_numpy(self.index.labels[done.sources].astype(np.int64))
         return Batch(
-            task.step, task.micro, task.epoch, task.samples, done.sources, labels,
-            global_crops, local_crops,
+            task.step, task.micro, task.epoch, task.samples, done.sources,
+            labels.to(global_crops.device), global_crops, local_crops,
         )  # fmt: skip
 
 
@@ -252,6 +266,11 @@ class Copier:
             local_crops=batch.local_crops.to(self.device, non_blocking=True),
             labels=batch.labels.to(self.device, non_blocking=True),
         )
+
+
+def _in_ring(ring: Ring, done: Done) -> tuple[Done, Tensor, Tensor]:
+    global_crops, local_crops = ring.views(done.task.slot)
+    return done, global_crops, local_crops
 
 
 def record(quarantine: Quarantine, index: ShardIndex, done: Done) -> None:

@@ -22,13 +22,14 @@ import torch
 from PIL import Image
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
+from xcit_dino.data.devicecrops import DeviceCropper, EncodedWork
 from xcit_dino.data.index import ShardIndex, write_index
 from xcit_dino.data.loader import Batch, CropLoader, ImageLoader, slot_shapes
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.shardscan import scan_shard
 from xcit_dino.data.storage import open_source
-from xcit_dino.data.workers import CropWork, Task
+from xcit_dino.data.workers import CropWork, Done, Task
 from xcit_dino.errors import InputError
 
 CROPS = CropsConfig(global_crops_size=32, local_crops_number=3, local_crops_size=16)
@@ -296,6 +297,50 @@ def test_data_without_a_readable_image_ends_in_words(tmp_path):
     broken = make_shards(tmp_path / "shards", image=lambda number: b"nothing")
     with pytest.raises(RuntimeError, match="are all unreadable"):
         steps_of(loader_of(broken, max_bad_fraction=1.0), 1)
+
+
+# ------------------------------------------------------------------------------- decoder: device
+
+
+def on_device(index: ShardIndex, task: Task) -> tuple[Done, torch.Tensor, torch.Tensor]:
+    """The path of ``--decoder cuda`` on the CPU, workers' part and training process's part."""
+    ring = Ring(1, slot_shapes(CROPS, len(task.samples)))
+    arguments = index, open_source(index, LoaderConfig()), ring, CROPS, 3
+    return DeviceCropper(CropWork(*arguments), torch.device("cpu"))(EncodedWork(*arguments)[task])
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(number))).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("image", [jpeg, png, lambda n: (jpeg, png)[n % 2](n)])
+def test_device_decoder_gives_the_hosts_crops(tmp_path, image):
+    index = make_shards(tmp_path / "shards", image=image)
+    expected = steps_of(loader_of(index), 1)[0]
+    done, global_crops, local_crops = on_device(index, Task(0, expected[0]))
+    assert np.array_equal(done.sources, expected[1])
+    for ours, theirs in ((global_crops, expected[3]), (local_crops, expected[4])):
+        assert ours.shape == theirs.shape and ours.dtype == torch.uint8
+        assert abs(ours.numpy().astype(int) - theirs).max() <= 1
+
+
+def test_device_decoder_leaves_damaged_images_to_the_host(tmp_path):
+    index = make_shards(tmp_path / "shards")
+    samples = loader_of(index).plan.batch(0)
+    damage(index, int(samples[2]), b"")
+    damage(index, int(samples[5]), jpeg(int(samples[5]))[:300])
+    done, global_crops, _ = on_device(index, Task(0, samples))
+    expected = steps_of(loader_of(index, max_bad_fraction=0.2), 1)[0]
+    assert np.array_equal(done.sources, expected[1])
+    assert {sample for sample, _, _ in done.bad} == set(samples[[2, 5]])
+    assert abs(global_crops.numpy().astype(int) - expected[3]).max() <= 1
+
+
+def test_device_decoder_needs_cuda(index):
+    with pytest.raises(InputError, match="--decoder cuda needs CUDA"):
+        loader_of(index, decoder="cuda")
 
 
 # ---------------------------------------------------------------------------- from other machines
