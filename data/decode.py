@@ -139,8 +139,13 @@ def _pillow_header(raw: bytes) -> Header:
 
 
 def _jpeg_orientation(raw: bytes) -> int:
-    """Pillow is asked only where the file seems to hold EXIF data: opening costs time."""
-    return _orientation(_open(raw)) if raw.find(b"Exif\0\0", 0, 1 << 16) >= 0 else 1
+    """Pillow is asked only where there is an EXIF segment: opening costs a tenth of decoding."""
+    at = 2
+    while raw[at : at + 1] == b"\xff" and raw[at + 1 : at + 2] not in (b"\xda", b""):  # to the scan
+        if raw[at + 4 : at + 10] == b"Exif\0\0":
+            return _orientation(_open(raw))
+        at += 2 + max(2, int.from_bytes(raw[at + 2 : at + 4]))
+    return 1
 
 
 def _orientation(image: Image.Image) -> int:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from xcit_dino.data.decode import Header, Pixels, decode
 from xcit_dino.data.workers import CropWork, Done, Task
@@ -73,6 +72,8 @@ class DeviceCropper:
 
     def _decoded(self, images: list[bytes | Pixels]) -> list[Tensor]:
         """[3, H, W] uint8 on the device, each."""
+        from torchvision.io import ImageReadMode, decode_jpeg  # two seconds that others save
+
         encoded = [
             torch.frombuffer(bytearray(image), dtype=torch.uint8)
             for image in images
