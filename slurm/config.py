@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from xcit_dino.errors import InputError
 from xcit_dino.train.config import options
 
@@ -66,6 +68,36 @@ class LaunchConfig:
     """Seconds before the time limit at which SLURM tells the job to save itself."""
     dry_run: bool = False
     """Show the submission script, the resolved recipe and what follows from both; run nothing."""
+
+
+@dataclass(frozen=True)
+class StatusConfig:
+    """``xcit-dino launch status RUN``."""
+
+    run: tyro.conf.Positional[Path] = tyro.MISSING
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class LogsConfig:
+    """``xcit-dino launch logs RUN``."""
+
+    run: tyro.conf.Positional[Path] = tyro.MISSING
+    """Run folder."""
+    stage: str | None = None
+    """Stage. Left out: the one that began last."""
+    rank: int = 0
+    """Process whose log is shown."""
+    follow: bool = False
+    """Go on showing what is added until the stage ends."""
+
+
+@dataclass(frozen=True)
+class CancelConfig:
+    """``xcit-dino launch cancel RUN``."""
+
+    run: tyro.conf.Positional[Path] = tyro.MISSING
+    """Run folder."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +169,11 @@ def check(launch: LaunchConfig, prefix: str = "") -> None:
     for name in ("ngpus", "max_requeues", "signal_delay"):
         if values[name] is not None and values[name] < 0:
             raise InputError(f"--{prefix}{name} {values[name]}: must be 0 or more")
+    if launch.resources.timeout and launch.signal_delay > 30 * launch.resources.timeout:
+        raise InputError(
+            f"--signal_delay {launch.signal_delay}: must be at most half of --{prefix}timeout "
+            f"({launch.resources.timeout} minutes)"
+        )
     for pair in launch.resources.slurm:
         slurm_option(pair)
 

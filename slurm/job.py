@@ -14,16 +14,19 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import submitit
 
-from xcit_dino.errors import InputError, Stopped
+from xcit_dino.errors import InputError, RunError, Stopped
 from xcit_dino.slurm import env, record, scheduler
-from xcit_dino.slurm.config import RESUMES
+from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.slurm.stages import load
+from xcit_dino.train import stop
+from xcit_dino.train.config import options, replace
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -41,40 +44,34 @@ class StageJob:
     """``module:function`` that takes the config."""
     config: Any
     run: Path
+    num_tasks: int
+    """Processes that the config was made for."""
 
     def __call__(self) -> None:
         here = Rank(self, submitit.JobEnvironment())
         here.listen()
         try:
             store = here.join()  # kept until the end: it is the group's meeting point
-            self.work(here)
+            load(self.entry)(here.fitted(self.config))
+            leave_group()
             del store
-        except InputError as error:
-            here.say(error=str(error), code=2)
+        except (InputError, RunError) as error:  # would come again: no restart helps
+            code = 2 if isinstance(error, InputError) else 1
+            here.say(error=str(error), code=code, final=True)
             print(f"xcit-dino: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(code)
         except (Stopped, Interrupted) as reason:
             here.say(stopped=str(reason))
             print(f"stopped: {reason}", file=sys.stderr, flush=True)
+            leave_group()
         except Exception as error:
             here.say(error=f"{type(error).__name__}: {first_line(error)}", code=1)
             raise
 
-    def work(self, here: Rank) -> None:
-        """Run the stage; what saves itself is told of signals by :mod:`xcit_dino.train.stop`."""
-        if self.stage in RESUMES:
-            from xcit_dino.train import stop
 
-            here.request = stop.request
-            for name in here.heard:  # while torch was imported
-                stop.request(name)
-        run = load(self.entry)
-        try:
-            run(self.config)
-        finally:
-            from xcit_dino.train import dist
-
-            dist.shutdown()
+def job_of(launch: Launch, stage: Stage) -> StageJob:
+    """The job of a resolved stage."""
+    return StageJob(stage.name, stage.entry, stage.config, launch.run, stage.num_tasks)
 
 
 class Rank:
@@ -84,7 +81,6 @@ class Rank:
         self.job, self.place = job, place
         self.restart = restart_count()
         self.heard: list[str] = []
-        self.request: Any = None  # train.stop.request, once torch is imported
 
     def say(self, **word: Any) -> None:
         """Leave a word for whoever judges this attempt."""
@@ -99,6 +95,22 @@ class Rank:
         hosts = [here.hostnames[0], os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")]
         set_threads(here.num_tasks // here.num_nodes)
         return env.join(key, here.global_rank, here.num_tasks, own_gpu(here.local_rank), hosts)
+
+    def fitted(self, config: Any) -> Any:
+        """The config for as many processes as there are now, with the global batch as it was asked for."""
+        now, asked = self.place.num_tasks, self.job.num_tasks
+        if now == asked or self.job.stage not in RESUMES:
+            return config
+        values = dict(options(config))
+        micro_batches = Fraction(values["accum_iter"] * asked, now)
+        size = Fraction(values["batch_size_per_gpu"], micro_batches.denominator)
+        if size.denominator > 1:
+            raise InputError(
+                f"--nodes: a global batch of {values['batch_size_per_gpu'] * values['accum_iter'] * asked} "
+                f"does not divide among {now} processes; take a number of nodes that divides it"
+            )
+        fit = {"accum_iter": micro_batches.numerator, "batch_size_per_gpu": int(size)}
+        return replace(config, fit)
 
     def listen(self) -> None:
         """Take the signals over from submitit, before anything slow is imported."""
@@ -118,8 +130,15 @@ class Rank:
             self.say(heard=name)
         if self.job.stage not in RESUMES:
             raise Interrupted(name)
-        if self.request:
-            self.request(name)
+        stop.request(name)
+
+
+def leave_group() -> None:
+    """Leave torch's process group, if there is one. After a failure nobody does: it might wait for the dead."""
+    if "torch" in sys.modules:
+        from xcit_dino.train import dist
+
+        dist.shutdown()
 
 
 def restart_count() -> int:
@@ -154,12 +173,11 @@ def begin(run: Path, stage: str) -> None:
         InputError: the run was cancelled or failed too often; a node lacks a folder.
     """
     job_id, nodes = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_JOB_NUM_NODES"])
-    record.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
-    config = record.read_launch(run)["stages"][stage]["config"]
-    needed = [sys.executable, str(record.folder(run) / f"{stage}.json")]
-    needed += [str(config[name]) for name in ("data_path",) if config.get(name)]
-    if lacking := scheduler.lacking(needed, nodes):
-        record.leave_word(run, job_id, restart_count(), 0, error=lacking, code=2)
+    attempt = record.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
+    print(record.marker(attempt), file=sys.stderr, flush=True)
+    needed = [*record.read_launch(run)["needs"], str(record.folder(run) / f"{stage}.json")]
+    if lacking := scheduler.lacking([sys.executable, *needed], nodes):
+        record.leave_word(run, job_id, restart_count(), 0, error=lacking, code=2, final=True)
         record.finish(run, stage, 2)
         raise InputError(lacking)
 
@@ -178,7 +196,8 @@ def finish(run: Path, stage: str, code: int) -> int:
             record.save(run, ended)
         else:
             scheduler.requeue(job_id)
-    print(f"{stage}: {ended.state} {ended.reason}".rstrip(), file=sys.stderr, flush=True)
+    why = f" ({ended.reason})" if ended.reason else ""
+    print(f"{stage}: {ended.state}{why}", file=sys.stderr, flush=True)
     return {"done": 0, "failed": code or 1}.get(ended.state, record.RESUMABLE)
 
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.slurm import record, scheduler
 from xcit_dino.slurm.config import Launch, Stage
@@ -101,6 +100,8 @@ def check_input(launch: Launch) -> None:
     Raises:
         InputError: data are missing or too few, or the folder holds another run.
     """
+    from xcit_dino.data.index import ShardIndex, resolve_split
+
     for stage in launch.stages:
         values = dict(options(stage.config))
         if stage.name != "pretrain":
@@ -187,6 +188,7 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster) -> int:
         "code": str(code),
         "max_requeues": launch.launch.max_requeues,
         "argv": sys.argv,
+        "needs": needs(launch),
         "stages": {stage.name: {"job_id": "", "config": dump(stage.config)} for stage in todo},
     }
     record.allow(launch.run)
@@ -199,6 +201,14 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster) -> int:
         record.write_launch(launch.run, note)
         return told(launch, note)
     return local.run_stages(launch, todo, code, inside=cluster == "debug")
+
+
+def needs(launch: Launch) -> list[str]:
+    """Files that every node has to see: the index of the training data."""
+    from xcit_dino.data.index import resolve_split
+
+    paths = [stage.config.loader.data_path for stage in launch.stages if stage.name == "pretrain"]
+    return [f"{resolve_split(path, 'train')}/index.json" for path in paths]
 
 
 def told(launch: Launch, note: dict[str, Any]) -> int:

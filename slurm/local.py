@@ -25,7 +25,7 @@ from submitit.local.debug import DebugExecutor
 from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import record, watch
 from xcit_dino.slurm.config import Launch, Stage
-from xcit_dino.slurm.job import StageJob
+from xcit_dino.slurm.job import job_of
 
 GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
 FOREVER = 10**7  # minutes
@@ -45,7 +45,6 @@ class Controller(local.Controller):
         try:
             self.start_tasks()
             codes = self.wait()
-            self.name_killed(codes)
         finally:
             self.kill_tasks()
         sys.exit(next((abs(code) for code in codes if code), 0))
@@ -53,15 +52,16 @@ class Controller(local.Controller):
     def wait(self, freq: int = 10) -> list[int]:
         """Wait for all ranks; one that fails takes the others along after a while."""
         parent, began = os.getppid(), time.monotonic()
-        warn = self.timeout_s - self.signal_delay_s
-        ends = float(self.timeout_s)
+        warn, ends = self.timeout_s - self.signal_delay_s, float(self.timeout_s)
+        failed = False
         while True:
             codes = [task.poll() for task in self.tasks]
             passed = time.monotonic() - began
+            if any(codes) and not failed:
+                failed, ends = True, min(ends, passed + GRACE)
+                self.name_failed(codes)
             if None not in codes or passed > ends:
-                return [-signal.SIGKILL if code is None else code for code in codes]
-            if any(codes):
-                ends = min(ends, passed + GRACE)
+                return [signal.SIGKILL if code is None else code for code in codes]
             if passed > warn:
                 warn = float("inf")
                 self._forward_signal(signal.SIGUSR2)
@@ -70,13 +70,13 @@ class Controller(local.Controller):
                 self._forward_signal(signal.SIGHUP)
             time.sleep(1 / freq)
 
-    def name_killed(self, codes: list[int]) -> None:
-        """Say which ranks were killed, as srun does."""
-        for rank, code in enumerate(codes):
-            if code < 0:
-                name = signal.Signals(-code).name
-                line = f"local: error: {socket.gethostname()}: task {rank}: killed by {name}\n"
-                self.stderrs[0].write(line)
+    def name_failed(self, codes: list[int | None]) -> None:
+        """Say which rank failed first, in srun's words."""
+        rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
+        how = signal.strsignal(-code) if code < 0 else f"Exited with exit code {code}"
+        line = f"local: error: {socket.gethostname()}: task {rank}: {how}\n"
+        self.stderrs[0].write(line)
+        self.stderrs[0].flush()
 
 
 class Executor(local.LocalExecutor):
@@ -156,7 +156,7 @@ def told(launch: Launch, ended: record.Record) -> int:
 def run_inside(launch: Launch, stage: Stage, code: Path) -> record.Record:
     """Run one stage in this process (for a debugger): no log file, no restart, no copy of the code."""
     attempt = record.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
-    job = StageJob(stage.name, stage.entry, stage.config, launch.run)
+    job = job_of(launch, stage)
     executor = DebugExecutor(record.job_folder(launch.run, "debug"))
     started = executor.submit(job)
     attempt.job_id = started.job_id
@@ -171,7 +171,7 @@ def run_inside(launch: Launch, stage: Stage, code: Path) -> record.Record:
 
 def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
     """Run one stage to its end, again after a failure or a time limit, as SLURM would."""
-    progress = record.folder(launch.run) / f"{stage.name}.progress.json"
+    progress = record.progress_file(launch.run, stage.name)
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",
@@ -182,7 +182,7 @@ def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
         progress.unlink(missing_ok=True)
         attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())
         with environment_variables(**environment):
-            job = StageJob(stage.name, stage.entry, stage.config, launch.run)
+            job = job_of(launch, stage)
             started = executor(launch, stage).submit(job)
         attempt.job_id = started.job_id
         record.save(launch.run, attempt)

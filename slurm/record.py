@@ -24,6 +24,7 @@ RESUMABLE = 75  # exit code of a job that saved itself and is not done (EX_TEMPF
 State = Literal[
     "waiting", "running", "requeued", "stopped", "done", "failed", "cancelled"
 ]  # stopped: saved, and started again by nobody but the user
+TERMINATED, OUR_SIGNAL = "Terminated", "User defined signal 2"  # srun's words
 SCHEDULER = ("SIGUSR2", "SIGTERM")  # a scheduler tells a job to stop with these; it shall run again
 
 
@@ -42,6 +43,7 @@ class Record:
     ended: str = ""
     reason: str = ""  # of the state, in words
     bad_input: bool = False  # the failure is the user's to mend
+    failed_at: str = ""  # the error of the last failure, and the newest checkpoint then
     config: dict[str, Any] = field(default_factory=dict)  # of the stage when it was done
 
     @property
@@ -57,6 +59,11 @@ def folder(run: Path) -> Path:
 def job_folder(run: Path, job_id: str) -> Path:
     """Logs and pickles of one job (submitit writes them there)."""
     return folder(run) / "jobs" / job_id
+
+
+def progress_file(run: Path, stage: str) -> Path:
+    """Where rank 0 of a stage publishes its progress bar."""
+    return folder(run) / f"{stage}.progress.json"
 
 
 def load(run: Path, stage: str) -> Record:
@@ -83,7 +90,8 @@ def leave_word(run: Path, job_id: str, restart: int, rank: int, **word: Any) -> 
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
-    word = {"rank": rank, "host": socket.gethostname(), "time": time.time(), **before, **word}
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    word = {"rank": rank, "host": host, "time": time.time(), **before, **word}
     write_atomic(path, json.dumps(word))
 
 
@@ -99,26 +107,33 @@ def heard(run: Path, record: Record) -> str:
 
 
 def failure(run: Path, record: Record) -> str:
-    """The first failure of an attempt, naming rank and host: the cause of the others."""
-    killed = killed_task(run, record)
+    """Why an attempt failed, naming rank and host: what failed first, the others only follow."""
+    died = first_death(run, record)
+    if died and "xited with exit code" not in died:
+        return died.replace(
+            OUR_SIGNAL, "told to save itself before it had started (raise --timeout)"
+        )
     errors = [w for w in words(run, record.job_id, record.restart) if "error" in w]
-    if killed or not errors:
-        return killed
-    first = errors[0]
-    return f"rank {first['rank']} on {first['host']}: {first['error']}"
+    if not errors:
+        return died
+    return f"rank {errors[0]['rank']} on {errors[0]['host']}: {errors[0]['error']}"
 
 
-def killed_task(run: Path, record: Record) -> str:
-    """What srun says of a task that died without Python noticing (``kill -9``, the out-of-memory killer)."""
+def first_death(run: Path, record: Record) -> str:
+    """What srun (or our own controller) says of the first task of an attempt that failed."""
     log = job_folder(run, record.job_id) / f"{record.job_id}_0_log.err"
     if not log.is_file():
         return ""
     with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 65536))
-        tail = file.read().decode(errors="replace")
-    lines = re.findall(r"^(?:srun|local): error: (\S+: tasks? [\d,-]+: .+)$", tail, re.MULTILINE)
-    lines = [line for line in lines if "Terminated" not in line and "Exited" not in line]
-    return lines[0] if lines else ""
+        file.seek(max(0, log.stat().st_size - 262144))
+        tail = file.read().decode(errors="replace").rpartition(marker(record))[2]
+    found = re.search(r"^(?:srun|local): error: (\S+: tasks? [\d,-]+: .+)$", tail, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def marker(record: Record) -> str:
+    """The line that begins an attempt in the first rank's log, which all attempts of a job share."""
+    return f"{record.stage}: attempt {record.attempts} on {record.hosts}"
 
 
 # -- attempts ----------------------------------------------------------------------------------------------------
@@ -171,14 +186,29 @@ def finish(run: Path, stage: str, code: int) -> Record:
     elif code == 0:
         by_scheduler = heard(run, record) in SCHEDULER
         record.state, record.reason = "requeued" if by_scheduler else "stopped", stopped
+    elif first_death(run, record).endswith(TERMINATED):
+        record.state, record.reason = "requeued", "ended by the scheduler before it could save"
     else:
-        record.failures += 1
-        record.reason = failure(run, record) or f"exit code {code}"
-        record.bad_input = any(w.get("code") == 2 for w in said)
-        again = not record.bad_input and record.failures <= launch["max_requeues"]
-        record.state = "requeued" if again else "failed"
+        judge_failure(run, record, said, code, launch["max_requeues"])
     save(run, record)
     return record
+
+
+def judge_failure(
+    run: Path, record: Record, said: list[dict[str, Any]], code: int, max_requeues: int
+) -> None:
+    """Count a failure; the run starts again unless that cannot help."""
+    record.failures += 1
+    record.reason = failure(run, record) or f"exit code {code}"
+    record.bad_input = any(w.get("code") == 2 for w in said)
+    newest = max((path.name for path in run.glob("checkpoints/*.json")), default="")
+    failed_at = f"{record.reason.partition(': ')[2]} | {newest}"
+    final = any(w.get("final") for w in said)
+    if failed_at == record.failed_at:  # a mistake in the code or the data comes back each time
+        final, record.reason = True, f"{record.reason} (twice at the same place)"
+    record.failed_at = failed_at
+    again = not final and record.failures <= max_requeues
+    record.state = "requeued" if again else "failed"
 
 
 # -- the launch --------------------------------------------------------------------------------------------------
@@ -214,11 +244,6 @@ def cancelled(run: Path) -> bool:
 def allow(run: Path) -> None:
     """Take :func:`cancel` back."""
     (folder(run) / "cancelled").unlink(missing_ok=True)
-
-
-def host_alive(pid: int, start: str) -> bool:
-    """Whether the process of this host with that start time (see :func:`start_time`) still runs."""
-    return start_time(pid) == start
 
 
 def start_time(pid: int | None = None) -> str:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import InputError, suggest
-from xcit_dino.slurm.config import Launch, LaunchConfig, ResourceConfig, Stage, check, check_path
+from xcit_dino.slurm.config import (
+    RESUMES,
+    Launch,
+    LaunchConfig,
+    ResourceConfig,
+    Stage,
+    check,
+    check_path,
+)
 from xcit_dino.train.config import (
     RunConfig,
     option_types,
@@ -27,9 +35,11 @@ from xcit_dino.train.config import (
 )
 
 STAGES = ("pretrain", "knn", "linear", "evaluate", "finetune", "distill", "report")
-PRETRAIN = (
-    "xcit_dino.ssl.pretrain:pretrain"  # the command's `main` would take over the job's signals
-)
+ENTRIES = {  # the `main` of these commands would take over the job's signals
+    "pretrain": "xcit_dino.eval.online:pretrain",
+    "finetune": "xcit_dino.eval.finetune:finetune",
+    "distill": "xcit_dino.eval.distill:distill",
+}
 
 
 def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch:
@@ -56,6 +66,8 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
             raise InputError(
                 f"{rest[0]}: not an option of the launcher; for a stage write --{name}.OPTION"
             )
+        elif name in RESUMES:
+            stage = training_stage(name, launch, by_stage.get(name, []), stages, prog)
         else:
             stage = later_stage(name, launch, by_stage.get(name, []), run, prog)
         run = run or dict(options(stage.config))["output_dir"]
@@ -136,12 +148,36 @@ def pretrain_stage(launch: LaunchConfig, argv: list[str], prog: str) -> Stage:
     if config.run.output_dir == RunConfig.output_dir:
         folder = (launch.shared_dir or Path("runs")) / config.model.arch.replace("/", "_")
         config = replace(config, {"output_dir": folder})
-    return Stage("pretrain", PRETRAIN, absolute(config), launch.resources)
+    return Stage("pretrain", ENTRIES["pretrain"], absolute(config), launch.resources)
 
 
 def return_class(function: Callable[..., Any]) -> type:
     """The class that an annotated config function returns."""
     return typing.get_type_hints(function)["return"]
+
+
+def training_stage(
+    name: str, launch: LaunchConfig, argv: list[str], before: Sequence[Stage], prog: str
+) -> Stage:
+    """Finetuning or distillation: in a folder of its own inside the run's, from its newest
+    checkpoint; resources are those of pretraining unless it is told otherwise."""
+    make: Callable[..., Any] = load(f"xcit_dino.{commands()[name].config}")
+    mine, theirs = partition(argv, {f.name for f in fields(ResourceConfig)})
+    resources = parse(launch.resources, mine, f"{prog} --{name}.*")
+    check(replace(launch, dict(options(resources))), prefix=f"{name}.")
+    words = []
+    if before:
+        first = dict(options(before[0].config))
+        run = first["output_dir"] if before[0].name == "pretrain" else None
+        given = {
+            "pretrained_weights": run,
+            "output_dir": first["output_dir"] / name,
+            "arch": first.get("arch"),
+            "data_path": first.get("data_path"),
+        }
+        words = [word for key, value in given.items() if value for word in (f"--{key}", str(value))]
+    config = absolute(make([*words, *theirs], f"{prog} --{name}.*"))
+    return Stage(name, ENTRIES[name], config, resources)
 
 
 def later_stage(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from xcit_dino.slurm import record, scheduler
+from xcit_dino.errors import InputError
+from xcit_dino.progress import clock
+from xcit_dino.slurm import record, scheduler, watch
+from xcit_dino.slurm.config import CancelConfig, LogsConfig, StatusConfig
+
+Queue = dict[str, dict[str, str]]
 
 
 def owner(run: Path) -> str:
@@ -16,10 +26,164 @@ def owner(run: Path) -> str:
         return ""
     launch = record.read_launch(run)
     if launch["cluster"] == "slurm":
-        alive = scheduler.queue([s["job_id"] for s in launch["stages"].values() if s["job_id"]])
-        return next((f"SLURM job {job_id} ({job['state']})" for job_id, job in alive.items()), "")
-    if launch["host"] == socket.gethostname() and record.host_alive(
-        launch["pid"], launch["pid_start"]
-    ):
+        return next((f"SLURM job {i} ({job['state']})" for i, job in queue(launch).items()), "")
+    if local_owner(launch):
         return f"process {launch['pid']} on {launch['host']}"
     return ""
+
+
+def queue(launch: dict[str, Any]) -> Queue:
+    """The run's jobs that wait or run; none where SLURM is not asked."""
+    jobs = [stage["job_id"] for stage in launch["stages"].values() if stage["job_id"]]
+    return scheduler.queue(jobs) if launch["cluster"] == "slurm" else {}
+
+
+def local_owner(launch: dict[str, Any]) -> bool:
+    """Whether the launcher of local processes still runs on this machine."""
+    here = launch["host"] == socket.gethostname()
+    return here and record.start_time(launch["pid"]) == launch["pid_start"]
+
+
+# -- status ------------------------------------------------------------------------------------------------
+
+
+def status(config: StatusConfig) -> None:
+    """Print a line a stage: state, job, nodes, attempts, progress."""
+    from rich.console import Console
+    from rich.table import Table
+
+    launch = record.read_launch(config.run)
+    jobs = queue(launch)
+    table = Table(title=f"{config.run} ({launch['cluster']})", title_justify="left", box=None)
+    for column in ("stage", "state", "job", "nodes", "restarts", "failures", "progress"):
+        table.add_column(column, overflow="fold")
+    before = None
+    for stage in launch["stages"]:
+        row = describe(config.run, stage, launch, jobs, before)
+        table.add_row(*row.values())
+        before = row
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)
+    print("next stage:", next_stage(config.run, launch) or "none")
+
+
+def describe(
+    run: Path, stage: str, launch: dict[str, Any], jobs: Queue, before: dict[str, str] | None
+) -> dict[str, str]:
+    """One row of the table; ``before`` is the row of the stage that this one waits for."""
+    known = record.load(run, stage)
+    job_id = launch["stages"][stage]["job_id"] or known.job_id
+    job = jobs.get(job_id)
+    state, reason = known.state, known.reason
+    if job is not None:
+        state = {"PENDING": known.state, "RUNNING": "running"}.get(
+            job["state"], job["state"].lower()
+        )
+        reason = job["reason"] if job["state"] == "PENDING" else ""
+    elif not known.finished and not local_owner(launch):
+        state, reason = unsaid(run, known, before)
+    shown = progress(run, stage) if state in ("running", "requeued", "stopped") else ""
+    return {
+        "stage": stage,
+        "state": f"{state}: {reason}" if reason else state,
+        "job": job_id,
+        "nodes": known.hosts,
+        "restarts": str(max(0, known.attempts - 1)),
+        "failures": str(known.failures),
+        "progress": shown or took(known),
+    }
+
+
+def unsaid(run: Path, known: record.Record, before: dict[str, str] | None) -> tuple[str, str]:
+    """State and reason of a stage whose job has left without a word of its own."""
+    if record.cancelled(run):
+        return "cancelled", "by `launch cancel`"
+    if known.state == "waiting" and before and not before["state"].startswith("done"):
+        return "cancelled", f"{before['stage']} is {before['state']}"
+    state = scheduler.job_state(known.job_id).lower() if known.job_id else ""
+    return state or "lost", f"left without a word on {known.hosts or 'any node'}; launch it again"
+
+
+def progress(run: Path, stage: str) -> str:
+    """Where a stage is: ``epoch 3/20  step 120/400  eta 0:12:10  loss 4.31 ...  knn 45.2``."""
+    state = watch.read_state(record.progress_file(run, stage))
+    if state is None:
+        return "starting"
+    rate = (state["done"] - state["start"]) / max(state["seconds"], 1e-9)
+    left = (state["total"] - state["done"]) / rate - (time.time() - state["time"]) if rate else 0
+    parts = [
+        f"{state['label']} {state['done']:,.0f}/{state['total']:,.0f} {state['unit']}".rstrip()
+    ]
+    parts += [f"eta {clock(max(left, 0))}" if rate else "", state["shown"]]
+    return "  ".join(filter(None, [*parts, *knn(run, stage)]))
+
+
+def knn(run: Path, stage: str) -> Iterator[str]:
+    """The newest accuracy that a training stage measured on its way."""
+    path = run / "metrics.jsonl"
+    if stage != "pretrain" or not path.is_file():
+        return
+    with open(path, "rb") as file:  # its end: a long run has written much
+        file.seek(max(0, path.stat().st_size - 65536))
+        lines = file.read().splitlines()[1:]
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            if found := {k: v for k, v in json.loads(line).items() if k.startswith("knn")}:
+                yield from (f"{name} {value:.1f}" for name, value in found.items())
+                return
+
+
+def took(known: record.Record) -> str:
+    """Begin and end of a stage that is over."""
+    return f"{known.began} to {known.ended}" if known.ended else ""
+
+
+def next_stage(run: Path, launch: dict[str, Any]) -> str:
+    """The first stage that has not begun."""
+    waiting = (stage for stage in launch["stages"] if record.load(run, stage).state == "waiting")
+    return next(waiting, "")
+
+
+# -- logs --------------------------------------------------------------------------------------------------
+
+
+def logs(config: LogsConfig) -> None:
+    """Print a rank's log, of the stage that began last unless told otherwise."""
+    launch = record.read_launch(config.run)
+    records = {stage: record.load(config.run, stage) for stage in launch["stages"]}
+    begun = {stage: known for stage, known in records.items() if known.job_id}
+    stage = config.stage or next(reversed(begun), None)
+    if stage is None or stage not in begun:
+        raise InputError(f"{config.run}: {stage or 'no stage'} has not begun; see launch status")
+    job_id = begun[stage].job_id
+    paths = [watch.log_path(config.run, job_id, config.rank, kind) for kind in ("out", "err")]
+    if not any(path.is_file() for path in paths):
+        raise InputError(
+            f"--rank {config.rank}: job {job_id} of {stage} has no such log ({paths[0]})"
+        )
+
+    def going_on() -> bool:
+        return (
+            config.follow
+            and bool(owner(config.run))
+            and not record.load(config.run, stage).finished
+        )
+
+    watch.show(config.run, stage, job_id, going_on, config.rank)
+
+
+# -- cancel ------------------------------------------------------------------------------------------------
+
+
+def cancel(config: CancelConfig) -> None:
+    """End the run's jobs; the stage that goes on is told to save itself first."""
+    launch = record.read_launch(config.run)
+    who = owner(config.run)
+    record.cancel(config.run)
+    if launch["cluster"] == "slurm":
+        scheduler.cancel(list(reversed(queue(launch))))
+    elif who:
+        os.kill(launch["pid"], signal.SIGTERM)
+    elif launch["host"] != socket.gethostname():
+        raise InputError(f"{config.run}: its processes are on {launch['host']}; cancel it there")
+    print(f"cancelled {who}" if who else f"{config.run}: nothing is running")

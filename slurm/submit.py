@@ -11,9 +11,10 @@ from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
 from xcit_dino.errors import InputError
+from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import record, scheduler
 from xcit_dino.slurm.config import Launch, Stage, slurm_option
-from xcit_dino.slurm.job import StageJob
+from xcit_dino.slurm.job import job_of
 
 TIMEOUT = 1440  # minutes
 
@@ -61,8 +62,10 @@ def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> d
 
 def before(launch: Launch, stage: Stage, code: Path) -> list[str]:
     """Shell lines in front of srun: the run's own code, then the user's lines, then the attempt is counted."""
+    progress = record.progress_file(launch.run, stage.name)
     return [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+        f"export {STATE_FILE}={shlex.quote(str(progress))}",
         "trap : TERM  # preemption ends the ranks; this script still has to say how it ended",
         *launch.launch.setup,
         f"{bracket('begin', launch, stage)} || exit $?",
@@ -103,7 +106,7 @@ def submit(launch: Launch, stages: list[Stage], code: Path) -> dict[str, str]:
     jobs: dict[str, str] = {}
     for stage in stages:
         after = list(jobs.values())[-1] if jobs else None
-        job = StageJob(stage.name, stage.entry, stage.config, launch.run)
+        job = job_of(launch, stage)
         try:
             jobs[stage.name] = executor(launch, stage, code, after).submit(job).job_id
         except FailedJobError as error:

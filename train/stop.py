@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # a job listens for signals before it spends seconds on importing torch
+    import torch.distributed as dist
 
 _reason: str | None = None
 
@@ -54,10 +55,14 @@ class Vote:
     """
 
     def __init__(self) -> None:
+        import torch
+
         self.flag = torch.zeros((), dtype=torch.int32)
         self.work: dist.Work | None = None
 
     def cast(self) -> None:
+        import torch.distributed as dist
+
         self.flag.fill_(int(_reason is not None))
         if dist.is_initialized():
             self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
