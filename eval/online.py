@@ -1,8 +1,9 @@
 """k-NN while pretraining goes on: a fixed subset, all ranks together, nothing of the training
-disturbed."""
+disturbed. ``xcit-dino pretrain`` is pretraining with it."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,40 @@ from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.features import blocks_of, num_classes_of, output_batches
 from xcit_dino.eval.knn import knn_hits
 from xcit_dino.eval.subject import Subject, geometry
-from xcit_dino.train import dist
+from xcit_dino.ssl import pretrain as dino
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.train import dist, stop
 from xcit_dino.train.precision import resolve_precision
 
 BANK, QUERIES = 20_000, 4_000  # images, spread evenly over the splits
 K, TEMPERATURE = 20, 0.07
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
+
+
+def main(config: PretrainConfig) -> None:
+    """``xcit-dino pretrain``: :func:`pretrain` with signals that save before they end it."""
+    stop.install(signal.SIGTERM, signal.SIGINT)
+    try:
+        pretrain(config)
+    finally:
+        dist.shutdown()
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """:func:`xcit_dino.ssl.pretrain.pretrain`, with k-NN every ``--knn_every`` epochs."""
+    world = dist.init(config.run.device)
+    evaluate = None
+    if config.online.knn_every and config.loader.data_path is not None:
+        evaluate = online_knn(
+            config.loader.data_path,
+            crop=config.crops.global_crops_size,
+            every=config.online.knn_every,
+            num_workers=config.loader.num_workers,
+            cache_dir=config.loader.cache_dir,
+            precision=config.run.precision,
+            device=world.device,
+        )
+    dino.pretrain(config, evaluate)
 
 
 def online_knn(
@@ -34,6 +63,7 @@ def online_knn(
     every: int = 1,
     batch_size: int = 128,
     num_workers: int = 0,
+    cache_dir: Path | None = None,
     precision: str = "fp32",
     device: torch.device | None = None,
 ) -> Evaluate | None:
@@ -51,11 +81,14 @@ def online_knn(
     try:
         train, val = (ShardIndex.load(resolve_split(data_path, s)) for s in ("train", "val"))
         classes = num_classes_of(train, val)
-    except InputError:
+    except InputError as reason:
+        if dist.is_main():
+            print(f"no k-NN during pretraining: {reason}", flush=True)
         return None
     config = SubjectConfig(
         batch_size_per_gpu=batch_size,
         num_workers=num_workers,
+        cache_dir=cache_dir,
         precision=precision,  # type: ignore
     )
     resize, crop = geometry(config, crop)

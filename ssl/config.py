@@ -70,6 +70,18 @@ class DinoConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """k-NN while training goes on, on a fixed subset."""
+
+    knn_every: int = 10
+    """Epochs between k-NN evaluations of the teacher; 0 switches them off. They need labels and a
+    validation split, and are left out, with a word, where there are none."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e6, "knn_every")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """A complete pretraining run."""
 
@@ -81,6 +93,7 @@ class PretrainConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def __post_init__(self) -> None:
         patch = model_spec(self.model.arch).patch_size

@@ -7,7 +7,6 @@ holds what both need. Everything between two steps (logging, evaluating, saving,
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -98,15 +97,6 @@ def train_step(
 def seed_drop_path(seed: int, step: int, rank: int) -> None:
     """Give drop-path, the one user of torch's generator, numbers that depend on nothing else."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-
-
-def main(config: PretrainConfig) -> None:
-    """``xcit-dino pretrain``: :func:`pretrain` with signals that save before they end it."""
-    stop.install(signal.SIGTERM, signal.SIGINT)
-    try:
-        pretrain(config)
-    finally:
-        dist.shutdown()
 
 
 def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:

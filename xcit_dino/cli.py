@@ -37,7 +37,9 @@ COMMANDS = {
     ),
     "shards demo": Command("data.config:DemoConfig", "data.demo:make", "make the built-in images"),
     "pretrain": Command(
-        "ssl.config:pretrain_config", "ssl.pretrain:main", "DINO, in this process or under torchrun"
+        "ssl.config:pretrain_config",
+        "eval.online:main",
+        "DINO, in this process or under torchrun",
     ),
     "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy"),
     "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe"),
@@ -45,6 +47,21 @@ COMMANDS = {
         "eval.config:EvaluateConfig",
         "eval.classify:run",
         "top-1 and top-5 of a classifier, or of a backbone and a head",
+    ),
+    "finetune": Command(
+        "eval.train_config:finetune_config",
+        "eval.finetune:main",
+        "a classifier from pretrained weights or from scratch",
+    ),
+    "distill": Command(
+        "eval.train_config:distill_config",
+        "eval.distill:main",
+        "a classifier that learns from a teacher too",
+    ),
+    "attention": Command(
+        "eval.train_config:AttentionConfig",
+        "eval.attention:run",
+        "class-attention maps over photos",
     ),
     "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
     "weights extract": Command(

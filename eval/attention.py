@@ -1,0 +1,197 @@
+"""``xcit-dino attention``: where the class token looks, one map a head, laid over photos (DINO
+``visualize_attention.py``; XCiT's class attention, arXiv 2106.09681, figure 1).
+
+For ``photo.jpg``: ``DST/photo/head-0.png`` ..., ``mean.png`` and ``all.png``, the photo and every
+map side by side. For an animated GIF or WebP: ``DST/clip.gif``, ``all.png`` of every frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageSequence
+
+from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.errors import InputError
+from xcit_dino.eval.features import normalise
+from xcit_dino.eval.subject import run_options
+from xcit_dino.eval.supervised import weights_file
+from xcit_dino.eval.train_config import AttentionConfig
+from xcit_dino.models.weights import load_backbone
+from xcit_dino.models.xcit import XCiT
+from xcit_dino.models.zoo import canonical_name, create_model
+from xcit_dino.progress import track
+from xcit_dino.train import dist
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+ANIMATED = (".gif", ".webp")
+COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white (like "inferno")
+    [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (246, 215, 70), (252, 255, 164)]
+)
+OPACITY = 0.65
+Pixels = NDArray[np.uint8]
+
+
+def run(config: AttentionConfig) -> None:
+    """Write the maps of a photo, an animation or all of a folder.
+
+    Raises:
+        InputError: no weights, no XCiT, or nothing that can be read.
+    """
+    files = images_in(config.src)
+    device = dist.init(config.device).device
+    model = network(config).to(device)
+    bad = []
+    for path in track(files, "attention", len(files), "images"):
+        try:
+            write_maps(model, path, config, device)
+        except BadImage as reason:
+            bad.append(f"{path}: {reason}")
+    for line in bad:
+        print(f"left out: {line}", flush=True)
+    if len(bad) == len(files):
+        raise InputError(f"{config.src}: no image in it could be read")
+    print(f"attention maps: {config.dst}", flush=True)
+
+
+def images_in(src: Path) -> list[Path]:
+    """The file, or all images of a folder in the order of their names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if src.is_dir():
+        files = sorted(path for path in src.iterdir() if path.suffix.lower() in SUFFIXES)
+    else:
+        files = [src] if src.is_file() else []
+    if not files:
+        raise InputError(f"{src}: no image there; give a photo, a GIF, or a folder of them")
+    if (suffix := files[0].suffix.lower()) not in SUFFIXES:
+        raise InputError(
+            f"{src}: {suffix or 'such'} files cannot be read; turn a video into a GIF, or into a "
+            "folder of frames, with: ffmpeg -i VIDEO frames/%05d.jpg"
+        )
+    return files
+
+
+def network(config: AttentionConfig) -> XCiT:
+    """The XCiT with its weights, in evaluation mode.
+
+    Raises:
+        InputError: arch or weights are missing, or another kind of network.
+    """
+    folder = config.pretrained_weights or config.output_dir
+    folder = folder if folder.is_dir() else config.output_dir
+    arch = config.arch or run_options(folder).get("arch")
+    if not arch:
+        raise InputError(f"--arch: needed, as {folder} holds no config.yaml of a run")
+    model = create_model(canonical_name(arch), num_classes=0)
+    if not isinstance(model, XCiT):
+        raise InputError(f"--arch {arch}: only XCiT has class attention to show")
+    if config.pretrained_weights is not None:
+        weights = weights_file(config.pretrained_weights, "--pretrained_weights")
+    else:
+        weights = weights_file(config.output_dir, "--output_dir")
+    print(load_backbone(weights, model, config.checkpoint_key), flush=True)
+    return model.eval()
+
+
+def write_maps(model: XCiT, path: Path, config: AttentionConfig, device: torch.device) -> None:
+    """The maps of one file; see the module's docstring.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    frames, durations = zip(*read_frames(path), strict=True)
+    pictures = [pictures_of(model, frame, config, device) for frame in frames]
+    if len(pictures) == 1:
+        for name, picture in pictures[0].items():
+            save(config.dst / path.stem / f"{name}.png", [picture])
+    else:
+        every = [picture["all"] for picture in pictures]
+        save(config.dst / f"{path.stem}.gif", every, duration=list(durations), loop=0)
+
+
+def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
+    """RGB pixels [H, W, 3] and milliseconds of every frame; a photo has one.
+
+    Raises:
+        BadImage: it cannot be read, or is of absurd size.
+    """
+    raw = path.read_bytes()
+    header = read_header(raw)
+    if path.suffix.lower() not in ANIMATED:
+        yield decode(raw, header, Scratch()), 0
+        return
+    with Image.open(path) as image:
+        if image.width * image.height * getattr(image, "n_frames", 1) > MAX_PIXELS:
+            raise BadImage("the animation has too many pixels; take fewer frames")
+        for frame in ImageSequence.Iterator(image):
+            yield np.asarray(frame.convert("RGB")), int(frame.info.get("duration", 100))
+
+
+def pictures_of(
+    model: XCiT, pixels: Pixels, config: AttentionConfig, device: torch.device
+) -> dict[str, Pixels]:
+    """``head-0`` ..., ``mean`` and ``all`` for one image [H, W, 3]; each [H', W', 3], H' and W'
+    whole patches."""
+    photo = aligned(pixels, config.image_size, model.patch_size)
+    maps = head_maps(model, photo, config, device)
+    overlays = {f"head-{i}": overlay(photo, heat) for i, heat in enumerate(maps)}
+    overlays["mean"] = overlay(photo, maps.mean(0))
+    return overlays | {"all": np.concatenate([photo, *overlays.values()], 1)}
+
+
+def aligned(pixels: Pixels, image_size: int, patch: int) -> Pixels:
+    """Resize the shorter side to ``image_size`` (0: keep it), and both to whole patches."""
+    height, width = pixels.shape[:2]
+    factor = image_size / min(height, width) if image_size else 1.0
+    sides = [max(1, round(side * factor / patch)) * patch for side in (width, height)]
+    return np.asarray(
+        Image.fromarray(pixels).resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    )
+
+
+@torch.no_grad()
+def head_maps(
+    model: XCiT, photo: Pixels, config: AttentionConfig, device: torch.device
+) -> NDArray[np.float32]:
+    """The attention of each head to each patch, [h, H, W]; below the threshold 0."""
+    images = normalise(torch.tensor(photo).permute(2, 0, 1)[None], device)
+    maps = model.get_attention(images)[config.layer - 1, 0].float().cpu().numpy()
+    return np.stack([kept(heat, config.threshold) for heat in maps]) if config.threshold else maps
+
+
+def kept(heat: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """The brightest patches that together hold ``share`` of the map's sum; the others 0."""
+    order = np.argsort(-heat, axis=None, kind="stable")
+    running = np.cumsum(heat.flatten()[order])
+    count = int(np.searchsorted(running, share * running[-1])) + 1
+    mask = np.zeros(heat.size, bool)
+    mask[order[:count]] = True
+    return np.where(mask.reshape(heat.shape), heat, 0)
+
+
+def overlay(photo: Pixels, heat: NDArray[np.float32]) -> Pixels:
+    """The map [H, W] in colours, 0 to its maximum, smoothly enlarged and laid over the photo."""
+    height, width = photo.shape[:2]
+    level = Image.fromarray((heat / max(float(heat.max()), 1e-12)).astype(np.float32))
+    smooth = np.asarray(level.resize((width, height), Image.Resampling.BILINEAR))
+    at = np.linspace(0, 1, len(COLORS))
+    colors = np.stack([np.interp(smooth, at, channel) for channel in COLORS.T], -1)
+    return np.rint(OPACITY * colors + (1 - OPACITY) * photo).astype(np.uint8)
+
+
+def save(path: Path, pictures: list[Pixels], **options: Any) -> None:
+    """Write a PNG, or a GIF of several, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    first, *rest = (Image.fromarray(picture) for picture in pictures)
+    more = {"save_all": True, "append_images": rest} if rest else {}
+    first.save(partial, **more, **options)
+    partial.replace(path)

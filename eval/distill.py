@@ -1,0 +1,182 @@
+"""``xcit-dino distill``: a student learns from labels and from a frozen teacher (DeiT, arXiv
+2012.12877; XCiT ``losses.py``).
+
+XCiT has no distillation token: the class output learns from both. The teacher sees the student's
+augmented, mixed images, in its own normalisation and resolution, in fp32.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
+from xcit_dino.errors import InputError, suggest
+from xcit_dino.eval.supervised import (
+    Method,
+    build_model,
+    soft_cross_entropy,
+    started,
+    train,
+    weights_file,
+)
+from xcit_dino.eval.supervised_data import open_data
+from xcit_dino.eval.train_config import DistillConfig, TeacherConfig
+from xcit_dino.models.weights import load_backbone
+from xcit_dino.models.zoo import create_model, list_models
+from xcit_dino.train import dist, stop
+from xcit_dino.train.provenance import file_checksum
+
+
+def main(config: DistillConfig) -> None:
+    """The command: :func:`distill` with signals that save before they end it."""
+    stop.install(signal.SIGTERM, signal.SIGINT)
+    try:
+        distill(config)
+    finally:
+        dist.shutdown()
+
+
+def distill(config: DistillConfig) -> None:
+    """Train and write ``distill`` and ``distill/ema`` to ``results.json``; the checkpoints hold
+    ``Student`` and ``Teacher``. See :func:`xcit_dino.eval.supervised.train`."""
+    world = dist.init(config.run.device)
+    data = open_data(config)
+    run = config.run
+    student, facts = build_model(
+        config.model, config.start, data.num_classes, run.output_dir, run.seed
+    )
+    teacher, about = build_teacher(
+        config.teacher, data.num_classes, load=not started(run.output_dir)
+    )
+    teacher.to(world.device)
+    loss = DistillationLoss(teacher, config.teacher)
+    method = Method("distill", "Student", loss, facts | about, {"Teacher": teacher.network})
+    train(config, method, student, data, world)
+
+
+class DistillationLoss:
+    """``(1 - alpha) * cross-entropy with the labels + alpha * distance to the teacher``.
+
+    With student s, teacher t, temperature T, over B images and C classes: *hard* is the
+    cross-entropy with t's first choice; *soft* is ``T^2 KL(t / T, s / T)``, summed over the batch
+    and divided by B * C (XCiT ``losses.py`` divides by numel); *symmetric* is
+    ``T^2 (KL(t / T, s / T) + KL(s / T, t / T)) / 2``, divided by B (PASSL
+    ``DistillationWrapper.py``, which has T = 1).
+    """
+
+    def __init__(self, teacher: Teacher, config: TeacherConfig):
+        self.teacher, self.kind = teacher, config.distillation_type
+        self.alpha, self.tau = config.distillation_alpha, config.distillation_tau
+
+    def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """images [B, 3, S, S], logits [B, C], soft labels [B, C]."""
+        base = soft_cross_entropy(images, logits, targets)
+        distance = self.distance(logits.float(), self.teacher(images))
+        return (1 - self.alpha) * base + self.alpha * distance
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Between two sets of logits, float32 [B, C]."""
+        if self.kind == "hard":
+            return F.cross_entropy(student, teacher.argmax(1))
+        log_s, log_t = ((logits / self.tau).log_softmax(1) for logits in (student, teacher))
+        to_student = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+        if self.kind == "soft":
+            return to_student * self.tau**2 / student.numel()
+        to_teacher = F.kl_div(log_t, log_s, reduction="sum", log_target=True)
+        return (to_student + to_teacher) / 2 * self.tau**2 / len(student)
+
+
+class Teacher(nn.Module):
+    """A frozen network in evaluation mode that takes the student's images.
+
+    Args:
+        network: gives logits.
+        mean, std: its own normalisation, of channels in [0, 1].
+        size: side of its images; 0: as they come.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int
+    ):
+        super().__init__()
+        self.network, self.size = network.eval().requires_grad_(False), size
+        ours, theirs = (torch.tensor(values).view(2, 1, 3, 1, 1) for values in
+                        ((IMAGENET_MEAN, IMAGENET_STD), (mean, std)))  # fmt: skip
+        self.register_buffer("scale", ours[1] / theirs[1])
+        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1])
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in the student's normalisation -> float32 logits [B, C]."""
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float() * self.scale + self.shift
+            if self.size and images.shape[-1] != self.size:
+                size = (self.size, self.size)
+                images = F.interpolate(images, size, mode="bicubic", antialias=True)
+            return self.network(images).float()
+
+
+def build_teacher(
+    config: TeacherConfig, num_classes: int, load: bool = True
+) -> tuple[Teacher, dict[str, Any]]:
+    """The teacher, and what it is; ``load=False`` leaves its weights to the run's checkpoint.
+
+    Raises:
+        InputError: no such model, no weights, or other classes.
+    """
+    name = config.teacher_model.removeprefix("timm/")
+    ours = name in list_models()
+    facts = {
+        "teacher": name,
+        "distillation": config.distillation_type,
+        "alpha": config.distillation_alpha,
+        "tau": config.distillation_tau,
+    }
+    if load and config.teacher_path is None:
+        if ours:
+            raise InputError(f"--teacher_path is missing: timm has no weights for our {name}")
+        network = _from_timm(name, num_classes)
+    else:
+        network = create_model(name if ours else f"timm/{name}", num_classes=num_classes)
+    if load and config.teacher_path is not None:
+        path = weights_file(config.teacher_path, "--teacher_path")
+        report = load_backbone(path, network, head="required")
+        facts["teacher_weights"] = file_checksum(path)
+        if dist.is_main():
+            print(f"teacher {report}", flush=True)
+    known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
+    mean, std = known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD)
+    size = config.teacher_size or known.get("input_size", (3, 0, 0))[-1]
+    return Teacher(network, mean, std, size), facts
+
+
+def _from_timm(name: str, num_classes: int) -> nn.Module:
+    """A timm model with timm's weights, fetched where they are not on this machine."""
+    import timm
+
+    if not timm.is_model(name):
+        hint = suggest(name, timm.list_models()) or "; timm.list_models() lists all"
+        raise InputError(f"--teacher_model {name}: timm has no such model{hint}")
+    known = timm.get_pretrained_cfg(name)
+    classes = known.num_classes if known else None
+    if classes != num_classes:
+        raise InputError(
+            f"--teacher_model {name}: timm's weights tell {classes} classes apart, and the data "
+            f"have {num_classes}; name a teacher of these classes with --teacher_path"
+        )
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # the download raises many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"--teacher_model {name}: timm's weights could not be fetched ({reason}); name a file "
+            "with --teacher_path"
+        ) from error

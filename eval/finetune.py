@@ -1,0 +1,32 @@
+"""``xcit-dino finetune``: a classifier from self-supervised or supervised weights, or from scratch
+(XCiT ``main.py``)."""
+
+from __future__ import annotations
+
+import signal
+
+from xcit_dino.eval.supervised import Method, build_model, soft_cross_entropy, train
+from xcit_dino.eval.supervised_data import open_data
+from xcit_dino.eval.train_config import FinetuneConfig
+from xcit_dino.train import dist, stop
+
+
+def main(config: FinetuneConfig) -> None:
+    """The command: :func:`finetune` with signals that save before they end it."""
+    stop.install(signal.SIGTERM, signal.SIGINT)
+    try:
+        finetune(config)
+    finally:
+        dist.shutdown()
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Train and write ``finetune`` and ``finetune/ema`` to ``results.json``; see
+    :func:`xcit_dino.eval.supervised.train`."""
+    world = dist.init(config.run.device)
+    data = open_data(config)
+    run = config.run
+    model, facts = build_model(
+        config.model, config.start, data.num_classes, run.output_dir, run.seed
+    )
+    train(config, Method("finetune", "model", soft_cross_entropy, facts), model, data, world)
