@@ -7,9 +7,13 @@ Interpolation is bicubic where the official code leaves torchvision's default, b
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +31,7 @@ from xcit_dino.eval.subject import Network, Subject
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
 from xcit_dino.train.precision import autocast, resolve_precision
+from xcit_dino.train.provenance import write_atomic
 
 SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
 
@@ -57,18 +62,22 @@ def train_augmented(
         global_crops_scale=SCALE,
         local_crops_number=0,
     )
-    loader = CropLoader(
-        train, plan, crops, options, rank=world.rank, world_size=world.size, device=device
-    )
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
     with torch.inference_mode():
         probe = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
     dims = {name: block.shape[1] for name, block in probe.items()}
     heads = Heads(choices, dims, num_classes, batch_size, config.seed, device)
 
+    facts = network.facts | asdict(config) | {"index": train.checksum, "batch": batch_size}
+    saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True, default=str))
+    start = saved.load_into(heads) * plan.steps_per_epoch
+    loader = CropLoader(
+        train, plan, crops, options, rank=world.rank, world_size=world.size, start_step=start,
+        device=device,
+    )  # fmt: skip
     steps = config.epochs * plan.steps_per_epoch
-    with progress(f"{len(choices)} linear heads", steps, "steps") as bar, torch.no_grad():
-        for (batch,) in islice(loader, steps):
+    with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():
+        for (batch,) in islice(loader, steps - start):
             images = normalise(flipped(batch, config.seed), device)
             with autocast(device, dtype):
                 blocks = blocks_of(model, images)
@@ -82,10 +91,43 @@ def train_augmented(
             labels, out = everyone.pop("labels"), everyone.pop("held out")
             heads.step(everyone, labels, out, cosine(batch.epoch / config.epochs))
             bar.advance()
+            if world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
+                saved.save(heads, batch.epoch + 1)
 
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
         return heads, heads.judge(judged(network, train, subject, config, device, rows))
+
+
+def state_file(config: LinearConfig, network: Network) -> Path:
+    """Where an unfinished training of heads is kept; deleted when its result is written."""
+    return config.subject.output_dir / f"linear-dino-{network.name}.state.pth"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The heads after the last whole epoch, for a job that is stopped and started again."""
+
+    path: Path
+    key: str
+    """What the training depends on; a state of another one is not taken."""
+
+    def load_into(self, heads: Heads) -> int:
+        """Restore the heads; returns the epochs they have seen."""
+        if not self.path.is_file():
+            return 0
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        if state["key"] != self.key:
+            return 0
+        for tensor, value in zip(heads.state(), state["tensors"], strict=True):
+            tensor.copy_(value)
+        return state["epochs"]
+
+    def save(self, heads: Heads, epochs: int) -> None:
+        """Write the state, whole or not at all."""
+        content = io.BytesIO()
+        torch.save({"key": self.key, "epochs": epochs, "tensors": heads.state()}, content)
+        write_atomic(self.path, content.getvalue())
 
 
 def flipped(batch: Batch, seed: int) -> Tensor:

@@ -177,6 +177,10 @@ class Heads:
             (100 * r, x if math.isfinite(x) else math.inf) for r, x in zip(right, loss, strict=True)
         ]
 
+    def state(self) -> list[Tensor]:
+        """The tensors that change, in place when written to."""
+        return [t for group in self.groups for t in (group.weight_DGC, group.momentum_DGC)]
+
     def final(self, number: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of the final twin of choice ``number`` in grid order."""
         for group in self.groups:

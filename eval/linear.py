@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xcit_dino.data.index import ShardIndex
+from xcit_dino.eval.augmented import state_file, train_augmented
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
 from xcit_dino.eval.heads import Blocks, Choice, Heads, best, cosine, grid, hold_out
@@ -55,8 +56,6 @@ def run(config: LinearConfig) -> None:
         elif network.name == "pixels":
             continue  # crops of raw pixels are no features
         else:
-            from xcit_dino.eval.augmented import train_augmented
-
             heads, scores = train_augmented(
                 network, train, subject, choices, num_classes, config, world
             )
@@ -85,6 +84,7 @@ def run(config: LinearConfig) -> None:
                 weights_file=subject.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
+            state_file(config, network).unlink(missing_ok=True)
             tell(network, choices[chosen], metrics, config)
     dist.barrier()
 

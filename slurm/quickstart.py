@@ -10,10 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.index import INDEX
-from xcit_dino.slurm import launch
-from xcit_dino.slurm.stages import launch_config
 from xcit_dino.train.config import CONFIGS
 
 STAGES = "pretrain,knn,linear,report"
@@ -31,9 +27,13 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig) -> int:
     """Go through all stages and show what was reached; returns the exit code."""
-    if not (config.data_path / "val" / INDEX).is_file():
-        from xcit_dino.data.demo import make
+    from xcit_dino.data.config import DemoConfig  # here, so that --help imports next to nothing
+    from xcit_dino.data.demo import make
+    from xcit_dino.data.index import INDEX
+    from xcit_dino.slurm import launch
+    from xcit_dino.slurm.stages import launch_config
 
+    if not (config.data_path / "val" / INDEX).is_file():
         make(DemoConfig(dst=config.data_path))
     gpus = launch.available_gpus("local", None, dry_run=False) or 0
     code = launch.run(launch_config(command_line(config, min(gpus, 1)), "xcit-dino quickstart"))

@@ -166,3 +166,28 @@ def test_run_dino(run_folder):
     results = json.loads((run_folder.path / "results.json").read_text())
     assert results["linear-dino"]["protocol"]["augmentation"] == "RandomResizedCrop + flip"
     assert results["linear-dino"]["protocol"]["batch"] == 32
+
+
+def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run_folder):
+    subject = run_folder.subject(batch_size_per_gpu=32)
+    config = LinearConfig(subject, protocol="dino", epochs=3, lrs=(0.1, 1.0), layers=("cls",))
+    linear.run(config)
+    whole = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
+    steps = []
+    step = Heads.step
+
+    def stopping(self, *arguments):
+        steps.append(1)
+        if len(steps) == 8:  # in the third epoch
+            raise KeyboardInterrupt
+        step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augmented.Heads, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            linear.run(config)
+        linear.run(config)
+    assert len(steps) == 8 + 3, "two whole epochs were kept"
+    again = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
+    assert again["metrics"] == whole["metrics"] and again["grid"] == whole["grid"]
+    assert not list(run_folder.path.glob("*.state.pth"))
