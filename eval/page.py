@@ -39,6 +39,7 @@ h2 { font-size: 18px; margin: 40px 0 12px; letter-spacing: -0.01em; }
   font-variant-numeric: tabular-nums; margin: 2px 0 0; }
 .headline small { font-size: 18px; font-weight: 500; color: var(--muted); letter-spacing: 0; }
 .lift { color: var(--good); font-weight: 600; margin: 0 0 12px; font-size: 14px; }
+.lift.none { color: var(--muted); }
 .bar { display: grid; grid-template-columns: 120px 1fr 52px; gap: 10px; align-items: center;
   font-size: 13px; margin-top: 6px; }
 .bar b { font-weight: 500; text-align: right; font-variant-numeric: tabular-nums; }

@@ -136,13 +136,15 @@ def accuracy(run: Run, named: bool) -> str:
             for network, value in measured.items()
             if network
         ]
+        beats_all = all(top1[""] > value for network, value in measured.items() if network)
         bars = "".join(bar(NETWORKS[n], value, not n) for n, value in measured.items())
         kind = f"{title}{f', k = {neighbours(run)}' if evaluation == 'knn' else ''}"
         cards.append(
             f'<div class="card"><p class="kind">{escape(f"{run.name}: " if named else "")}'
             f"{escape(kind)}, top-1</p>"
             f'<p class="headline">{top1[""]:.1f}<small> %</small></p>'
-            f'<p class="lift">{escape(", ".join(lifts)) or "&nbsp;"}</p>{bars}</div>'
+            f'<p class="lift{"" if beats_all else " none"}">'
+            f"{escape(', '.join(lifts)) or '&nbsp;'}</p>{bars}</div>"
         )
     return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
 
