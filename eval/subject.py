@@ -92,7 +92,8 @@ def resolve(config: SubjectConfig) -> Subject:
         )
     if not weights.is_file():
         raise InputError(f"--pretrained_weights {weights}: no such file")
-    resize, crop = geometry(config, run.get("global_crops_size"))
+    trained_size = run.get("global_crops_size") or run.get("input_size")  # of a finetuning run
+    resize, crop = geometry(config, trained_size)
     return Subject(
         canonical_name(arch), weights, config.checkpoint_key, str(data_path), resize, crop
     )

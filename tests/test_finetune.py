@@ -15,13 +15,15 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.loader import CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError, Stopped
-from xcit_dino.eval import supervised
+from xcit_dino.eval import classify, supervised
+from xcit_dino.eval.config import EvaluateConfig, SubjectConfig
 from xcit_dino.eval.finetune import finetune
 from xcit_dino.eval.supervised_data import DeviceAugment, HostAugment
 from xcit_dino.eval.supervised_optim import Schedule, parameter_groups
 from xcit_dino.eval.train_config import FinetuneConfig, finetune_config
 from xcit_dino.eval.validation import accuracies
 from xcit_dino.models.zoo import create_model
+from xcit_dino.slurm.stages import launch_config
 from xcit_dino.train import dist, stop
 from xcit_dino.train.config import replace
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
@@ -319,6 +321,29 @@ def test_starts_from_a_run_of_pretraining(run_folder, tmp_path):
     expected = torch.load(run_folder.weights)["teacher"]["backbone.blocks.0.attn.qkv.weight"]
     assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], expected)
     assert facts["start"] == "teacher" and facts["head"] == "new"
+
+
+def test_the_launcher_starts_it_from_the_pretraining_run(tmp_path):
+    words = ["--arch", "xcit_nano_12_p8", "--data_path", "s", "--output_dir", str(tmp_path)]
+    words += ["--stages", "pretrain,finetune,distill", "--ngpus", "0", "--nproc", "2"]
+    launch = launch_config([*words, "--finetune.epochs", "3", "--distill.nproc", "1"])
+    _, finetuning, distilling = launch.stages
+    assert finetuning.entry == "xcit_dino.eval.finetune:finetune"
+    config = finetuning.config
+    assert config.model.arch == "xcit_nano_12_p8" and config.run.epochs == 3
+    assert config.start.pretrained_weights == tmp_path
+    assert config.run.output_dir == tmp_path / "finetune"
+    assert str(config.loader.data_path).endswith("/s")
+    assert finetuning.num_tasks == 2 and distilling.num_tasks == 1
+    assert distilling.config.teacher.teacher_model == "regnety_160.deit_in1k"
+
+
+def test_evaluate_repeats_its_accuracy(uninterrupted):
+    config = EvaluateConfig(SubjectConfig(uninterrupted, num_workers=0, device="cpu"))
+    classify.run(config)
+    found = results(uninterrupted)
+    assert found["evaluate"]["metrics"] == found["finetune"]["metrics"]
+    assert found["evaluate"]["protocol"]["weights"] == found["finetune"]["protocol"]["weights"]
 
 
 def test_a_signal_saves_and_says_how_to_go_on(demo_shards, tmp_path):
