@@ -9,14 +9,18 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """``BatchNorm2d`` whose training statistics are those of the global batch.
+class SyncBatchNorm(_BatchNorm):
+    """``BatchNorm1d`` or ``2d`` whose training statistics are those of the global batch.
 
-    Input and output: (B, C, H, W). Equal to ``BatchNorm2d`` on the concatenated batch, gradients
-    included.
+    Input and output: (B, C) or (B, C, H, W). Equal to torch's batch-norm on the concatenated batch,
+    gradients included.
     """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.ndim in (2, 4), input.shape
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
@@ -27,7 +31,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             self._update_running(mean, var, count)
         scale = self.weight * torch.rsqrt(var + self.eps)
         shift = self.bias - mean * scale
-        shape = (1, -1, 1, 1)
+        shape = channel_shape(x)
         return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
 
     @torch.no_grad()
@@ -40,7 +44,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _GlobalMoments(torch.autograd.Function):
-    """(B, C, H, W) -> mean (C,), biased variance (C,), count () over the batch of all ranks.
+    """(B, C, ...) -> mean (C,), biased variance (C,), count () over the batch of all ranks.
 
     Ranks are merged in float64 from their own mean and variance, so that nothing cancels.
     """
@@ -48,7 +52,7 @@ class _GlobalMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        local_var, local_mean = torch.var_mean(wide, others(x), correction=0)
         count = x.numel() // x.shape[1]
         mean64, var64 = local_mean.double(), local_var.double()
         sums = torch.cat([mean64, var64 + mean64.square(), mean64.new_ones(1)]) * count
@@ -66,13 +70,24 @@ class _GlobalMoments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         grads = torch.cat([grad_mean, grad_var])
         dist.all_reduce(grads)
-        grad_mean, grad_var = (grads / ctx.total).to(x.dtype).view(2, 1, -1, 1, 1)
-        return grad_mean + 2.0 * grad_var * (x - mean.to(x.dtype).view(1, -1, 1, 1))
+        shape = channel_shape(x)
+        grad_mean, grad_var = (g.view(shape) for g in (grads / ctx.total).to(x.dtype).chunk(2))
+        return grad_mean + 2.0 * grad_var * (x - mean.to(x.dtype).view(shape))
+
+
+def others(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the channels'."""
+    return (0, *range(2, x.ndim))
+
+
+def channel_shape(x: Tensor) -> tuple[int, ...]:
+    """(1, C, 1, ...): how a vector of channels lines up with ``x``."""
+    return (1, -1, *[1] * (x.ndim - 2))
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Make every ``BatchNorm2d`` of a model synchronised, in place; weights and key names stay."""
+    """Make every batch-norm of a model synchronised, in place; weights and key names stay."""
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm
     return model
