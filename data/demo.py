@@ -30,7 +30,7 @@ from xcit_dino.progress import progress
 BATCH = 250  # images drawn at once: the arrays of one batch stay in the processor's cache
 SHARD_SIZE = 1000
 SPLITS = {"train": 0, "val": 1}
-CLUTTER = 6  # strokes behind the figure
+CLUTTER = 3  # strokes behind the figure
 
 Plane = np.ndarray  # float32 [images, size, size]
 
@@ -230,10 +230,10 @@ def render(numbers: np.ndarray, split: str, size: int, seed: int) -> tuple[np.nd
     sign = np.where(tone[:, 0] < 0.5, np.float32(-1), np.float32(1))
     ground = _colours(draw("ground", 3, 3, 3), size) - sign * (0.1 + 0.12 * tone[:, 1])
     ground = _strokes(ground, draw("strokes", CLUTTER, 6, 1, 1))
-    contrast = np.float32(0.08) + (0.2 + 0.14 * tone[:, 2]) * texture[..., None]
+    contrast = np.float32(0.06) + (0.24 + 0.16 * tone[:, 2]) * texture[..., None]
     figure = _colours(draw("figure colours", 3, 3, 3), size) + sign * contrast
     image = ground + mask[..., None] * (figure - ground)
-    noise = (draw("noise", size, size, 3) - np.float32(0.5)) * (0.05 + 0.15 * tone[:, 3])
+    noise = (draw("noise", size, size, 3) - np.float32(0.5)) * (0.02 + 0.05 * tone[:, 3])
     image = image * _light(draw("light", 2, 1, 1), size)[..., None] + noise
     image = np.clip(image, 0, 1) * 255 + np.float32(0.5)
     return np.ascontiguousarray(image, dtype=np.uint8), labels
@@ -246,11 +246,11 @@ def _pixels(size: int) -> np.ndarray:
 
 def _figures(u: np.ndarray, labels: np.ndarray, size: int) -> tuple[Plane, Plane]:
     """Coverage in [0, 1] and texture in [-1, 1] of every pixel; ``u`` [n, 8, 1, 1]."""
-    scale = 0.5 + 0.38 * u[:, 0]
-    room = 1.1 - scale
+    scale = 0.52 + 0.3 * u[:, 0]
+    room = 1.2 - scale
     dx = _pixels(size)[None, None, :] - (u[:, 1] * 2 - 1) * room
     dy = _pixels(size)[None, :, None] - (u[:, 2] * 2 - 1) * room
-    angle = u[:, 3] * np.float32(2 * np.pi)
+    angle = (u[:, 3] - np.float32(0.5)) * np.float32(np.pi / 4)
     cos, sin, squeeze = np.cos(angle), np.sin(angle), 0.85 + 0.3 * u[:, 4]
     x = (cos * dx + sin * dy) / (scale * squeeze)
     y = (cos * dy - sin * dx) / (scale / squeeze)
@@ -265,13 +265,18 @@ def _figures(u: np.ndarray, labels: np.ndarray, size: int) -> tuple[Plane, Plane
 
 
 def _colours(corners: np.ndarray, size: int) -> np.ndarray:
-    """A smooth colour field [n, size, size, 3] through colours [n, k, k, 3]: several lamps."""
+    """A smooth colour field [n, size, size, 3] through colours [n, k, k, 3]: several lamps.
+
+    The lamps differ little: a field with much structure would tell images apart by itself, and
+    that is what self-supervised training would then learn.
+    """
     cells = corners.shape[1]
+    corners = np.float32(0.75) * corners[:, :1, :1] + np.float32(0.25) * corners
     position = (_pixels(size) + 1) / 2 * (cells - 1)
     weight = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32)))
     weight = (weight * weight * (3 - 2 * weight)).astype(np.float32)
     field = np.einsum("yi,nijc,xj->nyxc", weight, corners, weight, optimize=True)
-    return np.float32(0.2) + np.float32(0.6) * field
+    return np.float32(0.3) + np.float32(0.4) * field
 
 
 def _strokes(ground: np.ndarray, u: np.ndarray) -> np.ndarray:
