@@ -12,7 +12,11 @@ from xcit_dino.eval.features import extract
 from xcit_dino.eval.knn import evaluate
 from xcit_dino.eval.online import online_knn
 from xcit_dino.eval.subject import pretrained, resolve
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.train.config import replace
 from xcit_dino.train.dist import World
+from xcit_dino.train.log import read_metrics
+from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -61,3 +65,31 @@ def test_a_fixed_subset_spread_over_the_split(run_folder, monkeypatch):
     chosen = np.linspace(0, 95, 24).astype(int)
     assert rows.shape == (24, 3) and labels.tolist() == index.labels[chosen].tolist()
     assert chosen[0] == 0 and chosen[-1] == 95
+
+
+TINY = {
+    "arch": "xcit_pico_6_p8", "out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16,
+    "global_crops_size": 32, "local_crops_number": 0, "batch_size_per_gpu": 48, "epochs": 1,
+    "num_workers": 0, "log_every": 1, "device": "cpu",
+}  # fmt: skip
+
+
+def test_pretraining_logs_it_and_ends_with_the_same_bits(demo_shards, tmp_path):
+    states = []
+    for every in (0, 1):
+        folder = tmp_path / str(every)
+        options = {"data_path": demo_shards, "output_dir": folder, "knn_every": every}
+        online.pretrain(replace(PretrainConfig(), TINY | options))
+        states.append(load_checkpoint(newest_checkpoint(folder)))
+        found = [line["knn_top1"] for line in read_metrics(folder) if "knn_top1" in line]
+        assert len(found) == every and all(0 <= value <= 100 for value in found)
+    for network in ("student", "teacher"):
+        for name, value in states[0][network].items():
+            assert torch.equal(value, states[1][network][name]), name
+
+
+def test_unlabelled_data_are_pretrained_on_without_it(unlabelled, tmp_path, capsys):
+    options = {"data_path": unlabelled, "output_dir": tmp_path, "batch_size_per_gpu": 8}
+    online.pretrain(replace(PretrainConfig(), TINY | options | {"knn_every": 1}))
+    assert "no k-NN during pretraining" in capsys.readouterr().out
+    assert not [line for line in read_metrics(tmp_path) if "knn_top1" in line]
