@@ -157,7 +157,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     parallel: nn.Module = student
     if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
         parallel = DistributedDataParallel(student, broadcast_buffers=False)
-        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: nothing to copy
+        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: no matter
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     augment = Augment(config.augment, seed=run.seed, dtype=dtype)
     trainer = Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)

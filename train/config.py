@@ -80,7 +80,7 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, data order, augmentation and drop-path."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Forward arithmetic; weights stay fp32. auto: bf16 where the GPU has it, else fp32."""
+    """Forward arithmetic; weights stay fp32. auto: bf16 where the hardware has it, else fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda where there is one."""
     saveckp_freq: int = 20
