@@ -95,12 +95,12 @@ class RichBar:
         self.bar.stop()
 
     def advance(self, amount: float = 1, **shown: Any) -> None:
-        fields = {"shown": words(shown)} if shown else {}
+        fields: dict[str, Any] = {"shown": words(shown)} if shown else {}
         self.bar.update(self.task, advance=amount, **fields)
 
 
 class PlainBar:
-    """A line at the first unit, then one a minute, and one at the end; its state in ``STATE_FILE`` if asked."""
+    """A line at the first unit, one a minute and one at the end; its state in a file if asked."""
 
     def __init__(self, label: str, total: float, unit: str, start: float):
         self.label, self.total, self.unit = label, total, unit
