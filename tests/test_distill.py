@@ -25,6 +25,7 @@ TINY = {
     "eval_every": 0,
     "num_workers": 0,
     "device": "cpu",
+    "precision": "fp32",
     "teacher_model": "xcit_pico_6_p16",
 }
 

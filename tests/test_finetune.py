@@ -43,6 +43,7 @@ TINY = {
     "num_workers": 0,
     "log_every": 1,
     "device": "cpu",
+    "precision": "fp32",
 }
 PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0, "mixup": 0.0, "cutmix": 0.0}
 

@@ -70,7 +70,7 @@ def test_a_fixed_subset_spread_over_the_split(run_folder, monkeypatch):
 TINY = {
     "arch": "xcit_pico_6_p8", "out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16,
     "global_crops_size": 32, "local_crops_number": 0, "batch_size_per_gpu": 48, "epochs": 1,
-    "num_workers": 0, "log_every": 1, "device": "cpu",
+    "num_workers": 0, "log_every": 1, "device": "cpu", "precision": "fp32",
 }  # fmt: skip
 
 

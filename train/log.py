@@ -139,10 +139,12 @@ class RunLog(AbstractContextManager):
         if torch.cuda.is_available():
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(step, line)
-        entropy = {"entropy": f"{line['teacher_entropy']:.2f}"} if "teacher_entropy" in line else {}
+        shown = {"loss": f"{line['loss']:.3f}"}
+        if "teacher_entropy" in line:
+            shown["entropy"] = f"{line['teacher_entropy']:.2f}"
         self.bar.advance(
-            loss=f"{line['loss']:.3f}",
-            **entropy,
+            1,
+            **shown,
             lr=f"{line['lr']:.1e}",
             img_s=f"{line['images_per_s']:.0f}",
             wait=f"{line['data_wait']:.0%}",
