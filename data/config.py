@@ -229,7 +229,7 @@ class DemoConfig:
 
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder that gets train/ and val/ shards."""
-    train: int = 4000
+    train: int = 3000
     """Training images."""
     val: int = 1000
     """Validation images."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError
-from xcit_dino.models.zoo import ModelConfig, canonical_name, model_spec
+from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.train.config import (
     CONFIGS,
     OptimConfig,
@@ -96,10 +96,12 @@ class PretrainConfig:
     online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def __post_init__(self) -> None:
+        if self.model.arch.startswith(TIMM_PREFIX):
+            return  # timm checks its own sizes
         patch = model_spec(self.model.arch).patch_size
         for name in ("global_crops_size", "local_crops_size"):
             size = getattr(self.crops, name)
-            if patch and size % patch:
+            if size % patch:
                 near = max(patch, round(size / patch) * patch)
                 raise InputError(
                     f"--{name} {size}: {self.model.arch} needs a multiple of its patch size "

@@ -1,0 +1,51 @@
+"""Recipes: one for every model, each readable, and each the run its comments say."""
+
+import pytest
+
+from xcit_dino.models.zoo import list_models
+from xcit_dino.ssl.config import PretrainConfig, pretrain_config, recipe_path
+from xcit_dino.train.config import CONFIGS, read_yaml, replace
+
+RECIPES = sorted((CONFIGS / "pretrain").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_reads_and_names_every_source(path):
+    values = read_yaml(path)
+    config = replace(PretrainConfig(), values, source=str(path))
+    if path.stem.startswith("xcit_"):
+        assert config.model.arch == path.stem
+    if path.stem != "default":
+        for line in path.read_text().splitlines():
+            if line and not line.startswith(("#", "arch:")):
+                assert "[dino]" in line or "[vissl]" in line or "[ours]" in line, line
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_has_a_recipe(name):
+    assert pretrain_config(["--arch", name]).model.arch == name
+    if "pico" not in name:
+        assert recipe_path(name).stem == name
+
+
+@pytest.mark.parametrize("spelling", ["xcit_small_12_p8_224", "xcit_small_12_p8_384_dist"])
+def test_published_spellings_pick_the_same_recipe(spelling):
+    assert recipe_path(spelling).stem == "xcit_small_12_p8"
+
+
+def test_the_default_recipe_is_dinos_defaults():
+    assert pretrain_config(["--arch", "timm/resnet50"]) == replace(
+        PretrainConfig(), {"arch": "timm/resnet50"}
+    )
+
+
+def test_vissl_recipes_follow_its_linear_rule():
+    """Peak learning rates of VISSL's files: 0.00025 x batch / 256, to rounding."""
+    for name, batch, peak in (
+        ("small_12_p16", 1024, 0.001),
+        ("medium_24_p8", 960, 0.0009375),
+        ("large_24_p16", 1120, 0.00109),
+        ("large_24_p8", 512, 0.0005),
+    ):
+        lr = pretrain_config(["--arch", f"xcit_{name}"]).optim.lr
+        assert lr * batch / 256 == pytest.approx(peak, rel=5e-3)
