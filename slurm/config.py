@@ -1,4 +1,5 @@
-"""Options of the launcher, and what they resolve to; torch-free, so that ``--help`` and ``--dry_run`` are quick."""
+"""Options of the launcher, and what they resolve to; torch-free, so that ``--help`` and
+``--dry_run`` are quick."""
 
 from __future__ import annotations
 
@@ -53,9 +54,9 @@ class LaunchConfig:
 
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     cluster: Literal["auto", "slurm", "local", "debug"] = "auto"
-    """auto: SLURM where there is one, else processes on this machine. debug: inside this process."""
+    """auto: SLURM where there is one, else local processes. debug: inside this process."""
     stages: str = "pretrain"
-    """Stages in order: pretrain,knn,linear,report ... Each starts when the one before has succeeded."""
+    """Stages, pretrain,knn,linear,report ...; each starts when the one before has succeeded."""
     job_name: str | None = None
     """Name of the jobs. Left out: the run folder's."""
     shared_dir: Path | None = None
@@ -187,7 +188,7 @@ def texts(launch: LaunchConfig) -> Iterator[tuple[str, str]]:
 
 
 def slurm_option(pair: str) -> tuple[str, str | bool]:
-    """``"reservation=deadline"`` -> ``("reservation", "deadline")``; ``exclusive=true`` -> a bare flag."""
+    """``"qos=high"`` -> ``("qos", "high")``; ``exclusive=true`` is a bare flag."""
     key, equals, value = pair.partition("=")
     key = key.strip().lstrip("-").replace("-", "_")
     if not equals or not key.replace("_", "").isalnum() or not key.isascii():
@@ -198,6 +199,6 @@ def slurm_option(pair: str) -> tuple[str, str | bool]:
 
 
 def check_path(run: Path) -> None:
-    """SLURM reads ``%`` in a log's path as a pattern, and a line break would end the script's line."""
+    """SLURM reads ``%`` in a path as a pattern; a line break would end the script's line."""
     if "%" in str(run) or not str(run).isprintable():
         raise InputError(f"--output_dir {str(run)!r}: must hold no % and no control characters")

@@ -1,11 +1,12 @@
 """A submitit job's place among the others, as torchrun's environment variables.
 
-Rank 0 listens on a port that no other process can have: it keeps the socket it bound until torch's store takes
-that very socket over. The ports tried come from (job, restart), so every rank computes the same short list, a
-restart uses fresh ones, and no file, shared folder or cluster setting carries them. A rank that finds a listener
-on one of them asks for the word of this job and attempt, so that neither a neighbour's job nor a process left
-over from an earlier attempt is taken for rank 0. This works before torch is imported: a rank that never comes
-is named after ``timeout`` seconds instead of hanging a collective.
+Rank 0 listens on a port that no other process can have: it keeps the socket it bound until torch's
+store takes that very socket over. The ports tried come from (job, restart), so every rank computes
+the same short list, a restart uses fresh ones, and no file, shared folder or cluster setting
+carries them. A rank that finds a listener on one of them asks for the word of this job and attempt,
+so that neither a neighbour's job nor a process left over from an earlier attempt is taken for rank
+0. This works before torch is imported: a rank that never comes is named after ``timeout`` seconds
+instead of hanging a collective.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Missing(RuntimeError):
 def join(
     key: str, rank: int, size: int, local_rank: int, hosts: list[str], timeout: float = 600
 ) -> Any:
-    """Meet the other ranks and set ``RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`` and friends.
+    """Meet the other ranks and set ``RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT``.
 
     Args:
         key: of this job and attempt; differs from that of any other.
@@ -88,7 +89,7 @@ def candidates(key: str) -> list[int]:
     return [PORTS[(first + i * stride) % len(PORTS)] for i in range(CANDIDATES)]
 
 
-# -- rank 0 ------------------------------------------------------------------------------------------------------
+# -- rank 0 ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -142,7 +143,7 @@ def serve(listener: socket.socket, size: int) -> Any:
     )
 
 
-# -- the others --------------------------------------------------------------------------------------------------
+# -- the others ------------------------------------------------------------------------------------
 
 
 def addresses(hosts: list[str]) -> list[str]:
@@ -166,9 +167,8 @@ def find(key: str, rank: int, where: list[str], deadline: float) -> tuple[str, i
                         if read_line(peer) == f"{greeting(key)} 0":
                             return address, port, interface_of(peer.getsockname()[0])
         time.sleep(POLL)
-    raise Missing(
-        f"rank {rank} on {socket.gethostname()} found no rank 0 at {', '.join(where) or 'any address'}"
-    )
+    place = ", ".join(where) or "any address"
+    raise Missing(f"rank {rank} on {socket.gethostname()} found no rank 0 at {place}")
 
 
 def greeting(key: str) -> str:

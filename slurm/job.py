@@ -1,11 +1,13 @@
-"""The job: one stage, one process of it. The same code under SLURM, local processes and the debug executor.
+"""The job: one stage, one process of it; the same code on SLURM, locally and in the debugger.
 
-``StageJob`` is what submitit pickles and each rank calls. Around the ranks, a job's script on the first node runs
-``python -m xcit_dino.slurm.job begin|finish``: there, and nowhere else, it is decided whether the job starts and
-whether it is put back into the queue. So the decision is taken once, and also when rank 0 was the one that died.
+``StageJob`` is what submitit pickles and each rank calls. Around the ranks, a job's script on the
+first node runs ``python -m xcit_dino.slurm.job begin|finish``: there, and nowhere else, it is
+decided whether the job starts and whether it is put back into the queue. So the decision is taken
+once, and also when rank 0 was the one that died.
 
-Signals: SLURM sends SIGUSR2 (ours, before the time limit) or SIGTERM (preemption) to every rank; each only
-notes it, and the training loop stops all ranks after the same step. NCCL is known to catch SIGUSR1.
+Signals: SLURM sends SIGUSR2 (ours, before the time limit) or SIGTERM (preemption) to every rank;
+each only notes it, and the training loop stops all ranks after the same step. NCCL is known to
+catch SIGUSR1.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from xcit_dino.slurm.stages import load
 from xcit_dino.train import stop
 from xcit_dino.train.config import options, replace
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT)
 
 
 class Interrupted(BaseException):
@@ -94,20 +96,24 @@ class Rank:
         key = f"{self.job.run} {here.job_id} {self.restart} {os.environ.get('SLURM_STEP_ID', '')}"
         hosts = [here.hostnames[0], os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")]
         set_threads(here.num_tasks // here.num_nodes)
-        return env.join(key, here.global_rank, here.num_tasks, own_gpu(here.local_rank), hosts)
+        store = env.join(key, here.global_rank, here.num_tasks, own_gpu(here.local_rank), hosts)
+        if store is not None:
+            self.say(port=store.port)
+        return store
 
     def fitted(self, config: Any) -> Any:
-        """The config for as many processes as there are now, with the global batch as it was asked for."""
+        """The config for the processes there are now, with the global batch that was asked for."""
         now, asked = self.place.num_tasks, self.job.num_tasks
         if now == asked or self.job.stage not in RESUMES:
             return config
         values = dict(options(config))
+        total = values["batch_size_per_gpu"] * values["accum_iter"] * asked
         micro_batches = Fraction(values["accum_iter"] * asked, now)
         size = Fraction(values["batch_size_per_gpu"], micro_batches.denominator)
         if size.denominator > 1:
             raise InputError(
-                f"--nodes: a global batch of {values['batch_size_per_gpu'] * values['accum_iter'] * asked} "
-                f"does not divide among {now} processes; take a number of nodes that divides it"
+                f"--nodes: a global batch of {total} does not divide among "
+                f"{now} processes; take a number of nodes that divides it"
             )
         fit = {"accum_iter": micro_batches.numerator, "batch_size_per_gpu": int(size)}
         return replace(config, fit)
@@ -116,11 +122,12 @@ class Rank:
         """Take the signals over from submitit, before anything slow is imported."""
         for number in SIGNALS:
             signal.signal(number, self.hear)
-        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with SIGTERM and means nothing
 
     def hear(self, number: int, frame: FrameType | None) -> None:
         """Note a signal. A second Ctrl-C leaves at once; other repeats do nothing."""
         name = signal.Signals(number).name
+        if number == signal.SIGCONT:  # comes with SIGTERM and means nothing
+            return
         if name in self.heard:
             if number == signal.SIGINT:
                 os._exit(130)
@@ -134,7 +141,7 @@ class Rank:
 
 
 def leave_group() -> None:
-    """Leave torch's process group, if there is one. After a failure nobody does: it might wait for the dead."""
+    """Leave torch's process group. After a failure nobody does: it might wait for the dead."""
     if "torch" in sys.modules:
         from xcit_dino.train import dist
 
@@ -153,7 +160,7 @@ def set_threads(tasks: int) -> None:
 
 
 def own_gpu(local_rank: int) -> int:
-    """Number of this process's GPU among those it sees; some clusters show each process only its own."""
+    """This process's GPU among those it sees; some clusters show each process only its own."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return 0 if seen and "," not in seen else local_rank
 
@@ -163,7 +170,7 @@ def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-# -- around the ranks, in the job's script -----------------------------------------------------------------------
+# -- around the ranks, in the job's script ---------------------------------------------------------
 
 
 def begin(run: Path, stage: str) -> None:

@@ -1,7 +1,9 @@
-"""``python slurm/launch.py --arch xcit_small_12_p8 ...``: stages of a run on SLURM, or on this machine.
+"""``python slurm/launch.py --arch xcit_small_12_p8 ...``: stages of a run on SLURM, or on this
+machine.
 
-The same as ``xcit-dino launch``. The trainer knows nothing of it: this file resolves the command line, shows what
-follows from it, finds what is wrong before anything is queued, and hands each stage to submitit.
+The same as ``xcit-dino launch``. The trainer knows nothing of it: this file resolves the command
+line, shows what follows from it, finds what is wrong before anything is queued, and hands each
+stage to submitit.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def available_gpus(cluster: Cluster, partition: str | None, dry_run: bool) -> in
     return scheduler.gpus_per_node(partition)
 
 
-# -- what can be found wrong before anything is queued -----------------------------------------------------------
+# -- what can be found wrong before anything is queued ---------------------------------------------
 
 
 def check_input(launch: Launch) -> None:
@@ -114,8 +116,8 @@ def check_input(launch: Launch) -> None:
         batch = global_batch(stage)
         if index.num_samples < batch:
             raise InputError(
-                f"--batch_size_per_gpu {values['batch_size_per_gpu']}: the global batch of {batch} is more than "
-                f"the {index.num_samples} images of {values['data_path']}; take a smaller one"
+                f"--batch_size_per_gpu {values['batch_size_per_gpu']}: the global batch of {batch} "
+                f"is more than the {index.num_samples} images of {values['data_path']}; take less"
             )
         open_run(stage.config, stage.config.run)
     if not (launch.run / "config.yaml").is_file():
@@ -138,14 +140,15 @@ def refuse_busy(launch: Launch, cluster: Cluster) -> None:
 
     if who := owner(launch.run):
         raise InputError(
-            f"--output_dir {launch.run}: {who} is at work there; see `xcit-dino launch status`, end it with "
-            "`xcit-dino launch cancel`, or choose another folder"
+            f"--output_dir {launch.run}: {who} is at work there; see `xcit-dino launch status`, "
+            "end it with `xcit-dino launch cancel`, or choose another folder"
         )
     for stage in launch.stages if cluster == "slurm" else ():
         name = f"{launch.job_name}-{stage.name}"
         if jobs := scheduler.named(name):
             raise InputError(
-                f"--job_name {launch.job_name}: job {jobs[0]} is already called {name}; give another --job_name"
+                f"--job_name {launch.job_name}: job {jobs[0]} is already called {name}; "
+                "give another --job_name"
             )
 
 
@@ -172,7 +175,7 @@ def dump(config: Any) -> dict[str, Any]:
     return yaml.safe_load(dump_yaml(config))
 
 
-# -- starting ----------------------------------------------------------------------------------------------------
+# -- starting --------------------------------------------------------------------------------------
 
 
 def start(launch: Launch, todo: list[Stage], cluster: Cluster) -> int:
@@ -207,8 +210,8 @@ def needs(launch: Launch) -> list[str]:
     """Files that every node has to see: the index of the training data."""
     from xcit_dino.data.index import resolve_split
 
-    paths = [stage.config.loader.data_path for stage in launch.stages if stage.name == "pretrain"]
-    return [f"{resolve_split(path, 'train')}/index.json" for path in paths]
+    given = (dict(options(stage.config)).get("data_path") for stage in launch.stages)
+    return [f"{resolve_split(path, 'train')}/index.json" for path in set(filter(None, given))]
 
 
 def told(launch: Launch, note: dict[str, Any]) -> int:
@@ -227,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # this folder is first on the path when the file is run as a script; only the package is meant to be found
+    # a script's own folder is first on the path; only the package is meant to be found
     sys.path[:] = [
         entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent
     ]

@@ -1,7 +1,7 @@
 """Stages as processes of this machine: submitit's local executor, with SLURM's habits.
 
-Like srun's ``--kill-on-bad-exit``, a rank that dies ends the others; like sbatch's ``--signal``, ranks are told
-before the time limit. While a run goes on, its log and a live bar are shown here.
+Like srun's ``--kill-on-bad-exit``, a rank that dies ends the others; like sbatch's ``--signal``,
+ranks are told before the time limit. While a run goes on, its log and a live bar are shown here.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from submitit.core.utils import JobPaths, environment_variables
 from submitit.local import local
@@ -25,7 +26,7 @@ from submitit.local.debug import DebugExecutor
 from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import record, watch
 from xcit_dino.slurm.config import Launch, Stage
-from xcit_dino.slurm.job import job_of
+from xcit_dino.slurm.job import SIGNALS, job_of
 
 GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
 FOREVER = 10**7  # minutes
@@ -150,23 +151,27 @@ def told(launch: Launch, ended: record.Record) -> int:
         print(f"xcit-dino: {ended.stage}: {ended.reason}  (log: {log})", file=sys.stderr)
         return 2 if ended.bad_input else 1
     print(f"xcit-dino: {ended.stage} {ended.state}: {ended.reason}", file=sys.stderr)
-    return 130 if ended.reason.startswith(signal.SIGINT.name) else record.RESUMABLE
+    return 130 if ended.reason.startswith(signal.SIGINT.name) else 1
 
 
 def run_inside(launch: Launch, stage: Stage, code: Path) -> record.Record:
-    """Run one stage in this process (for a debugger): no log file, no restart, no copy of the code."""
+    """Run one stage in this process, for a debugger: no log, no restart, no copy of the code."""
     attempt = record.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
     job = job_of(launch, stage)
     executor = DebugExecutor(record.job_folder(launch.run, "debug"))
     started = executor.submit(job)
     attempt.job_id = started.job_id
     record.save(launch.run, attempt)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    exit_code = 0
     try:
         started.results()
-        code_of_exit = 0
     except SystemExit as stop:
-        code_of_exit = int(stop.code or 0)
-    return record.finish(launch.run, stage.name, code_of_exit)
+        exit_code = int(stop.code or 0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return record.finish(launch.run, stage.name, exit_code)
 
 
 def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
@@ -179,20 +184,24 @@ def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
         STATE_FILE: str(progress),
     }
     while True:
-        progress.unlink(missing_ok=True)
         attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())
         with environment_variables(**environment):
-            job = job_of(launch, stage)
-            started = executor(launch, stage).submit(job)
+            started = executor(launch, stage).submit(job_of(launch, stage))
         attempt.job_id = started.job_id
         record.save(launch.run, attempt)
-        process = started._process
+        process = cast(local.LocalJob[None], started)._process
+        assert process is not None
         with passing_on_signals(process):
-            watch.show(launch.run, stage.name, started.job_id, lambda: process.poll() is None)
+            watch.show(launch.run, stage.name, started.job_id, partial(runs, process))
         ended = record.finish(launch.run, stage.name, process.wait())
         if ended.state != "requeued":
             return ended
         print(f"{stage.name}: starting again after {ended.reason}", file=sys.stderr)
+
+
+def runs(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has not ended."""
+    return process.poll() is None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def preview(launch: Launch, cluster: str) -> None:
         print(f"\n== {stage.name}: {resources(stage)}")
         if stage.name == "pretrain":
             for name, value in training_facts(stage).items():
-                print(f"{name:<24}{value}")
+                print(f"{name:<26}{value}")
         print(f"\n-- options\n{dump_yaml(stage.config)}", end="")
         if cluster == "slurm":
             from xcit_dino.slurm.submit import script
@@ -41,10 +41,11 @@ def training_facts(stage: Stage) -> dict[str, Any]:
     config = stage.config
     images_per_step = config.run.batch_size_per_gpu * config.run.accum_iter
     batch = images_per_step * stage.num_tasks
+    lr = config.optim.lr
     facts: dict[str, Any] = {
-        "global batch": f"{batch} = {config.run.batch_size_per_gpu} images x {config.run.accum_iter} "
-        f"micro-batches x {stage.num_tasks} processes",
-        "effective learning rate": f"{config.optim.lr * batch / 256:.6g} = {config.optim.lr:g} x {batch} / 256",
+        "global batch": f"{batch} = {config.run.batch_size_per_gpu} images x "
+        f"{config.run.accum_iter} micro-batches x {stage.num_tasks} processes",
+        "effective learning rate": f"{lr * batch / 256:.6g} = {lr:g} x {batch} / 256",
     }
     try:
         samples, shards = count_images(config.loader.data_path)
@@ -59,7 +60,7 @@ def training_facts(stage: Stage) -> dict[str, Any]:
 
 
 def count_images(data_path: Path | None) -> tuple[int, int]:
-    """(images, shards) of the training set, from its index alone: numpy takes too long to import."""
+    """(images, shards) of the training set, from its index alone: importing numpy is slow."""
     if data_path is None:
         raise InputError("--data_path is not given")
     place = data_path / "train" / "index.json"

@@ -1,9 +1,9 @@
 """What the run folder remembers of a stage's attempts, and what follows from how one ended.
 
-``RUN/launch/STAGE.json`` is the record. It has one writer at a time: whoever brackets an attempt (the batch
-script on the first node, or the launcher for local processes) calls :func:`begin` before and :func:`finish`
-after it. The ranks in between leave words of their own, a file each in ``RUN/launch/jobs/ID``: that a signal
-was heard, or why they failed.
+``RUN/launch/STAGE.json`` is the record. It has one writer at a time: whoever brackets an attempt
+(the batch script on the first node, or the launcher for local processes) calls :func:`begin` before
+and :func:`finish` after it. The ranks in between leave words of their own, a file each in
+``RUN/launch/jobs/ID``: that a signal was heard, or why they failed.
 """
 
 from __future__ import annotations
@@ -80,13 +80,14 @@ def save(run: Path, record: Record) -> None:
     write_atomic(folder(run) / f"{record.stage}.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
-# -- words of the ranks ------------------------------------------------------------------------------------------
+# -- words of the ranks ----------------------------------------------------------------------------
 
 
 def leave_word(run: Path, job_id: str, restart: int, rank: int, **word: Any) -> None:
     """Add to what a rank says of its attempt.
 
-    ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``error`` and ``code``: it failed.
+    ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``error`` and
+    ``code``: it failed, ``final`` where a restart cannot help; ``port``: where the ranks met.
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -132,17 +133,17 @@ def first_death(run: Path, record: Record) -> str:
 
 
 def marker(record: Record) -> str:
-    """The line that begins an attempt in the first rank's log, which all attempts of a job share."""
+    """The line that begins an attempt in the first rank's log; a job's attempts share it."""
     return f"{record.stage}: attempt {record.attempts} on {record.hosts}"
 
 
-# -- attempts ----------------------------------------------------------------------------------------------------
+# -- attempts --------------------------------------------------------------------------------------
 
 
 def begin(run: Path, stage: str, job_id: str, restart: int, hosts: str) -> Record:
     """Count an attempt that is about to start.
 
-    An attempt before it that ended without a word, and without having been told to stop, was a failure:
+    An attempt before it that ended without a word, and had not been told to stop, was a failure:
     its node died.
 
     Raises:
@@ -161,6 +162,7 @@ def begin(run: Path, stage: str, job_id: str, restart: int, hosts: str) -> Recor
             f"failed {record.failures} times (--max_requeues {max_requeues}); {record.reason}"
         )
     else:
+        progress_file(run, stage).unlink(missing_ok=True)
         record.state, record.began, record.ended = "running", now(), ""
         record.attempts += 1
     save(run, record)
@@ -202,16 +204,17 @@ def judge_failure(
     record.reason = failure(run, record) or f"exit code {code}"
     record.bad_input = any(w.get("code") == 2 for w in said)
     newest = max((path.name for path in run.glob("checkpoints/*.json")), default="")
-    failed_at = f"{record.reason.partition(': ')[2]} | {newest}"
+    error = next((w["error"] for w in said if "error" in w), "")
+    failed_at = f"{error} | {newest}"
     final = any(w.get("final") for w in said)
-    if failed_at == record.failed_at:  # a mistake in the code or the data comes back each time
+    if error and failed_at == record.failed_at:  # a mistake in the code comes back each time
         final, record.reason = True, f"{record.reason} (twice at the same place)"
     record.failed_at = failed_at
     again = not final and record.failures <= max_requeues
     record.state = "requeued" if again else "failed"
 
 
-# -- the launch --------------------------------------------------------------------------------------------------
+# -- the launch ------------------------------------------------------------------------------------
 
 
 def write_launch(run: Path, launch: dict[str, Any]) -> None:
@@ -247,7 +250,7 @@ def allow(run: Path) -> None:
 
 
 def start_time(pid: int | None = None) -> str:
-    """Start of a process in clock ticks since boot ('' when there is none): a pid that came round differs."""
+    """Start of a process in clock ticks since boot, '' where there is none: pids come round."""
     try:
         stat = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Sequence
 
@@ -117,7 +118,7 @@ def named(job_name: str) -> list[str]:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job back into the queue, unless SLURM has done so itself (preemption, a dead node)."""
+    """Put a running job back into the queue, unless SLURM has done so (preemption, dead node)."""
     if job_state(job_id) == "RUNNING":
         ask("scontrol", "requeue", job_id)
 
@@ -131,7 +132,8 @@ def cancel(job_ids: Sequence[str]) -> None:
 def lacking(paths: Sequence[str], nodes: int) -> str:
     """Run in a job: what some of its nodes cannot read, in words; '' when all read all."""
     if nodes == 1:
-        missing = [f"this node {path}" for path in paths if not os.access(path, os.R_OK)]
+        here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        missing = [f"{here} {path}" for path in paths if not os.access(path, os.R_OK)]
     else:
         step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
         missing = ask(*step, "sh", "-c", CHECK, "check", *paths).splitlines()
@@ -139,6 +141,6 @@ def lacking(paths: Sequence[str], nodes: int) -> str:
         return ""
     node, _, path = sorted(missing)[0].partition(" ")
     return (
-        f"{path} cannot be read on {node} ({len(missing)} such); keep --output_dir, --data_path and the Python "
-        "environment in folders that all nodes share, at the same path"
+        f"{path} cannot be read on {node} ({len(missing)} such); keep --output_dir, --data_path "
+        "and the Python environment in folders that all nodes share, at the same path"
     )

@@ -1,4 +1,5 @@
-"""A copy of the code in the run folder: editing the checkout never changes a run that waits or goes on."""
+"""A copy of the code in the run folder: editing the checkout never changes a run that waits or goes
+on."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if not PACKAGE.is_dir():  # an installed package: its folders lie inside it
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the package, links opened, to ``folder/HASH/xcit_dino``, unless that very code is there already.
+    """Copy the package, links opened, to ``folder/HASH/xcit_dino``, unless it is there already.
 
     Returns:
         The folder to put on ``PYTHONPATH``.
@@ -32,7 +33,7 @@ def copy_code(folder: Path) -> Path:
     for name, path in files:
         (temporary / "xcit_dino" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, temporary / "xcit_dino" / name)
-    (temporary / "xcit_dino" / "COMMIT").write_text(commit() + "\n")  # train/provenance.py reads it
+    (temporary / "COMMIT").write_text(commit() + "\n")  # xcit_dino/commit.py reads it
     temporary.rename(place)
     return place
 

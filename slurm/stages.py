@@ -1,7 +1,8 @@
 """The launcher's command line: one for all stages.
 
-Launcher options and pretraining options share one flat namespace (``--nodes 2 --arch xcit_small_12_p8
---epochs 100``); a later stage's options carry its name (``--knn.nb_knn 20 --linear.timeout 120``).
+Launcher options and pretraining options share one flat namespace (``--nodes 2 --arch
+xcit_small_12_p8 --epochs 100``); a later stage's options carry its name (``--knn.nb_knn 20
+--linear.timeout 120``).
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
 
 
 HELP = (
-    "Run stages as SLURM jobs or local processes. All options of `xcit-dino pretrain --help` are taken "
-    "too; those of another stage as --knn.nb_knn, --linear.nodes and so on. Defaults can be kept in "
-    "~/.config/xcit-dino/slurm.yaml (another file: --launch_defaults FILE). "
+    "Run stages as SLURM jobs or local processes. All options of `xcit-dino pretrain --help` are "
+    "taken too; those of another stage as --knn.nb_knn, --linear.nodes and so on. Defaults can be "
+    "kept in ~/.config/xcit-dino/slurm.yaml (another file: --launch_defaults FILE). "
     "`launch status|logs|cancel RUN` follow a run, `launch rehearse` tries this cluster out."
 )
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def local_owner(launch: dict[str, Any]) -> bool:
     return here and record.start_time(launch["pid"]) == launch["pid_start"]
 
 
-# -- status ------------------------------------------------------------------------------------------------
+# -- status ----------------------------------------------------------------------------------------
 
 
 def status(config: StatusConfig) -> None:
@@ -62,8 +63,7 @@ def status(config: StatusConfig) -> None:
         row = describe(config.run, stage, launch, jobs, before)
         table.add_row(*row.values())
         before = row
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     print("next stage:", next_stage(config.run, launch) or "none")
 
 
@@ -144,7 +144,7 @@ def next_stage(run: Path, launch: dict[str, Any]) -> str:
     return next(waiting, "")
 
 
-# -- logs --------------------------------------------------------------------------------------------------
+# -- logs ------------------------------------------------------------------------------------------
 
 
 def logs(config: LogsConfig) -> None:
@@ -172,7 +172,7 @@ def logs(config: LogsConfig) -> None:
     watch.show(config.run, stage, job_id, going_on, config.rank)
 
 
-# -- cancel ------------------------------------------------------------------------------------------------
+# -- cancel ----------------------------------------------------------------------------------------
 
 
 def cancel(config: CancelConfig) -> None:

@@ -52,7 +52,7 @@ def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> d
         "time": asked.timeout or TIMEOUT,
         "signal_delay_s": options.signal_delay,
         "dependency": f"afterok:{after}" if after else None,
-        # one dead rank ends the step; since SLURM 22.05 srun does not take --cpus-per-task over from sbatch
+        # one dead rank ends all; since 22.05 srun does not take --cpus-per-task over from sbatch
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={stage.cpus_per_task}"],
         "setup": before(launch, stage, code),
         "teardown": behind(launch, stage),
@@ -61,11 +61,13 @@ def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> d
 
 
 def before(launch: Launch, stage: Stage, code: Path) -> list[str]:
-    """Shell lines in front of srun: the run's own code, then the user's lines, then the attempt is counted."""
+    """Shell lines in front of srun: the run's own code, the user's lines, the attempt counted."""
     progress = record.progress_file(launch.run, stage.name)
+    tasks = f"$((SLURM_JOB_NUM_NODES * {stage.tasks_per_node}))"  # a requeued job may have shrunk
     return [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
         f"export {STATE_FILE}={shlex.quote(str(progress))}",
+        f"export SLURM_NTASKS={tasks} SLURM_NPROCS={tasks}",
         "trap : TERM  # preemption ends the ranks; this script still has to say how it ended",
         *launch.launch.setup,
         f"{bracket('begin', launch, stage)} || exit $?",

@@ -17,7 +17,7 @@ POLL = 0.2  # seconds
 
 
 def show(run: Path, stage: str, job_id: str, going_on: Callable[[], bool], rank: int = 0) -> None:
-    """Print a rank's log as it grows until ``going_on`` says no; on a terminal with the stage's live bar."""
+    """Print a rank's log while ``going_on`` says so; on a terminal with the stage's live bar."""
     tails = [(Tail(log_path(run, job_id, rank, kind)), out) for kind, out in streams()]
     bar = LiveBar(record.progress_file(run, stage)) if sys.stderr.isatty() else None
     with bar or contextlib.nullcontext():

@@ -111,7 +111,8 @@ class Cluster:
         subprocess.run(["mungekey", "--create", f"--keyfile={self.folder}/munge.key"], check=True)
         self.daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket",
                     f"--key-file={self.folder}/munge.key", f"--pid-file={self.folder}/munge.pid",
-                    f"--seed-file={self.folder}/munge.seed", f"--log-file={self.folder}/munge.log")  # fmt: skip
+                    f"--seed-file={self.folder}/munge.seed",
+                    f"--log-file={self.folder}/munge.log")  # fmt: skip
         wait_for(lambda: (self.folder / "munge.socket").exists(), 10, "munged")
         self.daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
         for node in NODES:

@@ -80,6 +80,9 @@ COMMANDS = {
         "slurm.config:StatusConfig", "slurm.status:status", "state and progress of a run"
     ),
     "launch logs": Command("slurm.config:LogsConfig", "slurm.status:logs", "a rank's log"),
+    "launch rehearse": Command(
+        "slurm.rehearse:rehearse_config", "slurm.rehearse:run", "is anything lost on this cluster?"
+    ),
     "launch cancel": Command(
         "slurm.config:CancelConfig", "slurm.status:cancel", "save and end a run's jobs"
     ),

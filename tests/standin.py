@@ -1,0 +1,72 @@
+"""A trainer without torch, with the real one's contract: it resumes, saves when told to stop, fails
+on request. ``python -m tests.standin RUN NAME=VALUE...`` launches it as local processes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from xcit_dino.errors import InputError, Stopped
+from xcit_dino.slurm import launch
+from xcit_dino.slurm.config import Launch, LaunchConfig, ResourceConfig, Stage
+from xcit_dino.train import stop
+
+
+@dataclass(frozen=True)
+class StandinConfig:
+    """What a run of the stand-in does."""
+
+    output_dir: Path
+    """Run folder; ``step`` holds the number of steps done."""
+    steps: int = 3
+    """Steps of the whole run."""
+    seconds: float = 0.0
+    """Duration of a step."""
+    fail: str = ""
+    """``always``, ``once``, ``input``: how it fails at step 2."""
+
+
+def train(config: StandinConfig) -> None:
+    """Count steps, one line each in ``steps``."""
+    place = config.output_dir / "step"
+    step = int(place.read_text()) if place.is_file() else 0
+    while step < config.steps:
+        time.sleep(config.seconds)
+        step += 1
+        with open(config.output_dir / "steps", "a") as log:
+            log.write(f"{step} pid {os.getpid()}\n")
+        fail(config, step)
+        if (reason := stop.requested()) is not None:
+            place.write_text(str(step))
+            raise Stopped(f"{reason} after step {step}")
+    place.write_text(str(step))
+
+
+def fail(config: StandinConfig, step: int) -> None:
+    """Fail as asked."""
+    marker = config.output_dir / "failed"
+    if step != 2 or not config.fail or (config.fail == "once" and marker.exists()):
+        return
+    marker.touch()
+    raise InputError("--x: wrong") if config.fail == "input" else RuntimeError("went wrong")
+
+
+def plan_of(run: Path, **options: object) -> Launch:
+    """A launch of the stand-in."""
+    config = StandinConfig(run, **options)  # type: ignore[arg-type]
+    stage = Stage("pretrain", "tests.standin:train", config, ResourceConfig(ngpus=0))
+    return Launch(LaunchConfig(resources=stage.resources, max_requeues=2), run, (stage,))
+
+
+def start(plan: Launch) -> int:
+    """Launch it as local processes, without the checks of real data."""
+    return launch.start(plan, list(plan.stages), "local")
+
+
+if __name__ == "__main__":
+    pairs = (word.split("=") for word in sys.argv[2:])
+    sys.exit(start(plan_of(Path(sys.argv[1]), **{name: eval(value) for name, value in pairs})))

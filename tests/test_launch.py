@@ -1,0 +1,400 @@
+"""The launcher's command line, its script, its checks, and local runs of a stand-in trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.standin import StandinConfig, plan_of, start
+from xcit_dino.data.config import DemoConfig
+from xcit_dino.data.demo import make
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.plan import Plan
+from xcit_dino.errors import InputError
+from xcit_dino.slurm import launch, local, preview, record, snapshot, status, submit
+from xcit_dino.slurm.config import (
+    CancelConfig,
+    Launch,
+    LaunchConfig,
+    LogsConfig,
+    ResourceConfig,
+    Stage,
+    StatusConfig,
+)
+from xcit_dino.slurm.stages import launch_config, split_words
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.train.config import option_types
+
+ROOT = Path(__file__).parents[1]
+ARCH = ["--arch", "xcit_nano_12_p16"]
+
+
+@pytest.fixture(autouse=True)
+def no_user_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+
+
+# -- command line ----------------------------------------------------------------------------------
+
+
+def test_no_option_means_two_things() -> None:
+    assert not set(option_types(LaunchConfig)) & set(option_types(PretrainConfig))
+
+
+def test_words_go_where_they_belong() -> None:
+    own, by_stage, rest = split_words(
+        shlex.split("--nodes 2 --epochs=5 --knn.nb-knn 10 20 --setup 'a b' c --lr 1")
+    )
+    assert own == ["--nodes", "2", "--setup", "a b", "c"]
+    assert by_stage == {"knn": ["--nb_knn", "10", "20"]}
+    assert rest == ["--epochs=5", "--lr", "1"]
+
+
+def test_one_line_configures_all_stages(tmp_path: Path) -> None:
+    words = [*ARCH, "--output_dir", str(tmp_path / "run"), "--stages", "knn,pretrain,report"]
+    words += ["--nodes", "2", "--ngpus", "4", "--partition", "gpu", "--knn.nb_knn", "5"]
+    plan = launch_config([*words, "--knn.partition", "short", "--knn.timeout", "30"])
+    pretrain, knn, report = plan.stages
+    assert (pretrain.resources.nodes, pretrain.num_tasks, pretrain.resources.timeout) == (
+        2,
+        8,
+        None,
+    )
+    assert (knn.resources.nodes, knn.num_tasks, knn.resources.timeout) == (1, 1, 30)
+    assert (knn.resources.partition, report.resources.partition) == ("short", "gpu")
+    assert report.resources.ngpus == 0
+    assert knn.config.nb_knn == (5,)
+    assert knn.config.subject.output_dir == pretrain.config.run.output_dir == tmp_path / "run"
+
+
+def test_run_folder_is_named_after_the_arch() -> None:
+    assert launch_config(ARCH).run == Path.cwd() / "runs" / "xcit_nano_12_p16"
+    assert launch_config([*ARCH, "--shared_dir", "/big"]).run == Path("/big/xcit_nano_12_p16")
+
+
+def test_users_defaults_give_way_to_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "home" / "xcit-dino").mkdir(parents=True)
+    (tmp_path / "home" / "xcit-dino" / "slurm.yaml").write_text(
+        "partition: a\nnodes: 3\nngpus: 2\n"
+    )
+    asked = launch_config([*ARCH, "--nodes", "5"]).stages[0].resources
+    assert (asked.partition, asked.nodes, asked.ngpus) == ("a", 5, 2)
+    (tmp_path / "other.yaml").write_text("partitoin: b\n")
+    with pytest.raises(
+        InputError, match="other.yaml: unknown option 'partitoin'; did you mean part"
+    ):
+        launch_config([*ARCH, "--launch_defaults", str(tmp_path / "other.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arhc", "x"], "unknown option --arhc; did you mean arch"),
+        (["--stages", "pretrain,kn"], "no stage 'kn'; did you mean knn"),
+        (["--knn.nb_knn", "5"], "--knn.*: that stage is not in --stages pretrain"),
+        (["--kn.nb_knn", "5"], "--kn.nb_knn: no stage 'kn'; did you mean knn"),
+        (["--stages", "pretrain,knn", "--knn.nb_kn", "5"], "unknown option --nb_kn; did you"),
+        (["--stages", ""], "name one or more stages"),
+        (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--ngpus", "-1"], "--ngpus -1: must be 0 or more"),
+        (["--slurm", "qos"], "--slurm 'qos': write KEY=VALUE"),
+        (["--slurm", "a b=c"], "write KEY=VALUE"),
+        (["--slurm", "signal=TERM"], "--slurm signal: the launcher sets this one itself"),
+        (["--comment", "a\nrm -rf /"], "--comment: must not hold line breaks"),
+        (["--setup", "a\nb"], "--setup: must not hold line breaks"),
+        (["--timeout", "2", "--signal_delay", "90"], "--signal_delay 90: must be at most half"),
+        (["--output_dir", "runs/a%j"], "must hold no % and no control characters"),
+        (["--output_dir", "runs/a\nb"], "must hold no % and no control characters"),
+    ],
+)  # fmt: skip
+def test_bad_options_get_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        launch_config([*ARCH, *words])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# -- dry run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    make(DemoConfig(dst=folder, train=50, val=10, size=16))
+    return folder
+
+
+def test_dry_run_says_what_follows(shards: Path, tmp_path: Path) -> None:
+    words = [
+        *ARCH,
+        "--cluster",
+        "slurm",
+        "--nodes",
+        "2",
+        "--ngpus",
+        "2",
+        "--data_path",
+        str(shards),
+    ]
+    words += ["--batch_size_per_gpu", "3", "--accum_iter", "2", "--lr", "0.001", "--epochs", "7"]
+    words += ["--output_dir", str(tmp_path / "run"), "--stages", "pretrain,knn", "--dry_run"]
+    modules = "import sys; from xcit_dino.cli import main; code = main(sys.argv[1:]); "
+    modules += "print(*(set(sys.modules) & {'torch', 'numpy'})); sys.exit(code)"
+    done = subprocess.run(
+        [sys.executable, "-c", modules, "launch", *words],
+        env={"PATH": "/nowhere", "HOME": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == ""  # neither torch nor numpy
+    shown = dict(line.split("  ", 1) for line in lines if "  " in line and not line.startswith("#"))
+    steps = Plan(ShardIndex.load(shards / "train").counts, seed=0, batch_size=24).steps_per_epoch
+    assert shown["global batch"].split()[0] == "24"
+    assert float(shown["effective learning rate"].split()[0]) == pytest.approx(0.001 * 24 / 256)
+    assert shown["steps per epoch"].strip() == f"{steps}, {7 * steps} in 7 epochs"
+    assert shown["images per rank"].split()[0] == str(steps * 6)
+    assert "#SBATCH --dependency=afterok:JOB" in lines and "epochs: 7" in lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_without_data_still_shows_the_script() -> None:
+    stage = launch_config([*ARCH, "--ngpus", "1"]).stages[0]
+    assert preview.training_facts(stage)["images"] == "unknown (--data_path is not given)"
+
+
+# -- the script ------------------------------------------------------------------------------------
+
+
+printable = st.text(
+    st.characters(codec="utf-8", categories=("L", "N", "P", "S", "Zs")), max_size=30
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(comment=printable.filter(str.isprintable), folder=printable.filter(str.isprintable))
+def test_nothing_breaks_out_of_the_script(comment: str, folder: str) -> None:
+    """Each option stays one word of one comment line; each command stays one command."""
+    run = Path("/r", folder.replace("%", "").replace("/", ""))
+    resources = ResourceConfig(ngpus=0, comment=comment, slurm=(f"licenses={comment}x",))
+    stage = Stage("pretrain", "m:f", StandinConfig(run), resources)
+    text = submit.script(Launch(LaunchConfig(), run, (stage,)), stage, run / "code")
+    lines = text.split("\n")
+    options = dict(
+        shlex.split(line.removeprefix("#SBATCH "))[0].partition("=")[::2]
+        for line in lines
+        if line.startswith("#SBATCH")
+    )
+    assert options["--comment"] == comment and options["--licenses"] == f"{comment}x"
+    commands = [line for line in lines if line and not line.startswith(("#", "trap", "export"))]
+    assert len(commands) == 4  # begin, srun, finish, exit
+    assert shlex.split(commands[0])[3:6] == ["begin", str(run), "pretrain"]
+    assert shlex.split(commands[1])[-1] == str(run / "launch/jobs/%j")
+
+
+# -- code ------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_the_code_it_was_launched_with(tmp_path: Path) -> None:
+    code = snapshot.copy_code(tmp_path)
+    assert snapshot.copy_code(tmp_path) == code
+    program = "import xcit_dino.commit as p; print(p.__file__, p.commit())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    file, commit = done.stdout.split()
+    assert Path(file) == code / "xcit_dino" / "commit.py"
+    assert commit == (code / "COMMIT").read_text().strip() != ""
+    assert (code / "xcit_dino" / "configs" / "rehearsal.yaml").is_file()
+    assert (tmp_path / code.name / "COMMIT").is_file()
+
+
+# -- local runs ------------------------------------------------------------------------------------
+
+
+def steps(run: Path) -> list[int]:
+    return [int(line.split()[0]) for line in (run / "steps").read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run 'with' $HOME"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    return folder
+
+
+def test_a_run_goes_through(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(plan_of(run)) == 0
+    known = record.load(run, "pretrain")
+    assert (known.state, known.attempts, known.failures) == ("done", 1, 0)
+    assert steps(run) == [1, 2, 3]
+    assert launch.unfinished(plan_of(run)) == []
+    assert [s.name for s in launch.unfinished(plan_of(run, steps=4))] == ["pretrain"]
+    assert record.read_launch(run)["code"].startswith(str(run / "launch" / "code"))
+
+
+def test_a_failure_starts_again_once_it_helps(run: Path) -> None:
+    assert start(plan_of(run, fail="once")) == 0
+    assert (record.load(run, "pretrain").attempts, steps(run)) == (2, [1, 2, 1, 2, 3])
+
+
+def test_the_same_mistake_twice_is_the_end(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(plan_of(run, fail="always")) == 1
+    known = record.load(run, "pretrain")
+    assert (known.state, known.attempts) == ("failed", 2)
+    assert "rank 0 on " in known.reason and "RuntimeError: went wrong (twice at" in known.reason
+    shown = capfd.readouterr()
+    assert "went wrong" in shown.err and "submitit" not in shown.out
+
+
+def test_bad_input_found_by_a_job_is_one_line(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(plan_of(run, fail="input")) == 2
+    known = record.load(run, "pretrain")
+    assert (known.state, known.attempts, known.bad_input) == ("failed", 1, True)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "--x: wrong" in line]
+    assert lines and "Traceback" not in "".join(lines)
+
+
+def in_background(run: Path, *options: str) -> subprocess.Popen[str]:
+    """A local run in a process of its own, after its first step."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.standin", str(run), *options],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (run / "steps").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "failures"), [(signal.SIGUSR2, 0), (signal.SIGTERM, 0), (signal.SIGKILL, 1)]
+)
+def test_signals_to_the_ranks(run: Path, number: signal.Signals, failures: int) -> None:
+    """A time limit and a preemption save; a killed rank is a failure. All go on afterwards."""
+    process = in_background(run, "steps=6", "seconds=0.2")
+    os.kill(int((run / "steps").read_text().split()[2]), number)
+    _, err = process.communicate(timeout=60)
+    known = record.load(run, "pretrain")
+    assert (process.returncode, known.state, known.attempts) == (0, "done", 2), err
+    assert known.failures == failures
+    assert sorted(set(steps(run))) == list(range(1, 7))
+    if failures:
+        assert "starting again after" in err and "Killed" in err
+    else:
+        assert steps(run) == list(range(1, 7))
+
+
+def test_ctrl_c_saves_and_leaves(run: Path) -> None:
+    process = in_background(run, "steps=100", "seconds=0.1")
+    shown = status.owner(run)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert shown == f"process {process.pid} on {os.uname().nodename}"
+    known = record.load(run, "pretrain")
+    assert known.state == "stopped" and known.reason.startswith("SIGINT after step")
+    assert int((run / "step").read_text()) == steps(run)[-1]
+    assert status.owner(run) == ""
+
+
+def test_cancel_saves_and_ends(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = in_background(run, "steps=100", "seconds=0.1")
+    status.cancel(CancelConfig(run))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert record.load(run, "pretrain").state == "cancelled"
+    assert int((run / "step").read_text()) == steps(run)[-1]
+    status.logs(LogsConfig(run))
+    assert "stopped: SIGTERM after step" in capsys.readouterr().err
+
+
+def test_a_launcher_that_dies_leaves_nothing_behind(run: Path) -> None:
+    process = in_background(run, "steps=100", "seconds=0.1")
+    process.kill()
+    process.communicate(timeout=30)  # the ranks hold its stderr until they have left
+    assert int((run / "step").read_text()) == steps(run)[-1]
+
+
+def test_time_limit(run: Path) -> None:
+    """SIGUSR2 comes before the limit; the next attempt goes on."""
+    plan = plan_of(run, steps=200, seconds=0.1)
+    folder = record.job_folder(run, "%j")
+    made = local.Executor(folder=folder)
+    made.update_parameters(
+        nodes=1, tasks_per_node=1, gpus_per_node=0, timeout_min=1, signal_delay_s=54, setup=()
+    )
+    record.write_launch(run, {"max_requeues": 0, "stages": {"pretrain": {"config": {}}}})
+    record.begin(run, "pretrain", "", 0, "here")
+    from xcit_dino.slurm.job import job_of
+
+    started = made.submit(job_of(plan, plan.stages[0]))
+    known = record.load(run, "pretrain")
+    known.job_id = started.job_id
+    record.save(run, known)
+    ended = record.finish(run, "pretrain", started._process.wait())  # type: ignore[attr-defined]
+    assert (ended.state, ended.failures) == ("requeued", 0)
+    assert ended.reason.startswith("SIGUSR2 after step")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's own
+def test_debug_runs_in_this_process(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    plan = plan_of(run)
+    assert launch.start(plan, list(plan.stages), "debug") == 0
+    assert f"pid {os.getpid()}" in (run / "steps").read_text()
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+# -- what is there already -------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused(run: Path) -> None:
+    note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
+    note["pid_start"] = record.start_time(os.getpid())
+    record.write_launch(run, note | {"stages": {}})
+    with pytest.raises(InputError, match=f"process {os.getpid()} on .* is at work there"):
+        launch.refuse_busy(plan_of(run), "local")
+    record.write_launch(run, note | {"pid_start": "1", "stages": {}})  # another process by now
+    launch.refuse_busy(plan_of(run), "local")
+
+
+def test_status_says_why_a_stage_was_cancelled(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {name: {"job_id": "", "config": {}} for name in ("pretrain", "knn")}
+    note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
+    record.write_launch(run, note)
+    failed = record.Record("pretrain", state="failed", attempts=3, failures=3, reason="no luck")
+    record.save(run, failed)
+    record.save(run, record.Record("knn"))
+    status.status(StatusConfig(run))
+    shown = capsys.readouterr().out
+    assert "failed: no luck" in shown and "cancelled: pretrain is failed" in shown
+
+
+def test_status_shows_progress(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
+    note |= {"pid_start": record.start_time(), "stages": {"pretrain": {"job_id": "", "config": {}}}}
+    record.write_launch(run, note)
+    record.save(run, record.Record("pretrain", state="running", job_id="7", hosts="n1", attempts=2))
+    bar = {"label": "pretraining", "unit": "steps", "start": 50, "done": 100, "total": 200}
+    bar |= {"shown": "loss 3.21  img_s 450", "seconds": 50.0, "time": time.time()}
+    record.progress_file(run, "pretrain").write_text(json.dumps(bar))
+    lines = [{"step": 90, "knn_20": 41.5}, {"step": 100, "loss": 3.2}]
+    (run / "metrics.jsonl").write_text("{}\n" + "".join(json.dumps(x) + "\n" for x in lines))
+    status.status(StatusConfig(run))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pretraining 100/200 steps eta 0:01:40 loss 3.21 img_s 450 knn_20 41.5" in shown
