@@ -57,6 +57,10 @@ class LaunchConfig:
     """auto: SLURM where there is one, else local processes. debug: inside this process."""
     stages: str = "pretrain"
     """Stages, pretrain,knn,linear,report ...; each starts when the one before has succeeded."""
+    seeds: tuple[int, ...] = ()
+    """One run for each seed, in a folder of its own: RUN-seed0, RUN-seed1 ..."""
+    array_parallelism: int = 4
+    """How many runs of --seeds go on at a time."""
     job_name: str | None = None
     """Name of the jobs. Left out: the run folder's."""
     shared_dir: Path | None = None
@@ -133,6 +137,8 @@ class Launch:
     run: Path
     """The run folder, absolute."""
     stages: tuple[Stage, ...]
+    others: tuple[Launch, ...] = ()
+    """The same with the other --seeds."""
 
     @property
     def job_name(self) -> str:
@@ -164,7 +170,7 @@ def check(launch: LaunchConfig, prefix: str = "") -> None:
         ):  # a line break would end a comment line of the script: a command would follow
             raise InputError(f"--{prefix}{name}: must not hold line breaks or control characters")
     values = dict(options(launch))
-    for name in ("nodes", "nproc", "cpus_per_task", "timeout"):
+    for name in ("nodes", "nproc", "cpus_per_task", "timeout", "array_parallelism"):
         if values[name] is not None and values[name] < 1:
             raise InputError(f"--{prefix}{name} {values[name]}: must be at least 1")
     for name in ("ngpus", "max_requeues", "signal_delay"):

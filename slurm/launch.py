@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,21 +29,39 @@ Cluster = Literal["slurm", "local", "debug"]
 def run(launch: Launch) -> int:
     """Launch the stages; returns the exit code (0 also when jobs are merely queued)."""
     cluster = choose_cluster(launch)
-    launch = with_gpus(launch, cluster)
+    runs = [with_gpus(one, cluster) for one in (launch, *launch.others)]
     if cluster != "slurm" and any(stage.resources.nodes > 1 for stage in launch.stages):
         raise InputError("--nodes: one machine is one node; give --cluster slurm, or --nodes 1")
     if launch.launch.dry_run:
         from xcit_dino.slurm.preview import preview
 
-        preview(launch, cluster)
+        preview(runs[0], cluster)
+        for other in runs[1:]:
+            print(f"and the same in {other.run}")
         return 0
-    check_input(launch)
-    refuse_busy(launch, cluster)
-    todo = unfinished(launch)
-    if not todo:
-        print(f"{launch.run}: all stages are done; nothing to run")
-        return 0
-    return start(launch, todo, cluster)
+    for one in runs:
+        check_input(one)
+        refuse_busy(one, cluster)
+    return max(start_runs(runs, cluster))
+
+
+def start_runs(runs: list[Launch], cluster: Cluster) -> Iterator[int]:
+    """Start what is not done yet, several at a time on SLURM, one here; gives exit codes."""
+    last_jobs: list[str | None] = []
+    for number, one in enumerate(runs):
+        todo = unfinished(one)
+        if not todo:
+            print(f"{one.run}: all stages are done; nothing to run")
+            last_jobs.append(None)
+            yield 0
+            continue
+        earlier = number - one.launch.array_parallelism
+        after = last_jobs[earlier] if earlier >= 0 else None
+        code = start(one, todo, cluster, after)
+        yield code
+        if code:
+            return
+        last_jobs.append(record.read_launch(one.run)["stages"][todo[-1].name]["job_id"] or None)
 
 
 def choose_cluster(launch: Launch) -> Cluster:
@@ -178,8 +196,8 @@ def dump(config: Any) -> dict[str, Any]:
 # -- starting --------------------------------------------------------------------------------------
 
 
-def start(launch: Launch, todo: list[Stage], cluster: Cluster) -> int:
-    """Copy the code, note what is launched, and start it."""
+def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None = None) -> int:
+    """Copy the code, note what is launched, and start it (once the job ``after`` has ended)."""
     from xcit_dino.slurm import local, snapshot, submit
 
     code = snapshot.copy_code(record.folder(launch.run) / "code")
@@ -199,7 +217,7 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster) -> int:
     for stage in todo:
         record.save(launch.run, record.Record(stage.name))
     if cluster == "slurm":
-        for name, job_id in submit.submit(launch, todo, code).items():
+        for name, job_id in submit.submit(launch, todo, code, after).items():
             note["stages"][name]["job_id"] = job_id
         record.write_launch(launch.run, note)
         return told(launch, note)

@@ -25,7 +25,7 @@ def preview(launch: Launch, cluster: str) -> None:
             from xcit_dino.slurm.submit import script
 
             code = record.folder(launch.run) / "code" / "HASH"
-            after = "JOB" if stage is not launch.stages[0] else None
+            after = "afterok:JOB" if stage is not launch.stages[0] else None
             print(f"\n-- submission script\n{script(launch, stage, code, after)}")
 
 

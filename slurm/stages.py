@@ -7,6 +7,7 @@ xcit_small_12_p8 --epochs 100``); a later stage's options carry its name (``--kn
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import typing
@@ -49,6 +50,22 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
     Raises:
         InputError: a bad option, in one line.
     """
+    first = one_run(argv, prog)
+    seeds, name = first.launch.seeds, first.launch.job_name
+    if not seeds:
+        return first
+    if first.stages[0].name != "pretrain" or len(set(seeds)) < len(seeds):
+        raise InputError("--seeds: give each seed once, with pretrain among --stages")
+    runs = []
+    for seed in seeds:
+        own = ["--seed", str(seed), "--output_dir", f"{first.run}-seed{seed}"]
+        own += ["--job_name", f"{name}-seed{seed}"] if name else []
+        runs.append(one_run([*argv, *own], prog))
+    return dataclasses.replace(runs[0], others=tuple(runs[1:]))
+
+
+def one_run(argv: Sequence[str], prog: str) -> Launch:
+    """A command line without regard to --seeds."""
     defaults, argv = pop_option(argv, "launch_defaults")
     base = read_defaults(defaults)
     if {"-h", "--help"} & set(argv):

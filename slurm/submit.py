@@ -28,7 +28,7 @@ class Executor(SlurmExecutor):
 
 
 def executor(launch: Launch, stage: Stage, code: Path, after: str | None = None) -> Executor:
-    """The executor that submits one stage; ``after`` is the job that has to succeed first."""
+    """The executor that submits one stage; ``after`` is what it waits for (``afterok:123``)."""
     made = Executor(folder=record.job_folder(launch.run, "%j"), max_num_timeout=0)
     made.update_parameters(**parameters(launch, stage, code, after))
     return made
@@ -51,7 +51,7 @@ def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> d
         "gpus_per_node": asked.ngpus or None,
         "time": asked.timeout or TIMEOUT,
         "signal_delay_s": options.signal_delay,
-        "dependency": f"afterok:{after}" if after else None,
+        "dependency": after,
         # one dead rank ends all; since 22.05 srun does not take --cpus-per-task over from sbatch
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={stage.cpus_per_task}"],
         "setup": before(launch, stage, code),
@@ -91,8 +91,13 @@ def script(launch: Launch, stage: Stage, code: Path, after: str | None = None) -
     return made._make_submission_file_text(made._submitit_command_str, "")
 
 
-def submit(launch: Launch, stages: list[Stage], code: Path) -> dict[str, str]:
+def submit(
+    launch: Launch, stages: list[Stage], code: Path, after: str | None = None
+) -> dict[str, str]:
     """Submit stages as a chain, or none of them.
+
+    Args:
+        after: a job that has to end first, however it ends.
 
     Returns:
         stage -> job id.
@@ -106,14 +111,15 @@ def submit(launch: Launch, stages: list[Stage], code: Path) -> dict[str, str]:
         except scheduler.SlurmError as error:
             raise refused(stage, error) from error
     jobs: dict[str, str] = {}
+    wait_for = f"afterany:{after}" if after else None
     for stage in stages:
-        after = list(jobs.values())[-1] if jobs else None
         job = job_of(launch, stage)
         try:
-            jobs[stage.name] = executor(launch, stage, code, after).submit(job).job_id
+            jobs[stage.name] = executor(launch, stage, code, wait_for).submit(job).job_id
         except FailedJobError as error:
             scheduler.cancel(list(jobs.values()))
             raise refused(stage, error) from error
+        wait_for = f"afterok:{jobs[stage.name]}"
     return jobs
 
 

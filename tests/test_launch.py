@@ -82,6 +82,17 @@ def test_run_folder_is_named_after_the_arch() -> None:
     assert launch_config([*ARCH, "--shared_dir", "/big"]).run == Path("/big/xcit_nano_12_p16")
 
 
+def test_one_run_for_each_seed(tmp_path: Path) -> None:
+    words = [*ARCH, "--output_dir", str(tmp_path / "a"), "--stages", "pretrain,knn"]
+    first = launch_config([*words, "--seeds", "3", "5", "--job_name", "sweep"])
+    for plan, seed in zip((first, *first.others), (3, 5), strict=True):
+        assert plan.stages[0].config.run.seed == seed
+        assert plan.run == plan.stages[1].config.subject.output_dir == tmp_path / f"a-seed{seed}"
+        assert plan.job_name == f"sweep-seed{seed}"
+    with pytest.raises(InputError, match="--seeds: give each seed once"):
+        launch_config([*words, "--seeds", "3", "3"])
+
+
 def test_users_defaults_give_way_to_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "home" / "xcit-dino").mkdir(parents=True)
     (tmp_path / "home" / "xcit-dino" / "slurm.yaml").write_text(

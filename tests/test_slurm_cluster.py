@@ -37,6 +37,7 @@ local_crops_number: 2
 local_crops_size: 8
 num_workers: 1
 log_every: 1
+precision: fp32
 """
 
 
@@ -338,6 +339,19 @@ def test_names_and_folders_in_use(slurm: Cluster, place: Path) -> None:
     assert run.command("cancel").returncode == 0
     wait_until(lambda: not slurm.run("squeue", "--noheader").strip(), run.explain, 30)
     assert "cancelled" in run.command("status").stdout
+
+
+def test_so_many_seeds_at_a_time(slurm: Cluster, place: Path) -> None:
+    run = Run(slurm, place, "sweep")
+    words = ["--seeds", "0", "1", "2", "--array_parallelism", "2", "--slurm", "begin=now+1hour"]
+    done = run.launch(*words, "--stages", "pretrain,knn")
+    assert done.returncode == 0, done.stderr
+    runs = [record.read_launch(place / f"sweep-seed{seed}") for seed in range(3)]
+    jobs = [[stage["job_id"] for stage in run["stages"].values()] for run in runs]
+    waits = [slurm.facts(pretrain)["Dependency"] for pretrain, _ in jobs]
+    assert waits == ["(null)", "(null)", f"afterany:{jobs[0][1]}(unfulfilled)"]
+    assert slurm.facts(jobs[2][1])["Dependency"] == f"afterok:{jobs[2][0]}(unfulfilled)"
+    slurm.run("scancel", *sum(jobs, []))
 
 
 @pytest.mark.parametrize("hidden", ["launch", "shards"])
