@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint typecheck clean
+.PHONY: install quickstart test test-slurm lint typecheck clean
 
 install: $(STAMP)
 
@@ -19,7 +19,11 @@ quickstart: $(STAMP)
 	$(BIN)/xcit-dino quickstart
 
 test: $(STAMP) lint typecheck
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not slurm"
+
+# The launcher on a real SLURM that the tests start on this machine (needs slurm-wlm and munge).
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -q -m slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
-"""A small run folder that several tests of the evaluations share."""
+"""What tests share: a small run folder, and signal handlers as they were."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,13 @@ def unlabelled(tmp_path: Path, demo_shards: Path) -> Path:
             samples.append(Sample(f"{number:04d}", "jpg", image, -1, {}))
         write_index(folder, [write_shard(folder, "shard-000000.tar", samples)], None)
     return tmp_path / "unlabelled"
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Commands install handlers that later tests' child processes would inherit."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
