@@ -28,14 +28,23 @@ class PlainHead(nn.Module):
             nn.Linear(hidden, hidden), nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )  # fmt: skip
-        self.last_layer = nn.Module()
-        self.last_layer.weight_v = nn.Parameter(torch.randn(out_dim, bottleneck) * 0.02)
-        self.last_layer.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last)
+        self.last_layer = PlainPrototypes(bottleneck, out_dim, norm_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.normalize(self.mlp(x), dim=-1, p=2)
-        v, g = self.last_layer.weight_v, self.last_layer.weight_g
-        return F.linear(x, g * v / v.norm(dim=1, keepdim=True))
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1, p=2))
+
+
+class PlainPrototypes(nn.Module):
+    """Weight-normalised linear layer; its length is fixed at 1 with ``norm_last``."""
+
+    def __init__(self, bottleneck: int, out_dim: int, norm_last: bool):
+        super().__init__()
+        self.weight_v = nn.Parameter(torch.randn(out_dim, bottleneck) * 0.02)
+        self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.weight_v
+        return F.linear(x, self.weight_g * v / v.norm(dim=1, keepdim=True))
 
 
 class PlainNet(nn.Module):
@@ -71,12 +80,12 @@ class PlainLoss(nn.Module):
     def forward(self, student_output: Tensor, teacher_output: Tensor, temperature: float) -> Tensor:
         student = (student_output / self.student_temp).chunk(self.num_crops)
         teacher = F.softmax((teacher_output - self.center) / temperature, dim=-1).detach().chunk(2)
-        total, terms = 0.0, 0
+        total, terms = student_output.new_zeros(()), 0
         for iq, q in enumerate(teacher):
             for v in range(len(student)):
                 if v == iq:
                     continue
-                total += torch.sum(-q * F.log_softmax(student[v], dim=-1), dim=-1).mean()
+                total = total + torch.sum(-q * F.log_softmax(student[v], dim=-1), dim=-1).mean()
                 terms += 1
         self.update_center(teacher_output)
         return total / terms
