@@ -92,7 +92,7 @@ def leave_word(run: Path, job_id: str, restart: int, rank: int, **word: Any) -> 
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    word = {"rank": rank, "host": host, "time": time.time(), **before, **word}
+    word = {**before, "rank": rank, "host": host, "time": time.time(), **word}
     write_atomic(path, json.dumps(word))
 
 

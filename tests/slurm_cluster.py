@@ -45,7 +45,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 SlurmdTimeout=30
 KillWait=8
 InactiveLimit=0
@@ -160,7 +160,18 @@ class Cluster:
             self.run("scancel", "--partition=main")
             self.run("scancel", "--partition=urgent")
             wait_for(lambda: not self.run("squeue", "--noheader").strip(), 15, "the jobs' end")
+        self.kill_left_over()
         stop(list(reversed(self.started)))
+
+    def kill_left_over(self) -> None:
+        """Kill processes of jobs that no signal of SLURM's has ended (a test held them)."""
+        ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+        daemons = {process.pid for process in self.started}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and ours in (entry / "environ").read_bytes().split(b"\0"):
+                    if int(entry.name) not in daemons:
+                        os.kill(int(entry.name), signal.SIGKILL)
 
 
 def stop(processes: list[subprocess.Popen[bytes]]) -> None:

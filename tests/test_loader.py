@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
@@ -190,32 +191,31 @@ def test_killed_worker_is_noticed_and_others_end(index):
     loader = loader_of(index, num_workers=2)
     with closing(iter(loader)) as steps:
         next(steps)
-        children = _children()
+        children = _workers()
         assert len(children) == 2
         os.kill(children[0], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="killed by signal|exited unexpectedly"):
             for _ in range(100):
                 next(steps)
     deadline = time.monotonic() + 10
-    while _children() and time.monotonic() < deadline:
+    while _workers() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _children()
+    assert not _workers()
 
 
 def test_workers_outlive_the_signals_that_mean_the_run(index):
     with closing(iter(loader_of(index, num_workers=1))) as steps:
         next(steps)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(_children()[0], number)
+            os.kill(_workers()[0], number)
         for _ in range(20):
             next(steps)
-    assert not _children()
+    assert not _workers()
 
 
-def _children() -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process().children()]
+def _workers() -> list[int]:
+    """Loader workers of this process; earlier tests may have left trackers and other children."""
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
 
 
 # ----------------------------------------------------------------------------------- bad samples

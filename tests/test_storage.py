@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -294,13 +295,13 @@ def test_cache_stays_within_its_bound_while_processes_read(tmp_path):
 
     def watch() -> None:
         while not ended.is_set():
-            sizes = []
-            for path in folder.rglob("[!.]*"):
-                try:
+            before, sizes = sorted(folder.rglob("[!.]*")), []
+            for path in before:
+                with contextlib.suppress(FileNotFoundError):
                     sizes.append(path.stat().st_size if path.is_file() else 0)
-                except FileNotFoundError:
-                    continue
-            largest[0] = max(largest[0], sum(sizes))
+            # a file that went while another came must not count beside it
+            if sorted(folder.rglob("[!.]*")) == before:
+                largest[0] = max(largest[0], sum(sizes))
 
     thread = threading.Thread(target=watch)
     thread.start()
