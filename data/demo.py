@@ -1,6 +1,6 @@
 """The built-in data set: textured figures under strong nuisance, made in a second.
 
-Twelve classes, each a shape with its texture (striped disk, checkered square ...). Position, size,
+Twelve classes, each a shape with its texture (striped disk, banded square ...). Position, size,
 rotation, texture frequency and phase, colours, lighting, clutter and noise are drawn at random and
 say nothing of the class. Two properties make it a fair teacher of what self-supervised pretraining
 does:
@@ -152,6 +152,18 @@ def _stripes(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
     return _wave(x * f + p)
 
 
+def _fine(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
+    return _wave(x * f * np.float32(1.8) + p)
+
+
+def _bands(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
+    return _wave(y * f + p)
+
+
+def _hatching(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
+    return _wave((x + y) * f * np.float32(0.7) + p)
+
+
 def _checker(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
     return _wave(x * f * np.float32(0.7) + p) * _wave(y * f * np.float32(0.7) + p)
 
@@ -169,15 +181,6 @@ def _spokes(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
     return _wave(np.arctan2(y, x) * np.round(f * 2 + 1) / np.float32(2 * np.pi) + p)
 
 
-def _zigzag(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
-    return _wave(x * f + np.abs(np.mod(y * f * np.float32(0.6), 1) - np.float32(0.5)) * 2 + p)
-
-
-def _grid(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
-    u, v = np.mod(x * f + p, 1), np.mod(y * f + p, 1)
-    return np.clip((np.float32(0.22) - np.minimum(u, v)) * 10, -1, 1)
-
-
 def _bricks(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
     row = y * f + p
     shifted = x * f * np.float32(0.5) + np.floor(row) * np.float32(0.5)
@@ -192,27 +195,23 @@ def _blotches(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
     return np.clip((first + second) * 2, -1, 1)
 
 
-def _plain(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
-    return np.ones_like(x)
-
-
 def _shaded(x: Plane, y: Plane, f: Plane, p: Plane) -> Plane:
     return np.clip(x, -1, 1)
 
 
 KINDS: dict[str, tuple[Callable[[Plane, Plane], Plane], Callable[..., Plane]]] = {
     "striped disk": (_disk, _stripes),
-    "checkered square": (lambda x, y: _box(x, y, 0.8, 0.8), _checker),
+    "banded square": (lambda x, y: _box(x, y, 0.8, 0.8), _bands),
     "dotted triangle": (lambda x, y: _polygon(3, x, y), _dots),
     "ringed hexagon": (lambda x, y: _polygon(6, x, y), _rings),
     "spoked heart": (_heart, _spokes),
-    "zigzag star": (lambda x, y: _polygon(5, x, y, inner=0.5), _zigzag),
-    "gridded cross": (_cross, _grid),
-    "plain crescent": (_crescent, _plain),
+    "hatched star": (lambda x, y: _polygon(5, x, y, inner=0.5), _hatching),
+    "checkered cross": (_cross, _checker),
+    "fine-striped crescent": (_crescent, _fine),
     "shaded ring": (_ring, _shaded),
     "brick half-disk": (lambda x, y: np.maximum(_disk(x, y + 0.4), -y - 0.4), _bricks),
     "blotched ellipse": (lambda x, y: _disk(x, y * 1.8) * 0.8, _blotches),
-    "plain arrow": (_arrow, _plain),
+    "banded arrow": (_arrow, _bands),
 }
 CLASSES = list(KINDS)
 
