@@ -18,7 +18,7 @@ from xcit_dino.eval.charts import line_chart, number
 from xcit_dino.eval.config import ReportConfig
 from xcit_dino.eval.page import bar, document, facts_table, fold, table
 from xcit_dino.train.config import read_yaml
-from xcit_dino.train.log import read_metrics
+from xcit_dino.train.metrics import read_metrics
 from xcit_dino.train.provenance import now, read_results, write_atomic
 
 NETWORKS = {"": "Pretrained", "random": "Random weights", "pixels": "Raw pixels"}

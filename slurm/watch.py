@@ -97,7 +97,7 @@ class LiveBar:
             self.key, self.label = key, state["label"]
             self.bar = RichBar(state["label"], state["total"], state["start"]).__enter__()
         assert self.bar is not None
-        self.bar.bar.update(self.bar.task, completed=state["done"], shown=state["shown"])
+        self.bar.move_to(state["done"], state["shown"])
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from xcit_dino.eval.subject import pretrained, resolve
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import replace
 from xcit_dino.train.dist import World
-from xcit_dino.train.log import read_metrics
+from xcit_dino.train.metrics import read_metrics
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
 CPU = World(0, 1, torch.device("cpu"))

@@ -1,12 +1,11 @@
-"""What a run writes while it goes on: ``metrics.jsonl`` and TensorBoard, one curve over resumes."""
+"""What a training loop tells: progress on the terminal, ``metrics.jsonl``, TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import resource
 import time
-import warnings
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,56 +14,16 @@ from torch import Tensor
 from xcit_dino.errors import RunError
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
+from xcit_dino.train.board import Board
 from xcit_dino.train.config import RunConfig
-from xcit_dino.train.provenance import write_atomic
+from xcit_dino.train.metrics import RunFiles, process_seconds, read_metrics
+from xcit_dino.train.provenance import provenance
 
-GROUPS = {  # TensorBoard groups
-    "loss": "loss",
-    "lr": "schedule", "weight_decay": "schedule", "momentum_teacher": "schedule",
-    "teacher_temp": "schedule", "freeze_last_layer": "schedule",
-    "images_per_s": "speed", "data_wait": "speed", "memory_gib": "speed",
+SHOWN = {  # beside the bar: name of a metric -> (word, format)
+    "epoch": ("epoch", ".2f"), "loss": ("loss", ".3f"), "teacher_entropy": ("entropy", ".2f"),
+    "lr": ("lr", ".1e"), "images_per_s": ("img/s", ".0f"), "data_wait": ("wait", ".0%"),
+    "memory_gib": ("GiB", ".1f"), "knn_top1": ("knn", ".1f"), "val_top1": ("val", ".1f"),
 }  # fmt: skip
-
-
-class MetricsLog:
-    """Appends a line a call; what a cut-off try wrote after ``start_step`` is dropped."""
-
-    def __init__(self, folder: Path, start_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(self.path, "a", buffering=1)
-        self.board = SummaryWriter(str(folder), purge_step=start_step + 1)
-
-    def write(self, values: dict[str, Any]) -> None:
-        """Write one line; ``values`` holds ``step`` and numbers."""
-        self.file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float):
-                group = GROUPS.get(name, "eval" if name.startswith(("knn", "val")) else "health")
-                self.board.add_scalar(f"{group}/{name}", value, values["step"])
-
-    def text(self, name: str, content: str) -> None:
-        """Put a text (the config, the environment) on TensorBoard."""
-        self.board.add_text(name, f"```\n{content}\n```")
-
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl``; a half-written last line is left out."""
-    path = folder / "metrics.jsonl"
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            warnings.warn(f"{path}: left out a half-written line", stacklevel=2)
-    return lines
 
 
 class Meter:
@@ -112,12 +71,29 @@ class RunLog(AbstractContextManager):
         label: str = "pretraining",
     ):
         self.run, self.global_batch = run, global_batch
-        self.total_steps = total_steps
+        self.first, self.done, self.total_steps = step, step, total_steps
         self.meter = Meter()
         self.waited = 0.0
-        self.files = MetricsLog(run.output_dir, step) if dist.is_main() else None
+        self.files: RunFiles | None = None
+        if dist.is_main() and step < total_steps:
+            self.open_files()
+        self.accuracy = last_accuracy(run) if dist.is_main() else {}
         self.stack = ExitStack()
         self.bar = self.stack.enter_context(progress(label, total_steps, "steps", step))
+
+    def open_files(self) -> None:
+        """Begin this try's part of the files."""
+        facts = {
+            "total_steps": self.total_steps,
+            "processes": dist.world_size(),
+            "global_batch": self.global_batch,
+        }
+        self.files = RunFiles(self.run.output_dir, self.first, facts)
+        self.board = Board(self.run.output_dir, self.first)
+        config = self.run.output_dir / "config.yaml"
+        if config.is_file():
+            self.board.text("config", config.read_text(), self.first)
+        self.board.text("environment", json.dumps(provenance() | facts, indent=1), self.first)
 
     def step(
         self, step: int, metrics: dict[str, Tensor], scheduled: dict[str, float], waited: float
@@ -128,27 +104,21 @@ class RunLog(AbstractContextManager):
             RunError: every step since the last line was skipped for non-finite gradients.
         """
         self.meter.add(metrics)
+        self.done = step
+        if step == self.first + 1:
+            self.bar.note(f"first step {process_seconds():.1f} s after the start of the process")
         if step % self.run.log_every and step != self.total_steps:
             self.bar.advance()
             return
         means, seconds, steps = self.meter.read()
-        line = means | {k: float(v) for k, v in scheduled.items()}
+        line = {"epoch": step * self.run.epochs / self.total_steps}
+        line |= means | {name: float(value) for name, value in scheduled.items()}
         line["images_per_s"] = steps * self.global_batch / seconds
         line["data_wait"] = (waited - self.waited) / seconds
+        line["memory_gib"] = peak_memory()
         self.waited = waited
-        if torch.cuda.is_available():
-            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.write(step, line)
-        shown = {"loss": f"{line['loss']:.3f}"}
-        if "teacher_entropy" in line:
-            shown["entropy"] = f"{line['teacher_entropy']:.2f}"
-        self.bar.advance(
-            1,
-            **shown,
-            lr=f"{line['lr']:.1e}",
-            img_s=f"{line['images_per_s']:.0f}",
-            wait=f"{line['data_wait']:.0%}",
-        )
+        self.bar.advance(1, **shown(line | self.accuracy))
         if means["skipped"] == 1.0:
             raise RunError(
                 f"gradients were not finite in all {steps} steps up to step {step}; the weights "
@@ -156,12 +126,43 @@ class RunLog(AbstractContextManager):
                 "--clip_grad"
             )
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a line to the files."""
-        if self.files is not None:
-            self.files.write({"step": step, **values})
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Add numbers to the files; pictures (uint8 [H, W, 3]) and arrays to TensorBoard only."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        if numbers and dist.is_main():
+            if self.files is None:  # a finished training, whose evaluation is still to come
+                self.open_files()
+            assert self.files is not None
+            self.files.write(step, numbers)
+            self.board.add(step, values)
+        if accuracies := {n: v for n, v in numbers.items() if n.startswith(("knn", "val"))}:
+            self.accuracy = accuracies
+            found = "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items())
+            self.bar.note(f"step {step}: {found}")
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
         self.stack.close()
         if self.files is not None:
-            self.files.close()
+            reason = "stopped" if self.done < self.total_steps else "done"
+            self.files.close(self.done, f"{kind.__name__}: {error}"[:300] if kind else reason)
+            self.board.close()
+
+
+def last_accuracy(run: RunConfig) -> dict[str, float]:
+    """What the newest evaluation of an earlier try found."""
+    for line in reversed(read_metrics(run.output_dir)):
+        if found := {n: v for n, v in line.items() if n.startswith(("knn", "val"))}:
+            return found
+    return {}
+
+
+def shown(line: dict[str, float]) -> dict[str, str]:
+    """The words beside the bar."""
+    return {word: format(line[name], form) for name, (word, form) in SHOWN.items() if name in line}
+
+
+def peak_memory() -> float:
+    """GiB: the most that tensors took on the GPU, or this process on the host."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -25,6 +25,10 @@ class Bar(Protocol):
         """Count ``amount`` more; ``shown`` are values to print beside the bar (``loss="3.21"``)."""
         ...
 
+    def note(self, text: str) -> None:
+        """Say that something has happened: a line that stays."""
+        ...
+
 
 @contextmanager
 def progress(label: str, total: float, unit: str = "", start: float = 0) -> Iterator[Bar]:
@@ -60,12 +64,15 @@ class Silent:
 
     def advance(self, amount: float = 1, **shown: Any) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class RichBar:
-    """A live bar: label, share, count, rate, elapsed, ETA, values."""
+    """Live: a line with label, share, count, elapsed and ETA, and a line of values below it."""
 
     def __init__(self, label: str, total: float, start: float):
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -82,21 +89,36 @@ class RichBar:
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-            console=Console(stderr=True),
         )
-        self.task = self.bar.add_task(label, total=total, completed=start, shown="")  # type: ignore[arg-type]
+        self.task = self.bar.add_task(label, total=total, completed=start)  # type: ignore[arg-type]
+        self.live = Live(self.bar, console=Console(stderr=True))
 
     def __enter__(self) -> RichBar:
-        self.bar.start()
+        self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        self.live.stop()
 
     def advance(self, amount: float = 1, **shown: Any) -> None:
-        fields: dict[str, Any] = {"shown": words(shown)} if shown else {}
-        self.bar.update(self.task, advance=amount, **fields)
+        self.bar.advance(self.task, amount)
+        if shown:
+            self.show(words(shown))
+
+    def move_to(self, done: float, shown: str) -> None:
+        """Stand where another process's bar stands."""
+        self.bar.update(self.task, completed=done)
+        self.show(shown)
+
+    def show(self, values: str) -> None:
+        """Put the line of values below the bar."""
+        from rich.console import Group
+        from rich.text import Text
+
+        self.live.update(Group(self.bar, Text(values, style="dim")) if values else self.bar)
+
+    def note(self, text: str) -> None:
+        self.live.console.print(text, highlight=False, markup=False)
 
 
 class PlainBar:
@@ -119,6 +141,9 @@ class PlainBar:
         if self.state_file and time.monotonic() >= self.next_state:
             self.next_state = time.monotonic() + STATE_SECONDS
             self.publish()
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         self.line()

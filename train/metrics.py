@@ -1,0 +1,98 @@
+"""What a run leaves on disk as it goes on; read and written without torch.
+
+``metrics.jsonl``: a line every ``--log_every`` steps and at evaluations, one curve over all
+tries. ``tries.jsonl``: when a try began (step, processes, commit, versions, hardware) and how it
+ended; what a try that was killed could not say is filled in by the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from xcit_dino.train.provenance import now, provenance, write_atomic
+
+METRICS, TRIES = "metrics.jsonl", "tries.jsonl"
+Line = dict[str, Any]
+
+
+def read_metrics(folder: Path) -> list[Line]:
+    """Lines of ``metrics.jsonl``, in order; what is half-written is left out."""
+    return read_lines(folder / METRICS)
+
+
+def read_tries(folder: Path) -> list[Line]:
+    """Lines of ``tries.jsonl``: ``event`` is ``start`` or ``end``."""
+    return read_lines(folder / TRIES)
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The JSON objects of a file, one a line; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = []
+    *whole, last = path.read_text(errors="replace").split("\n")
+    for text in filter(None, whole):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}: left out a damaged line", stacklevel=3)
+    return lines if not last else lines + complete(last)
+
+
+def complete(text: str) -> list[Line]:
+    """The last line of a file that is being written, if all of it is there."""
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError:
+        return []
+
+
+class RunFiles:
+    """One try's hand on the two files.
+
+    Lines that an earlier try wrote after ``step`` are dropped: this try writes them anew.
+
+    Args:
+        folder: of the run.
+        step: steps done when this try begins.
+        facts: of the try: ``total_steps``, ``processes``, ``global_batch``.
+    """
+
+    def __init__(self, folder: Path, step: int, facts: Line):
+        self.folder = folder
+        before = read_metrics(folder)
+        tries = read_tries(folder)
+        if tries and tries[-1]["event"] == "start":
+            seen = before[-1] if before else tries[-1]
+            self.note("end", step=seen["step"], time=seen.get("time"), reason="no word: killed")
+        kept = [line for line in before if line["step"] <= step]
+        write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(folder / METRICS, "a", buffering=1)
+        self.note("start", step=step, host=socket.gethostname(), **facts, **provenance())
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Add a line to ``tries.jsonl``."""
+        line = {"event": event, "time": now()} | facts
+        with open(self.folder / TRIES, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a line of numbers to ``metrics.jsonl``."""
+        self.file.write(json.dumps({"step": step, "time": now(), **values}) + "\n")
+
+    def close(self, step: int, reason: str) -> None:
+        """The try ends after ``step``."""
+        self.file.close()
+        self.note("end", step=step, reason=reason)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
