@@ -78,10 +78,11 @@ def train_step(
         with trainer.exchanging(last_micro=micro == len(batches) - 1):
             with autocast(device, trainer.dtype):
                 with torch.no_grad():  # only the global views pass through the teacher
-                    targets = dino_loss.targets(teacher(views[:1]), now.teacher_temp)
-                loss = dino_loss(trainer.parallel(views), targets)
+                    features = teacher.backbone(views[0])
+                    targets = dino_loss.targets(teacher.head(features), now.teacher_temp)
+                loss = dino_loss(trainer.parallel(views), student.head.last_layer, targets)
             state.scaler.scale(loss / len(batches)).backward()
-        signs.append(sentinel.health(loss, targets))
+        signs.append(sentinel.health(loss, targets, features))
 
     state.scaler.unscale_(state.optimizer)
     norms = optim.clip_gradients(student.parameters(), config.optim.clip_grad)
@@ -92,7 +93,11 @@ def train_step(
     dino_loss.update_center()
     optim.update_ema(teacher, student, now.momentum_teacher)
     state.step += 1
-    return optim.mean_of(signs) | {"grad_norm": norms.norm(), "skipped": skipped}
+    return optim.mean_of(signs) | {
+        "center_norm": dino_loss.center.norm(),
+        "grad_norm": norms.norm(),
+        "skipped": skipped,
+    }
 
 
 def seed_drop_path(seed: int, step: int, rank: int) -> None:
