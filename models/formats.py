@@ -40,7 +40,7 @@ def read(path: Path) -> Tree:
     except Exception as error:  # readers raise many kinds: pickle, zip, OS, EOF, value, memory
         raise InputError(
             f"{path}: not a readable file of weights, or one that holds more than tensors, so it "
-            f"was not loaded ({type(error).__name__}: {_first_line(error)})"
+            f"was not loaded ({type(error).__name__}: {_first_sentence(error)})"
         ) from error
     if not isinstance(tree, dict):
         raise InputError(f"{path}: holds a {type(tree).__name__} instead of named tensors")
@@ -180,5 +180,6 @@ def _write_paddle(path: Path, state: dict[str, Tensor]) -> None:
         pickle.dump({**arrays, PADDLE_NAMES: {name: name for name in state}}, file, protocol=4)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+def _first_sentence(error: Exception) -> str:
+    """Not the rest: torch goes on to advise loading the file without protection."""
+    return re.split(r"\n|\. ", str(error).strip())[0] or "no message"

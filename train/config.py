@@ -91,6 +91,12 @@ class RunConfig:
     """Also save after so many minutes; 0 saves at epoch ends only."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl and TensorBoard."""
+    max_skipped: int = 20
+    """Steps in a row that may be skipped for gradients that are not finite."""
+    watchdog_minutes: float = 10.0
+    """Say where each rank hangs, with stacks, after so long without a step; 0 never does."""
+    on_stall: Literal["warn", "abort"] = "warn"
+    """abort: after twice --watchdog_minutes the process ends itself, for a launcher to restart."""
     max_steps: int = 0
     """Stop (resumably) after this optimiser step; 0 runs to the end. Schedules do not change."""
     may_change: tuple[str, ...] = ()
@@ -98,9 +104,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         within(self, 1, 1e6, "epochs", "batch_size_per_gpu", "accum_iter")
-        within(self, 1, 1e9, "saveckp_freq", "keep_checkpoints", "log_every")
+        within(self, 1, 1e9, "saveckp_freq", "keep_checkpoints", "log_every", "max_skipped")
         within(self, 0, 2**31, "seed")
-        within(self, 0, 1e12, "checkpoint_minutes", "max_steps")
+        within(self, 0, 1e12, "checkpoint_minutes", "watchdog_minutes", "max_steps")
 
 
 # -- flat view: option name -> value
@@ -251,8 +257,18 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = re.sub(r"[│╭╮╰╯─┌┐└┘]+", " ", errors.getvalue())
-        raise InputError(f"{' '.join(words.split())} (see {prog} --help)") from None
+        raise InputError(f"{_reason(errors.getvalue())} (see {prog} --help)") from None
+
+
+def _reason(printed: str) -> str:
+    """What is wrong, out of the box that tyro prints: without frame, headings and help text."""
+    words = " ".join(re.sub(r"[│╭╮╰╯─┌┐└┘]+", " ", printed).split())
+    words = re.sub(
+        r"^(Value error|Parsing error|Missing argument|Invalid choice) (Error parsing \w+: )?",
+        "",
+        words,
+    )
+    return re.sub(r" (Argument|For full) helptext.*", "", words)
 
 
 def _normalised(argv: Sequence[str], types: dict[str, Any]) -> Iterator[str]:
