@@ -30,13 +30,16 @@ from xcit_dino.eval.validation import accuracies, record
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.ssl.pretrain import seed_drop_path
-from xcit_dino.train import dist, optim, stop, syncbn
+from xcit_dino.train import dist, memory, optim, stop, syncbn
 from xcit_dino.train.config import dump_yaml
+from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
 from xcit_dino.train.provenance import file_checksum, read_results
-from xcit_dino.train.run import open_run
+from xcit_dino.train.run import fingerprint, open_run
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint, newest_checkpoint
+from xcit_dino.train.steady import steady
+from xcit_dino.train.watchdog import Watchdog
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
@@ -143,8 +146,7 @@ def train(
     schedule = Schedule(config, steps_per_epoch, global_batch)
     retouch = HostAugment(config.regularization, run.seed)
     augment = DeviceAugment(config, data.num_classes, world)
-    if world.is_main:
-        open_run(config, run)
+    dist.from_main(lambda: open_run(config, run))
 
     # -- network, its average, optimiser
     if world.size > 1:
@@ -159,6 +161,7 @@ def train(
         torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         data=data.train.checksum,
         global_batch=global_batch,
+        config=fingerprint(config),
     )
 
     # -- resume
@@ -184,7 +187,6 @@ def train(
         rank=world.rank,
         world_size=world.size,
         accum=run.accum_iter,
-        start_step=state.step,
         device=world.device,
         run_folder=run.output_dir,
         retouch=retouch,
@@ -193,11 +195,18 @@ def train(
     # -- the loop
     vote = stop.Vote()
     saved_at = time.monotonic()
-    with RunLog(run, state.step, schedule.total_steps, global_batch, method.name) as log:
-        for batches in loader if state.step < schedule.total_steps else ():
+    with (
+        held(run.output_dir),
+        checkpoints,
+        Watchdog(run.output_dir, run.watchdog_minutes, run.on_stall == "abort") as watchdog,
+        RunLog(run, state.step, schedule.total_steps, global_batch, method.name) as log,
+    ):
+        dist.from_main(checkpoints.clean)
+        for batches in steady(loader, state) if state.step < schedule.total_steps else ():
             vote.cast()
             now = schedule(state.step)
-            metrics = train_step(trainer, batches, now)
+            with memory.explained(state, run):
+                metrics = train_step(trainer, batches, now)
             log.step(state.step, metrics, asdict(now), loader.wait_seconds)
 
             epoch, into_epoch = divmod(state.step, steps_per_epoch)
@@ -214,8 +223,10 @@ def train(
                 text = {"config": dump_yaml(config)}
                 newest = checkpoints.save(state.state_dict() | about | text, permanent)
                 saved_at = time.monotonic()
+            watchdog.beat(state.step)
             if finished or stopping:
                 break
+        dist.from_main(checkpoints.wait)
         if state.step == schedule.total_steps:
             results = accuracies(trainer.networks, config, data.val, world)
             log.write(state.step, shown(results))

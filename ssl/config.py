@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError
@@ -70,15 +71,38 @@ class DinoConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """Where pretraining starts."""
+
+    init_from: Path | None = None
+    """A full DINO checkpoint, official or ours, to go on from, on these data and with schedules
+    from their beginning: student, teacher, head and centre are taken. Left out: new weights."""
+
+
+@dataclass(frozen=True)
 class OnlineConfig:
     """k-NN while training goes on, on a fixed subset."""
 
     knn_every: int = 10
     """Epochs between k-NN evaluations of the teacher; 0 switches them off. They need labels and a
     validation split, and are left out, with a word, where there are none."""
+    knn_data_path: str | None = None
+    """Other shards whose k-NN is logged too, as knn_other_top1 and knn_other_top5: with
+    --init_from, those that the weights come from show what is forgotten."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "knn_every")
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What follows from a sick run; docs/reliability.md tells the signs."""
+
+    on_collapse: Literal["continue", "stop"] = "continue"
+    """What an alarm for collapse does beside naming the kind and the option to turn."""
+    on_nonfinite: Literal["rollback", "stop"] = "rollback"
+    """After --max_skipped steps: back to the last checkpoint with half the learning rate (three
+    times at most), or stop."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,7 @@ class PretrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -94,6 +119,7 @@ class PretrainConfig:
     crops: CropsConfig = field(default_factory=CropsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if self.model.arch.startswith(TIMM_PREFIX):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +24,21 @@ from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError, Stopped
+from xcit_dino.models.weights import load_pretraining
 from xcit_dino.ssl import dino, sentinel
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
+from xcit_dino.ssl.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
 from xcit_dino.ssl.schedule import Hyperparameters, Schedule
-from xcit_dino.train import dist, optim, stop, syncbn
+from xcit_dino.train import dist, memory, optim, stop, syncbn
 from xcit_dino.train.config import dump_yaml
+from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
-from xcit_dino.train.run import open_run
+from xcit_dino.train.run import fingerprint, open_run
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
+from xcit_dino.train.steady import steady
+from xcit_dino.train.watchdog import Watchdog
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
 
@@ -66,21 +72,15 @@ def train_step(
     Returns:
         Scalars on the device: the loss and the signs of :mod:`xcit_dino.ssl.sentinel`.
     """
-    config, state, device = trainer.config, trainer.state, trainer.world.device
+    config, state = trainer.config, trainer.state
     student, teacher, dino_loss = trainer.student, trainer.teacher, trainer.loss
     optim.set_hyperparameters(state.optimizer, now.lr, now.weight_decay)
     seed_drop_path(config.run.seed, state.step, trainer.world.rank)
     signs = []
 
     for micro, batch in enumerate(batches):
-        # global, then local, each (V*B, 3, S, S)
-        views = [group for group in trainer.augment(batch) if len(group)]
         with trainer.exchanging(last_micro=micro == len(batches) - 1):
-            with autocast(device, trainer.dtype):
-                with torch.no_grad():  # only the global views pass through the teacher
-                    features = teacher.backbone(views[0])
-                    targets = dino_loss.targets(teacher.head(features), now.teacher_temp)
-                loss = dino_loss(trainer.parallel(views), student.head.last_layer, targets)
+            loss, targets, features = forward(trainer, batch, now, trainer.parallel)
             state.scaler.scale(loss / len(batches)).backward()
         signs.append(sentinel.health(loss, targets, features))
 
@@ -98,6 +98,22 @@ def train_step(
         "grad_norm": norms.norm(),
         "skipped": skipped,
     }
+
+
+def forward(
+    trainer: Trainer, batch: Batch, now: Hyperparameters, student: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Teacher, student and loss of a micro-batch: loss, targets (G, B, K), the teacher's features
+    (G*B, D)."""
+    teacher, dino_loss = trainer.teacher, trainer.loss
+    # global, then local, each (V*B, 3, S, S)
+    views = [group for group in trainer.augment(batch) if len(group)]
+    with autocast(trainer.world.device, trainer.dtype):
+        with torch.no_grad():  # only the global views pass through the teacher
+            features = teacher.backbone(views[0])
+            targets = dino_loss.targets(teacher.head(features), now.teacher_temp)
+        loss = dino_loss(student(views), trainer.student.head.last_layer, targets)
+    return loss, targets, features
 
 
 def seed_drop_path(seed: int, step: int, rank: int) -> None:
@@ -135,8 +151,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         last_batch=config.loader.last_batch,
     )
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)
-    if world.is_main:
-        open_run(config, run)
+    dist.from_main(lambda: open_run(config, run))
 
     # -- student, teacher, loss, optimiser
     student, teacher = dino.build(config.model, config.head, run.seed)
@@ -153,12 +168,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         data=index.checksum,
         global_batch=global_batch,
+        config=fingerprint(config),
     )
-
-    # -- resume
-    checkpoints = Checkpoints(run.output_dir, keep=run.keep_checkpoints)
-    if (newest := checkpoints.newest()) is not None:
-        state.load_state_dict(load_checkpoint(newest))
     parallel: nn.Module = student
     if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
         parallel = DistributedDataParallel(student, broadcast_buffers=False)
@@ -174,38 +185,113 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         rank=world.rank,
         world_size=world.size,
         accum=run.accum_iter,
-        start_step=state.step,
         device=world.device,
         run_folder=run.output_dir,
     )
 
-    # -- the loop
-    vote = stop.Vote()
-    saved_at = time.monotonic()
-    with RunLog(run, state.step, schedule.total_steps, global_batch) as log:
-        for batches in loader if state.step < schedule.total_steps else ():
-            vote.cast()
-            now = schedule(state.step)
-            metrics = train_step(trainer, batches, now)
-            log.step(state.step, metrics, asdict(now), loader.wait_seconds)
+    # -- the steps; from the last checkpoint, and again from there where the run is rolled back
+    folder, rollbacks = run.output_dir, 0
+    with (
+        held(folder),
+        Checkpoints(folder, keep=run.keep_checkpoints) as checkpoints,
+        Watchdog(folder, run.watchdog_minutes, run.on_stall == "abort") as watchdog,
+    ):
+        while True:
+            resume(trainer, checkpoints)
+            state.rollbacks = max(state.rollbacks, rollbacks)
+            try:
+                go_on(trainer, loader, schedule, checkpoints, watchdog, evaluate)
+                break
+            except RollBack as reason:
+                rollbacks = state.rollbacks + 1
+                roll_back(reason, rollbacks, checkpoints)
+    if (reason := stop.requested()) and state.step < schedule.total_steps:
+        stop.clear()  # heeded; a request made before the loop began was kept until here
+        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
 
-            epoch, into_epoch = divmod(state.step, plan.steps_per_epoch)
+
+def resume(trainer: Trainer, checkpoints: Checkpoints) -> None:
+    """Put the trainer where the newest whole checkpoint was, or where ``--init_from`` says."""
+    config = trainer.config
+    dist.from_main(checkpoints.clean)
+    if (newest := checkpoints.newest()) is not None:
+        trainer.state.load_state_dict(load_checkpoint(newest))
+    elif config.start.init_from is not None:
+        taken = load_pretraining(
+            config.start.init_from, trainer.student, trainer.teacher, trainer.loss.center
+        )
+        if trainer.world.is_main:
+            print(taken, flush=True)
+
+
+def go_on(
+    trainer: Trainer,
+    loader: CropLoader,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
+    evaluate: Evaluate | None,
+) -> None:
+    """Step after step until the last one, or until the run is to stop.
+
+    Raises:
+        RollBack: gradients were not finite for too long.
+        RunError: that, or memory ran out, workers died, the last checkpoint could not be written.
+    """
+    config, state, run, world = trainer.config, trainer.state, trainer.config.run, trainer.world
+    vote = stop.Vote()
+    skips = Skips(
+        run.max_skipped,
+        config.health.on_nonfinite == "rollback",
+        state.modules,
+        partial(first_tensor, state.modules, partial(passes, trainer, schedule)),
+        partial(keys_of, loader.index, config.loader),
+        run.output_dir,
+    )
+    alarms = sentinel.Alarms(config.head.out_dim, stop=config.health.on_collapse == "stop")
+    saved_at = time.monotonic()
+    with RunLog(run, state.step, schedule.total_steps, state.global_batch) as log:
+        if evaluate is not None and state.step == 0 and config.start.init_from is not None:
+            log.write(0, evaluate(trainer.teacher.backbone, 0))  # before they change
+        for batches in steady(loader, state) if state.step < schedule.total_steps else ():
+            vote.cast()
+            now = schedule(state.step, state.rollbacks)
+            with memory.explained(state, run):
+                metrics = train_step(trainer, batches, now)
+            skips.add(state.step, metrics["skipped"], batches)
+            if line := log.step(state.step, metrics, asdict(now), loader.wait_seconds):
+                log.write(state.step, alarms.observe(state.step, line))
+
+            epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
             if evaluate is not None and into_epoch == 0:
-                log.write(state.step, evaluate(teacher.backbone, epoch))
+                found = evaluate(trainer.teacher.backbone, epoch)
+                log.write(state.step, found)
+                state.best_knn = max(state.best_knn, found.get("knn_top1", 0.0))
             finished = state.step == schedule.total_steps
             stopping = vote.result() or state.step == run.max_steps
             waited = time.monotonic() - saved_at
-            late = 0 < 60 * run.checkpoint_minutes < waited
+            late = 0 < 60 * run.checkpoint_minutes < waited and not skips.in_a_row
             if world.is_main and (into_epoch == 0 or stopping or late):
                 permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
                 checkpoints.save(state.state_dict() | described(config, epoch), permanent)
                 saved_at = time.monotonic()
+            watchdog.beat(state.step)
             if finished or stopping:
                 break
-    dist.barrier()
-    if (reason := stop.requested()) and state.step < schedule.total_steps:
-        stop.clear()  # heeded; a request made before the loop began was kept until here
-        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
+        dist.from_main(checkpoints.wait)
+
+
+def passes(trainer: Trainer, schedule: Schedule, step: int, batches: Sequence[Batch]) -> Tensor:
+    """The forward and backward passes of a step that has been done; the sum of its losses."""
+    seed_drop_path(trainer.config.run.seed, step - 1, trainer.world.rank)
+    now, rows = schedule(step - 1), trainer.loss.rows
+    losses = []
+    for batch in batches:
+        loss, _, _ = forward(trainer, batch, now, trainer.student)
+        trainer.state.scaler.scale(loss / len(batches)).backward()
+        losses.append(loss.detach())
+    trainer.loss.rows = rows  # the centre has counted them
+    return torch.stack(losses).sum()
 
 
 def described(config: PretrainConfig, epoch: int) -> dict[str, Any]:

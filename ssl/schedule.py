@@ -36,12 +36,16 @@ class Schedule:
         """DINO's linear rule: ``lr`` is for 256 images."""
         return self.config.optim.lr * self.global_batch / 256
 
-    def __call__(self, step: int) -> Hyperparameters:
-        """Values for step ``step``, counted from 0 (dino ``main_dino.py``)."""
+    def __call__(self, step: int, halvings: int = 0) -> Hyperparameters:
+        """Values for step ``step``, counted from 0 (dino ``main_dino.py``).
+
+        halvings: of the learning rate; one for each time that the run was rolled back.
+        """
         opt, method, total = self.config.optim, self.config.dino, self.total_steps
         warmup = round(opt.warmup_epochs * self.steps_per_epoch)
         return Hyperparameters(
-            lr=warmup_cosine(step, total, self.peak_lr, opt.min_lr, warmup, opt.warmup_lr),
+            lr=warmup_cosine(step, total, self.peak_lr, opt.min_lr, warmup, opt.warmup_lr)
+            * 0.5**halvings,
             weight_decay=cosine(step, total, opt.weight_decay, opt.weight_decay_end),
             momentum_teacher=cosine(step, total, method.momentum_teacher, 1.0),
             # by epoch, as DINOLoss does

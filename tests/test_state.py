@@ -30,7 +30,8 @@ def steps(state, number):
 def test_a_restored_state_goes_on_bit_for_bit(tmp_path):
     whole, first = state(), state()
     steps(whole, 6), steps(first, 3)
-    path = Checkpoints(tmp_path).save(first.state_dict())
+    with Checkpoints(tmp_path) as checkpoints:
+        path = checkpoints.save(first.state_dict())
     second = state()
     nn.init.zeros_(second.modules["student"].weight)
     second.load_state_dict(load_checkpoint(path))
@@ -45,6 +46,7 @@ def test_the_last_k_and_the_permanent_ones_stay(tmp_path):
     for step in range(1, 7):
         s.step = step
         checkpoints.save(s.state_dict(), permanent=step == 2)
+    checkpoints.wait()
     assert [p.stem[-1] for p in checkpoints.all()] == ["2", "5", "6"]
     assert not list(checkpoints.folder.glob("*.tmp"))
     assert len(list(checkpoints.folder.iterdir())) == 6
@@ -55,6 +57,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, tmp_path, 
     checkpoints, s = Checkpoints(tmp_path), state()
     for s.step in (1, 2):
         newest = checkpoints.save(s.state_dict())
+    checkpoints.wait()
     content = bytearray(newest.read_bytes())
     if damage == "truncate":
         newest.write_bytes(content[:-10])

@@ -8,14 +8,17 @@ cheap.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from xcit_dino.errors import InputError
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=float(os.environ.get("XCIT_DINO_TIMEOUT_MINUTES", "15")))
 
 
@@ -77,15 +80,36 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_main() -> bool:
     """Whether this is rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, on every rank; an exception too, so that all end in the same words."""
+    if world_size() == 1:
+        return compute()
+    box: list[Any] = [None, None]
+    if is_main():
+        try:
+            box[0] = compute()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class RunLog(AbstractContextManager):
         self.run, self.global_batch = run, global_batch
         self.first, self.done, self.total_steps = step, step, total_steps
         self.meter = Meter()
-        self.waited = 0.0
+        self.waited, self.skipped = 0.0, 0
         self.files: RunFiles | None = None
         if dist.is_main() and step < total_steps:
             self.open_files()
@@ -97,11 +97,14 @@ class RunLog(AbstractContextManager):
 
     def step(
         self, step: int, metrics: dict[str, Tensor], scheduled: dict[str, float], waited: float
-    ) -> None:
+    ) -> dict[str, float]:
         """One optimiser step is done; ``waited`` is the loader's waiting so far, in seconds.
 
+        Returns:
+            The line that was written, the same on all ranks; empty where none was due.
+
         Raises:
-            RunError: every step since the last line was skipped for non-finite gradients.
+            RunError: more than ``max_skipped`` steps in a row had gradients that were not finite.
         """
         self.meter.add(metrics)
         self.done = step
@@ -109,7 +112,7 @@ class RunLog(AbstractContextManager):
             self.bar.note(f"first step {process_seconds():.1f} s after the start of the process")
         if step % self.run.log_every and step != self.total_steps:
             self.bar.advance()
-            return
+            return {}
         means, seconds, steps = self.meter.read()
         line = {"epoch": step * self.run.epochs / self.total_steps}
         line |= means | {name: float(value) for name, value in scheduled.items()}
@@ -119,12 +122,14 @@ class RunLog(AbstractContextManager):
         self.waited = waited
         self.write(step, line)
         self.bar.advance(1, **shown(line | self.accuracy))
-        if means["skipped"] == 1.0:
+        self.skipped = self.skipped + steps if means["skipped"] == 1.0 else 0
+        if self.skipped > self.run.max_skipped:
             raise RunError(
-                f"gradients were not finite in all {steps} steps up to step {step}; the weights "
-                "are those before them. Try --precision bf16 or fp32, a lower --lr, or a smaller "
-                "--clip_grad"
+                f"gradients were not finite in all {self.skipped} steps up to step {step}; the "
+                "weights are those before them. Try --precision bf16 or fp32, a lower --lr, or a "
+                "smaller --clip_grad"
             )
+        return line
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add numbers to the files; pictures (uint8 [H, W, 3]) and arrays to TensorBoard only."""

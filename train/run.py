@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from xcit_dino.errors import InputError
@@ -11,8 +13,8 @@ from xcit_dino.train.provenance import write_atomic
 # These may differ between two tries of one run: they change nothing of what is learnt.
 FREE = frozenset(
     "output_dir num_workers log_every keep_checkpoints saveckp_freq checkpoint_minutes max_steps "
-    "may_change device cache_dir batch_size_per_gpu accum_iter data_path knn_every "
-    "eval_every".split()
+    "may_change device cache_dir batch_size_per_gpu accum_iter data_path knn_every eval_every "
+    "on_collapse on_nonfinite max_skipped on_stall watchdog_minutes".split()
 )
 
 
@@ -43,3 +45,9 @@ def open_run(config: Any, run: RunConfig) -> None:
         write_atomic(path, dump_yaml(config))
     except OSError as error:
         raise InputError(f"--output_dir {run.output_dir}: {error.strerror}") from error
+
+
+def fingerprint(config: Any) -> str:
+    """Checksum of the options that bear on what is learnt."""
+    bearing = {name: str(value) for name, value in options(config) if name not in FREE}
+    return hashlib.sha256(json.dumps(bearing, sort_keys=True).encode()).hexdigest()[:16]

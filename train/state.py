@@ -6,10 +6,12 @@ step, so the step number is the whole random state and the whole data cursor.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
 import re
+import threading
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, RunError, warn
+from xcit_dino.train import dist
+from xcit_dino.train.hostcopy import Hashed, HostCopy, first_nonfinite, sync_folder
 from xcit_dino.train.provenance import file_checksum, now, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")
 
 
 @dataclass
 class TrainState:
-    """Networks, optimiser, gradient scaler, which data, and the number of steps done."""
+    """Networks, optimiser, gradient scaler, which data and options, and how far the run is."""
 
     modules: dict[str, nn.Module]  # student, teacher and loss (its centre)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     data: str  # checksum of the index
     global_batch: int
+    config: str = ""  # checksum of the options that bear on what is learnt
     step: int = 0
+    rollbacks: int = 0  # each halves the learning rate of what follows
+    best_knn: float = 0.0  # percent
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, readable with ``torch.load(weights_only=True)``."""
@@ -42,6 +49,9 @@ class TrainState:
             "step": self.step,
             "data": self.data,
             "global_batch": self.global_batch,
+            "config_checksum": self.config,
+            "rollbacks": self.rollbacks,
+            "best_knn": self.best_knn,
             **{name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -65,49 +75,100 @@ class TrainState:
                 "processes x --batch_size_per_gpu x --accum_iter as it was, or start another "
                 "--output_dir"
             )
+        if state["config_checksum"] != self.config and dist.is_main():
+            print(f"step {state['step']} was reached with other options (--may_change)", flush=True)
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        self.rollbacks = state["rollbacks"]
+        self.best_knn = state["best_knn"]
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager):
     """The ``checkpoints/`` folder of a run: ``checkpoint-STEP.pth`` and a small JSON beside each.
 
-    The JSON (step, size, SHA-256, time) is written last: a checkpoint without it is not whole.
+    The JSON (step, size, SHA-256, time) is written first and the checkpoint renamed to its final
+    name last: one that is there is whole, and one that the JSON does not vouch for is damaged.
+
+    Writing happens in a thread, from a copy in host memory; training waits for the copy only. As a
+    context, it ends when the last one is written.
     """
 
     def __init__(self, run_folder: Path, keep: int = 2):
         self.folder = run_folder / "checkpoints"
         self.keep = keep
+        self._copy = HostCopy()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
     def save(self, state: dict[str, Any], permanent: bool = False) -> Path:
-        """Write one atomically, then drop older ones beyond ``keep``; permanent ones stay."""
+        """Begin to write one, after the one before; older ones beyond ``keep`` are then dropped.
+
+        Where the file system refuses (full, read-only, no permission), a warning says so, the
+        checkpoints that are there stay, and the next call tries again.
+
+        Returns:
+            The path it will have; see :meth:`wait`.
+
+        Raises:
+            Exception: what went wrong with the one before, beyond the file system.
+        """
+        with contextlib.suppress(RunError):  # it was said, and this is the next try
+            self.wait()
         path = self.folder / f"checkpoint-{state['step']:08d}.pth"
-        content = io.BytesIO()
-        torch.save(state, content)
-        write_atomic(path, content.getvalue())
-        facts = {
-            "step": state["step"],
-            "bytes": path.stat().st_size,
-            "sha256": file_checksum(path),
-            "permanent": permanent,
-            "time": now(),
-        }
-        write_atomic(path.with_suffix(".json"), json.dumps(facts) + "\n")
-        self._drop_old()
+        self._thread = threading.Thread(
+            target=self._write,
+            args=(self._copy.take(state), path, permanent),
+            name="checkpoint",
+            daemon=True,
+        )
+        self._thread.start()
         return path
 
+    def wait(self) -> None:
+        """Return once the checkpoint being written is there.
+
+        Raises:
+            RunError: the file system refused the last one, or it was not finite.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, OSError | RunError):
+            there = self.all()
+            kept = f"{there[-1].name} is intact" if there else "there is none yet"
+            raise RunError(
+                f"the last checkpoint could not be written to {self.folder} ({error}); {kept}: "
+                "mend that, and the same command goes on from there"
+            ) from error
+        if error is not None:
+            raise error
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:  # the run ends for another reason, which is the one to show
+            self._thread.join()
+
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; damaged ones are renamed to ``*.damaged`` and said so."""
+        """The newest whole checkpoint; a damaged one is renamed to ``*.damaged`` and named.
+
+        Where there are several ranks, all have to ask: rank 0 looks, for all of them.
+        """
+        return dist.from_main(self._newest)
+
+    def _newest(self) -> Path | None:
         for path in reversed(self.all()):
-            facts = json.loads(path.with_suffix(".json").read_text())
-            if path.stat().st_size == facts["bytes"] and file_checksum(path) == facts["sha256"]:
-                return path
-            print(f"warning: {path} is damaged; set aside as {path.name}.damaged", flush=True)
-            os.replace(path, path.with_name(path.name + ".damaged"))
-            path.with_suffix(".json").unlink()
+            with contextlib.suppress(FileNotFoundError):  # the run that writes here dropped it
+                facts = json.loads(path.with_suffix(".json").read_text())
+                if path.stat().st_size == facts["bytes"] and file_checksum(path) == facts["sha256"]:
+                    return path
+                warn(f"{path} is damaged; set aside as {path.name}.damaged")
+                os.replace(path, path.with_name(path.name + ".damaged"))
+                path.with_suffix(".json").unlink()
         return None
 
     def all(self) -> list[Path]:
@@ -115,17 +176,49 @@ class Checkpoints:
         paths = sorted(p for p in self.folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
         return [p for p in paths if p.with_suffix(".json").is_file()]
 
+    def clean(self) -> None:
+        """Remove what a killed process left half-written; for the owner of the run folder only."""
+        for path in self.folder.glob(".checkpoint-*.tmp"):
+            path.unlink()
+        for path in self.folder.glob("checkpoint-*.json"):
+            if not path.with_suffix(".pth").exists():
+                path.unlink()
+
+    def _write(self, copy: HostCopy, path: Path, permanent: bool) -> None:
+        """In the thread: write, vouch, show, drop old ones."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            state = copy.ready()
+            if place := first_nonfinite(state):
+                raise RunError(f"{path.name} was not written: {place} is not finite")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                output = Hashed(file)
+                torch.save(state, output)  # type: ignore[arg-type] # whatever has write() will do
+                output.finish()
+            facts = {"step": state["step"], "bytes": output.bytes, "sha256": output.checksum}
+            facts |= {"permanent": permanent, "time": now()}
+            write_atomic(path.with_suffix(".json"), json.dumps(facts) + "\n")
+            os.replace(temporary, path)
+            sync_folder(self.folder)  # before older ones go
+            self._drop_old()
+        except BaseException as error:
+            self._error = error
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            warn(f"{error}; training goes on, and the next checkpoint is tried when it is due")
+
     def _drop_old(self) -> None:
         passing = [
             p for p in self.all() if not json.loads(p.with_suffix(".json").read_text())["permanent"]
         ]
         for path in passing[: -self.keep]:
-            path.with_suffix(".json").unlink()
             path.unlink()
+            path.with_suffix(".json").unlink()
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None."""
+    """The newest whole checkpoint of a run folder, or None; see :meth:`Checkpoints.newest`."""
     return Checkpoints(run_folder).newest()
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a job listens for signals before it spends seconds on importing torch
     import torch.distributed as dist
 
+TOGETHER = 0.5  # seconds
 _reason: str | None = None
 
 
@@ -36,11 +38,17 @@ def requested() -> str | None:
 
 
 def install(*signals: signal.Signals) -> None:
-    """Let signals ask for a stop; a second SIGINT leaves at once, other repeats do nothing."""
+    """Let signals ask for a stop; a second one of the same kind leaves at once.
+
+    Ctrl-C in a terminal reaches a rank from the terminal and from torchrun: repeats that follow
+    within ``TOGETHER`` seconds are the same request.
+    """
+    heard: dict[int, float] = {}
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and _reason is not None:
-            os._exit(130)
+        now = time.monotonic()
+        if now > heard.setdefault(number, now) + TOGETHER:
+            os._exit(128 + number)
         request(signal.Signals(number).name)
 
     for number in signals:

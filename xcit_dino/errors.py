@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -25,3 +26,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean a, b?"`` with the closest known names, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def warn(text: str) -> None:
+    """Say loudly, in one line, what is wrong with a run that goes on."""
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)

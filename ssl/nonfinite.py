@@ -1,0 +1,204 @@
+"""Steps whose gradients are no numbers: counted, traced to a tensor, written down, undone.
+
+The step itself skips them on the device, on all ranks together (``optim.step_unless_nonfinite``).
+Here the host learns of it: at once on a CPU, a step late on a GPU, so that nobody waits. Every rank
+sees the same flags and therefore decides the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.loader import Batch
+from xcit_dino.data.storage import open_source, read_key
+from xcit_dino.errors import RunError, warn
+from xcit_dino.train import dist
+from xcit_dino.train.hostcopy import first_nonfinite
+from xcit_dino.train.state import Checkpoints
+
+MAX_ROLLBACKS = 3  # with the learning rate at an eighth, it is not the learning rate
+ADVICE = "try --precision bf16 or fp32, a lower --lr, or a smaller --clip_grad"
+
+
+class RollBack(Exception):
+    """The run has to go back to its last checkpoint; the message says why."""
+
+
+class Flag(NamedTuple):
+    """Whether a step was skipped, on its way to the host."""
+
+    step: int
+    skipped: Tensor
+    arrived: torch.cuda.Event | None
+    batches: Sequence[Batch]
+
+
+@dataclass
+class Skips:
+    """What becomes of skipped steps.
+
+    Args:
+        limit: steps in a row that may be skipped.
+        roll_back: beyond it raise :class:`RollBack`, else RunError.
+        modules: networks and centre; a skipped step must have left them finite.
+        trace: names the first tensor of a step that is not finite on this rank, "" where none is.
+        keys: of a batch's samples.
+        folder: of the run, for ``nonfinite.jsonl`` (``nonfinite.rankN.jsonl`` of other ranks).
+    """
+
+    limit: int
+    roll_back: bool
+    modules: dict[str, nn.Module]
+    trace: Callable[[int, Sequence[Batch]], str]
+    keys: Callable[[Batch], list[str]]
+    folder: Path
+    in_a_row: int = 0
+    late: Flag | None = None
+
+    def add(self, step: int, skipped: Tensor, batches: Sequence[Batch]) -> None:
+        """Step ``step`` is done; ``skipped`` is 1.0 or 0.0, perhaps still to be computed.
+
+        Raises:
+            RollBack, RunError: too many in a row, or one that has spoilt the state.
+        """
+        if not skipped.is_cuda:
+            return self._judge(Flag(step, skipped, None, batches))
+        pinned = torch.empty((), pin_memory=True)
+        pinned.copy_(skipped, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        before, self.late = self.late, Flag(step, pinned, event, batches)
+        if before is not None:
+            self._judge(before)
+
+    def _judge(self, flag: Flag) -> None:
+        if flag.arrived is not None:
+            flag.arrived.synchronize()
+        if not flag.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        place = self.trace(flag.step, flag.batches) if self.in_a_row == 1 else ""
+        self._write_down(flag, place)
+        spoilt = first_nonfinite({name: m.state_dict() for name, m in self.modules.items()})
+        if not spoilt and self.in_a_row < self.limit:
+            return
+        reason = f"{self.in_a_row} steps in a row" + (f", {spoilt} is spoilt" if spoilt else "")
+        reason = f"gradients were not finite up to step {flag.step} ({reason})"
+        if self.roll_back:
+            raise RollBack(reason)
+        raise RunError(f"{reason}; the last checkpoint is from before: {ADVICE}, and go on from it")
+
+    def _write_down(self, flag: Flag, place: str) -> None:
+        rank = dist.rank()
+        if place or (self.in_a_row == 1 and rank == 0):
+            what = place or "nothing on this rank, in a second try"
+            warn(f"step {flag.step} skipped: not finite on rank {rank}: {what}")
+        line = {"step": flag.step, "rank": rank, "first": place, "in_a_row": self.in_a_row}
+        line["samples"] = [int(s) for batch in flag.batches for s in batch.sources]
+        line["keys"] = [key for batch in flag.batches for key in self.keys(batch)]
+        name = f"nonfinite.rank{rank}.jsonl" if rank else "nonfinite.jsonl"
+        with suppress(OSError), open(self.folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def roll_back(reason: RollBack, rollbacks: int, checkpoints: Checkpoints) -> None:
+    """Say that the run goes back, for the n-th time, and on with half the learning rate.
+
+    Raises:
+        RunError: there is nothing to go back to, or it did not help before.
+    """
+    newest = checkpoints.newest()
+    if newest is None:
+        raise RunError(f"{reason}, before the first checkpoint: {ADVICE}")
+    if rollbacks > MAX_ROLLBACKS:
+        raise RunError(f"{reason}, in spite of {MAX_ROLLBACKS} roll-backs: {ADVICE}")
+    if dist.is_main():
+        factor = 0.5**rollbacks
+        warn(f"{reason}: back to {newest.name}, on with {factor:g} of the learning rate")
+
+
+def keys_of(index: ShardIndex, config: LoaderConfig, batch: Batch) -> list[str]:
+    """``shard:key`` of the samples of a batch."""
+    source = open_source(index, config)
+    places = [index.locate(int(sample)) for sample in batch.sources]
+    return [f"{index.shards[s]}:{read_key(source, s, offset)}" for s, offset, _ in places]
+
+
+# -- which tensor it was
+
+
+def first_tensor(
+    modules: dict[str, nn.Module],
+    passes: Callable[[int, Sequence[Batch]], Tensor],
+    step: int,
+    batches: Sequence[Batch],
+) -> str:
+    """Do a step's passes again and name the first tensor that is not finite on this rank ("" where
+    none is); afterwards everything is as before. All ranks do it together.
+
+    Args:
+        modules: networks and loss.
+        passes: forward and backward over the micro-batches of a step, giving the loss.
+    """
+    with undone(modules.values()), watching(modules) as places:
+        if not passes(step, batches).isfinite():
+            places.append("loss")
+        places += gradients(modules)
+    return next(iter(places), "")
+
+
+@contextmanager
+def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards buffers (batch-norm statistics, centre) are as before, and gradients are gone."""
+    modules = list(modules)
+    before = [(b, b.detach().clone()) for m in modules for b in m.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.detach().copy_(value)
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def watching(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
+    """Names of the modules whose output was not finite, in the order of computation.
+
+    It raises nothing inside: with synchronised batch-norm, the other ranks wait for this one.
+    """
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(f"the output of {name}")
+
+    with ExitStack() as stack:
+        for top, module in modules.items():
+            for name, inner in module.named_modules(prefix=top):
+                handle = inner.register_forward_hook(partial(look, name))
+                stack.callback(handle.remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield found
+
+
+def gradients(modules: dict[str, nn.Module]) -> list[str]:
+    """Parameters whose gradient is not finite, nearest the loss first."""
+    named = [pair for top, module in modules.items() for pair in module.named_parameters(top)]
+    return [
+        f"the gradient of {name}"
+        for name, parameter in reversed(named)
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]

@@ -1,0 +1,138 @@
+"""Small trainings in processes of their own, to be killed.
+
+The processes come from a fork server that has imported torch once: a victim starts in a fraction of
+a second.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.victims_imports"])
+
+TINY = {
+    "arch": "xcit_pico_6_p8", "drop_path_rate": 0.1, "out_dim": 32, "head_hidden_dim": 16,
+    "head_bottleneck_dim": 8, "global_crops_size": 16, "local_crops_number": 1,
+    "local_crops_size": 8, "batch_size_per_gpu": 4, "epochs": 4, "warmup_epochs": 1, "lr": 0.01,
+    "num_workers": 0, "log_every": 1, "device": "cpu", "precision": "fp32",
+}  # fmt: skip
+STEPS = 20  # of a run with 20 images
+
+
+def config(shards: Path, folder: Path, **options: Any) -> Any:
+    """The options of a victim."""
+    from xcit_dino.ssl.config import PretrainConfig
+    from xcit_dino.train.config import replace
+
+    return replace(PretrainConfig(), TINY | {"data_path": shards, "output_dir": folder} | options)
+
+
+def train(options: dict[str, Any], prepare: Callable[..., None] | None = None, *args: Any) -> None:
+    """What a victim does: the training of ``xcit-dino pretrain``, its output into a file.
+
+    prepare: called before it, in the process (to take something away from it).
+    """
+    import torch
+
+    from xcit_dino.cli import InputError, RunError, Stopped
+    from xcit_dino.ssl.pretrain import pretrain
+    from xcit_dino.train import dist, stop
+
+    folder = Path(options["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    torch.set_num_threads(1)
+    stop.install(signal.SIGTERM, signal.SIGINT)
+    if prepare is not None:
+        prepare(*args)
+    try:
+        pretrain(config(**options))
+    except (InputError, RunError, Stopped) as error:
+        print(f"xcit-dino: {error}", flush=True)
+        os._exit(2 if isinstance(error, InputError) else 1)
+    finally:
+        dist.shutdown()
+
+
+def start(folder: Path, shards: Path, *prepare: Any, env: dict[str, str] = {}, **options: Any):  # noqa: B006
+    """Start a victim; ``prepare`` is a function and its arguments."""
+    arguments = ({"folder": folder, "shards": shards} | options, *prepare)
+    before = dict(os.environ)
+    os.environ.update(env)
+    try:
+        process = SERVER.Process(target=train, args=arguments)
+        process.start()
+    finally:
+        os.environ.clear(), os.environ.update(before)
+    return process
+
+
+def ended(process: Any, seconds: float = 120) -> int:
+    """Wait for a victim's end; its exit code, negative for a signal."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        raise AssertionError(f"no end after {seconds} s")
+    return process.exitcode
+
+
+def said(folder: Path) -> str:
+    """What all victims of a folder printed."""
+    path = Path(f"{folder}.log")
+    return path.read_text() if path.is_file() else ""
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, of steps alone."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    found = [json.loads(line) for line in text.splitlines()]
+    return [line for line in found if "loss" in line]
+
+
+def steps_done(folder: Path) -> int:
+    """The last step in the metrics, which may be half-written."""
+    path = folder / "metrics.jsonl"
+    text = path.read_bytes() if path.is_file() else b""
+    whole = text[: text.rfind(b"\n") + 1].splitlines()
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Poll until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.005)
+
+
+def final_bits(folder: Path) -> dict[str, Any]:
+    """Everything the newest checkpoint of a run holds that two equal runs share."""
+    from xcit_dino.train.state import load_checkpoint, newest_checkpoint
+
+    path = newest_checkpoint(folder)
+    assert path is not None
+    state = load_checkpoint(path)
+    return {k: v for k, v in state.items() if k != "config"}
+
+
+def same(one: Any, other: Any) -> bool:
+    """Bit for bit."""
+    import torch
+
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
