@@ -1,7 +1,7 @@
 """DINO's projection head (Caron et al., 2021, arXiv:2104.14294; official ``DINOHead``).
 
 Weight normalisation is written out as the parameters ``weight_g`` and ``weight_v``, the names in
-official checkpoints, so those load unchanged and a loss can read the normalised prototypes itself.
+official checkpoints, so those load unchanged and a loss can read the prototypes itself.
 
 Shape suffixes: B crops, D backbone channels, Z bottleneck, K prototypes.
 """
@@ -21,14 +21,13 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(nn.Linear(dim, out_dim, bias=False).weight.detach())
 
-    @property
-    def weight(self) -> Tensor:
-        """(K, Z), every row as long as its weight_g."""
-        norm = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
-        return self.weight_v * (self.weight_g / norm)
-
     def forward(self, z_BZ: Tensor) -> Tensor:
-        return F.linear(z_BZ, self.weight)
+        """(B, K) in at least float32, under autocast too: a teacher's temperature of 0.04 makes
+        every error 25 times as large. The lengths scale the scores, not a copy of the weights."""
+        with torch.autocast(z_BZ.device.type, enabled=False):
+            scores_BK = F.linear(z_BZ.to(self.weight_v.dtype), self.weight_v)
+            norm_K1 = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+            return scores_BK * (self.weight_g / norm_K1).flatten()
 
 
 class DINOHead(nn.Module):
@@ -72,7 +71,8 @@ class DINOHead(nn.Module):
         return F.normalize(z_BZ.to(torch.promote_types(z_BZ.dtype, torch.float32)), dim=-1)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """(B, K) logits; ``F.linear(bottleneck(x), last_layer.weight)`` in chunks is the same."""
+        """(B, K) scores. Training takes the bottleneck alone: ``ssl/crossentropy.py`` never holds
+        the scores of all crops."""
         return self.last_layer(self.bottleneck(x_BD))
 
 

@@ -25,11 +25,12 @@ class MultiCropNet(nn.Module):
         self.head = head
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Groups of crops of one size, (V_i*B, C, H_i, W_i) -> prototype scores (sum V_i*B, K).
+        """Groups of crops of one size, (V_i*B, C, H_i, W_i) -> bottleneck (sum V_i*B, Z).
 
-        The backbone runs once a size, the head once for all.
+        The backbone runs once a size, the head's MLP once for all. The prototypes are left to the
+        loss, which takes a few of them at a time.
         """
-        return self.head(torch.cat([self.backbone(group) for group in crops]))
+        return self.head.bottleneck(torch.cat([self.backbone(group) for group in crops]))
 
 
 def build(model: ModelConfig, head: HeadConfig, seed: int) -> tuple[MultiCropNet, MultiCropNet]:

@@ -59,16 +59,17 @@ def test_norm_last_layer_freezes_the_length_of_the_prototypes() -> None:
     optimizer = torch.optim.SGD([p for p in head.parameters() if p.requires_grad], lr=10.0)
     head(torch.randn(4, 12)).square().sum().backward()
     optimizer.step()
-    torch.testing.assert_close(head.last_layer.weight.norm(dim=1), torch.ones(40))
+    weight = head.last_layer(torch.eye(8)).T  # the scores of the axes
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(40))
 
 
-def test_bottleneck_and_prototypes_give_the_logits_in_chunks() -> None:
+def test_scores_are_those_of_the_bottleneck_in_float32_under_autocast() -> None:
     head = small_head()
     x = torch.randn(5, 12)
-    z, weight = head.bottleneck(x), head.last_layer.weight
-    torch.testing.assert_close(z.norm(dim=1), torch.ones(5))
-    chunks = [F.linear(z, part) for part in weight.split(16)]
-    torch.testing.assert_close(torch.cat(chunks, dim=1), head(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        z, scores = head.bottleneck(x), head(x)
+    rows = F.normalize(head.last_layer.weight_v, dim=1)
+    torch.testing.assert_close(scores, z @ rows.T, atol=1e-6, rtol=1e-5)
 
 
 def test_bottleneck_stays_on_the_sphere_under_autocast() -> None:

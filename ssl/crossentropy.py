@@ -1,0 +1,130 @@
+"""Cross-entropy with a teacher's targets over many prototypes, a few prototypes at a time.
+
+The scores of all crops against all prototypes, (V*B, K), are never there as a whole: at 64 images,
+12 crops and 65,536 prototypes they would take 200 MB in float32, and their softmax, gradients and
+copies several times that. What the mathematics needs of a student's row is its log-normaliser; with
+that known, the gradient of each score is ``exp(score - normaliser) - target`` on its own. So the
+forward pass goes over the prototypes once for the normalisers, the backward pass once more for the
+gradients: one matrix product more than keeping everything, and memory for one chunk.
+
+Shape suffixes: V views (G global ones first), B images, R = V B rows, Z bottleneck, K prototypes,
+C prototypes of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of float32: what a cache holds; 64 MB
+
+
+def dino_cross_entropy(
+    z_RZ: Tensor,
+    weight_v_KZ: Tensor,
+    weight_g_K1: Tensor,
+    targets_GBK: Tensor,
+    temperature: float,
+    chunk: int | None = None,
+) -> Tensor:
+    """Mean of ``H(target g of an image, softmax(student's view v / temperature))`` over all images
+    and all pairs (g, v) but those of a view with itself (dino ``main_dino.py:DINOLoss``).
+
+    z_RZ: the student's bottleneck, views-major; weight_v_KZ, weight_g_K1: the weight-normalised
+    last layer; targets_GBK: probabilities; chunk: prototypes at a time, by default as many as a
+    cache or 64 MB hold. Matrix products are in autocast's dtype, everything else in float32 (or
+    float64); nothing waits for the device.
+    """
+    kind = z_RZ.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else z_RZ.dtype
+    if chunk is None:
+        chunk = max(256, SCORES_AT_ONCE.get(kind, 2**24) // len(z_RZ))
+    loss = _CrossEntropy.apply(
+        z_RZ, weight_v_KZ, weight_g_K1, targets_GBK, temperature, chunk, dtype
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """For one student's row the pairs share its normaliser, and the targets add up:
+    ``sum_g H(q_g, p_v) = n_v * logsumexp(s_v) - <sum_g q_g, s_v>`` with n_v targets for view v."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z_RZ: Tensor, v_KZ: Tensor, g_K1: Tensor, targets_GBK: Tensor,
+        temperature: float, chunk: int, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        num_global, batch, _ = targets_GBK.shape
+        scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
+        normaliser_R = z_RZ.new_full((len(z_RZ),), -torch.inf)
+        agreement = z_RZ.new_zeros(())
+        for part in _chunks(len(v_KZ), chunk):
+            scores_VBC = scores(part).unflatten(0, (-1, batch))
+            targets_GBC = targets_GBK[:, :, part]
+            total_BC = targets_GBC.sum(0)
+            normaliser_R = torch.logaddexp(normaliser_R, scores_VBC.logsumexp(-1).flatten())
+            agreement += (total_BC * scores_VBC.sum(0)).sum()
+            agreement -= (targets_GBC * scores_VBC[:num_global]).sum()
+        # how many targets a row has: a global view is not compared with its own
+        teachers_R = torch.full_like(normaliser_R, num_global)
+        teachers_R[: num_global * batch] -= 1
+        terms = num_global * (len(z_RZ) - batch)
+        ctx.save_for_backward(z_RZ, v_KZ, g_K1, targets_GBK, normaliser_R - teachers_R.log())
+        ctx.arguments = temperature, chunk, dtype, terms
+        return ((teachers_R * normaliser_R).sum() - agreement) / terms
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        z_RZ, v_KZ, g_K1, targets_GBK, shift_R = ctx.saved_tensors
+        temperature, chunk, dtype, terms = ctx.arguments
+        num_global, batch, _ = targets_GBK.shape
+        scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
+        grad_z_RZ, grad_v_KZ = torch.zeros_like(z_RZ), torch.empty_like(v_KZ)
+        grad_g_K1 = torch.empty_like(g_K1)
+        for part in _chunks(len(v_KZ), chunk):
+            grad_RC = scores(part).sub_(shift_R[:, None]).exp_()  # n_v times the softmax
+            grad_VBC = grad_RC.unflatten(0, (-1, batch))
+            targets_GBC = targets_GBK[:, :, part]
+            grad_VBC -= targets_GBC.sum(0)
+            grad_VBC[:num_global] += targets_GBC
+            # here, not at the end: fp16 needs the scaler's factor before it rounds
+            grad_RC *= scores.factor_K[part] * (grad_loss / terms)
+            grad = grad_RC.to(dtype)
+            v_CZ, length_C1 = v_KZ[part], scores.length_K1[part]
+            grad_z_RZ += grad @ v_CZ.to(dtype)
+            # a prototype's length is not its v's: what points along v changes g alone
+            pull_CZ = (grad.T @ scores.z_RZ).to(v_KZ.dtype)
+            unit_CZ = v_CZ / length_C1
+            along_C1 = (unit_CZ * pull_CZ).sum(1, keepdim=True)
+            torch.addcmul(pull_CZ, unit_CZ, along_C1, value=-1, out=grad_v_KZ[part])
+            grad_g_K1[part] = along_C1 * length_C1 / g_K1[part]
+        return grad_z_RZ, grad_v_KZ, grad_g_K1, None, None, None, None
+
+
+class _Scores:
+    """``z . (g v / |v|) / temperature`` of a chunk of prototypes; the length and the temperature
+    scale the few scores, so that no normalised copy of the prototypes is made."""
+
+    def __init__(
+        self, z_RZ: Tensor, v_KZ: Tensor, g_K1: Tensor, temperature: float, dtype: torch.dtype
+    ) -> None:
+        self.z_RZ, self.v_KZ, self.wide = z_RZ.to(dtype), v_KZ, z_RZ.dtype
+        self.length_K1 = torch.linalg.vector_norm(v_KZ, dim=1, keepdim=True)
+        self.factor_K = (g_K1 / self.length_K1).flatten() / temperature
+
+    def __call__(self, part: slice) -> Tensor:
+        """(R, C), a tensor of its own."""
+        with torch.autocast(self.z_RZ.device.type, enabled=False):
+            scores_RC = self.z_RZ @ self.v_KZ[part].to(self.z_RZ.dtype).T
+        return scores_RC.to(self.wide).mul_(self.factor_K[part])
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    """``0:size``, ``size:2 size`` ... up to ``count``."""
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
