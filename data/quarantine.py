@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
 
 SHOWN = 10  # samples named in the message when the run stops
 
@@ -53,8 +53,11 @@ class Quarantine:
         line = json.dumps({"sample": sample, "shard": shard, "key": key, "reason": reason})
         self.bad[sample] = line
         if self.folder is not None:
-            with (self.folder / self._own).open("a") as file:
-                file.write(line + "\n")
+            try:
+                with (self.folder / self._own).open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:  # a full disk must not end a training
+                warn(f"{self.folder / self._own}: {error.strerror}; not written: {line}")
         if len(self.bad) > self.limit:
             raise InputError(self._message())
 

@@ -2,7 +2,7 @@
 
 import torch
 
-import xcit_dino.ssl.pretrain  # noqa: F401
-import xcit_dino.train.board  # noqa: F401
+import xcit_dino.ssl.pretrain
+import xcit_dino.train.board
 
 torch.set_num_threads(1)

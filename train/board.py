@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from xcit_dino.errors import warn
 
 GROUPS = {  # tag prefix of a scalar; what is not named here is "eval" (knn*, val*) or "health"
     "loss": "loss",
@@ -54,9 +57,22 @@ class Board:
 
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
         self.writer.add_custom_scalars(LAYOUT)
+        self.failed = False
 
     def add(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers as scalars, uint8 [H, W, 3] as pictures, other arrays as histograms."""
+        """Numbers as scalars, uint8 [H, W, 3] as pictures, other arrays as histograms.
+
+        A file system that refuses to write ends the curves of this try, and not the training.
+        """
+        if self.failed:
+            return
+        try:
+            self._add(step, values)
+        except OSError as error:
+            self.failed = True
+            warn(f"TensorBoard: {error}; its curves go on with the next start")
+
+    def _add(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             if isinstance(value, float):
                 self.writer.add_scalar(f"{group(name)}/{name}", value, step)
@@ -70,7 +86,8 @@ class Board:
         self.writer.add_text(name, "\n".join(f"    {line}" for line in content.split("\n")), step)
 
     def close(self) -> None:
-        self.writer.close()
+        with suppress(OSError):
+            self.writer.close()
 
 
 def group(name: str) -> str:

@@ -12,9 +12,12 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from xcit_dino.errors import warn
 from xcit_dino.train.provenance import now, provenance, write_atomic
 
 METRICS, TRIES = "metrics.jsonl", "tries.jsonl"
@@ -73,23 +76,41 @@ class RunFiles:
             self.note("end", step=seen["step"], time=seen.get("time"), reason="no word: killed")
         kept = [line for line in before if line["step"] <= step]
         write_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(folder / METRICS, "a", buffering=1)
+        self.file = open(folder / METRICS, "ab", buffering=0)
+        self.unwritten = b""
         self.note("start", step=step, host=socket.gethostname(), **facts, **provenance())
 
     def note(self, event: str, **facts: Any) -> None:
         """Add a line to ``tries.jsonl``."""
         line = {"event": event, "time": now()} | facts
-        with open(self.folder / TRIES, "a") as file:
+        with tolerated(self.folder / TRIES), open(self.folder / TRIES, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a line of numbers to ``metrics.jsonl``."""
-        self.file.write(json.dumps({"step": step, "time": now(), **values}) + "\n")
+        """Add a line of numbers to ``metrics.jsonl``; what a full disk refuses is tried again."""
+        self.unwritten += json.dumps({"step": step, "time": now(), **values}).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring what is unwritten to the file, as far as it goes."""
+        with tolerated(self.folder / METRICS):
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def close(self, step: int, reason: str) -> None:
         """The try ends after ``step``."""
+        self.flush()
         self.file.close()
         self.note("end", step=step, reason=reason)
+
+
+@contextmanager
+def tolerated(path: Path) -> Iterator[None]:
+    """A file system that refuses to write must not end a training: it is said."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"{path}: {error.strerror}; training goes on")
 
 
 def process_seconds() -> float:
