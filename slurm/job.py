@@ -173,8 +173,11 @@ def first_line(error: BaseException) -> str:
 # -- around the ranks, in the job's script ---------------------------------------------------------
 
 
-def begin(run: Path, stage: str) -> None:
+def begin(run: Path, stage: str) -> int:
     """Start an attempt: count it, and see that every node finds what it needs.
+
+    Returns:
+        0, or the job's exit code where SLURM could not start a process on each node.
 
     Raises:
         InputError: the run was cancelled or failed too often; a node lacks a folder.
@@ -183,10 +186,16 @@ def begin(run: Path, stage: str) -> None:
     attempt = record.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
     print(record.marker(attempt), file=sys.stderr, flush=True)
     needed = [*record.read_launch(run)["needs"], str(record.folder(run) / f"{stage}.json")]
-    if lacking := scheduler.lacking([sys.executable, *needed], nodes):
+    try:
+        lacking = scheduler.lacking([sys.executable, *needed], nodes)
+    except scheduler.SlurmError as error:
+        record.leave_word(run, job_id, restart_count(), 0, error=str(error), code=1, slurm=True)
+        return finish(run, stage, 1)
+    if lacking:
         record.leave_word(run, job_id, restart_count(), 0, error=lacking, code=2, final=True)
         record.finish(run, stage, 2)
         raise InputError(lacking)
+    return 0
 
 
 def finish(run: Path, stage: str, code: int) -> int:
@@ -196,13 +205,9 @@ def finish(run: Path, stage: str, code: int) -> int:
         The job's exit code: 0 only when the stage is done, so that ``afterok`` means that.
     """
     ended = record.finish(run, stage, code)
-    job_id = os.environ["SLURM_JOB_ID"]
-    if ended.state == "requeued":
-        if scheduler.job_state(job_id) == "CANCELLED":
-            ended.state, ended.reason = "cancelled", "by scancel"
-            record.save(run, ended)
-        else:
-            scheduler.requeue(job_id)
+    if ended.state == "requeued" and not scheduler.requeue(ended.job_id, ended.restart):
+        ended.state, ended.reason = "cancelled", "by scancel"
+        record.save(run, ended)
     why = f" ({ended.reason})" if ended.reason else ""
     print(f"{stage}: {ended.state}{why}", file=sys.stderr, flush=True)
     return {"done": 0, "failed": code or 1}.get(ended.state, record.RESUMABLE)
@@ -212,13 +217,10 @@ def main(argv: list[str]) -> int:
     """``begin RUN STAGE`` or ``finish RUN STAGE CODE``."""
     action, run, stage = argv[0], Path(argv[1]), argv[2]
     try:
-        if action == "finish":
-            return finish(run, stage, int(argv[3]))
-        begin(run, stage)
+        return begin(run, stage) if action == "begin" else finish(run, stage, int(argv[3]))
     except InputError as error:
         print(f"xcit-dino: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def leave_word(run: Path, job_id: str, restart: int, rank: int, **word: Any) -> 
     """Add to what a rank says of its attempt.
 
     ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``error`` and
-    ``code``: it failed, ``final`` where a restart cannot help; ``port``: where the ranks met.
+    ``code``: it failed, ``final`` where a restart cannot help, ``slurm`` where SLURM's is the
+    fault; ``port``: where the ranks met.
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -204,7 +205,7 @@ def judge_failure(
     record.reason = failure(run, record) or f"exit code {code}"
     record.bad_input = any(w.get("code") == 2 for w in said)
     newest = max((path.name for path in run.glob("checkpoints/*.json")), default="")
-    error = next((w["error"] for w in said if "error" in w), "")
+    error = next((w["error"] for w in said if "error" in w and "slurm" not in w), "")
     failed_at = f"{error} | {newest}"
     final = any(w.get("final") for w in said)
     if error and failed_at == record.failed_at:  # a mistake in the code comes back each time

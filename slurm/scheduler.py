@@ -7,11 +7,13 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 
 from xcit_dino.errors import InputError, suggest
 
 SECONDS = 60  # an overloaded controller answers slowly
+TRIES, PAUSE = 20, 15.0  # times, and seconds between them, that a job insists on its requeue
 CHECK = 'for path; do [ -r "$path" ] || echo "$SLURMD_NODENAME $path"; done'
 
 
@@ -82,14 +84,21 @@ def try_out(script: str) -> str:
     return words(ask("sbatch", "--test-only", stdin=script))
 
 
+def facts(job_id: str) -> dict[str, str]:
+    """``scontrol show job``, name by name.
+
+    Raises:
+        SlurmError: the controller has forgotten the job, or does not answer.
+    """
+    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "--oneliner", job_id)))
+
+
 def job_state(job_id: str) -> str:
     """State of a job that the controller still remembers, or ''."""
     try:
-        facts = ask("scontrol", "show", "job", "--oneliner", job_id)
+        return facts(job_id).get("JobState", "")
     except SlurmError:
         return ""
-    match = re.search(r"\bJobState=(\S+)", facts)
-    return match[1] if match else ""
 
 
 def queue(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -117,10 +126,34 @@ def named(job_name: str) -> list[str]:
     ).split()
 
 
-def requeue(job_id: str) -> None:
-    """Put a running job back into the queue, unless SLURM has done so (preemption, dead node)."""
-    if job_state(job_id) == "RUNNING":
-        ask("scontrol", "requeue", job_id)
+def requeue(job_id: str, restart: int) -> bool:
+    """Run in a job: put it back into the queue, unless SLURM has done so (preemption, dead node).
+
+    A controller that is busy or away is asked again for a while: what is not requeued now never is.
+
+    Args:
+        restart: how often the job had been restarted when this attempt began.
+
+    Returns:
+        Whether it will run again; not so where somebody has cancelled it.
+
+    Raises:
+        SlurmError: its words.
+    """
+    for patience in reversed(range(TRIES)):
+        try:
+            known = facts(job_id)
+            if int(known["Restarts"]) > restart:
+                return True
+            if known["JobState"] != "RUNNING" and known["Reason"] != "TimeLimit":
+                return False
+            ask("scontrol", "requeue", job_id)
+            return True
+        except SlurmError:
+            if not patience:
+                raise
+            time.sleep(PAUSE)
+    raise AssertionError("unreachable")
 
 
 def cancel(job_ids: Sequence[str]) -> None:

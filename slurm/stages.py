@@ -11,8 +11,7 @@ import dataclasses
 import importlib
 import os
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,10 @@ def read_defaults(path: str | None) -> LaunchConfig:
 
 
 def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """Sort a command line into (launcher's, {stage: its words}, pretraining's)."""
+    """Sort a command line into (launcher's, {stage: its words}, pretraining's).
+
+    ``--pretrain.X`` is ``--X``: the options of the first stage need no name in front.
+    """
     launcher = option_types(LaunchConfig)
     own: list[str] = []
     rest: list[str] = []
@@ -122,13 +124,13 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], l
     for word in argv:
         if word.startswith("--"):
             name, dot, option = word[2:].partition("=")[0].replace("-", "_").partition(".")
-            if dot and name in STAGES:
+            if dot and name not in STAGES:
+                raise InputError(f"{word}: no stage {name!r}{suggest(name, STAGES)}")
+            if dot:
                 target = by_stage.setdefault(name, [])
                 word = f"--{option}{word[len(f'--{name}.{option}') :]}"
-            elif dot:
-                raise InputError(f"{word}: no stage {name!r}{suggest(name, STAGES)}")
-            else:
-                target = own if name in launcher else rest
+            if not dot or name == "pretrain":
+                target = own if (option or name) in launcher else rest
         target.append(word)
     return own, by_stage, rest
 
@@ -157,11 +159,7 @@ def commands() -> dict[str, Any]:
 def pretrain_stage(launch: LaunchConfig, argv: list[str], prog: str) -> Stage:
     """The pretraining job; the run folder is ``runs/ARCH`` where none is given."""
     make: Callable[..., Any] = load(f"xcit_dino.{commands()['pretrain'].config}")
-    known = option_types(LaunchConfig) | option_types(return_class(make))
-    for word in argv:
-        name = word[2:].partition("=")[0].replace("-", "_")
-        if word.startswith("--") and name not in known | {"config": str}:
-            raise InputError(f"unknown option --{name}{suggest(name, known)}")
+    refuse_unknown(argv, option_types(LaunchConfig) | option_types(return_class(make)))
     config = make(argv, prog)
     if config.run.output_dir == RunConfig.output_dir:
         folder = (launch.shared_dir or Path("runs")) / config.model.arch.replace("/", "_")
@@ -180,9 +178,8 @@ def training_stage(
     """Finetuning or distillation: in a folder of its own inside the run's, from its newest
     checkpoint; resources are those of pretraining unless it is told otherwise."""
     make: Callable[..., Any] = load(f"xcit_dino.{commands()[name].config}")
-    mine, theirs = partition(argv, {f.name for f in fields(ResourceConfig)})
-    resources = parse(launch.resources, mine, f"{prog} --{name}.*")
-    check(replace(launch, dict(options(resources))), prefix=f"{name}.")
+    refuse_unknown(argv, RESOURCES | option_types(return_class(make)), prefix=f"{name}.")
+    resources, theirs = own_resources(name, launch, launch.resources, argv, prog)
     words = []
     if before:
         first = dict(options(before[0].config))
@@ -208,17 +205,36 @@ def later_stage(
     default = config_class(**{"output_dir": run}) if name == "report" else config_class()
     if run is not None:
         default = replace(default, {"output_dir": run})
-    resource_names = {f.name for f in fields(ResourceConfig)}
-    mine, theirs = partition(argv, resource_names)
+    refuse_unknown(argv, RESOURCES | option_types(config_class), prefix=f"{name}.")
     ngpus = launch.resources.ngpus
     one = {"nodes": 1, "nproc": 1, "ngpus": 0 if name == "report" or ngpus == 0 else 1}
-    resources = parse(replace(launch.resources, one), mine, f"{prog} --{name}.*")
-    check(replace(launch, dict(options(resources))), prefix=f"{name}.")
+    resources, theirs = own_resources(name, launch, replace(launch.resources, one), argv, prog)
     config = absolute(parse(default, theirs, f"{prog} --{name}.*", commands()[name].about))
     return Stage(name, f"xcit_dino.{commands()[name].run}", config, resources)
 
 
-def partition(argv: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
+RESOURCES = option_types(ResourceConfig)
+
+
+def own_resources(
+    name: str, launch: LaunchConfig, default: ResourceConfig, argv: list[str], prog: str
+) -> tuple[ResourceConfig, list[str]]:
+    """A later stage's resources, checked, and the words that are not about them."""
+    mine, theirs = partition(argv, RESOURCES)
+    resources = parse(default, mine, f"{prog} --{name}.*")
+    check(replace(launch, dict(options(resources))), prefix=f"{name}.")
+    return resources, theirs
+
+
+def refuse_unknown(argv: Sequence[str], known: Collection[str], prefix: str = "") -> None:
+    """Raise :class:`InputError` for the first option whose name is not known."""
+    for word in argv:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known and name != "config":
+            raise InputError(f"unknown option --{prefix}{name}{suggest(name, known)}")
+
+
+def partition(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
     """Split a command line into the options called ``names`` and the others."""
     chosen: list[str] = []
     others: list[str] = []
@@ -238,7 +254,11 @@ def absolute(config: Any) -> Any:
             return tuple(fixed(item) for item in value)
         return Path(os.path.abspath(value)) if isinstance(value, Path) else value
 
-    return replace(config, {name: fixed(value) for name, value in options(config)})
+    values = {name: fixed(value) for name, value in options(config)}
+    folder = values.get("data_path")
+    if isinstance(folder, str) and "://" not in folder:  # evaluations take a URL too
+        values["data_path"] = os.path.abspath(folder)
+    return replace(config, values)
 
 
 def load(path: str) -> Any:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from xcit_dino.slurm import record, scheduler, watch
 from xcit_dino.slurm.config import CancelConfig, LogsConfig, StatusConfig
 
 Queue = dict[str, dict[str, str]]
+STALE = 60.0  # seconds without news of a stage after which their age is shown
 
 
 def owner(run: Path) -> str:
@@ -49,22 +47,24 @@ def local_owner(launch: dict[str, Any]) -> bool:
 
 
 def status(config: StatusConfig) -> None:
-    """Print a line a stage: state, job, nodes, attempts, progress."""
+    """Print a table with a row a stage, and below it how far those stages are that have begun."""
     from rich.console import Console
     from rich.table import Table
 
     launch = record.read_launch(config.run)
     jobs = queue(launch)
     table = Table(title=f"{config.run} ({launch['cluster']})", title_justify="left", box=None)
-    for column in ("stage", "state", "job", "nodes", "restarts", "failures", "progress"):
+    for column in ("stage", "state", "job", "nodes", "restarts", "failures"):
         table.add_column(column, overflow="fold")
-    before = None
+    before, lines = None, []
     for stage in launch["stages"]:
         row = describe(config.run, stage, launch, jobs, before)
+        if progress := row.pop("progress"):
+            lines.append(f"{stage}: {progress}")
         table.add_row(*row.values())
         before = row
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    print("next stage:", next_stage(config.run, launch) or "none")
+    print(*lines, f"next stage: {next_stage(config.run, launch) or 'none'}", sep="\n")
 
 
 def describe(
@@ -105,32 +105,20 @@ def unsaid(run: Path, known: record.Record, before: dict[str, str] | None) -> tu
 
 
 def progress(run: Path, stage: str) -> str:
-    """Where a stage is: ``epoch 3/20  step 120/400  eta 0:12:10  loss 4.31 ...  knn 45.2``."""
+    """``pretraining 120/400 steps  eta 0:12:10  epoch 3.00  loss 4.31 ...  knn 45.2``."""
     state = watch.read_state(record.progress_file(run, stage))
     if state is None:
         return "starting"
     rate = (state["done"] - state["start"]) / max(state["seconds"], 1e-9)
-    left = (state["total"] - state["done"]) / rate - (time.time() - state["time"]) if rate else 0
+    age = time.time() - state["time"]
+    left = (state["total"] - state["done"]) / rate - age if rate else 0
     parts = [
-        f"{state['label']} {state['done']:,.0f}/{state['total']:,.0f} {state['unit']}".rstrip()
+        f"{state['label']} {state['done']:,.0f}/{state['total']:,.0f} {state['unit']}".rstrip(),
+        f"eta {clock(max(left, 0))}" if rate else "",
+        state["shown"],
+        f"(said {clock(age)} ago)" if age > STALE else "",
     ]
-    parts += [f"eta {clock(max(left, 0))}" if rate else "", state["shown"]]
-    return "  ".join(filter(None, [*parts, *knn(run, stage)]))
-
-
-def knn(run: Path, stage: str) -> Iterator[str]:
-    """The newest accuracy that a training stage measured on its way."""
-    path = run / "metrics.jsonl"
-    if stage != "pretrain" or not path.is_file():
-        return
-    with open(path, "rb") as file:  # its end: a long run has written much
-        file.seek(max(0, path.stat().st_size - 65536))
-        lines = file.read().splitlines()[1:]
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            if found := {k: v for k, v in json.loads(line).items() if k.startswith("knn")}:
-                yield from (f"{name} {value:.1f}" for name, value in found.items())
-                return
+    return "  ".join(filter(None, parts))
 
 
 def took(known: record.Record) -> str:

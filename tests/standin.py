@@ -26,6 +26,8 @@ class StandinConfig:
     """Steps of the whole run."""
     seconds: float = 0.0
     """Duration of a step."""
+    save_seconds: float = 0.0
+    """Duration of saving, when told to stop; ``saving`` is there from its beginning."""
     fail: str = ""
     """``always``, ``once``, ``input``: how it fails at step 2."""
 
@@ -41,6 +43,8 @@ def train(config: StandinConfig) -> None:
             log.write(f"{step} pid {os.getpid()}\n")
         fail(config, step)
         if (reason := stop.requested()) is not None:
+            (config.output_dir / "saving").touch()
+            time.sleep(config.save_seconds)
             place.write_text(str(step))
             raise Stopped(f"{reason} after step {step}")
     place.write_text(str(step))

@@ -169,7 +169,7 @@ def in_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]
 
     def ask(*command: str, stdin: str | None = None) -> str:
         asked.append(command)
-        return "JobId=9 JobState=RUNNING Reason=None"
+        return "JobId=9 Restarts=0 JobState=RUNNING Reason=None"
 
     monkeypatch.setattr(scheduler, "ask", ask)
     for name, value in {"ID": "9", "NUM_NODES": "1", "NODELIST": "node1"}.items():
@@ -186,18 +186,68 @@ def test_the_script_requeues_what_saved_itself(run: Path, in_slurm: list[tuple[s
     assert in_slurm[-1] == ("scontrol", "requeue", "9")
 
 
+@pytest.mark.parametrize(
+    ("facts", "asked", "state"),
+    [
+        ("Restarts=0 JobState=RUNNING Reason=None", True, "requeued"),
+        ("Restarts=0 JobState=COMPLETING Reason=TimeLimit", True, "requeued"),
+        ("Restarts=1 JobState=COMPLETING Reason=None", False, "requeued"),  # preempted
+        ("Restarts=0 JobState=COMPLETING Reason=None", False, "cancelled"),  # scancel
+    ],
+)
 def test_the_scheduler_may_have_been_quicker(
-    run: Path, in_slurm: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    in_slurm: list[tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    facts: str,
+    asked: bool,
+    state: str,
 ) -> None:
+    """What ``scontrol show job`` says in a job that saved itself: seen on SLURM 22.05."""
     job.main(["begin", str(run), STAGE])
     record.leave_word(run, "9", 0, 0, heard="SIGTERM", stopped="SIGTERM after step 1")
-    monkeypatch.setattr(scheduler, "job_state", lambda job_id: "PREEMPTED")
+    fields = dict(word.split("=") for word in facts.split())
+    monkeypatch.setattr(scheduler, "facts", lambda job_id: fields)
     assert job.main(["finish", str(run), STAGE, "0"]) == record.RESUMABLE
-    monkeypatch.setattr(scheduler, "job_state", lambda job_id: "CANCELLED")
-    job.main(["begin", str(run), STAGE])
-    job.main(["finish", str(run), STAGE, "0"])
-    assert not [command for command in in_slurm if "requeue" in command]
-    assert record.load(run, STAGE).reason == "by scancel"
+    assert (("scontrol", "requeue", "9") in in_slurm) == asked
+    assert record.load(run, STAGE).state == state
+
+
+def test_a_busy_controller_is_asked_again(
+    run: Path, in_slurm: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([scheduler.SlurmError("timed out"), "", "", scheduler.SlurmError("timed out")])
+
+    def ask(*command: str, stdin: str | None = None) -> str:
+        in_slurm.append(command)
+        if command[1] == "requeue" and isinstance(error := next(answers), Exception):
+            raise error
+        return "Restarts=0 JobState=RUNNING Reason=None"
+
+    monkeypatch.setattr(scheduler, "ask", ask)
+    monkeypatch.setattr(scheduler, "PAUSE", 0.0)
+    assert scheduler.requeue("9", 0)
+    assert in_slurm.count(("scontrol", "requeue", "9")) == 2
+    monkeypatch.setattr(scheduler, "TRIES", 1)
+    next(answers)
+    with pytest.raises(scheduler.SlurmError, match="timed out"):
+        scheduler.requeue("9", 0)
+
+
+def test_a_node_that_starts_nothing_counts_as_a_failure(
+    run: Path, in_slurm: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as a mistake in the code: the same words twice are not the end."""
+
+    def lacking(paths: list[str], nodes: int) -> str:
+        raise scheduler.SlurmError("Task launch failed on node node2")
+
+    monkeypatch.setattr(scheduler, "lacking", lacking)
+    for failures in (1, 2):
+        assert job.main(["begin", str(run), STAGE]) == record.RESUMABLE
+        known = record.load(run, STAGE)
+        assert (known.state, known.failures) == ("requeued", failures)
+        assert known.reason.endswith("Task launch failed on node node2")
 
 
 def test_a_missing_index_ends_the_job_before_it_trains(

@@ -77,6 +77,20 @@ def test_one_line_configures_all_stages(tmp_path: Path) -> None:
     assert knn.config.subject.output_dir == pretrain.config.run.output_dir == tmp_path / "run"
 
 
+def test_pretraining_may_be_named_like_the_other_stages() -> None:
+    plain = launch_config([*ARCH, "--nodes", "3", "--epochs", "7"])
+    assert launch_config([*ARCH, "--pretrain.nodes", "3", "--pretrain.epochs=7"]) == plain
+
+
+def test_relative_paths_are_those_of_the_command() -> None:
+    words = [*ARCH, "--stages", "pretrain,knn", "--data_path", "shards", "--knn.data_path", "other"]
+    pretrain, knn = launch_config(words).stages
+    assert pretrain.config.loader.data_path == Path.cwd() / "shards"
+    assert knn.config.subject.data_path == str(Path.cwd() / "other")
+    url = launch_config([*words, "--knn.data_path", "s3://bucket/shards"]).stages[1]
+    assert url.config.subject.data_path == "s3://bucket/shards"
+
+
 def test_run_folder_is_named_after_the_arch() -> None:
     assert launch_config(ARCH).run == Path.cwd() / "runs" / "xcit_nano_12_p16"
     assert launch_config([*ARCH, "--shared_dir", "/big"]).run == Path("/big/xcit_nano_12_p16")
@@ -114,7 +128,11 @@ def test_users_defaults_give_way_to_the_command_line(tmp_path: Path) -> None:
         (["--stages", "pretrain,kn"], "no stage 'kn'; did you mean knn"),
         (["--knn.nb_knn", "5"], "--knn.*: that stage is not in --stages pretrain"),
         (["--kn.nb_knn", "5"], "--kn.nb_knn: no stage 'kn'; did you mean knn"),
-        (["--stages", "pretrain,knn", "--knn.nb_kn", "5"], "unknown option --nb_kn; did you"),
+        (["--stages", "pretrain,knn", "--knn.nb_kn", "5"], "--knn.nb_kn; did you mean nb_knn"),
+        (["--stages", "pretrain,knn", "--knn.nods", "5"], "--knn.nods; did you mean nodes"),
+        (["--stages", "pretrain,finetune", "--finetune.lrs", "1"], "--finetune.lrs; did you mean"),
+        (["--pretrain.epoch", "5"], "unknown option --epoch; did you mean epochs"),
+        (["--stages", "knn", "--pretrain.lr", "1"], "--pretrain.*: that stage is not in --stages"),
         (["--stages", ""], "name one or more stages"),
         (["--nodes", "0"], "--nodes 0: must be at least 1"),
         (["--ngpus", "-1"], "--ngpus -1: must be 0 or more"),
@@ -283,11 +301,15 @@ def in_background(run: Path, *options: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "tests.standin", str(run), *options],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not (run / "steps").is_file():
+    wait_for_file(run / "steps", process)
+    return process
+
+
+def wait_for_file(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    return process
 
 
 @pytest.mark.parametrize(
@@ -297,7 +319,7 @@ def test_signals_to_the_ranks(run: Path, number: signal.Signals, failures: int) 
     """A time limit and a preemption save; a killed rank is a failure. All go on afterwards."""
     process = in_background(run, "steps=6", "seconds=0.2")
     os.kill(int((run / "steps").read_text().split()[2]), number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     known = record.load(run, "pretrain")
     assert (process.returncode, known.state, known.attempts) == (0, "done", 2), err
     assert known.failures == failures
@@ -308,11 +330,25 @@ def test_signals_to_the_ranks(run: Path, number: signal.Signals, failures: int) 
         assert steps(run) == list(range(1, 7))
 
 
+def test_signals_while_it_saves_do_no_harm(run: Path) -> None:
+    process = in_background(run, "steps=30", "seconds=0.1", "save_seconds=1")
+    rank = int((run / "steps").read_text().split()[2])
+    os.kill(rank, signal.SIGUSR2)
+    wait_for_file(run / "saving", process)
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
+        os.kill(rank, number)
+    _, err = process.communicate(timeout=120)
+    known = record.load(run, "pretrain")
+    assert (process.returncode, known.state, known.attempts, known.failures) == (0, "done", 2, 0)
+    assert "starting again after SIGUSR2 after step" in err
+    assert steps(run) == list(range(1, 31))  # none is lost, none is repeated
+
+
 def test_ctrl_c_saves_and_leaves(run: Path) -> None:
     process = in_background(run, "steps=100", "seconds=0.1")
     shown = status.owner(run)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert shown == f"process {process.pid} on {os.uname().nodename}"
     known = record.load(run, "pretrain")
@@ -324,7 +360,7 @@ def test_ctrl_c_saves_and_leaves(run: Path) -> None:
 def test_cancel_saves_and_ends(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = in_background(run, "steps=100", "seconds=0.1")
     status.cancel(CancelConfig(run))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert record.load(run, "pretrain").state == "cancelled"
     assert int((run / "step").read_text()) == steps(run)[-1]
@@ -335,7 +371,7 @@ def test_cancel_saves_and_ends(run: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_a_launcher_that_dies_leaves_nothing_behind(run: Path) -> None:
     process = in_background(run, "steps=100", "seconds=0.1")
     process.kill()
-    process.communicate(timeout=30)  # the ranks hold its stderr until they have left
+    process.communicate(timeout=120)  # the ranks hold its stderr until they have left
     assert int((run / "step").read_text()) == steps(run)[-1]
 
 
@@ -402,10 +438,13 @@ def test_status_shows_progress(run: Path, capsys: pytest.CaptureFixture[str]) ->
     record.write_launch(run, note)
     record.save(run, record.Record("pretrain", state="running", job_id="7", hosts="n1", attempts=2))
     bar = {"label": "pretraining", "unit": "steps", "start": 50, "done": 100, "total": 200}
-    bar |= {"shown": "loss 3.21  img_s 450", "seconds": 50.0, "time": time.time()}
+    bar |= {"shown": "epoch 5.00  loss 3.21  img/s 450  knn 41.5"}
+    bar |= {"seconds": 50.0, "time": time.time()}
     record.progress_file(run, "pretrain").write_text(json.dumps(bar))
-    lines = [{"step": 90, "knn_20": 41.5}, {"step": 100, "loss": 3.2}]
-    (run / "metrics.jsonl").write_text("{}\n" + "".join(json.dumps(x) + "\n" for x in lines))
     status.status(StatusConfig(run))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "pretraining 100/200 steps eta 0:01:40 loss 3.21 img_s 450 knn_20 41.5" in shown
+    expected = "pretraining 100/200 steps eta 0:01:40 epoch 5.00 loss 3.21 img/s 450 knn 41.5"
+    assert f"pretrain: {expected} next stage: none" in shown
+    record.progress_file(run, "pretrain").write_text(json.dumps(bar | {"time": time.time() - 90}))
+    status.status(StatusConfig(run))
+    assert "(said 0:01:30 ago)" in capsys.readouterr().out
