@@ -19,7 +19,7 @@ quickstart: $(STAMP)
 	$(BIN)/xcit-dino quickstart
 
 test: $(STAMP) lint typecheck
-	$(BIN)/python -m pytest -q -m "not slurm"
+	$(BIN)/python -m pytest -q -m "not slurm and not faults"
 
 # The launcher on a real SLURM that the tests start on this machine (needs slurm-wlm and munge).
 test-slurm: $(STAMP)

@@ -1,11 +1,13 @@
 """What the host's part of multi-crop costs: ``python bench/crops.py --data PATH``.
 
 One run, one table: bare decoding, the official pipeline written plainly with torchvision and
-Pillow, ours on one core, the loader with one and two workers, bytes moved, memory over 3 epochs.
-PATH is a tar of images, or a folder of shards with their index.
+Pillow, ours on one core, the loader with one and two workers, bytes moved, memory over 3 epochs,
+packing and indexing (pack.py). PATH is a tar of images, or a folder of shards with their index.
 
 The rates of one core are images per second of CPU time, taken in turns in one process (medians of
-the rounds), so that other load on the machine disturbs them little; workers are timed by the clock.
+the rounds), so that other load on the machine disturbs them little. Workers are timed by the clock,
+one and two in turns, while this process only takes what they deliver. The clock needs two idle
+cores: how many the workers had is said beside it.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ import numpy as np
 import psutil
 import simplejpeg
 import torch
+from pack import rows
 from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
 from torchvision import transforms
 
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, LoaderConfig
-from xcit_dino.data.index import INDEX, ShardIndex, write_index
+from xcit_dino.data.crops import crop_boxes
+from xcit_dino.data.decode import read_header
+from xcit_dino.data.index import INDEX, ShardIndex
+from xcit_dino.data.indexwriter import write_index
 from xcit_dino.data.loader import CropLoader, slot_shapes
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.ring import Ring
@@ -138,7 +144,7 @@ def one_core(index: ShardIndex, crops: CropsConfig, images: int, rounds: int) ->
 def loader_rate(
     index: ShardIndex, crops: CropsConfig, workers: int, seconds: float
 ) -> tuple[float, float, float]:
-    """(images per second by the clock, a worker's images per second of its CPU time, microseconds
+    """(images per second by the clock, images per second of the workers' CPU time, microseconds
     of the training process's CPU time for each image)."""
     config = LoaderConfig(num_workers=workers)
     plan = Plan.of(index, config, seed=0, batch_size=min(32, index.num_samples))
@@ -174,12 +180,20 @@ def memory_over_epochs(index: ShardIndex, crops: CropsConfig, epochs: int = 3) -
     return sizes
 
 
-def moved(index: ShardIndex, crops: CropsConfig) -> dict[str, str]:
+def moved(index: ShardIndex, crops: CropsConfig, images: int) -> dict[str, str]:
     """Bytes that an image's crops take on their way, by arithmetic."""
+    samples = np.arange(min(images, index.num_samples))
+    raws = open_source(index, LoaderConfig()).read_many([index.locate(int(n)) for n in samples])
+    headers = [read_header(raw) for raw in raws if isinstance(raw, bytes)]
+    sides = np.array([(header.height, header.width) for header in headers])
+    boxes = crop_boxes(crops, *sides.T, seed=0, epoch=0, samples=samples[: len(sides)])
+    read = 3 * boxes[..., 2].astype(float) * boxes[..., 3]
     one = [3 * crops.global_crops_size**2, 3 * crops.local_crops_size**2]
     total = one[0] * crops.global_crops_number + one[1] * crops.local_crops_number
     return {
         "read from storage": f"{index.sizes.mean() / 1e3:.0f} kB an image",
+        "decoded pixels": f"{3 * sides.prod(1).mean() / 1e3:.0f} kB an image, in memory used again",
+        "pixels that a crop is made of": f"{read.mean() / 1e3:.0f} kB, gathered for the resize",
         "a global crop, written once and copied once": f"{one[0]:,} B",
         "a local crop, written once and copied once": f"{one[1]:,} B",
         "to the device": f"{total / 1e3:.0f} kB an image (uint8; float32 would be four times that)",
@@ -201,7 +215,8 @@ def main() -> None:
             [loader_rate(index, crops, n, args.seconds / 3) for n in (1, 2)] for _ in "123"
         ]
         memory = memory_over_epochs(index, crops)
-        bytes_moved = moved(index, crops)
+        bytes_moved = moved(index, crops, args.images)
+        packing = list(rows(Path(index.path(0)), rounds=3))
     clock, cpu, own = (
         [statistics.median(r[i][k] for r in two_rounds) for i in (0, 1)] for k in (0, 1, 2)
     )
@@ -212,19 +227,23 @@ def main() -> None:
     )
     for name, rate in rates.items():
         table.add_row(name, f"{rate:.0f} images/s a core")
-    decoding, _, official, ours = rates.values()
-    reused = rates["bare decoding, memory reused"]
+    decoding, reused, official, ours = rates.values()
+    alone = f"{1e3 / ours - 1e3 / reused:.2f} ms an image"
+    table.add_row("crops alone (ours less decoding)", alone)
     table.add_row("ours / official", f"{ours / official:.1f} x", style="bold")
     table.add_row("ours / bare decoding", f"{ours / decoding:.0%}", style="bold")
     table.add_row("ours / bare decoding, memory reused", f"{ours / reused:.0%}", style="bold")
-    table.add_row("loader, 1 worker", f"{clock[0]:.0f} images/s by the clock")
-    table.add_row("loader, 2 workers", f"{clock[1]:.0f} images/s by the clock")
+    for number, (rate, own_rate) in enumerate(zip(clock, cpu, strict=True), 1):
+        had = f"{rate:.0f} images/s by the clock, on {rate / own_rate:.2f} cores"
+        table.add_row(f"loader, workers: {number}", had)
     table.add_row("2 workers / 1 worker, by the clock", f"{scaling:.2f} x", style="bold")
     table.add_row("2 workers / 1 worker, by CPU time", f"{2 * cpu[1] / cpu[0]:.2f} x", style="bold")
     table.add_row("training process, CPU time", f"{own[1]:.0f} us an image")
     for name, text in bytes_moved.items():
         table.add_row(name, text)
     table.add_row("memory after epoch 1, 2, 3", ", ".join(f"{size:.0f} MB" for size in memory))
+    for row in packing:
+        table.add_row(*row)
     Console(width=100).print(table)
 
 

@@ -52,7 +52,7 @@ def make_index(folder: Path, samples: int, shards: int) -> None:
         ],
         "arrays": {},
     }  # fmt: skip
-    meta["checksum"] = index_module._checksum(meta)
+    meta["checksum"] = index_module.checksum_of(meta)
     (folder / INDEX).write_text(json.dumps(meta))
 
 

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
 from xcit_dino.data.keyed import keyed_uniforms
-from xcit_dino.data.loader import Batch
 
 AUGMENT_STREAM = 13
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

@@ -18,14 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from xcit_dino.data.plan import Plan
+from xcit_dino.data.remote import Unreadable
 
 PART = ".part"
 Chunks = Callable[[str, int], Iterator[bytes]]
 """Yields the bytes of the shard of that name and size; raises Unreadable."""
-
-
-class Unreadable(Exception):
-    """The bytes cannot be had; the message is the reason."""
 
 
 class ShardCache:

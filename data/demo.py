@@ -21,7 +21,8 @@ import numpy as np
 import simplejpeg
 
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.index import INDEX, ShardIndex, write_index
+from xcit_dino.data.index import INDEX, ShardIndex
+from xcit_dino.data.indexwriter import write_index
 from xcit_dino.data.keyed import keyed_bits, text_key
 from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
 from xcit_dino.errors import InputError

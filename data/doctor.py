@@ -15,14 +15,9 @@ import numpy as np
 
 from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.examine import Finding, examine
-from xcit_dino.data.index import (
-    INDEX,
-    ShardIndex,
-    ShardPart,
-    is_url,
-    write_atomically,
-    write_index,
-)
+from xcit_dino.data.files import write_atomically
+from xcit_dino.data.index import INDEX, ShardIndex, is_url
+from xcit_dino.data.indexwriter import ShardPart, write_index
 from xcit_dino.data.parallel import Advance, map_processes, num_cores
 from xcit_dino.data.shardscan import scan_shard
 from xcit_dino.errors import InputError
@@ -30,7 +25,7 @@ from xcit_dino.progress import progress
 
 REPORT = "check.jsonl"
 SHOWN = 20  # problems printed; all of them are in the report
-CROP_SECONDS = 2e-3  # cutting 2x224 + 10x96 crops on one core, see bench/crops.py
+CROP_SECONDS = 1e-3  # cutting 2x224 + 10x96 crops on one core: bench/crops.py, "crops alone"
 
 
 def check(config: CheckConfig) -> int:
@@ -131,8 +126,12 @@ def _report(index: ShardIndex, finding: Finding) -> None:
     console.print(table)
     for item in finding.bad[:SHOWN]:
         console.print(escape(f"  {item['shard']} {item['key']}: {item['reason']}"), style="red")
-    if finding.bad:
-        where = _write_report(Path(index.root) / REPORT, finding)
+    report = Path(index.root) / REPORT
+    if not finding.bad:
+        with contextlib.suppress(OSError):
+            report.unlink(missing_ok=True)  # of an earlier check
+    else:
+        where = _write_report(report, finding)
         console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}")
 
 
@@ -194,17 +193,18 @@ def preflight(
     nodes, gpus, per_gpu = config.nodes or 1, config.gpus or 1, config.batch_size_per_gpu
     batch = nodes * gpus * per_gpu
     steps, dropped = divmod(num_samples, batch)
-    yield (
-        f"{nodes} nodes x {gpus} GPUs x {per_gpu} images: a global batch of {batch:,}, "
-        f"{steps:,} steps an epoch on every rank, {dropped:,} samples dropped "
-        f"({dropped / num_samples:.2%}, other ones every epoch)"
-    )
+    layout = f"nodes x GPUs x images: {nodes} x {gpus} x {per_gpu}, a global batch of {batch:,}"
     if not steps:
         yield (
-            "  STARVES: fewer samples than one global batch; take at most "
-            f"{max(num_samples // per_gpu, 1)} GPUs or --batch_size_per_gpu "
+            f"{layout}\n  STARVES: {num_samples:,} samples are fewer than one global batch; take "
+            f"at most {max(num_samples // per_gpu, 1)} GPUs in all or --batch_size_per_gpu "
             f"{max(num_samples // (nodes * gpus), 1)}"
         )
+        return
+    yield (
+        f"{layout}, {steps:,} steps an epoch on every rank, {dropped:,} samples dropped "
+        f"({dropped / num_samples:.2%}, other ones every epoch)"
+    )
     workers = max(config.workers, 1)
     if finding.decoded:
         seconds = finding.seconds / finding.decoded + CROP_SECONDS

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
-from xcit_dino.data.index import ARRAYS, INDEX, ShardIndex, file_sha256
+from xcit_dino.data.files import file_sha256
+from xcit_dino.data.index import ARRAYS, INDEX, MAX_LABEL, ShardIndex
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.shardscan import scan_samples
 from xcit_dino.data.storage import MAX_BYTES
@@ -55,7 +56,9 @@ class _Task:
     """int64 [samples, 3]: offset, size, label as the index has them."""
     picked: np.ndarray
     """Which of them to decode."""
-    num_classes: int | None
+    labelled: bool
+    """The set has labels, so that a sample without one is a problem."""
+    num_classes: int
 
 
 def examine(index: ShardIndex, sample: int | None, num_workers: int | None) -> Finding:
@@ -81,6 +84,7 @@ class _Tasks(Sequence[_Task]):
 
     def __init__(self, index: ShardIndex, chosen: np.ndarray):
         self.shard_index, self.chosen = index, chosen
+        self.labelled = bool(index.classes) or bool((np.asarray(index.labels) >= 0).any())
 
     def __len__(self) -> int:
         return len(self.shard_index.shards)
@@ -96,7 +100,7 @@ class _Tasks(Sequence[_Task]):
         return _Task(
             index.path(shard), index.shards[shard], int(index.shard_bytes[shard]),
             index.sha256[shard], np.stack(columns, 1), self.chosen[first:last] - start,
-            len(index.classes) if index.classes else None,
+            self.labelled, len(index.classes) if index.classes else MAX_LABEL + 1,
         )  # fmt: skip
 
 
@@ -137,7 +141,7 @@ def _examine_shard(task: _Task, advance: Advance) -> Finding:
             report("", f"{len(found)} samples, which are not the {len(task.expected)} of the index")
         keys = {offset: key for offset, _, _, key in rows}
         _check_keys(list(keys.values()), finding, report)
-        _check_labels(rows, task.num_classes, report)
+        _check_labels(rows, {item["key"] for item in damage}, task, report)
         _decode(descriptor, task, keys, finding, report, advance)
     finally:
         os.close(descriptor)
@@ -155,13 +159,13 @@ def _check_keys(keys: list[str], finding: Finding, report: Report) -> None:
 
 
 def _check_labels(
-    rows: list[tuple[int, int, int, str]], num_classes: int | None, report: Report
+    rows: list[tuple[int, int, int, str]], reported: set[str], task: _Task, report: Report
 ) -> None:
     for _, _, label, key in rows:
-        if num_classes is not None and label < 0:
+        if task.labelled and label < 0 and key not in reported:
             report(key, "no label")
-        elif num_classes is not None and label >= num_classes:
-            report(key, f"label {label} out of range: there are {num_classes} classes")
+        elif label >= task.num_classes:
+            report(key, f"label {label} out of range: there are {task.num_classes} classes")
 
 
 def _decode(

@@ -15,39 +15,27 @@ A data set is a folder of WebDataset shards and four files:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 
+from xcit_dino.data.files import write_atomically
+from xcit_dino.data.remote import Remote, Unreadable, persistent_chunks
 from xcit_dino.errors import InputError
 
 VERSION = 1
 INDEX = "index.json"
 ARRAYS = {"offsets": np.dtype("<i8"), "sizes": np.dtype("<i4"), "labels": np.dtype("<i4")}
 NPY_HEADER = 128  # bytes that NumPy writes in front of a one-dimensional array
-MAX_LABEL = (1 << 31) - 1
+MAX_LABEL = (1 << 24) - 1  # more classes than that are damage, and tables of them take gigabytes
 KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]+)$")  # WebDataset: the key ends at the first dot
-
-
-class ShardPart(NamedTuple):
-    """One shard's share of an index; arrays hold one entry a sample."""
-
-    name: str
-    bytes: int
-    sha256: str | None
-    offsets: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-    damage: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +113,9 @@ def resolve_split(root: str | Path, split: str) -> str:
     """
     root = str(root)
     inside = f"{root.rstrip('/')}/{split}"
-    if _exists(f"{inside}/{INDEX}"):
+    if _has_index(inside):
         return inside
-    own = _exists(f"{root.rstrip('/')}/{INDEX}")
+    own = _has_index(root)
     if own and split == "train":
         return root
     if own:
@@ -150,72 +138,99 @@ def resolve_split(root: str | Path, split: str) -> str:
 # ---------------------------------------------------------------------------- reading an index
 
 
-def _exists(path: str) -> bool:
-    if not is_url(path):
-        return os.path.isfile(path)
-    import fsspec
-
-    fs, inner = fsspec.core.url_to_fs(path)
-    return bool(fs.exists(inner))
+def _has_index(root: str) -> bool:
+    if not is_url(root):
+        return os.path.isfile(f"{root}/{INDEX}")
+    try:
+        return Remote(root).exists(INDEX)
+    except Unreadable as failure:
+        raise InputError(f"{root}/{INDEX} cannot be read: {failure}") from None
 
 
 def _fetched(url: str) -> Path:
-    """A local folder with the index files of ``url``: kept between runs, keyed by the checksum."""
-    import fsspec
-
+    """A local folder with the index files of ``url``: kept between runs, keyed by their content."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xcit_dino" / "index"
     try:
-        with cast(Any, fsspec.open(f"{url.rstrip('/')}/{INDEX}", "rb")) as file:
-            raw = file.read()
-    except FileNotFoundError:
-        raise InputError(f"no {INDEX} at {url}; copy it there beside the shards") from None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xcit_dino"
-    folder = cache / "index" / hashlib.sha256(raw).hexdigest()[:32]
+        return _fetch(url, Remote(url), cache)
+    except Unreadable as failure:
+        raise InputError(f"the index at {url} cannot be read: {failure}") from None
+    except OSError as error:
+        raise InputError(
+            f"{cache}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
+
+
+def _fetch(url: str, remote: Remote, cache: Path) -> Path:
+    if not remote.exists(INDEX):
+        raise InputError(f"no {INDEX} at {url}; copy it there beside the shards")
+    raw = remote.whole(INDEX)
+    folder = cache / hashlib.sha256(raw).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ARRAYS:
-        if not (folder / f"index.{name}.npy").exists():
-            with cast(Any, fsspec.open(f"{url.rstrip('/')}/index.{name}.npy", "rb")) as file:
-                write_atomically(
-                    folder / f"index.{name}.npy", iter(partial(file.read, 1 << 22), b"")
-                )
     write_atomically(folder / INDEX, [raw])
+    meta = _read_meta(url, folder)
+    for name, dtype in ARRAYS.items():
+        file = folder / f"index.{name}.npy"
+        if not file.exists():
+            size = NPY_HEADER + meta["samples"] * dtype.itemsize
+            pieces = persistent_chunks(remote.chunks, file.name, size)
+            write_atomically(file, _verified(pieces, file.name, meta["arrays"][name]))
     return folder
 
 
+def _verified(pieces: Iterable[bytes], name: str, sha256: str) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    if digest.hexdigest() != sha256:
+        raise Unreadable(f"{name} and {INDEX} do not belong together (checksum)")
+
+
 def _open(root: str, folder: Path) -> ShardIndex:
-    path = folder / INDEX
+    meta = _read_meta(root, folder)
     try:
-        meta = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(
-            f"{root} has no {INDEX}; make shards with: xcit-dino shards make SRC {root}, "
-            f"or index shards that are there with: xcit-dino shards check {root}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from None
-    try:
-        if meta["version"] != VERSION:
-            raise InputError(
-                f"{path} has version {meta['version']!r}; this program reads {VERSION}"
-            )
-        if meta["checksum"] != _checksum(meta):
-            raise _damaged(path, "its checksum does not fit its content")
         shards = [str(shard["name"]) for shard in meta["shards"]]
         counts = np.array([shard["samples"] for shard in meta["shards"]], np.int64)
         num_bytes = np.array([shard["bytes"] for shard in meta["shards"]], np.int64)
         sha256 = [shard["sha256"] for shard in meta["shards"]]
         classes = meta["classes"]
     except (KeyError, TypeError, OverflowError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from None
+        raise _damaged(root, INDEX, f"{type(error).__name__}: {error}") from None
     if (counts < 0).any() or not _are_names(classes):
-        raise _damaged(path, "counts below 0, or class names that are none")
+        raise _damaged(root, INDEX, "counts below 0, or class names that are none")
     if unsafe := [name for name in shards if not _is_inside(name)]:
-        raise _damaged(path, f"shard name {unsafe[0]!r} leaves the folder")
-    arrays = {name: _map(folder / f"index.{name}.npy", int(counts.sum())) for name in ARRAYS}
+        raise _damaged(root, INDEX, f"shard name {unsafe[0]!r} leaves the folder")
+    arrays = {name: _map(root, folder / f"index.{name}.npy", int(counts.sum())) for name in ARRAYS}
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     return ShardIndex(
         root, shards, sha256, counts, starts, num_bytes, **arrays, classes=classes,
         checksum=meta["checksum"],
     )  # fmt: skip
+
+
+def _read_meta(root: str, folder: Path) -> dict[str, Any]:
+    """What ``index.json`` says, once its version and checksum are right."""
+    try:
+        meta = json.loads((folder / INDEX).read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{root} has no {INDEX}; make shards with: xcit-dino shards make SRC {root}, "
+            f"or index shards that are there with: xcit-dino shards check {root}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(root, INDEX, str(error)) from None
+    try:
+        if meta["version"] != VERSION:
+            raise InputError(
+                f"{root}/{INDEX} has version {meta['version']!r}; this program reads {VERSION}"
+            )
+        if meta["checksum"] != checksum_of(meta):
+            raise _damaged(root, INDEX, "its checksum does not fit its content")
+        if type(meta["samples"]) is not int or not meta["arrays"].keys() >= ARRAYS.keys():
+            raise _damaged(root, INDEX, "it lacks numbers that every index has")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(root, INDEX, f"{type(error).__name__}: {error}") from None
+    return meta
 
 
 def _are_names(classes: Any) -> bool:
@@ -230,82 +245,25 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name)
 
 
-def _map(path: Path, length: int) -> np.ndarray:
+def _map(root: str, path: Path, length: int) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(path, str(error)) from None
+        raise _damaged(root, path.name, str(error)) from None
     if array.shape != (length,) or array.dtype != ARRAYS[path.name.split(".")[1]]:
-        raise _damaged(path, f"holds {array.dtype} {array.shape}, not {length} samples")
+        raise _damaged(root, path.name, f"holds {array.dtype} {array.shape}, not {length} samples")
     return array
 
 
-def _damaged(path: Path, why: str) -> InputError:
+def _damaged(root: str, name: str, why: str) -> InputError:
     return InputError(
-        f"{path} cannot be used ({why}); build it again with: "
-        f"xcit-dino shards check {path.parent} --rebuild"
+        f"{root}/{name} cannot be used ({why}); build it again with: "
+        f"xcit-dino shards check {root} --rebuild"
     )
 
 
-def _checksum(meta: dict[str, Any]) -> str:
+def checksum_of(meta: dict[str, Any]) -> str:
+    """SHA-256 of an ``index.json``'s content, which names the arrays' own."""
     content = {name: value for name, value in meta.items() if name != "checksum"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------- writing an index
-
-
-def write_atomically(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write ``pieces`` under a temporary name, flush them to disk, then give the final name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str] | None) -> str:
-    """Write the index of ``root`` from its shards in their order; returns the checksum.
-
-    The old ``index.json`` goes first and the new one comes last, so that no reader ever sees
-    arrays of another index. ``parts`` may be a generator: one part is held at a time.
-    """
-    root, shards = Path(root), []
-    (root / INDEX).unlink(missing_ok=True)
-    with contextlib.ExitStack() as stack:
-        files = {n: stack.enter_context((root / f".index.{n}.tmp").open("wb+")) for n in ARRAYS}
-        for file in files.values():
-            file.write(bytes(NPY_HEADER))  # its text, the number of samples, comes last
-        for part in parts:
-            for name, file in files.items():
-                file.write(np.ascontiguousarray(getattr(part, name), ARRAYS[name]).tobytes())
-            shards.append(
-                {"name": part.name, "samples": len(part.offsets), "bytes": part.bytes,
-                 "sha256": part.sha256}
-            )  # fmt: skip
-        samples = sum(shard["samples"] for shard in shards)
-        for name, file in files.items():
-            file.seek(0)
-            header = {"descr": ARRAYS[name].str, "fortran_order": False, "shape": (samples,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            assert file.tell() == NPY_HEADER
-            file.flush()
-            os.fsync(file.fileno())
-    for name in ARRAYS:
-        (root / f".index.{name}.tmp").replace(root / f"index.{name}.npy")
-    meta = {
-        "version": VERSION, "samples": samples, "bytes": sum(shard["bytes"] for shard in shards),
-        "classes": classes, "shards": shards,
-        "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in ARRAYS},
-    }  # fmt: skip
-    meta["checksum"] = _checksum(meta)
-    write_atomically(root / INDEX, [json.dumps(meta, indent=1).encode()])
-    return meta["checksum"]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

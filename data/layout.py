@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from xcit_dino.data.config import MakeConfig
+from xcit_dino.data.imagefile import Image
 from xcit_dino.data.index import INDEX, MAX_LABEL, ShardIndex
 from xcit_dino.data.labels import attach, labels_beside, read_label_map
-from xcit_dino.data.sources import Image, Listing
+from xcit_dino.data.sources import Listing
 from xcit_dino.errors import InputError, suggest
 
 SPLITS = {  # folder names of a split, the preferred one first
@@ -19,6 +21,7 @@ SPLITS = {  # folder names of a split, the preferred one first
     "val": ("val", "valid", "validation", "ILSVRC2012_img_val", "test", "testing"),
 }
 FOLDERS = {name for names in SPLITS.values() for name in names}
+NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")  # tables with gaps are often saved as 3.0, 7.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
         )
     if flat and known:
         raise InputError(f"--label_map: {config.src} has no labels")
-    bare = listing.is_list and all(_is_number(image.label) for image in listing.images)
-    classes = None if flat or bare else _classes(named, config, known)
+    classes = None
+    if not flat and not (known is None and _are_numbers(listing, splits, named, config)):
+        classes = _classes(named, config, known)
     return {s: _numbered(s, part, known, classes, listing) for s, part in named.items()}
 
 
@@ -82,8 +86,31 @@ def _unwrap(images: list[Image]) -> list[Image]:
     return images
 
 
-def _is_number(label: str | None) -> bool:
-    return label is None or (label.isascii() and label.isdigit())
+def _in_class_folders(images: Sequence[Image]) -> bool:
+    return len({_top(image.name) for image in images if "/" in image.name}) > 1
+
+
+def _are_numbers(
+    listing: Listing,
+    splits: dict[str, list[Image]],
+    named: dict[str, list[Image]],
+    config: MakeConfig,
+) -> bool:
+    """True where the labels of a list are numbers already; names of folders never are.
+
+    Raises:
+        InputError: some are and some are not.
+    """
+    if not listing.is_list and any(_in_class_folders(part) for part in splits.values()):
+        return False
+    labels = {image.label for part in named.values() for image in part if image.label}
+    words = sorted(label for label in labels if not NUMBER.fullmatch(label))
+    if words and len(words) < len(labels):
+        raise InputError(
+            f"{config.labels or config.src}: labels are numbers, but {words[0]!r} is none; correct "
+            "it, or say which classes there are with --label_map"
+        )
+    return not words
 
 
 def _splits(listing: Listing, config: MakeConfig) -> dict[str, list[Image]]:
@@ -112,8 +139,7 @@ def _with_labels(
     split: str, images: list[Image], config: MakeConfig, file: Path | None
 ) -> list[Image]:
     """Class names from the folders, or from the label file of a flat set."""
-    folders = {_top(image.name) for image in images if "/" in image.name}
-    if len(folders) > 1:
+    if _in_class_folders(images):
         return [i._replace(label=_top(i.name) if "/" in i.name else None) for i in images]
     if file is not None and split != "train":
         return attach(images, file)
@@ -168,12 +194,13 @@ def _numbered(
     kept, labels, dropped = [], [], Counter()
     for image in images:
         name = image.label or ""
-        number = int(name) if classes is None and name.isdigit() else numbers.get(name)
         if not name:
             listing.bad.append({"source": image.name, "reason": "no label"})
-        elif number is None:
+            continue
+        number = numbers.get(name) if classes is not None else int(name.partition(".")[0])
+        if number is None:
             dropped[name] += 1
-        elif number > MAX_LABEL:
+        elif not 0 <= number <= MAX_LABEL:
             listing.bad.append({"source": image.name, "reason": f"label {name} out of range"})
         else:
             kept.append(image)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xcit_dino.data.batch import Batch, Copier
 from xcit_dino.data.cache import ReadAhead
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.devicecrops import DeviceCropper, EncodedWork
@@ -34,30 +34,16 @@ from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.storage import CachedSource, open_source
-from xcit_dino.data.workers import CropWork, Done, ImageWork, Retouch, Task, answers
+from xcit_dino.data.workers import (
+    SUBSTITUTES,
+    CropWork,
+    Done,
+    ImageWork,
+    Retouch,
+    Task,
+    answers,
+)
 from xcit_dino.errors import InputError
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's micro-batch; G global and L local crops of B samples.
-
-    Attributes:
-        step, micro, epoch: optimiser step (from 0), micro-batch in it, epoch of the step.
-        samples: int64 [B], the plan's numbers; they key every random choice.
-        sources: int64 [B], whose pixels these are: another number where a sample is unreadable.
-        labels: int64 [B], of the sources; -1 where there is none.
-        global_crops, local_crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]; channels last.
-    """
-
-    step: int
-    micro: int
-    epoch: int
-    samples: NDArray[np.int64]
-    sources: NDArray[np.int64]
-    labels: Tensor
-    global_crops: Tensor
-    local_crops: Tensor
 
 
 class CropLoader:
@@ -164,6 +150,11 @@ class CropLoader:
 
     def _batch(self, done: Done, global_crops: Tensor, local_crops: Tensor) -> Batch:
         record(self.quarantine, self.index, done)
+        if (done.sources < 0).any():
+            raise InputError(
+                f"--data_path {self.index.root}: no image can be read in place of an unreadable "
+                f"one, {SUBSTITUTES} tries in a row; the last: {done.bad[-1]}"
+            )
         task = done.task
         labels = torch.from_numpy(self.index.labels[done.sources].astype(np.int64))
         return Batch(
@@ -232,40 +223,6 @@ class ImageLoader:
     def _tasks(self, num_slots: int) -> Iterator[Task]:
         for number, first in enumerate(range(0, len(self.samples), self.batch_size)):
             yield Task(number % num_slots, self.samples[first : first + self.batch_size])
-
-
-class Copier:
-    """Copies micro-batches to the GPU on a stream of its own, beside the running step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.last, self.before = torch.cuda.Event(), torch.cuda.Event()
-
-    def copied(self, step: list[Batch]) -> list[Batch]:
-        """The same batches on the device, ready for the current stream.
-
-        Returns once the copies of the step before are done: its slots are then free.
-        """
-        with torch.cuda.stream(self.stream):
-            moved = [self._to_device(batch) for batch in step]
-            self.last, self.before = self.before, self.last
-            self.last.record(self.stream)
-        self.before.synchronize()
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(self.last)
-        for batch in moved:
-            for tensor in (batch.global_crops, batch.local_crops, batch.labels):
-                tensor.record_stream(current)
-        return moved
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return replace(
-            batch,
-            global_crops=batch.global_crops.to(self.device, non_blocking=True),
-            local_crops=batch.local_crops.to(self.device, non_blocking=True),
-            labels=batch.labels.to(self.device, non_blocking=True),
-        )
 
 
 def _in_ring(ring: Ring, done: Done) -> tuple[Done, Tensor, Tensor]:

@@ -22,13 +22,16 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.index import INDEX, ShardIndex, ShardPart, write_atomically, write_index
+from xcit_dino.data.files import write_atomically
+from xcit_dino.data.index import INDEX, ShardIndex
+from xcit_dino.data.indexwriter import ShardPart, write_index
 from xcit_dino.data.keyed import keyed_permutation, text_key
-from xcit_dino.data.labels import LIST_SUFFIXES, list_images, list_torchvision, torchvision_names
 from xcit_dino.data.layout import FOLDERS, SPLITS, Part, arrange
+from xcit_dino.data.lists import LIST_SUFFIXES, list_images
 from xcit_dino.data.parallel import map_processes
 from xcit_dino.data.shardjob import WORK, Encoding, Shard, load_part, pack_shard
 from xcit_dino.data.sources import Listing, list_archive, list_folder
+from xcit_dino.data.torchvisionsets import list_torchvision, torchvision_names
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.progress import progress
 

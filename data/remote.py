@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
-from xcit_dino.data.cache import Unreadable
+from xcit_dino.errors import InputError
 
 T = TypeVar("T")
 CHUNK = 1 << 23  # bytes a request when a whole shard is copied
@@ -27,20 +27,60 @@ TIMEOUT = 60.0  # seconds in which a server must answer a request
 HOLD_OFF = 60.0  # seconds for which a shard that failed every attempt is given up
 
 
+class Unreadable(Exception):
+    """The bytes cannot be had; the message is the reason."""
+
+
 class Remote:
-    """Shards below a URL, through fsspec."""
+    """Files below a URL, through fsspec.
+
+    Raises:
+        InputError: fsspec does not know such URLs, or lacks a package for them.
+    """
 
     def __init__(self, base: str) -> None:
-        self.base = base
+        import fsspec
+
+        self.base = base.rstrip("/")
+        try:
+            fsspec.get_filesystem_class(fsspec.core.split_protocol(base)[0])
+        except (ImportError, ValueError) as error:
+            extra = {"s3": "; pip install 'xcit-dino[s3]'", "gs": "; pip install 'xcit-dino[gs]'"}
+            raise InputError(f"{base}: {error}{extra.get(base.partition(':')[0], '')}") from None
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:  # connections do not survive a fork
         import fsspec
 
-        try:
-            return fsspec.core.url_to_fs(self.base)
-        except (ImportError, ValueError) as error:
-            raise Unreadable(f"{self.base}: {error}") from None
+        return fsspec.core.url_to_fs(self.base)
+
+    def exists(self, name: str) -> bool:
+        """Asked by reading a byte: a server that fails is asked again, and is no answer.
+
+        Raises:
+            Unreadable: no answer.
+        """
+
+        def request() -> bool:
+            try:
+                self._cat(name, start=0, end=1)
+            except (FileNotFoundError, PermissionError):  # S3 hides names that may not be listed
+                return False
+            except Exception as error:
+                if getattr(error, "status", None) == 403:  # the same, by way of https
+                    return False
+                raise
+            return True
+
+        return persistently(request)
+
+    def whole(self, name: str) -> bytes:
+        """A small file.
+
+        Raises:
+            Unreadable: every attempt failed, or it is not there.
+        """
+        return persistently(lambda: self._cat(name))
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Bytes of a shard; any failure is an exception."""
@@ -59,16 +99,15 @@ class Remote:
             yield data
 
     def _get(self, name: str, offset: int, size: int) -> bytes:
-        filesystem, root = self._opened
-        path, end = f"{root}/{name}", offset + size
-        data = filesystem.cat_file(path, start=offset, end=end, **self._deadline)
+        data = self._cat(name, start=offset, end=offset + size)
         if len(data) < size:
             raise OSError(f"{len(data)} of {size} bytes at {offset}")
         return data
 
-    @property
-    def _deadline(self) -> dict[str, float]:
-        return {"timeout": TIMEOUT} if self._opened[0].async_impl else {}
+    def _cat(self, name: str, **part: int) -> bytes:
+        filesystem, root = self._opened
+        deadline = {"timeout": TIMEOUT} if filesystem.async_impl else {}
+        return filesystem.cat_file(f"{root}/{name}", **part, **deadline)
 
 
 def pipe_chunks(command: str, name: str, size: int, begin: int) -> Iterator[bytes]:
@@ -156,7 +195,7 @@ class GivenUp:
 
 
 def _unreadable(error: Exception) -> Unreadable:
-    return error if isinstance(error, Unreadable) else Unreadable(f"no such shard: {_words(error)}")
+    return error if isinstance(error, Unreadable) else Unreadable(f"no such file: {_words(error)}")
 
 
 def _words(error: Exception) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
-from xcit_dino.data.index import ARRAYS, ShardPart, write_atomically
+from xcit_dino.data.files import write_atomically
+from xcit_dino.data.imagefile import Image, read_image
+from xcit_dino.data.index import ARRAYS
+from xcit_dino.data.indexwriter import ShardPart
 from xcit_dino.data.parallel import Advance
-from xcit_dino.data.sources import Image, read_image
 from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
 
 WORK = ".packing"  # finished shards' parts, until all are there

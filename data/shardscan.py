@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.index import ARRAYS, KEY, MAX_LABEL, ShardPart, file_sha256
+from xcit_dino.data.files import file_sha256
+from xcit_dino.data.index import ARRAYS, KEY, MAX_LABEL
+from xcit_dino.data.indexwriter import ShardPart
 from xcit_dino.data.tarscan import Damage, ReadAt, scan
 
 IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe png webp bmp gif tif tiff ppm pgm pbm".split())

@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, Protocol
 
-from xcit_dino.data.cache import ShardCache, Unreadable
+from xcit_dino.data.cache import ShardCache
 from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.index import ShardIndex, is_url, key_of
 from xcit_dino.data.remote import (
     GivenUp,
     Remote,
+    Unreadable,
     persistent_chunks,
     persistently,
     pipe_chunks,

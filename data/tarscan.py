@@ -123,7 +123,13 @@ def scan(read_at: ReadAt, end: int, start: int = 0) -> Iterator[Member | Damage]
     while position < end:
         header = window.get(position, BLOCK)
         if header == ZERO and window.get(position + BLOCK, BLOCK) in (ZERO, b""):
-            return
+            hole, position = position, _next_header(window, position + BLOCK, end)
+            if end - hole > CHUNK or position < end:  # no tar pads its end by a megabyte
+                yield Damage("", hole, f"{position - hole} bytes without a header")
+            if position == end:
+                return
+            extended = {}
+            continue
         try:
             size = _number(header[124:136]) if _valid(header) else -1
         except ValueError:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xcit_dino.data.cache import Unreadable
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops
 from xcit_dino.data.decode import BadImage, Header, Pixels, Scratch, decode, read_header
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.keyed import keyed_bits
+from xcit_dino.data.remote import Unreadable
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.storage import Source, read_key
 
@@ -139,7 +139,8 @@ class CropWork:
     def _substitute(self, task: Task, place: int) -> int:
         """Fill the place with another image, a pure function of (seed, epoch, sample).
 
-        Its crops are keyed by the sample it stands for, so they differ from its own.
+        Returns its number, or -1 when SUBSTITUTES in a row are unreadable. Its crops are keyed by
+        the sample it stands for, so they differ from its own.
         """
         wanted = task.samples[place : place + 1]
         keys = (self.seed, SUBSTITUTE_STREAM, task.epoch, int(wanted[0]), np.arange(SUBSTITUTES))
@@ -153,10 +154,7 @@ class CropWork:
                 return int(candidate)
             except (Unreadable, BadImage) as reason:
                 self.reading.reject(int(candidate), reason)
-        raise RuntimeError(
-            f"{SUBSTITUTES} images drawn in place of sample {wanted[0]} are all unreadable; "
-            f"the last: {self.reading.bad[-1]}"
-        )
+        return -1
 
 
 class ImageWork:

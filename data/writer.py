@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xcit_dino.data.index import ShardPart
+from xcit_dino.data.indexwriter import ShardPart
 from xcit_dino.data.shardscan import scan_shard
 from xcit_dino.data.tarscan import BLOCK
 

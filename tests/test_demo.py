@@ -10,7 +10,8 @@ import pytest
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.decode import Scratch, decode, read_header
 from xcit_dino.data.demo import CLASSES, make, render
-from xcit_dino.data.index import ShardIndex, file_sha256
+from xcit_dino.data.files import file_sha256
+from xcit_dino.data.index import ShardIndex
 from xcit_dino.errors import InputError
 
 

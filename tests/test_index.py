@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from xcit_dino.data import index as index_module
-from xcit_dino.data.index import ShardIndex, key_of, resolve_split, write_index
+from xcit_dino.data.index import ShardIndex, key_of, resolve_split
+from xcit_dino.data.indexwriter import write_index
 from xcit_dino.data.shardscan import scan_samples, scan_shard
 from xcit_dino.data.tarscan import Damage, Member, scan
 from xcit_dino.data.writer import Sample, write_shard
@@ -101,7 +102,7 @@ SHARD = {"name": "0.tar", "samples": 12, "bytes": 1, "sha256": None}
 def edit(folder: Path, checksum: bool = True, **changes: Any) -> None:
     """Change index.json, its checksum corrected or not."""
     meta = json.loads((folder / "index.json").read_text()) | changes
-    meta["checksum"] = index_module._checksum(meta) if checksum else meta["checksum"]
+    meta["checksum"] = index_module.checksum_of(meta) if checksum else meta["checksum"]
     (folder / "index.json").write_text(json.dumps(meta))
 
 
@@ -201,7 +202,7 @@ def test_img2dataset_shards(tmp_path: Path):
     assert part.labels.tolist() == [-1, -1, -1] and part.sha256 is None
 
 
-@pytest.mark.parametrize("label", ["x", "-1", "", "99999999999", "1.5", "١"])
+@pytest.mark.parametrize("label", ["x", "-1", "", "99999999999", "2147483647", "1.5", "١"])
 def test_an_unreadable_label_keeps_the_sample(label: str):
     pairs = [("0.cls", label.encode()), ("0.jpg", b"i"), ("1.cls", b"7\n"), ("1.jpg", b"i")]
     data = tar_bytes([(tarfile.TarInfo(n), d) for n, d in pairs])
@@ -246,6 +247,22 @@ def test_one_damaged_header_costs_one_member():
     found = scan_bytes(bytes(data))
     assert [m.name for m in found if isinstance(m, Member)] == ["0.jpg", "1.jpg", "3.jpg", "4.jpg"]
     assert [m.reason for m in found if isinstance(m, Damage)] == ["damaged tar header"]
+
+
+@pytest.mark.parametrize("hole", [(1536, 3072), (1700, 4000), (0, 512), (1024, 2048)])
+def test_zeros_cost_only_the_members_that_they_touch(hole: tuple[int, int]):
+    data = bytearray(tar_bytes([(tarfile.TarInfo(f"{n}.jpg"), b"i" * 700) for n in range(5)]))
+    data[slice(*hole)] = bytes(hole[1] - hole[0])
+    found = scan_bytes(bytes(data))
+    headers = [n for n in range(5) if n * 1536 + 512 <= hole[0] or n * 1536 >= hole[1]]
+    assert [m.name for m in found if isinstance(m, Member)] == [f"{n}.jpg" for n in headers]
+    assert len(headers) == 5 or any(isinstance(m, Damage) for m in found)
+
+
+def test_a_tail_of_zeros_is_not_taken_for_the_end():
+    data = tar_bytes([(tarfile.TarInfo("0.jpg"), b"i" * 700)])
+    assert [type(m) for m in scan_bytes(data)] == [Member]
+    assert [type(m) for m in scan_bytes(data + bytes(1 << 21))] == [Member, Damage]
 
 
 def test_a_truncated_tar_gives_what_is_whole():

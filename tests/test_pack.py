@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import simplejpeg
 from PIL import Image
 
 from xcit_dino.cli import main
-from xcit_dino.data import pack, shardjob, sources
+from xcit_dino.data import imagefile, pack, shardjob
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.index import ShardIndex, file_sha256
+from xcit_dino.data.files import file_sha256
+from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.matfile import read_mat
 from xcit_dino.data.pack import make
 from xcit_dino.data.writer import Sample, write_shard
@@ -242,6 +244,21 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path):
     assert digests(tmp_path / "dst") == digests(tmp_path / "whole")
 
 
+def test_no_process_outlives_a_killed_run(tmp_path: Path):
+    src = to_folder(class_files(each=300), tmp_path / "src")
+    command = [sys.executable, "-m", "xcit_dino.cli", "shards", "make", str(src)]
+    command += [str(tmp_path / "dst"), "--shard_size", "10", "--num_workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("dst/shard-*.tar")):
+        time.sleep(0.01)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
 def test_an_interrupted_run_goes_on_with_the_missing_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -324,6 +341,52 @@ def test_a_list_of_path_and_label(tmp_path: Path):
     assert index.classes is None and sorted(index.labels.tolist()) == [3, 7]
     assert bad_of(tmp_path / "j") == {"3.jpg": "no label"}
     assert packed(folder / "flat.csv", tmp_path / "f").labels.tolist() == [-1, -1]
+
+
+def listed(tmp_path: Path, text: str, name: str = "l.csv", **options: Any) -> dict[str, int]:
+    """Labels of what a list of ``0.jpg`` to ``4.jpg`` gives."""
+    folder = to_folder({f"{n}.jpg": jpeg(n) for n in range(5)}, tmp_path / "s")
+    (folder / name).write_text(text)
+    index = packed(folder / name, tmp_path / "d", **options)
+    return {name: label for name, (_, label) in contents(index).items()}
+
+
+@pytest.mark.parametrize("text", [
+    "filepath,class\n0.jpg,b\n1.jpg,a\n", "label,id,path\nb,7,0.jpg\na,8,1.jpg\n",
+    "0.jpg,b,more\n1.jpg,a\n", "\ufeffimage\tfold\tlabel\r\n0.jpg\t1\tb\r\n1.jpg\t1\ta\r\n",
+])  # fmt: skip
+def test_columns_of_lists_are_found_by_their_names(tmp_path: Path, text: str):
+    assert listed(tmp_path, text) == {"0.jpg": 1, "1.jpg": 0}
+
+
+def test_numbers_in_lists_are_labels_and_never_renumbered(tmp_path: Path):
+    rows = "0.jpg,10\n1.jpg,9.0\n2.jpg,-3\n3.jpg,99999999999\n4.jpg,\n"
+    assert listed(tmp_path, rows) == {"0.jpg": 10, "1.jpg": 9}
+    assert bad_of(tmp_path / "d") == {
+        "2.jpg": "label -3 out of range", "3.jpg": "label 99999999999 out of range",
+        "4.jpg": "no label",
+    }  # fmt: skip
+
+
+def test_words_among_numbers_are_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="labels are numbers, but '2x' is none"):
+        listed(tmp_path, "0.jpg,1\n1.jpg,2x\n")
+    (tmp_path / "map.txt").write_text("2x\n1\n")
+    assert listed(tmp_path, "0.jpg,1\n1.jpg,2x\n", label_map=tmp_path / "map.txt") == {
+        "0.jpg": 1, "1.jpg": 0,
+    }  # fmt: skip
+
+
+def test_a_file_of_numbers_labels_flat_images(tmp_path: Path):
+    folder = to_folder({f"{n:02}.jpg": jpeg(n) for n in range(11)}, tmp_path / "s")
+    (tmp_path / "labels.txt").write_text("".join(f"{10 - n}\n" for n in range(11)))
+    index = packed(folder, tmp_path / "d", labels=tmp_path / "labels.txt")
+    assert {n: label for n, (_, label) in contents(index).items()} == {
+        f"{n:02}.jpg": 10 - n for n in range(11)
+    }
+    (tmp_path / "labels.txt").write_text("")
+    with pytest.raises(InputError, match="0 labels, but there are 11 images"):
+        packed(folder, tmp_path / "e", labels=tmp_path / "labels.txt")
 
 
 def test_label_maps_choose_and_number_classes(tmp_path: Path):
@@ -526,7 +589,7 @@ def test_hostile_archives(tmp_path: Path):
 
 
 def test_hostile_zips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(imagefile, "MAX_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("good.jpg", jpeg(0))
         archive.writestr("../climb.jpg", jpeg(1))

@@ -15,14 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import fsspec
 import numpy as np
 import pytest
 
 from xcit_dino.data import remote, storage
-from xcit_dino.data.cache import ReadAhead, ShardCache, Unreadable
+from xcit_dino.data.cache import ReadAhead, ShardCache
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.index import INDEX, ShardIndex, resolve_split
+from xcit_dino.data.indexwriter import write_index
 from xcit_dino.data.plan import Plan
+from xcit_dino.data.remote import Unreadable
+from xcit_dino.data.writer import Sample, write_shard
 from xcit_dino.errors import InputError
 
 SHARDS = {f"{n:02}.tar": np.random.RandomState(n).bytes(30_000 + n) for n in range(6)}
@@ -31,10 +35,11 @@ EXPECTED = [SHARDS[f"{s:02}.tar"][o : o + n] for s, o, n in PLACES]
 
 
 class Server(ThreadingHTTPServer):
-    """Serves SHARDS; ``faults`` are used up one a request, then it behaves."""
+    """Serves ``files``; ``faults`` are used up one a request, then it behaves."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.files = SHARDS
         self.faults: list[str] = []
         self.always = ""
         self.requests = 0
@@ -59,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         self.server.requests += 1
-        data = SHARDS.get(self.path.lstrip("/"))
+        data = self.server.files.get(self.path.lstrip("/"))
         if data is None:
             return self.send_error(404)
         fault = self.server.always
@@ -157,7 +162,7 @@ def test_lost_shard_is_not_tried_again_and_others_are_read(server, tmp_path, mon
         results = storage.open_source(index, LoaderConfig(**options)).read_many(PLACES)
         for place, result, expected in zip(PLACES, results, EXPECTED, strict=True):
             if place[0] == 2:
-                assert isinstance(result, Unreadable) and "no such shard" in str(result)
+                assert isinstance(result, Unreadable) and "no such file" in str(result)
             else:
                 assert result == expected
 
@@ -184,6 +189,76 @@ def test_shard_that_changed_since_it_was_indexed_is_refused(server, tmp_path):
     assert isinstance(first, Unreadable) and "changed" in str(first)
     assert second == EXPECTED[3]
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture
+def index_on_server(server, tmp_path, monkeypatch) -> str:
+    """The URL of a data set with its index."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    samples = [Sample(f"{n:03}", "jpg", b"image" * n, n, {}) for n in range(5)]
+    write_index(tmp_path, [write_shard(tmp_path, "0.tar", samples)], None)
+    server.files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.parametrize("fault", ["error", "reset", "short", "stall"])
+def test_an_index_is_fetched_from_a_failing_server(server, index_on_server, fault):
+    server.faults = [fault] * 3
+    assert resolve_split(index_on_server, "train") == index_on_server
+    server.faults = [fault, fault, "", fault, "", fault, ""]
+    index = ShardIndex.load(index_on_server)
+    assert index.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_server_that_never_answers_is_not_taken_for_an_empty_one(server, index_on_server):
+    server.always = "error"
+    for read in (partial(resolve_split, split="train"), ShardIndex.load):
+        with pytest.raises(InputError, match="cannot be read: 5 attempts failed"):
+            read(index_on_server)
+    server.always, server.files = "", {}
+    with pytest.raises(InputError, match="no train shards there"):
+        resolve_split(index_on_server, "train")
+
+
+def test_a_changed_index_on_a_server_is_fetched_anew(server, index_on_server):
+    ShardIndex.load(index_on_server)
+    requests = server.requests
+    ShardIndex.load(index_on_server)
+    assert server.requests == requests + 2  # is it there, and index.json; the arrays are here
+    server.files = server.files | {INDEX: b"{}"}
+    with pytest.raises(InputError, match="cannot be used"):
+        ShardIndex.load(index_on_server)
+
+
+def test_arrays_of_another_index_are_refused(server, index_on_server, monkeypatch, tmp_path):
+    name = "index.labels.npy"
+    changed = server.files[name][:-1] + b"\1"
+    whole, server.files = server.files, server.files | {name: changed}
+    for files in (server.files, whole | {name: changed[:-4]}):
+        server.files = files
+        with pytest.raises(InputError, match="index.labels.npy|of .* bytes"):
+            ShardIndex.load(index_on_server)
+    server.files = whole
+    assert ShardIndex.load(index_on_server).labels.tolist() == [0, 1, 2, 3, 4]
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="XDG_CACHE_HOME"):
+        ShardIndex.load(index_on_server)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket/x", "nosuch://x"])
+def test_places_that_need_another_package_are_named(url, monkeypatch):
+    def lacks(protocol: str) -> None:
+        raise ImportError(f"Install what serves {protocol}")
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", lacks)
+    protocol = url.partition(":")[0]
+    for read in (partial(resolve_split, split="val"), ShardIndex.load, remote.Remote):
+        with pytest.raises(InputError, match=f"Install what serves {protocol}") as caught:
+            read(url)
+        assert (f"xcit-dino[{protocol}]" in str(caught.value)) == (protocol in ("s3", "gs"))
+    with pytest.raises(InputError):
+        storage.open_source(index_at("here"), LoaderConfig(shard_url=url))
 
 
 # --------------------------------------------------------------------------- other places to read
@@ -217,11 +292,15 @@ def test_silent_command_is_ended():
     assert time.monotonic() - begin < 5
 
 
-def test_fsspec_file_systems_are_read(tmp_path):
-    for name, data in SHARDS.items():
-        (tmp_path / name).write_bytes(data)
-    source = storage.open_source(index_at(f"file://{tmp_path}"), LoaderConfig())
-    assert source.read_many(PLACES) == EXPECTED
+@pytest.mark.parametrize("base", ["file://{}", "memory:/{}"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_fsspec_file_systems_are_read(tmp_path, base, cached):
+    """s3 and gs differ from these in fsspec's class alone."""
+    base = base.format(tmp_path)
+    filesystem, folder = fsspec.core.url_to_fs(base)
+    filesystem.pipe({f"{folder}/{name}": data for name, data in SHARDS.items()})
+    config = LoaderConfig(cache_dir=tmp_path / "cache" if cached else None)
+    assert storage.open_source(index_at(base), config).read_many(PLACES) == EXPECTED
 
 
 def test_absurd_sizes_are_not_allocated(tmp_path):

@@ -1,0 +1,66 @@
+"""One rank's micro-batch, and its way to the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch; G global and L local crops of B samples.
+
+    Attributes:
+        step, micro, epoch: optimiser step (from 0), micro-batch in it, epoch of the step.
+        samples: int64 [B], the plan's numbers; they key every random choice.
+        sources: int64 [B], whose pixels these are: another number where a sample is unreadable.
+        labels: int64 [B], of the sources; -1 where there is none.
+        global_crops, local_crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]; channels last.
+    """
+
+    step: int
+    micro: int
+    epoch: int
+    samples: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    labels: Tensor
+    global_crops: Tensor
+    local_crops: Tensor
+
+
+class Copier:
+    """Copies micro-batches to the GPU on a stream of its own, beside the running step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.last, self.before = torch.cuda.Event(), torch.cuda.Event()
+
+    def copied(self, step: list[Batch]) -> list[Batch]:
+        """The same batches on the device, ready for the current stream.
+
+        Returns once the copies of the step before are done: its slots are then free.
+        """
+        with torch.cuda.stream(self.stream):
+            moved = [self._to_device(batch) for batch in step]
+            self.last, self.before = self.before, self.last
+            self.last.record(self.stream)
+        self.before.synchronize()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self.last)
+        for batch in moved:
+            for tensor in (batch.global_crops, batch.local_crops, batch.labels):
+                tensor.record_stream(current)
+        return moved
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return replace(
+            batch,
+            global_crops=batch.global_crops.to(self.device, non_blocking=True),
+            local_crops=batch.local_crops.to(self.device, non_blocking=True),
+            labels=batch.labels.to(self.device, non_blocking=True),
+        )
