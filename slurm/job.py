@@ -189,10 +189,11 @@ def begin(run: Path, stage: str) -> int:
     try:
         lacking = scheduler.lacking([sys.executable, *needed], nodes)
     except scheduler.SlurmError as error:
-        record.leave_word(run, job_id, restart_count(), 0, error=str(error), code=1, slurm=True)
+        record.leave_word(run, job_id, restart_count(), record.SCRIPT, error=str(error), code=1)
         return finish(run, stage, 1)
     if lacking:
-        record.leave_word(run, job_id, restart_count(), 0, error=lacking, code=2, final=True)
+        words = {"error": lacking, "code": 2, "final": True}
+        record.leave_word(run, job_id, restart_count(), record.SCRIPT, **words)
         record.finish(run, stage, 2)
         raise InputError(lacking)
     return 0

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from xcit_dino.errors import InputError
 from xcit_dino.train.provenance import now, write_atomic
 
+SCRIPT = "script"  # stands for a rank where the job's script leaves a word
 RESUMABLE = 75  # exit code of a job that saved itself and is not done (EX_TEMPFAIL of sysexits.h)
 State = Literal[
     "waiting", "running", "requeued", "stopped", "done", "failed", "cancelled"
@@ -83,12 +84,11 @@ def save(run: Path, record: Record) -> None:
 # -- words of the ranks ----------------------------------------------------------------------------
 
 
-def leave_word(run: Path, job_id: str, restart: int, rank: int, **word: Any) -> None:
+def leave_word(run: Path, job_id: str, restart: int, rank: int | str, **word: Any) -> None:
     """Add to what a rank says of its attempt.
 
     ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``error`` and
-    ``code``: it failed, ``final`` where a restart cannot help, ``slurm`` where SLURM's is the
-    fault; ``port``: where the ranks met.
+    ``code``: it failed, ``final`` where a restart cannot help; ``port``: where the ranks met.
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -118,7 +118,10 @@ def failure(run: Path, record: Record) -> str:
     errors = [w for w in words(run, record.job_id, record.restart) if "error" in w]
     if not errors:
         return died
-    return f"rank {errors[0]['rank']} on {errors[0]['host']}: {errors[0]['error']}"
+    first = errors[0]
+    if first["rank"] == SCRIPT:
+        return first["error"]
+    return f"rank {first['rank']} on {first['host']}: {first['error']}"
 
 
 def first_death(run: Path, record: Record) -> str:
@@ -205,7 +208,7 @@ def judge_failure(
     record.reason = failure(run, record) or f"exit code {code}"
     record.bad_input = any(w.get("code") == 2 for w in said)
     newest = max((path.name for path in run.glob("checkpoints/*.json")), default="")
-    error = next((w["error"] for w in said if "error" in w and "slurm" not in w), "")
+    error = next((w["error"] for w in said if "error" in w and w["rank"] != SCRIPT), "")
     failed_at = f"{error} | {newest}"
     final = any(w.get("final") for w in said)
     if error and failed_at == record.failed_at:  # a mistake in the code comes back each time

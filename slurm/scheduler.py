@@ -170,10 +170,15 @@ def lacking(paths: Sequence[str], nodes: int) -> str:
     else:
         step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
         missing = ask(*step, "sh", "-c", CHECK, "check", *paths).splitlines()
-    if not missing:
+    lacks: dict[str, list[str]] = {}
+    for line in sorted(missing):
+        node, _, path = line.partition(" ")
+        lacks.setdefault(node, []).append(path)
+    if not lacks:
         return ""
-    node, _, path = sorted(missing)[0].partition(" ")
+    first, *others = lacks
+    where = f"{first} (and {len(others)} other nodes)" if others else first
     return (
-        f"{path} cannot be read on {node} ({len(missing)} such); keep --output_dir, --data_path "
+        f"{', '.join(lacks[first])} cannot be read on {where}; keep --output_dir, --data_path "
         "and the Python environment in folders that all nodes share, at the same path"
     )

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TOOLS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -30,7 +31,7 @@ SlurmctldPort={ctld}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
@@ -46,8 +47,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=1
-SlurmdTimeout=30
-KillWait=8
+{patience}
 InactiveLimit=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -55,8 +55,17 @@ SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sc
 GresTypes=gpu
 NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={node1} {node}
 NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={node2} {node}
-PartitionName=main Nodes=node1,node2 Default=YES PriorityTier=1 GraceTime=20
+PartitionName=main Nodes=node1,node2 Default=YES PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes=node1,node2 PriorityTier=10
+"""
+
+# A machine that is busy with other things is slow, not dead: nothing is killed for being late.
+PATIENCE = """
+MessageTimeout=100
+SlurmdTimeout=600
+BatchStartTimeout=600
+UnkillableStepTimeout=600
+KillWait=300
 """
 
 
@@ -76,7 +85,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command of this cluster."""
         done = subprocess.run(
-            command, env=os.environ | self.environment, capture_output=True, text=True, timeout=60
+            command, env=os.environ | self.environment, capture_output=True, text=True, timeout=900
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
@@ -86,6 +95,13 @@ class Cluster:
         """``scontrol show job`` as a dict; empty when the job is forgotten."""
         output = self.run("scontrol", "show", "job", "--oneliner", job_id, check=False)
         return dict(word.partition("=")[::2] for word in output.split() if "=" in word)
+
+    def hurry(self) -> None:
+        """Let requeued jobs start now; SLURM would let them wait for two minutes."""
+        for line in self.run("squeue", "--noheader", "--format=%i %r").splitlines():
+            job, _, reason = line.partition(" ")
+            if reason == "BeginTime":
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     def start(self) -> None:
         """Configure and start the daemons.
@@ -100,6 +116,7 @@ class Cluster:
         ports = free_ports(3)
         conf = CONF.format(
             folder=self.folder,
+            patience=PATIENCE.strip(),
             **dict(zip(("ctld", *NODES), ports, strict=True)),
             node=f"CPUs={CPUS} RealMemory=2000 Gres=gpu:{GPUS} State=UNKNOWN",
         )
@@ -113,23 +130,33 @@ class Cluster:
                     f"--key-file={self.folder}/munge.key", f"--pid-file={self.folder}/munge.pid",
                     f"--seed-file={self.folder}/munge.seed",
                     f"--log-file={self.folder}/munge.log")  # fmt: skip
-        wait_for(lambda: (self.folder / "munge.socket").exists(), 10, "munged")
+        wait_for(lambda: (self.folder / "munge.socket").exists(), "munged", self.log)
         self.daemon("slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
         for node in NODES:
             self.start_node(node)
-        wait_for(lambda: self.idle() == len(NODES), 30, "the nodes", self.log)
+        wait_for(lambda: self.idle() == len(NODES), "the nodes", self.log)
 
-    def start_node(self, node: str, hidden: Path | None = None) -> None:
-        """Start a node's slurmd; it does not see what is in the folder ``hidden``."""
+    def start_node(self, node: str, hidden: Sequence[Path] = ()) -> None:
+        """Start a node's slurmd; it does not see what is in the folders ``hidden``."""
         command = ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")]
-        if hidden is not None:
-            hide = f'mount -t tmpfs none "{hidden}" && exec "$@"'
-            command = ["unshare", "--mount", "sh", "-c", hide, "sh", *command]
+        if hidden:
+            hide = [f"mount -t tmpfs none {shlex.quote(str(folder))}" for folder in hidden]
+            command = [
+                "unshare",
+                "--mount",
+                "sh",
+                "-ec",
+                "\n".join([*hide, 'exec "$@"']),
+                "sh",
+                *command,
+            ]
         self.daemon(*command)
 
-    def stop_node(self, node: str) -> None:
-        """Stop a node's slurmd."""
+    def restart_node(self, node: str, hidden: Sequence[Path] = ()) -> None:
+        """Stop a node's slurmd and start it anew."""
         stop([p for p in self.started if node in [str(word) for word in p.args]])  # type: ignore[union-attr]
+        self.start_node(node, hidden)
+        wait_for(lambda: self.idle() == len(NODES), "the nodes", self.log)
 
     def daemon(self, *command: str) -> None:
         with open(self.folder / f"{command[0]}.out", "ab") as log:
@@ -159,19 +186,45 @@ class Cluster:
         with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
             self.run("scancel", "--partition=main")
             self.run("scancel", "--partition=urgent")
-            wait_for(lambda: not self.run("squeue", "--noheader").strip(), 15, "the jobs' end")
+            wait_for(
+                lambda: not self.run("squeue", "--noheader").strip(), "the jobs' end", seconds=15
+            )
         self.kill_left_over()
         stop(list(reversed(self.started)))
 
+    def processes(self) -> dict[int, float]:
+        """``process id -> processor seconds`` of all that jobs of this cluster have started."""
+        ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (entry / "environ").read_bytes().split(b"\0")
+                if ours in words and any(word.startswith(b"SLURM_JOB_ID=") for word in words):
+                    user, system = stat(int(entry.name))[11:13]
+                    found[int(entry.name)] = (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return found
+
+    def rank_pid(self, job_id: str, rank: int) -> int:
+        """Process id of a rank of a job: the process that SLURM itself has started for it."""
+        wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                parent = Path(f"/proc/{stat(pid)[1]}/comm").read_text().strip()
+                if wanted <= set(words) and parent == "slurmstepd":
+                    return pid
+        raise AssertionError(f"no rank {rank} of job {job_id}")
+
     def kill_left_over(self) -> None:
         """Kill processes of jobs that no signal of SLURM's has ended (a test held them)."""
-        ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
-        daemons = {process.pid for process in self.started}
-        for entry in Path("/proc").iterdir():
+        for pid in self.processes():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and ours in (entry / "environ").read_bytes().split(b"\0"):
-                    if int(entry.name) not in daemons:
-                        os.kill(int(entry.name), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+
+
+def stat(pid: int) -> list[str]:
+    """A process's state, parent and so on: ``/proc/PID/stat`` from the third field on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def stop(processes: list[subprocess.Popen[bytes]]) -> None:
@@ -195,7 +248,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def wait_for(condition, seconds: float, what: str, explain=lambda: "") -> None:
+def wait_for(condition, what: str, explain=lambda: "", seconds: float = 300) -> None:
     """Poll until a condition holds.
 
     Raises:

@@ -432,6 +432,20 @@ def test_status_says_why_a_stage_was_cancelled(
     assert "failed: no luck" in shown and "cancelled: pretrain is failed" in shown
 
 
+def test_status_shows_what_a_stage_came_to(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "finetune"
+    folder.mkdir()
+    metrics = {"finetune": {"metrics": {"top1": 81.254}}}
+    (folder / "results.json").write_text(json.dumps(metrics))
+    stages = {"finetune": {"job_id": "", "config": {"output_dir": str(folder)}}}
+    note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
+    record.write_launch(run, note)
+    times = {"began": "2026-01-01T10:00:00+00:00", "ended": "2026-01-01T11:02:03+00:00"}
+    record.save(run, record.Record("finetune", state="done", **times))
+    status.status(StatusConfig(run))
+    assert "finetune: took 1:02:03  top1 81.25\n" in capsys.readouterr().out
+
+
 def test_status_shows_progress(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
     note |= {"pid_start": record.start_time(), "stages": {"pretrain": {"job_id": "", "config": {}}}}

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,27 +17,11 @@ import pytest
 import torch
 
 from tests.slurm_cluster import Cluster, Unavailable, cluster
+from tests.slurm_run import IMAGES, RECIPE, STEPS, Run
 from xcit_dino.slurm import record
-from xcit_dino.slurm.watch import read_state
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
-RECIPE = """
-arch: xcit_pico_6_p4
-drop_path_rate: 0.05
-epochs: 2
-batch_size_per_gpu: 4
-lr: 0.002
-warmup_epochs: 1
-out_dim: 64
-head_hidden_dim: 32
-head_bottleneck_dim: 16
-global_crops_size: 16
-local_crops_number: 2
-local_crops_size: 8
-num_workers: 1
-log_every: 1
-precision: fp32
-"""
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
+EPOCH = STEPS // 2
 
 
 @pytest.fixture(scope="module")
@@ -52,151 +35,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards of 80 images, a recipe, and room for runs."""
+    """A folder with shards, a recipe, and room for runs."""
     folder = tmp_path_factory.mktemp("runs and 'data'")
-    command = [
-        "shards",
-        "demo",
-        str(folder / "shards"),
-        "--train",
-        "80",
-        "--val",
-        "40",
-        "--size",
-        "16",
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "xcit_dino.cli", *command], check=True, capture_output=True
-    )
+    words = ["shards", "demo", str(folder / "shards")]
+    words += ["--train", str(IMAGES), "--val", "40", "--size", "16"]
+    subprocess.run([sys.executable, "-m", "xcit_dino.cli", *words], check=True, capture_output=True)
     (folder / "tiny.yaml").write_text(RECIPE)
     return folder
 
 
-class Run:
-    """One run of the tiny recipe."""
-
-    def __init__(self, slurm: Cluster, place: Path, name: str):
-        self.slurm, self.place, self.folder = slurm, place, place / name
-
-    def launch(
-        self, *words: str, nodes: int = 2, nproc: int = 1
-    ) -> subprocess.CompletedProcess[str]:
-        """``xcit-dino launch`` with the tiny recipe; the command's result."""
-        options = {
-            "config": self.place / "tiny.yaml", "data_path": self.place / "shards",
-            "output_dir": self.folder, "cluster": "slurm", "nodes": nodes, "nproc": nproc,
-            "ngpus": 0, "cpus_per_task": 1,
-        }  # fmt: skip
-        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        environment = os.environ | self.slurm.environment
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            [sys.executable, "-m", "xcit_dino.cli", "launch", *flags, *words],
-            env=environment, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-
-    def command(self, name: str) -> subprocess.CompletedProcess[str]:
-        """``xcit-dino launch NAME`` for this run."""
-        return subprocess.run(
-            [sys.executable, "-m", "xcit_dino.cli", "launch", name, str(self.folder)],
-            env=os.environ | self.slurm.environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-
-    def started_again(self, job: str, attempt: int) -> record.Record:
-        """Wait until the job runs for the n-th time; SLURM would let it wait for some seconds."""
-        wait_until(lambda: int(self.slurm.facts(job)["Restarts"]) >= attempt - 1, self.explain)
-        self.slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
-        wait_until(lambda: record.load(self.folder, "pretrain").attempts >= attempt, self.explain)
-        return record.load(self.folder, "pretrain")
-
-    def shorten_time(self, job: str) -> None:
-        """Set a time limit that comes soon."""
-        began = time.mktime(time.strptime(self.slurm.facts(job)["StartTime"], "%Y-%m-%dT%H:%M:%S"))
-        minutes = int((time.time() - began + 30) / 60) + 1
-        self.slurm.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
-
-    def submit(self, *words: str, nodes: int = 2, nproc: int = 1) -> str:
-        """Launch; the job id of the first stage."""
-        done = self.launch(*words, nodes=nodes, nproc=nproc)
-        assert done.returncode == 0, done.stderr
-        return next(iter(record.read_launch(self.folder)["stages"].values()))["job_id"]
-
-    def losses(self) -> dict[int, float]:
-        """``step -> loss`` of the metrics; a step that is there twice fails."""
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        pairs = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        assert len(dict(pairs)) == len(pairs), pairs
-        return dict(pairs)
-
-    def hold(self, job: str) -> int:
-        """Wait until this attempt has done a step, then hold rank 1 (and with it all) by SIGSTOP.
-
-        SLURM's signals come with a SIGCONT, which lets go.
-
-        Returns:
-            The process id of rank 1.
-        """
-
-        def stepped() -> bool:
-            state = read_state(record.progress_file(self.folder, "pretrain"))
-            return state is not None and state["done"] > state["start"]
-
-        wait_until(stepped, self.explain)
-        pid = rank_pid(job, 1)
-        os.kill(pid, signal.SIGSTOP)
-        return pid
-
-    def wait_for_end(self, stage: str = "pretrain") -> record.Record:
-        wait_until(lambda: record.load(self.folder, stage).finished, self.explain)
-        return record.load(self.folder, stage)
-
-    def explain(self) -> str:
-        """Records, logs and SLURM's view, for a test that fails."""
-        paths = [
-            *self.folder.glob("launch/*.progress.json"),
-            *self.folder.glob("launch/jobs/*/*log*"),
-        ]
-        texts = [f"== {path.name}\n{path.read_text()[-1500:]}" for path in paths]
-        records = [record.load(self.folder, stage) for stage in ("pretrain", "knn", "linear")]
-        jobs = self.slurm.run("scontrol", "show", "job", "--oneliner", check=False)
-        return "\n".join([*texts, *map(str, records), self.slurm.log(), jobs])
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Student, teacher and centre at the end."""
-        newest = sorted((self.folder / "checkpoints").glob("*.pth"))[-1]
-        return tensors(torch.load(newest, weights_only=True))
-
-
-def tensors(tree: object, path: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a nested dict, by path."""
-    if isinstance(tree, torch.Tensor):
-        return {path: tree}
-    found: dict[str, torch.Tensor] = {}
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            found |= tensors(value, f"{path}/{key}")
-    return found
-
-
-def wait_until(condition, explain, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.1)
-
-
-def rank_pid(job_id: str, rank: int) -> int:
-    """Process id of a rank of a job."""
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "environ").read_bytes().split(b"\0")
-            command = (entry / "cmdline").read_bytes()
-        except (OSError, NotADirectoryError):
-            continue
-        wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
-        if wanted <= set(words) and b"submitit.core._submit" in command:
-            return int(entry.name)
-    raise AssertionError(f"no rank {rank} of job {job_id}")
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -209,34 +57,18 @@ def uninterrupted(slurm: Cluster, place: Path) -> Run:
     return run
 
 
-def assert_same_end(run: Run, uninterrupted: Run) -> None:
-    """The same bits, and one curve: every step once."""
-    expected, found = uninterrupted.weights(), run.weights()
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-    assert list(run.losses()) == list(range(1, 21))
-    assert run.losses() == uninterrupted.losses()
-
-
-def assert_close(run: Run, other: Run) -> None:
-    """Float sums in another order: the losses agree to 4 digits, the weights to 3 (as a vector)."""
-    expected, found = other.losses(), run.losses()
-    assert list(found) == list(expected) == list(range(1, 21))
-    for step, loss in expected.items():
-        assert abs(found[step] - loss) < 1e-4 * loss, (step, found[step], loss)
-    pairs = [(run.weights()[name], tensor) for name, tensor in other.weights().items()]
-    floats = [(a, b) for a, b in pairs if b.is_floating_point()]
-    distance = sum(float((a - b).square().sum()) for a, b in floats) ** 0.5
-    assert distance < 1e-3 * sum(float(b.square().sum()) for _, b in floats) ** 0.5
-
-
 def test_one_run_through_everything(slurm: Cluster, place: Path, uninterrupted: Run) -> None:
-    """Preempted, a rank killed, a node set down, out of time: the same end, bit for bit."""
+    """Preempted in the middle of an epoch, a rank killed, a node set down, out of time: the same
+    end, bit for bit."""
     run = Run(slurm, place, "interrupted")
-    job = run.submit("--signal_delay", "30")
+    job = run.submit("--signal_delay", "120")
 
+    # a job of higher priority; the ranks have been told to stop before, and are told twice
     run.hold(job)
-    slurm.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "sleep", "1")
+    shown = run.command("status", str(run.folder)).stdout
+    assert all(word in shown for word in ("running", "eta", "epoch", "loss", "img/s")), shown
+    slurm.run("scancel", "--signal=USR2", job)
+    slurm.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "true")
     attempt = run.started_again(job, 2)
     assert attempt.failures == 0
 
@@ -248,30 +80,30 @@ def test_one_run_through_everything(slurm: Cluster, place: Path, uninterrupted: 
 
     pid = run.hold(job)
     slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING", run.explain)
-    wait_until(lambda: not record.start_time(pid), run.explain)  # what a dead node has not left
+    run.wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING")
+    os.kill(pid, signal.SIGKILL)  # a dead node leaves nothing behind
     slurm.run("scontrol", "update", "nodename=node2", "state=resume")
     run.started_again(job, 4)
 
-    run.hold(job)
-    run.shorten_time(job)
-    run.started_again(job, 5)
+    run.run_out_of_time(job, run.hold(job))
+    attempt = run.started_again(job, 5)
+    assert attempt.failures == 2
 
     ended = run.wait_for_end()
     assert (ended.state, ended.attempts) == ("done", 5), run.explain()
+    first, preempted, killed, dead, late = run.tries()
+    assert first == 0 < preempted < EPOCH, "it was interrupted in the middle of an epoch"
+    assert preempted == killed == dead < late < STEPS, "saved when told to, not when killed"
     assert_same_end(run, uninterrupted)
 
 
-def test_two_nodes_two_tasks_equal_one_process(slurm: Cluster, place: Path) -> None:
-    """Batch-norm is synchronised: both layouts see the statistics of the global batch.
-
-    Drop-path is off: each rank draws its own paths, so that another layout draws others.
-    """
-    many, one = Run(slurm, place, "2x2"), Run(slurm, place, "1x1")
-    many.submit("--batch_size_per_gpu", "2", "--drop_path_rate", "0", nodes=2, nproc=2)
-    one.submit("--batch_size_per_gpu", "8", "--drop_path_rate", "0", nodes=1, nproc=1)
-    assert {many.wait_for_end().state, one.wait_for_end().state} == {"done"}, many.explain()
-    assert_close(many, one)
+def assert_same_end(run: Run, uninterrupted: Run) -> None:
+    """The same bits, and one curve: every step once."""
+    expected, found = uninterrupted.weights(), run.weights()
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert list(run.losses()) == list(range(1, STEPS + 1))
+    assert run.losses() == uninterrupted.losses()
 
 
 def test_fewer_nodes_after_a_requeue(slurm: Cluster, place: Path, uninterrupted: Run) -> None:
@@ -284,7 +116,7 @@ def test_fewer_nodes_after_a_requeue(slurm: Cluster, place: Path, uninterrupted:
     job = run.submit()
     run.hold(job)
     slurm.run("scontrol", "requeue", job)
-    wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING", run.explain)
+    run.wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING")
     slurm.run("scontrol", "update", f"jobid={job}", "NumNodes=1-1", "NumTasks=1")
     run.started_again(job, 2)
     ended = run.wait_for_end()
@@ -296,26 +128,70 @@ def test_fewer_nodes_after_a_requeue(slurm: Cluster, place: Path, uninterrupted:
     assert torch.load(newest, weights_only=True)["global_batch"] == 8
 
 
-def test_chain(slurm: Cluster, place: Path) -> None:
-    """One command: pretraining, k-NN, linear probe, report."""
+def test_rehearsal(slurm: Cluster, place: Path) -> None:
+    """Two processes of one node, stopped and killed on purpose; the verdict of ``rehearse``."""
+    words = ["--output_dir", str(place / "rehearsal"), "--cluster", "slurm", "--nproc", "2"]
+    run = Run(slurm, place, "rehearsal/interrupted")
+    started = run.start("rehearse", *words, "--ngpus", "0", "--cpus_per_task", "1")
+    run.wait_for_command(started)
+    said = started.communicate()[0]
+    assert started.returncode == 0, said
+    assert said.count("\nyes  ") == 6 and said.endswith("verdict: nothing is lost here\n"), said
+
+
+# -- layouts and chains ----------------------------------------------------------------------------
+
+PLAIN = ("--drop_path_rate", "0")  # each rank draws its own paths: another layout, other paths
+
+
+@pytest.fixture(scope="module")
+def chain(slurm: Cluster, place: Path) -> Run:
+    """One command: pretraining on one process, k-NN, linear probe, report."""
     run = Run(slurm, place, "chain")
-    words = ["--epochs", "1", "--stages", "pretrain,knn,linear,report"]
-    words += ["--knn.nb_knn", "5", "--knn.num_workers", "0", "--linear.num_workers", "0"]
-    run.submit(*words, "--linear.epochs", "2")
+    run.submit(*PLAIN, *CHAIN, "--batch_size_per_gpu", "8", nodes=1)
     assert run.wait_for_end("report").state == "done", run.explain()
-    results = json.loads((run.folder / "results.json").read_text())
+    return run
+
+
+CHAIN = (
+    "--stages", "pretrain,knn,linear,report", "--knn.nb_knn", "5", "--knn.num_workers", "0",
+    "--linear.num_workers", "0", "--linear.epochs", "2",
+)  # fmt: skip
+
+
+def test_chain(chain: Run) -> None:
+    results = json.loads((chain.folder / "results.json").read_text())
     assert {"knn", "linear"} <= set(results)
-    assert (run.folder / "report.html").is_file()
-    again = run.launch(*words, "--linear.epochs", "2")
+    assert (chain.folder / "report.html").is_file()
+    again = chain.launch(*PLAIN, *CHAIN, "--batch_size_per_gpu", "8", nodes=1)
     assert again.returncode == 0 and "nothing to run" in again.stdout
+
+
+def test_two_nodes_two_tasks_equal_one_process(slurm: Cluster, place: Path, chain: Run) -> None:
+    """Batch-norm is synchronised: both layouts see the statistics of the global batch.
+
+    What remains are float sums in another order: losses agree to 4 digits, weights to 3 (as a
+    vector).
+    """
+    run = Run(slurm, place, "2x2")
+    run.submit(*PLAIN, "--batch_size_per_gpu", "2", nodes=2, nproc=2)
+    assert run.wait_for_end().state == "done", run.explain()
+    expected, found = chain.losses(), run.losses()
+    assert list(found) == list(expected) == list(range(1, STEPS + 1))
+    for step, loss in expected.items():
+        assert abs(found[step] - loss) < 1e-4 * loss, (step, found[step], loss)
+    ours, theirs = run.weights(), chain.weights()
+    floats = [(ours[name], b) for name, b in theirs.items() if b.is_floating_point()]
+    distance = sum(float((a - b).square().sum()) for a, b in floats) ** 0.5
+    assert distance < 1e-3 * sum(float(b.square().sum()) for _, b in floats) ** 0.5
 
 
 def test_a_failed_stage_cancels_the_later_ones(slurm: Cluster, place: Path) -> None:
     run = Run(slurm, place, "failed chain")
     run.submit("--stages", "pretrain,knn", "--setup", "false || exit 7", "--max_requeues", "0")
     jobs = [stage["job_id"] for stage in record.read_launch(run.folder)["stages"].values()]
-    wait_until(lambda: slurm.facts(jobs[1])["JobState"] == "CANCELLED", run.explain)
-    shown = run.command("status")
+    run.wait_until(lambda: slurm.facts(jobs[1])["JobState"] == "CANCELLED")
+    shown = run.command("status", str(run.folder))
     assert "cancelled: pretrain is" in shown.stdout, shown.stdout + shown.stderr
 
 
@@ -342,15 +218,17 @@ def test_refused(slurm: Cluster, place: Path, words: list[str], message: str) ->
 
 
 def test_names_and_folders_in_use(slurm: Cluster, place: Path) -> None:
+    """A job that runs (and does nothing) keeps its folder and its name; cancelling frees both."""
     run = Run(slurm, place, "busy")
-    job = run.submit("--job_name", "mine")
+    job = run.submit("--job_name", "mine", "--setup", "sleep 3600")
+    run.wait_until(lambda: slurm.facts(job)["JobState"] == "RUNNING")
     again = run.launch("--job_name", "other")
-    assert again.returncode == 2 and f"SLURM job {job}" in again.stderr, again.stderr
+    assert again.returncode == 2 and f"SLURM job {job} (RUNNING)" in again.stderr, again.stderr
     twin = Run(slurm, place, "twin").launch("--job_name", "mine")
     assert twin.returncode == 2 and f"job {job} is already called mine-pretrain" in twin.stderr
-    assert run.command("cancel").returncode == 0
-    wait_until(lambda: not slurm.run("squeue", "--noheader").strip(), run.explain)
-    assert "cancelled" in run.command("status").stdout
+    assert run.command("cancel", str(run.folder)).returncode == 0
+    run.wait_until(lambda: not slurm.run("squeue", "--noheader").strip())
+    assert "cancelled" in run.command("status", str(run.folder)).stdout
 
 
 def test_so_many_seeds_at_a_time(slurm: Cluster, place: Path) -> None:
@@ -366,20 +244,16 @@ def test_so_many_seeds_at_a_time(slurm: Cluster, place: Path) -> None:
     slurm.run("scancel", *sum(jobs, []))
 
 
-@pytest.mark.parametrize("hidden", ["launch", "shards"])
-def test_folder_that_a_node_does_not_see(slurm: Cluster, place: Path, hidden: str) -> None:
-    run = Run(slurm, place, f"unshared {hidden}")
-    folder = run.folder if hidden == "launch" else place / "shards"
-    folder.mkdir(exist_ok=True)
-    slurm.stop_node("node2")
-    slurm.start_node("node2", hidden=folder)
+def test_folders_that_a_node_does_not_see(slurm: Cluster, place: Path) -> None:
+    """The run folder, or the shards' index: found before training, on the node that lacks it."""
+    unshared, shared = Run(slurm, place, "unshared"), Run(slurm, place, "shared")
+    unshared.folder.mkdir()
+    slurm.restart_node("node2", hidden=[unshared.folder, place / "shards"])
     try:
-        wait_until(lambda: slurm.idle() == 2, slurm.log, 30)
-        run.submit()
-        ended = run.wait_for_end()
-        assert ended.state == "failed" and ended.bad_input, run.explain()
-        assert str(folder) in ended.reason and "cannot be read on node2" in ended.reason
+        for run, lacking in ((unshared, unshared.folder), (shared, place / "shards")):
+            run.submit()
+            ended = run.wait_for_end()
+            assert ended.state == "failed" and ended.bad_input, run.explain()
+            assert str(lacking) in ended.reason and "cannot be read on node2" in ended.reason
     finally:
-        slurm.stop_node("node2")
-        slurm.start_node("node2")
-        wait_until(lambda: slurm.idle() == 2, slurm.log, 30)
+        slurm.restart_node("node2")
