@@ -2,7 +2,8 @@
 ``visualize_attention.py``; XCiT's class attention, arXiv 2106.09681, figure 1).
 
 For ``photo.jpg``: ``DST/photo/head-0.png`` ..., ``mean.png`` and ``all.png``, the photo and every
-map side by side. For an animated GIF or WebP: ``DST/clip.gif``, ``all.png`` of every frame.
+map side by side. For an animated GIF or WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a
+video: ``DST/video.mp4``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from PIL import Image, ImageSequence
 
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from xcit_dino.errors import InputError
+from xcit_dino.eval import video
 from xcit_dino.eval.features import normalise
 from xcit_dino.eval.subject import run_options
 from xcit_dino.eval.supervised import weights_file
@@ -38,7 +40,7 @@ Pixels = NDArray[np.uint8]
 
 
 def run(config: AttentionConfig) -> None:
-    """Write the maps of a photo, an animation or all of a folder.
+    """Write the maps of a photo, an animation, a video or all of a folder.
 
     Raises:
         InputError: no weights, no XCiT, or nothing that can be read.
@@ -66,17 +68,20 @@ def images_in(src: Path) -> list[Path]:
         InputError: there is none.
     """
     if src.is_dir():
-        files = sorted(path for path in src.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in src.iterdir() if readable(path))
     else:
         files = [src] if src.is_file() else []
     if not files:
-        raise InputError(f"{src}: no image there; give a photo, a GIF, or a folder of them")
-    if (suffix := files[0].suffix.lower()) not in SUFFIXES:
-        raise InputError(
-            f"{src}: {suffix or 'such'} files cannot be read; turn a video into a GIF, or into a "
-            "folder of frames, with: ffmpeg -i VIDEO frames/%05d.jpg"
-        )
+        raise InputError(f"{src}: no image there; give a photo, a GIF, a video or a folder of them")
+    if not readable(files[0]):
+        known = " ".join(SUFFIXES + video.SUFFIXES)
+        raise InputError(f"{src}: files of this kind cannot be read, only {known}")
     return files
+
+
+def readable(path: Path) -> bool:
+    """Whether the name says photo, animation or video."""
+    return path.suffix.lower() in SUFFIXES + video.SUFFIXES
 
 
 def network(config: AttentionConfig) -> XCiT:
@@ -107,6 +112,14 @@ def write_maps(model: XCiT, path: Path, config: AttentionConfig, device: torch.d
     Raises:
         BadImage: it cannot be read.
     """
+    if path.suffix.lower() in video.SUFFIXES:
+        with (
+            video.reading(path) as frames,
+            video.writing(config.dst / f"{path.stem}.mp4", frames.rate) as maps,
+        ):
+            for frame in track(frames, path.name, frames.count, "frames"):
+                maps.write(pictures_of(model, frame, config, device)["all"])
+        return
     frames, durations = zip(*read_frames(path), strict=True)
     pictures = [pictures_of(model, frame, config, device) for frame in frames]
     if len(pictures) == 1:

@@ -1,6 +1,7 @@
 """DINO's linear protocol (``eval_linear.py``), for a whole grid of heads at once: RandomResizedCrop
 and flip of every image go through the frozen backbone in every epoch, and all heads learn from the
-same features.
+same features. Two grids learn at once: one without the held-out images, to choose by, and one from
+all images, whose head is reported. So the choice costs no second training.
 
 Interpolation is bicubic where the official code leaves torchvision's default, bilinear.
 """
@@ -26,7 +27,7 @@ from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import blocks_of, loader_config, normalise, output_batches
-from xcit_dino.eval.heads import Blocks, Choice, Heads, cosine, hold_out
+from xcit_dino.eval.heads import Blocks, Choice, Heads, Probe, best, cosine, hold_out
 from xcit_dino.eval.subject import Network, Subject
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
@@ -44,13 +45,9 @@ def train_augmented(
     num_classes: int,
     config: LinearConfig,
     world: dist.World,
-) -> tuple[Heads, list[tuple[float, float]]]:
-    """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO.
-
-    Returns:
-        The heads, and (accuracy in percent, cross-entropy) of each choice on centre crops of the
-        held-out images.
-    """
+) -> Probe:
+    """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO. The
+    choice is made on centre crops of the held-out images."""
     model, device = network.model.to(world.device), world.device
     dtype = resolve_precision(config.subject.precision, device)
     options = loader_config(config.subject)
@@ -66,11 +63,14 @@ def train_augmented(
     with torch.inference_mode():
         probe = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
     dims = {name: block.shape[1] for name, block in probe.items()}
-    heads = Heads(choices, dims, num_classes, batch_size, config.seed, device)
+    selection, final = (
+        Heads(choices, dims, num_classes, batch_size, config.seed, device) for _ in range(2)
+    )
 
     facts = network.facts | asdict(config) | {"index": train.checksum, "batch": batch_size}
     saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True, default=str))
-    start = saved.load_into(heads) * plan.steps_per_epoch
+    changing = selection.state() + final.state()
+    start = saved.load_into(changing) * plan.steps_per_epoch
     loader = CropLoader(
         train, plan, crops, options, rank=world.rank, world_size=world.size, start_step=start,
         device=device,
@@ -89,14 +89,20 @@ def train_augmented(
                 }
             )
             labels, out = everyone.pop("labels"), everyone.pop("held out")
-            heads.step(everyone, labels, out, cosine(batch.epoch / config.epochs))
+            factor = cosine(batch.epoch / config.epochs)
+            final.step(everyone, labels, factor)
+            if len(kept := torch.nonzero(~out).squeeze(1)):
+                some = {name: block[kept] for name, block in everyone.items()}
+                selection.step(some, labels[kept], factor)
             bar.advance()
             if world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
-                saved.save(heads, batch.epoch + 1)
+                saved.save(changing, batch.epoch + 1)
 
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
-        return heads, heads.judge(judged(network, train, subject, config, device, rows))
+        scores = selection.judge(judged(network, train, subject, config, device, rows))
+    chosen = best(scores)
+    return Probe(choices, scores, chosen, *final.head(chosen))
 
 
 def state_file(config: LinearConfig, network: Network) -> Path:
@@ -112,21 +118,21 @@ class Saved:
     key: str
     """What the training depends on; a state of another one is not taken."""
 
-    def load_into(self, heads: Heads) -> int:
-        """Restore the heads; returns the epochs they have seen."""
+    def load_into(self, tensors: list[Tensor]) -> int:
+        """Restore the heads' tensors; returns the epochs they have seen."""
         if not self.path.is_file():
             return 0
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         if state["key"] != self.key:
             return 0
-        for tensor, value in zip(heads.state(), state["tensors"], strict=True):
+        for tensor, value in zip(tensors, state["tensors"], strict=True):
             tensor.copy_(value)
         return state["epochs"]
 
-    def save(self, heads: Heads, epochs: int) -> None:
+    def save(self, tensors: list[Tensor], epochs: int) -> None:
         """Write the state, whole or not at all."""
         content = io.BytesIO()
-        torch.save({"key": self.key, "epochs": epochs, "tensors": heads.state()}, content)
+        torch.save({"key": self.key, "epochs": epochs, "tensors": tensors}, content)
         write_atomic(self.path, content.getvalue())
 
 

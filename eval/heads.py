@@ -2,12 +2,9 @@
 them.
 
 A *head* is a linear layer with its own learning rate, weight decay and choice of feature blocks.
-Each exists twice: the *selection* twin never sees the held-out images and is judged on them, the
-*final* twin sees every training image. The best selection twin names the final twin that is
-reported, so the choice costs no second training and never looks at the validation set.
 
 Shapes: B images, D features of a layer choice and a constant 1 (for the bias), G heads of it, C
-classes.
+classes. Classes come first and images last, so that a softmax over few classes runs along images.
 """
 
 from __future__ import annotations
@@ -63,11 +60,11 @@ def hold_out(count: int, share: float, seed: int) -> Tensor:
 
 
 class HeadGroup:
-    """The heads of one layer choice, selection twins in the first half of the columns, final ones
-    in the second.
+    """The heads of one layer choice.
 
-    The gradient of the mean cross-entropy of a linear softmax classifier is X' (softmax(XW) -
-    onehot) / B; it is written out here, and the update is ``torch.optim.SGD``'s.
+    The gradient of the mean cross-entropy of a linear softmax classifier is (softmax(W X') -
+    onehot) X / B. It is written out here; the part with the labels is the same for all heads, so it
+    is multiplied once. The update is ``torch.optim.SGD``'s.
     """
 
     def __init__(
@@ -79,57 +76,49 @@ class HeadGroup:
         seed: int,
         device: torch.device,
     ):
-        self.choices, self.classes = list(choices), classes
         self.blocks = LAYERS[choices[0].layers]
         generator = torch.Generator().manual_seed(seed)
-        first = torch.randn(dim, classes, generator=generator) * INIT_STD  # all heads start equal
-        first = torch.cat((first, torch.zeros(1, classes)))
-        self.weight_DGC = first[:, None].repeat(1, 2 * len(choices), 1).to(device)
-        self.momentum_DGC = torch.zeros_like(self.weight_DGC)
+        first = torch.randn(classes, dim, generator=generator) * INIT_STD  # all heads start equal
+        first = torch.cat((first, torch.zeros(classes, 1)), dim=1)
+        self.weight_CGD = first[:, None].repeat(1, len(choices), 1).to(device)
+        self.momentum_CGD = torch.zeros_like(self.weight_CGD)
         scale = batch_size / 256  # linear scaling rule
-        self.lr_G = torch.tensor([c.lr * scale for c in choices] * 2, device=device)[:, None]
-        self.decay_G = torch.tensor([c.weight_decay for c in choices] * 2, device=device)[:, None]
+        self.lr_G = torch.tensor([c.lr * scale for c in choices], device=device)[:, None]
+        self.decay_G = torch.tensor([c.weight_decay for c in choices], device=device)[:, None]
+        self.decays = any(c.weight_decay for c in choices)
 
     def inputs(self, blocks: Blocks) -> Tensor:
         """Blocks (B, d) side by side with a column of ones: (B, D)."""
         parts = [blocks[name] for name in self.blocks]
         return torch.cat((*parts, parts[0].new_ones(len(parts[0]), 1)), dim=1)
 
-    def step(self, blocks: Blocks, labels: Tensor, used_BG: Tensor, factor: float) -> None:
-        """One SGD step of all heads. used_BG: (B, G) share of each image in each head's mean
-        loss."""
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """Of every head: (C, G, B)."""
+        return (self.weight_CGD.flatten(0, 1) @ x_BD.t()).unflatten(0, self.weight_CGD.shape[:2])
+
+    def step(self, blocks: Blocks, labels: Tensor, factor: float) -> None:
+        """One SGD step of all heads on a batch."""
         x_BD = self.inputs(blocks)
-        logits_BGC = (x_BD @ self.weight_DGC.flatten(1)).unflatten(1, self.weight_DGC.shape[1:])
-        error_BGC = softmax_(logits_BGC)
-        error_BGC[torch.arange(len(labels), device=labels.device), :, labels] -= 1
-        error_BGC *= used_BG[..., None]
-        gradient_DGC = (x_BD.t() @ error_BGC.flatten(1)).view_as(self.weight_DGC)
-        if self.decay_G.any():
-            gradient_DGC.addcmul_(self.weight_DGC, self.decay_G)
-        self.momentum_DGC.mul_(MOMENTUM).add_(gradient_DGC)
-        self.weight_DGC.addcmul_(self.momentum_DGC, self.lr_G, value=-factor)
+        predicted_CGB = self.logits(x_BD).softmax(0)
+        wanted_CB = torch.zeros_like(predicted_CGB[:, 0]).scatter_(0, labels[None], 1)
+        gradient_CGD = (predicted_CGB.flatten(0, 1) @ x_BD).view_as(self.weight_CGD)
+        gradient_CGD.sub_((wanted_CB @ x_BD)[:, None]).div_(len(labels))
+        if self.decays:
+            gradient_CGD.addcmul_(self.weight_CGD, self.decay_G)
+        self.momentum_CGD.mul_(MOMENTUM).add_(gradient_CGD)
+        self.weight_CGD.addcmul_(self.momentum_CGD, self.lr_G, value=-factor)
 
     def judge(self, blocks: Blocks, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Selection twins on held-out images: (right answers, summed cross-entropy), each float64
-        (G / 2,)."""
-        half = len(self.choices)
-        weight = self.weight_DGC[:, :half].flatten(1)
-        logits_BGC = (self.inputs(blocks) @ weight).unflatten(1, (half, self.classes))
-        right = (logits_BGC.argmax(-1) == labels[:, None]).sum(0)
-        own = logits_BGC.gather(2, labels[:, None, None].expand(-1, half, 1)).squeeze(2)
-        return right.double(), (logits_BGC.logsumexp(-1) - own).double().sum(0)
+        """(right answers, summed cross-entropy) on a batch, each float64 (G,)."""
+        logits_CGB = self.logits(self.inputs(blocks))
+        right_GB = logits_CGB.argmax(0) == labels
+        own_GB = logits_CGB.gather(0, labels.expand(1, *right_GB.shape)).squeeze(0)
+        return right_GB.double().sum(1), (logits_CGB.logsumexp(0) - own_GB).double().sum(1)
 
-    def final(self, number: int) -> tuple[Tensor, Tensor]:
-        """Weight (C, D - 1) and bias (C,) of a final twin."""
-        weight_DC = self.weight_DGC[:, len(self.choices) + number]
-        return weight_DC[:-1].t().contiguous(), weight_DC[-1].clone()
-
-
-def softmax_(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place. Spelled out because ``torch.softmax`` takes 15
-    times as long on a CPU when that dimension is as short as ten classes."""
-    logits -= logits.amax(-1, keepdim=True)
-    return logits.exp_().div_(logits.sum(-1, keepdim=True))
+    def head(self, number: int) -> tuple[Tensor, Tensor]:
+        """Weight (C, D - 1) and bias (C,) of one head."""
+        weight_CD = self.weight_CGD[:, number]
+        return weight_CD[:, :-1].contiguous(), weight_CD[:, -1].clone()
 
 
 class Heads:
@@ -144,6 +133,7 @@ class Heads:
         seed: int,
         device: torch.device,
     ):
+        self.choices = choices
         by_layers = itertools.groupby(choices, key=lambda choice: choice.layers)
         self.groups = [
             HeadGroup(
@@ -152,20 +142,13 @@ class Heads:
             for layers, group in by_layers
         ]
 
-    def step(self, blocks: Blocks, labels: Tensor, held_out: Tensor, factor: float) -> None:
-        """One step. blocks: float32 (B, d) each; labels: int64 (B,); held_out: bool (B,); factor:
-        see cosine."""
-        kept = (~held_out).float()
-        selection = kept / kept.sum().clamp(min=1)
-        everything = torch.full_like(kept, 1 / len(kept))
+    def step(self, blocks: Blocks, labels: Tensor, factor: float) -> None:
+        """One step. blocks: float32 (B, d) each; labels: int64 (B,); factor: see cosine."""
         for group in self.groups:
-            half = len(group.choices)
-            used = torch.stack((selection, everything), 1).repeat_interleave(half, dim=1)
-            group.step(blocks, labels, used, factor)
+            group.step(blocks, labels, factor)
 
     def judge(self, batches: Iterable[tuple[Blocks, Tensor]]) -> list[tuple[float, float]]:
-        """(accuracy in percent, mean cross-entropy) of every choice on held-out batches, in grid
-        order."""
+        """(accuracy in percent, mean cross-entropy) of every choice, in grid order."""
         totals, count = None, 0
         for blocks, labels in batches:
             parts = [torch.stack(group.judge(blocks, labels)) for group in self.groups]
@@ -179,15 +162,35 @@ class Heads:
 
     def state(self) -> list[Tensor]:
         """The tensors that change, in place when written to."""
-        return [t for group in self.groups for t in (group.weight_DGC, group.momentum_DGC)]
+        return [t for group in self.groups for t in (group.weight_CGD, group.momentum_CGD)]
 
-    def final(self, number: int) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the final twin of choice ``number`` in grid order."""
+    def head(self, number: int) -> tuple[Tensor, Tensor]:
+        """Weight (C, D - 1) and bias (C,) of choice ``number`` in grid order."""
         for group in self.groups:
-            if number < len(group.choices):
-                return group.final(number)
-            number -= len(group.choices)
+            if number < len(group.lr_G):
+                return group.head(number)
+            number -= len(group.lr_G)
         raise IndexError(number)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A trained grid: which head won, and its layer."""
+
+    choices: list[Choice]
+    scores: list[tuple[float, float]]
+    """(accuracy in percent, cross-entropy) of each choice on the held-out images, learnt without
+    them."""
+    chosen: int
+    """The best choice by them."""
+    weight: Tensor
+    """(C, D - 1), learnt from all training images."""
+    bias: Tensor
+    """(C,)"""
+
+    @property
+    def choice(self) -> Choice:
+        return self.choices[self.chosen]
 
 
 def best(scores: Sequence[tuple[float, float]]) -> int:

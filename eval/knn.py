@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import faiss
@@ -201,15 +203,23 @@ def vote_ranks(
 class Search:
     """Exact search for the most similar rows of a bank.
 
-    Memory is bounded: the bank is normalised and indexed a part at a time when it is larger than
-    BANK_ROWS, and the parts' neighbours are merged. On GPUs a part is spread over all that this
-    process sees.
+    The bank lies in parts, one on each GPU, or one on the CPU, and the parts' neighbours are
+    merged. Memory is bounded: parts have at most BANK_ROWS rows, and where there are more of them
+    than places they are indexed for one search and dropped. Where there is a process for each GPU,
+    it uses its own, as the processes share out the queries.
     """
 
     def __init__(self, bank: np.ndarray, gpu: bool = False):
         self.bank = bank
-        self.gpu = gpu and faiss.get_num_gpus() > 0
-        self.whole = self._index(bank) if len(bank) <= BANK_ROWS else None
+        self.gpus: list[int] = []
+        if gpu and faiss.get_num_gpus():
+            everyone, mine = range(faiss.get_num_gpus()), [torch.cuda.current_device()]
+            self.gpus = list(everyone) if dist.world_size() == 1 else mine
+        places = max(1, len(self.gpus))
+        self.size = min(BANK_ROWS, -(-len(bank) // places))
+        self.starts = range(0, len(bank), self.size)
+        kept = self.starts if len(self.starts) <= places else ()
+        self.kept = {start: self._index(start) for start in kept}
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines float32 [Q, k], descending, and row numbers int64 [Q, k], ascending where cosines
@@ -237,26 +247,32 @@ class Search:
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best, sorted; which of equal ones at the end is FAISS's choice."""
-        if self.whole is not None and (not self.gpu or k <= GPU_MAX_K):
-            return in_order(*self.whole.search(queries, k))
         best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        for start in range(0, len(self.bank), BANK_ROWS):
-            part = self.bank[start : start + BANK_ROWS]
-            index = self._index(part, gpu=k <= GPU_MAX_K)
-            similarities, rows = index.search(queries, min(k, len(part)))
-            both = np.hstack((best[0], similarities)), np.hstack((best[1], rows + start))
-            similarities, rows = in_order(*both)
-            best = similarities[:, :k], rows[:, :k]
+        with ThreadPoolExecutor(max(1, len(self.gpus))) as pool:
+            for found in pool.map(partial(self._search_part, queries, k), self.starts):
+                similarities, rows = in_order(*map(np.hstack, zip(best, found, strict=True)))
+                best = similarities[:, :k], rows[:, :k]
         return best
 
-    def _index(self, rows: np.ndarray, gpu: bool = True) -> Any:
+    def _search_part(
+        self, queries: np.ndarray, k: int, start: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of one part, or all of it."""
+        on_gpu = k <= GPU_MAX_K
+        index = self.kept.get(start) if on_gpu or not self.gpus else None
+        index = index or self._index(start, on_gpu)
+        similarities, rows = index.search(queries, min(k, index.ntotal))
+        return similarities, np.where(rows < 0, rows, rows + start)  # -1 is FAISS's "none"
+
+    def _index(self, start: int, on_gpu: bool = True) -> Any:
+        """One part of the bank, on its GPU where there are some."""
+        rows = self.bank[start : start + self.size]
         index = faiss.IndexFlatIP(rows.shape[1])
-        if self.gpu and gpu:
-            options = faiss.GpuMultipleClonerOptions()
-            options.shard = True
-            index = faiss.index_cpu_to_all_gpus(index, options)
-        for start in range(0, len(rows), ADD_ROWS):
-            index.add(unit_rows(rows[start : start + ADD_ROWS]))
+        if self.gpus and on_gpu:
+            gpu = self.gpus[start // self.size % len(self.gpus)]
+            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
+        for first in range(0, len(rows), ADD_ROWS):
+            index.add(unit_rows(rows[first : first + ADD_ROWS]))
         return index
 
 

@@ -3,14 +3,15 @@
 
 ``--protocol cached`` trains on features of the centre crop, extracted once. ``--protocol dino``
 sends RandomResizedCrop + flip of every image through the backbone in every epoch, as the official
-code does. Both choose learning rate, weight decay and layers on a held-out part of the training set
-(see :mod:`xcit_dino.eval.heads`).
+code does. Both choose learning rate, weight decay and layers by heads that never saw a held-out
+part of the training images, and report the chosen one's twin that learnt from all of them.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.eval.augmented import state_file, train_augmented
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
-from xcit_dino.eval.heads import Blocks, Choice, Heads, best, cosine, grid, hold_out
+from xcit_dino.eval.heads import Blocks, Choice, Heads, Probe, best, cosine, grid, hold_out
 from xcit_dino.eval.subject import Network, Subject, networks, resolve
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
@@ -52,40 +53,29 @@ def run(config: LinearConfig) -> None:
         val_features = extract(network, val, "val", subject, config.subject, world)
         if config.protocol == "cached":
             train_features = extract(network, train, "train", subject, config.subject, world)
-            heads, scores = train_cached(train_features, choices, num_classes, config, world.device)
+            probe = train_cached(train_features, choices, num_classes, config, world.device)
         elif network.name == "pixels":
             continue  # crops of raw pixels are no features
         else:
-            heads, scores = train_augmented(
-                network, train, subject, choices, num_classes, config, world
-            )
-        chosen = best(scores)
-        weight, bias = heads.final(chosen)
-        metrics = accuracy(val_features, choices[chosen].layers, weight, bias)
-        metrics["holdout_top1"] = scores[chosen][0]
+            probe = train_augmented(network, train, subject, choices, num_classes, config, world)
+        metrics = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
+        metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
             facts = protocol(config, subject, network, train, val, world)
             if network.name == "pretrained":
-                save_head(
-                    config.subject.output_dir / HEAD_FILE,
-                    weight,
-                    bias,
-                    choices[chosen],
-                    facts,
-                    train.classes,
-                )
+                save_head(config.subject.output_dir / HEAD_FILE, probe, facts, train.classes)
             record_result(
                 config.subject.output_dir, f"{name}{network.suffix}", metrics, facts,
                 grid=[
                     asdict(choice) | {"holdout_top1": top1}
-                    for choice, (top1, _) in zip(choices, scores, strict=True)
+                    for choice, (top1, _) in zip(choices, probe.scores, strict=True)
                 ],
-                chosen=asdict(choices[chosen]),
+                chosen=asdict(probe.choice),
                 weights_file=subject.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
             state_file(config, network).unlink(missing_ok=True)
-            tell(network, choices[chosen], metrics, config)
+            tell(network, probe.choice, metrics, config)
     dist.barrier()
 
 
@@ -115,38 +105,47 @@ def train_cached(
     num_classes: int,
     config: LinearConfig,
     device: torch.device,
-) -> tuple[Heads, list[tuple[float, float]]]:
-    """Train all heads on extracted features; every rank does the same, as the heads are small.
+) -> Probe:
+    """Train the grid on extracted features without the held-out images, then the best choice alone
+    on all of them; every rank does the same, as the heads are small."""
+    names = sorted({block for choice in choices for block in LAYERS[choice.layers]})
+    table = Table(features, names, device)
+    held_out = hold_out(len(features), config.holdout, config.seed)
+    heads = fit(table, torch.nonzero(~held_out).squeeze(1), choices, num_classes, config)
+    judged = torch.nonzero(held_out).squeeze(1).split(CHUNK)
+    scores = heads.judge(table.rows(part) for part in judged)
+    chosen = best(scores)
+    final = fit(table, torch.arange(len(features)), [choices[chosen]], num_classes, config)
+    return Probe(choices, scores, chosen, *final.head(0))
 
-    Returns:
-        The heads, and (accuracy in percent, cross-entropy) of each choice on the held-out images.
-    """
-    count, size = len(features), min(config.probe_batch_size, len(features))
-    held_out = hold_out(count, config.holdout, config.seed)
-    used = sorted({block for choice in choices for block in LAYERS[choice.layers]})
-    table = Table(features, used, device)
-    dims = {name: features.blocks[name].shape[1] for name in used}
-    heads = Heads(choices, dims, num_classes, size, config.seed, device)
-    steps = count // size  # an epoch's last, smaller batch is dropped
+
+def fit(
+    table: Table, images: Tensor, choices: list[Choice], num_classes: int, config: LinearConfig
+) -> Heads:
+    """Train heads on some rows of a table. images: int64 (n,)."""
+    size = min(config.probe_batch_size, len(images))
+    heads = Heads(choices, table.dims, num_classes, size, config.seed, table.device)
+    steps = len(images) // size  # an epoch's last, smaller batch is dropped
     generator = torch.Generator().manual_seed(config.seed)
-    with progress(f"{len(choices)} linear heads", config.epochs, "epochs") as bar:
+    many = f"{len(choices)} linear heads" if len(choices) > 1 else "the best head, on all images"
+    with progress(many, config.epochs, "epochs") as bar:
         for epoch in range(config.epochs):
-            order = torch.randperm(count, generator=generator)[: steps * size].view(steps, size)
-            for step, rows in enumerate(order):
+            order = images[torch.randperm(len(images), generator=generator)[: steps * size]]
+            for step, rows in enumerate(order.view(steps, size)):
                 factor = cosine((epoch * steps + step) / (config.epochs * steps))
-                heads.step(*table.rows(rows), held_out[rows].to(device), factor)
+                heads.step(*table.rows(rows), factor)
             bar.advance()
-    rows = torch.nonzero(held_out).squeeze(1)
-    return heads, heads.judge(table.rows(part) for part in rows.split(CHUNK))
+    return heads
 
 
 class Table:
     """Rows of some feature blocks and labels; on a GPU they lie there when they take less than half
     its memory."""
 
-    def __init__(self, features: Features, names: list[str], device: torch.device):
+    def __init__(self, features: Features, names: Iterable[str], device: torch.device):
         self.device = device
         self.blocks = {name: torch.from_numpy(features.blocks[name]) for name in names}
+        self.dims = {name: block.shape[1] for name, block in self.blocks.items()}
         self.labels = torch.from_numpy(features.labels)
         if device.type == "cuda":
             bytes_needed = sum(block.nbytes for block in self.blocks.values())
@@ -156,7 +155,7 @@ class Table:
     def rows(self, numbers: Tensor) -> tuple[Blocks, Tensor]:
         """Blocks and labels of some images, on the device."""
         blocks = {
-            name: block[numbers.to(block.device)].to(self.device)
+            name: block.index_select(0, numbers.to(block.device)).to(self.device)
             for name, block in self.blocks.items()
         }
         return blocks, self.labels[numbers].to(self.device)
@@ -167,7 +166,7 @@ class Table:
 
 def accuracy(features: Features, layers: str, weight: Tensor, bias: Tensor) -> dict[str, float]:
     """``top1`` and ``top5`` in percent of one head on extracted features."""
-    table = Table(features, list(LAYERS[layers]), weight.device)
+    table = Table(features, LAYERS[layers], weight.device)
     right = torch.zeros(2, dtype=torch.float64)
     for part in torch.arange(len(features)).split(CHUNK):
         blocks, labels = table.rows(part)
@@ -184,21 +183,14 @@ def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack((found[:, 0].sum(), found.sum())).double().cpu()
 
 
-def save_head(
-    path: Path,
-    weight: Tensor,
-    bias: Tensor,
-    choice: Choice,
-    facts: dict[str, Any],
-    classes: list[str] | None,
-) -> None:
+def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str] | None) -> None:
     """``weight`` (C, D) and ``bias`` (C,) as safetensors; metadata: layers, protocol, class
     names."""
     from safetensors.torch import save
 
-    tensors = {"weight": weight.cpu().contiguous(), "bias": bias.cpu().contiguous()}
+    tensors = {"weight": probe.weight.cpu().contiguous(), "bias": probe.bias.cpu().contiguous()}
     metadata = {
-        "layers": choice.layers,
+        "layers": probe.choice.layers,
         "protocol": json.dumps(facts),
         "classes": json.dumps(classes),
     }

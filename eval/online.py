@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.features import blocks_of, num_classes_of, output_batches
+from xcit_dino.eval.gallery import spread
 from xcit_dino.eval.knn import knn_hits
+from xcit_dino.eval.online_pictures import Embedded, OnlinePictures
 from xcit_dino.eval.subject import Subject, geometry
 from xcit_dino.ssl import pretrain as dino
 from xcit_dino.ssl.config import PretrainConfig
@@ -27,7 +30,8 @@ from xcit_dino.train.precision import resolve_precision
 
 BANK, QUERIES = 20_000, 4_000  # images, spread evenly over the splits
 K, TEMPERATURE = 20, 0.07
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
+Evaluate = Callable[[nn.Module, int], dict[str, Any]]
+"""(backbone, epochs done) -> numbers to log, and arrays for TensorBoard."""
 
 
 def main(config: PretrainConfig) -> None:
@@ -42,18 +46,29 @@ def main(config: PretrainConfig) -> None:
 def pretrain(config: PretrainConfig) -> None:
     """:func:`xcit_dino.ssl.pretrain.pretrain`, with k-NN every ``--knn_every`` epochs."""
     world = dist.init(config.run.device)
-    evaluate = None
-    if config.online.knn_every and config.loader.data_path is not None:
-        evaluate = online_knn(
-            config.loader.data_path,
-            crop=config.crops.global_crops_size,
-            every=config.online.knn_every,
-            num_workers=config.loader.num_workers,
-            cache_dir=config.loader.cache_dir,
-            precision=config.run.precision,
-            device=world.device,
-        )
-    dino.pretrain(config, evaluate)
+    evaluations = []
+    for name, data_path in (
+        ("knn", config.loader.data_path),
+        ("knn_other", config.online.knn_data_path),
+    ):
+        if config.online.knn_every and data_path is not None:
+            evaluation = online_knn(
+                data_path,
+                crop=config.crops.global_crops_size,
+                every=config.online.knn_every,
+                num_workers=config.loader.num_workers,
+                cache_dir=config.loader.cache_dir,
+                precision=config.run.precision,
+                device=world.device,
+                name=name,
+                pictures=config if name == "knn" else None,
+            )
+            evaluations += [evaluation] if evaluation else []
+
+    def evaluate(backbone: nn.Module, epoch: int) -> dict[str, Any]:
+        return {k: v for each in evaluations for k, v in each(backbone, epoch).items()}
+
+    dino.pretrain(config, evaluate if evaluations else None)
 
 
 def online_knn(
@@ -66,6 +81,8 @@ def online_knn(
     cache_dir: Path | None = None,
     precision: str = "fp32",
     device: torch.device | None = None,
+    name: str = "knn",
+    pictures: PretrainConfig | None = None,
 ) -> Evaluate | None:
     """What ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) -> metrics to log.
 
@@ -74,6 +91,8 @@ def online_knn(
         crop: the run's global_crops_size.
         every: epochs between evaluations.
         device: where the network lies.
+        name: what the metrics' names begin with.
+        pictures: the run whose crops, attention and neighbours are to be shown too.
 
     Returns:
         None where no accuracy can be had: no validation split, or images without labels.
@@ -93,7 +112,9 @@ def online_knn(
     )
     resize, crop = geometry(config, crop)
     subject = Subject("", Path(), None, str(data_path), resize, crop)
-    return OnlineKnn(train, val, classes, subject, config, every, device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    draw = OnlinePictures(pictures, subject, cache_dir, device) if pictures else None
+    return OnlineKnn(train, val, classes, subject, config, every, device, name, draw)
 
 
 @dataclass(frozen=True)
@@ -107,28 +128,30 @@ class OnlineKnn:
     config: SubjectConfig
     every: int
     device: torch.device
+    name: str = "knn"
+    draw: OnlinePictures | None = None
 
-    def __call__(self, backbone: nn.Module, epoch: int) -> dict[str, float]:
-        """``knn_top1`` and ``knn_top5`` in percent at k = 20; nothing in epochs between."""
+    def __call__(self, backbone: nn.Module, epoch: int) -> dict[str, Any]:
+        """``NAME_top1`` and ``NAME_top5`` in percent at k = 20, and pictures; nothing in epochs
+        between."""
         if epoch % self.every:
             return {}
         with evaluating(backbone), torch.inference_mode():
-            bank, bank_labels = self._features(backbone, self.train, BANK)
-            queries, query_labels = self._features(backbone, self.val, QUERIES)
-        k = min(K, len(bank))
+            bank = self._embedded(backbone, self.train, BANK)
+            queries = self._embedded(backbone, self.val, QUERIES)
+            drawn = self.draw(backbone, epoch, bank, queries) if self.draw else {}
+        k = min(K, len(bank.labels))
         hits = knn_hits(
-            bank, bank_labels, queries, query_labels, [k], TEMPERATURE, self.num_classes,
-            gpu=self.device.type == "cuda",
+            bank.features, bank.labels, queries.features, queries.labels, [k], TEMPERATURE,
+            self.num_classes, gpu=self.device.type == "cuda",
         )  # fmt: skip
-        top1, top5 = (100 * hits[0] / len(queries)).tolist()
-        return {"knn_top1": top1, "knn_top5": top5}
+        top1, top5 = (100 * hits[0] / len(queries.labels)).tolist()
+        return {f"{self.name}_top1": top1, f"{self.name}_top5": top5} | drawn
 
-    def _features(
-        self, backbone: nn.Module, index: ShardIndex, most: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(float32 [n, D], labels [n]) of the readable images of the subset, on every rank."""
-        count = min(most, index.num_samples)
-        chosen = np.linspace(0, index.num_samples - 1, count).astype(np.int64)
+    def _embedded(self, backbone: nn.Module, index: ShardIndex, most: int) -> Embedded:
+        """Features of the readable images of the subset, on every rank."""
+        chosen = spread(index.num_samples, most)
+        count = len(chosen)
         world, rank = (
             dist.world_size(),
             torch.distributed.get_rank() if dist.world_size() > 1 else 0,
@@ -148,7 +171,8 @@ class OnlineKnn:
             torch.distributed.all_reduce(table)
         found = table.cpu().numpy()
         seen = found[:, -1] > 0
-        return found[seen, :-1], index.labels[chosen[seen]].astype(np.int64)
+        samples = chosen[seen]
+        return Embedded(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))
 
 
 @contextmanager

@@ -210,7 +210,8 @@ class AttentionConfig:
     """Class-attention maps of an XCiT, one a head, laid over photos."""
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
-    """A photo, an animated GIF or WebP, or a folder of them."""
+    """A photo, an animated GIF or WebP, a video (needs PyAV: pip install av), or a folder of
+    them."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = Path("attention")
     """Folder for the maps."""
     output_dir: Path = Path("runs/default")
@@ -256,12 +257,22 @@ def distill_config(argv: Sequence[str], prog: str = "xcit-dino distill") -> Dist
 
 def recipe_path(kind: str, arch: str) -> Path | None:
     """The recipe for a name as published: ``xcit_small_12_p8_384`` has one of its own beside
-    ``xcit_small_12_p8``; None where there is neither."""
+    ``xcit_small_12_p8``; None where there is neither.
+
+    Raises:
+        InputError: there is one for 224 pixels only.
+    """
     suffix = "_dist" if kind == "distill" else ""
     bare = canonical_name(arch)
     names = (f"{arch.removesuffix('_dist')}{suffix}", f"{bare}{suffix}")
     paths = [CONFIGS / kind / f"{name.replace('/', '_')}.yaml" for name in names]
-    return next((path for path in paths if path.is_file()), None)
+    found = next((path for path in paths if path.is_file()), None)
+    if found == paths[1] and "_384" in arch:
+        raise InputError(
+            f"--arch {arch}: there is no recipe for 384 pixels; take {bare}{suffix}, and add "
+            "--input_size 384"
+        )
+    return found
 
 
 def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str) -> Config:

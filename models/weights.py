@@ -154,7 +154,7 @@ def load_backbone(
     return Report(path, found.network, found.place, found.layout, taken, outcome)
 
 
-def load_pretraining(path: str | Path) -> Pretraining:
+def find_pretraining(path: str | Path) -> Pretraining:
     """Student, teacher and centre of a full DINO checkpoint, official or ours.
 
     Raises:
@@ -166,6 +166,36 @@ def load_pretraining(path: str | Path) -> Pretraining:
     if not (student and teacher and centers):
         raise InputError(f"{path}: is no full DINO checkpoint (student, teacher, centre)")
     return Pretraining(student, teacher, centers[0].flatten())
+
+
+def load_pretraining(
+    path: str | Path, student: nn.Module, teacher: nn.Module, center: Tensor
+) -> str:
+    """Load a full DINO checkpoint, strictly; returns what was taken, in a line.
+
+    student, teacher: with children ``backbone`` and ``head``; center: (K,), changed in place.
+
+    Raises:
+        InputError: unreadable, only a backbone, another architecture or number of prototypes (names
+            both), or tensors missing, unexpected or of another shape (lists them).
+    """
+    path, found = Path(path), find_pretraining(path)
+    for state, network in ((found.student, student), (found.teacher, teacher)):
+        wanted = network.state_dict()
+        theirs, ours = (layouts.shape_of(layouts.under(s, "backbone.")) for s in (state, wanted))
+        _check_arch(path, theirs, ours)
+        if len(found.center) != len(center):
+            raise InputError(
+                f"{path}: has {len(found.center)} prototypes, but the head {len(center)}; "
+                f"add --out_dim {len(found.center)}"
+            )
+        check_tensors(path, state, wanted)
+        network.load_state_dict(state)
+    center.copy_(found.center)
+    return (
+        f"{path.name}: took student and teacher ({len(found.student)} tensors each, with heads of "
+        f"{len(center)} prototypes) and the centre; schedules and optimiser begin anew"
+    )
 
 
 def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:

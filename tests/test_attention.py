@@ -1,12 +1,15 @@
 """Attention maps: the network's own numbers, whole patches, files."""
 
+import sys
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval import attention
+from xcit_dino.eval import attention, video
 from xcit_dino.eval.features import normalise
 from xcit_dino.eval.train_config import AttentionConfig
 from xcit_dino.models.zoo import create_model
@@ -91,12 +94,33 @@ def test_a_folder_with_a_photo_an_animation_and_a_broken_file(run_folder, photo,
         assert (clip.n_frames, clip.size, clip.info["duration"]) == (3, (6 * 48, 32), 70)
 
 
+def test_a_video(run_folder, photo, tmp_path, monkeypatch):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"no video")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)  # as where it is not installed
+        with pytest.raises(InputError, match=r"pip install av.*ffmpeg -i VIDEO frames"):
+            attention.run(config_for(run_folder, clip, tmp_path))
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with pytest.raises(InputError, match="no image in it could be read"):
+        attention.run(config_for(run_folder, clip, tmp_path))
+    with video.writing(clip, Fraction(10)) as writer:
+        for i in range(3):
+            writer.write(np.roll(photo[:44], 9 * i, 1))
+    attention.run(config_for(run_folder, clip, tmp_path / "maps"))
+    with av.open(str(tmp_path / "maps" / "clip.mp4")) as maps:
+        frames = list(maps.decode(video=0))
+        assert maps.streams.video[0].average_rate == 10
+    assert [(frame.width, frame.height) for frame in frames] == [(6 * 48, 32)] * 3
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["clip.mp4"]
+
+
 def test_bad_input(run_folder, photo, tmp_path):
     with pytest.raises(InputError, match="no image there"):
         attention.run(config_for(run_folder, tmp_path / "missing", tmp_path))
-    (tmp_path / "clip.mp4").write_bytes(b"0")
-    with pytest.raises(InputError, match="ffmpeg"):
-        attention.run(config_for(run_folder, tmp_path / "clip.mp4", tmp_path))
+    (tmp_path / "notes.txt").write_text("0")
+    with pytest.raises(InputError, match="files of this kind cannot be read, only .jpg"):
+        attention.run(config_for(run_folder, tmp_path / "notes.txt", tmp_path))
     (tmp_path / "x.png").write_bytes(b"0")
     with pytest.raises(InputError, match="no image in it could be read"):
         attention.run(config_for(run_folder, tmp_path / "x.png", tmp_path))

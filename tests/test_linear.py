@@ -34,42 +34,35 @@ def test_every_head_is_trained_as_by_torch():
     """All heads at once equal one ``nn.Linear`` each under ``torch.optim.SGD`` and autograd."""
     choices = grid(("cls", "cls+patch"), (0.01, 0.5), (0.0, 0.1))
     heads = Heads(choices, {"cls": 6, "patch": 3}, 5, batch_size=64, seed=3, device=CPU)
-    start = [heads.final(n) for n in range(len(choices))]
+    start = [heads.head(n) for n in range(len(choices))]
     generator = torch.Generator().manual_seed(0)
     batches = [
         (torch.randn(16, 9, generator=generator), torch.randint(5, (16,), generator=generator))
         for _ in range(6)
     ]
-    held_out = torch.arange(16) % 4 == 1
     for step, (x, labels) in enumerate(batches):
-        heads.step({"cls": x[:, :6], "patch": x[:, 6:]}, labels, held_out, cosine(step / 6))
-
-    def by_torch(choice: Choice, begin, kept) -> torch.nn.Linear:
-        head = torch.nn.Linear(begin[0].shape[1], 5)
-        head.load_state_dict({"weight": begin[0], "bias": begin[1]})
-        lr = choice.lr * 64 / 256
-        optimizer = torch.optim.SGD(
-            head.parameters(), lr, momentum=0.9, weight_decay=choice.weight_decay
-        )
-        for step, (x, labels) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = lr * cosine(step / 6)
-            F.cross_entropy(head(x[kept, : head.in_features]), labels[kept]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return head
+        heads.step({"cls": x[:, :6], "patch": x[:, 6:]}, labels, cosine(step / 6))
 
     x, labels = batches[0]
     scores = heads.judge([({"cls": x[:, :6], "patch": x[:, 6:]}, labels)])
     for number, choice in enumerate(choices):
-        expected = by_torch(choice, start[number], torch.arange(16))
-        for ours, theirs in zip(heads.final(number), expected.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
-        selection = by_torch(choice, start[number], ~held_out)
-        with torch.no_grad():
-            logits = selection(x[:, : selection.in_features])
-        assert scores[number][0] == pytest.approx(
-            100 * (logits.argmax(1) == labels).float().mean().item()
+        head = torch.nn.Linear(start[number][0].shape[1], 5)
+        head.load_state_dict(dict(zip(("weight", "bias"), start[number], strict=True)))
+        lr = choice.lr * 64 / 256
+        optimizer = torch.optim.SGD(
+            head.parameters(), lr, momentum=0.9, weight_decay=choice.weight_decay
         )
+        for step, (part, wanted) in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = lr * cosine(step / 6)
+            F.cross_entropy(head(part[:, : head.in_features]), wanted).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for ours, theirs in zip(heads.head(number), head.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            logits = head(x[:, : head.in_features])
+        accuracy = 100 * (logits.argmax(1) == labels).float().mean().item()
+        assert scores[number][0] == pytest.approx(accuracy)
         assert scores[number][1] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
@@ -96,26 +89,32 @@ def test_held_out_images_are_a_fixed_share():
         hold_out(1, 0.1, seed=0)
 
 
-def test_cached_training_learns_and_the_choice_is_made_on_held_out_images(monkeypatch):
-    """Labels of the held-out images are turned: only the choice may change, never the heads."""
+def test_cached_training_learns():
     train, val = clusters(400, seed=1), clusters(300, seed=2)
     choices = grid(("cls", "cls+patch"), (1e-4, 0.1), (0.0,))
-    config = LinearConfig(epochs=20, probe_batch_size=64)
-    heads, scores = train_cached(train, choices, 4, config, CPU)
-    chosen = choices[best(scores)]
-    assert chosen.lr == 0.1 and chosen.layers == "cls+patch"
-    top1 = accuracy(val, chosen.layers, *heads.final(best(scores)))["top1"]
-    assert top1 > 90 > 60 > accuracy(val, "cls", *heads.final(0))["top1"]
+    probe = train_cached(train, choices, 4, LinearConfig(epochs=20, probe_batch_size=64), CPU)
+    assert probe.choice == Choice("cls+patch", 0.1, 0.0)
+    assert probe.chosen == best(probe.scores)
+    assert accuracy(val, probe.choice.layers, probe.weight, probe.bias)["top1"] > 90
 
+
+@pytest.mark.parametrize("labels_turned", ["held out", "others"])
+def test_the_choice_is_made_by_heads_that_never_saw_the_held_out_images(monkeypatch, labels_turned):
+    """The judged heads know nothing of the held-out images' labels, the reported one learns all."""
+    train, choices = clusters(400, seed=1), grid(("cls",), (0.1,), (0.0,))
+    config = LinearConfig(epochs=3, probe_batch_size=64)
     held_out = hold_out(400, config.holdout, config.seed).numpy()
-    turned = np.where(held_out, (train.labels + 1) % 4, train.labels)
-    seen = []
-    monkeypatch.setattr(Heads, "judge", lambda self, batches: seen.append(self) or [(0.0, 0.0)])
-    train_cached(Features(train.blocks, turned, 4, 0), choices, 4, config, CPU)
-    for ours, theirs in zip(heads.groups, seen[0].groups, strict=True):
-        half = len(ours.choices)
-        assert torch.equal(ours.weight_DGC[:, :half], theirs.weight_DGC[:, :half])
-        assert not torch.equal(ours.weight_DGC[:, half:], theirs.weight_DGC[:, half:])
+    changed = held_out if labels_turned == "held out" else ~held_out
+    turned = Features(train.blocks, np.where(changed, (train.labels + 1) % 4, train.labels), 4, 0)
+    judged = []
+    judge = Heads.judge
+    monkeypatch.setattr(
+        Heads, "judge", lambda self, batches: judged.append(self.head(0)) or judge(self, batches)
+    )
+    first, second = (train_cached(f, choices, 4, config, CPU) for f in (train, turned))
+    same = torch.equal(judged[0][0], judged[1][0])
+    assert same == (labels_turned == "held out")
+    assert not torch.equal(first.weight, second.weight)
 
 
 def test_top_hits_by_hand():
@@ -131,11 +130,12 @@ def test_run_cached(run_folder):
     assert set(results) == {"linear", "linear/random", "linear/pixels"}
     entry = results["linear"]
     assert set(entry["metrics"]) == {"top1", "top5", "holdout_top1"}
-    assert len(entry["grid"]) == 3 * 2 * 3 and entry["chosen"] in [
+    assert len(entry["grid"]) == 3 * len(config.weight_decays) * len(config.layers)
+    assert entry["chosen"] in [
         {k: point[k] for k in ("layers", "lr", "weight_decay")} for point in entry["grid"]
     ]
     assert max(p["holdout_top1"] for p in entry["grid"]) == entry["metrics"]["holdout_top1"]
-    assert len(results["linear/pixels"]["grid"]) == 2 * 3
+    assert len(results["linear/pixels"]["grid"]) == 3 * len(config.weight_decays)
     with safe_open(run_folder.path / linear.HEAD_FILE, "pt") as file:
         assert file.metadata()["layers"] == entry["chosen"]["layers"]
         assert len(json.loads(file.metadata()["classes"])) == file.get_tensor("bias").shape[0]
@@ -150,9 +150,9 @@ def test_run_dino(run_folder):
     seen = []
     step = Heads.step
 
-    def watched(self, blocks, labels, held_out, factor):
+    def watched(self, blocks, labels, factor):
         seen.append((blocks["cls"].clone(), factor))
-        step(self, blocks, labels, held_out, factor)
+        step(self, blocks, labels, factor)
 
     config = LinearConfig(
         run_folder.subject(batch_size_per_gpu=32), protocol="dino", epochs=2, lrs=(0.1, 1.0)
@@ -160,8 +160,10 @@ def test_run_dino(run_folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(augmented.Heads, "step", watched)
         linear.run(config)
-    assert [factor for _, factor in seen] == [1.0] * 3 + [0.5] * 3
-    first, second = torch.cat([x for x, _ in seen[:3]]), torch.cat([x for x, _ in seen[3:]])
+    everything, without = seen[::2], seen[1::2]  # the reported grid, and the one that is judged
+    assert [factor for _, factor in everything] == [1.0] * 3 + [0.5] * 3
+    assert sum(len(x) for x, _ in without) == 2 * (96 - hold_out(96, config.holdout, 0).sum())
+    first, second = (torch.cat([x for x, _ in part]) for part in (everything[:3], everything[3:]))
     assert torch.cdist(first, second).min() > 1e-4, "no crop comes twice"
     results = json.loads((run_folder.path / "results.json").read_text())
     assert results["linear-dino"]["protocol"]["augmentation"] == "RandomResizedCrop + flip"
@@ -178,7 +180,7 @@ def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run
 
     def stopping(self, *arguments):
         steps.append(1)
-        if len(steps) == 8:  # in the third epoch
+        if len(steps) == 2 * 8:  # in the third epoch, of two grids
             raise KeyboardInterrupt
         step(self, *arguments)
 
@@ -187,7 +189,7 @@ def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run
         with pytest.raises(KeyboardInterrupt):
             linear.run(config)
         linear.run(config)
-    assert len(steps) == 8 + 3, "two whole epochs were kept"
+    assert len(steps) == 2 * (8 + 3), "two whole epochs were kept"
     again = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
     assert again["metrics"] == whole["metrics"] and again["grid"] == whole["grid"]
     assert not list(run_folder.path.glob("*.state.pth"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.eval import online
@@ -61,9 +62,10 @@ def test_a_fixed_subset_spread_over_the_split(run_folder, monkeypatch):
     assert isinstance(callback, online.OnlineKnn)
     index = ShardIndex.load(run_folder.data / "train")
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    rows, labels = callback._features(model, index, 24)
+    found = callback._embedded(model, index, 24)
     chosen = np.linspace(0, 95, 24).astype(int)
-    assert rows.shape == (24, 3) and labels.tolist() == index.labels[chosen].tolist()
+    assert found.features.shape == (24, 3) and found.samples.tolist() == chosen.tolist()
+    assert found.labels.tolist() == index.labels[chosen].tolist()
     assert chosen[0] == 0 and chosen[-1] == 95
 
 
@@ -83,6 +85,14 @@ def test_pretraining_logs_it_and_ends_with_the_same_bits(demo_shards, tmp_path):
         states.append(load_checkpoint(newest_checkpoint(folder)))
         found = [line["knn_top1"] for line in read_metrics(folder) if "knn_top1" in line]
         assert len(found) == every and all(0 <= value <= 100 for value in found)
+    board = EventAccumulator(str(tmp_path / "1")).Reload()
+    assert set(board.Tags()["images"]) == {"crops", "attention", "neighbours"}
+    crops, attention, neighbours = (board.Images(name)[0] for name in
+                                    ("crops", "attention", "neighbours"))  # fmt: skip
+    assert crops.width == 2 * 132 and crops.height == 2 * 132  # 2 samples, 2 global crops
+    assert attention.height == neighbours.height == 6 * 132
+    assert neighbours.width == 7 * 132
+    assert board.Tags()["histograms"] == ["feature_deviation"]
     for network in ("student", "teacher"):
         for name, value in states[0][network].items():
             assert torch.equal(value, states[1][network][name]), name
@@ -93,3 +103,19 @@ def test_unlabelled_data_are_pretrained_on_without_it(unlabelled, tmp_path, caps
     online.pretrain(replace(PretrainConfig(), TINY | options | {"knn_every": 1}))
     assert "no k-NN during pretraining" in capsys.readouterr().out
     assert not [line for line in read_metrics(tmp_path) if "knn_top1" in line]
+
+
+def test_going_on_from_a_checkpoint_watches_old_and_new_data(demo_shards, tmp_path, capsys):
+    """The new run's first k-NN, before any step, is the old run's last one."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shared = TINY | {"data_path": demo_shards, "knn_every": 1}
+    online.pretrain(replace(PretrainConfig(), shared | {"output_dir": old}))
+    start = newest_checkpoint(old)
+    options = {"init_from": start, "knn_data_path": str(demo_shards), "output_dir": new}
+    online.pretrain(replace(PretrainConfig(), shared | options | {"seed": 1}))
+    assert "took student and teacher" in capsys.readouterr().out
+    before = [line for line in read_metrics(old) if "knn_top1" in line][-1]
+    lines = [line for line in read_metrics(new) if "knn_top1" in line]
+    assert [line["step"] for line in lines] == [0, 2]
+    assert lines[0]["knn_top1"] == before["knn_top1"]
+    assert all(line["knn_other_top1"] == line["knn_top1"] for line in lines), "the same data"

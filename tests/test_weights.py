@@ -23,6 +23,7 @@ from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
 from xcit_dino.models.head import DINOHead
 from xcit_dino.models.weights import (
     find_network,
+    find_pretraining,
     load_backbone,
     load_linear,
     load_pretraining,
@@ -205,11 +206,46 @@ def test_a_whole_pretraining_comes_back(key: str, tmp_path: Path) -> None:
     a = prefixed("backbone.", network(seed=1).state_dict()) | {"head.mlp.0.bias": torch.ones(2)}
     b = prefixed("backbone.", network(seed=2).state_dict()) | {"head.mlp.0.bias": torch.zeros(2)}
     tree = {"student": prefixed("module.", a), "teacher": b, key: {"center": torch.randn(1, 16)}}
-    student, teacher, center = load_pretraining(save(tmp_path / "c.pth", tree))
+    student, teacher, center = find_pretraining(save(tmp_path / "c.pth", tree))
     assert identical(student, a) and identical(teacher, b)
     assert torch.equal(center, tree[key]["center"][0])
     with pytest.raises(InputError, match="no full DINO checkpoint"):
-        load_pretraining(save(tmp_path / "b.pth", a))
+        find_pretraining(save(tmp_path / "b.pth", a))
+
+
+def whole(seed: int, arch: str = "xcit_pico_6_p8", out_dim: int = 16) -> nn.Module:
+    """A backbone and a head, as pretraining has them."""
+    net = nn.Module()
+    net.backbone = network(arch, seed=seed)
+    net.head = DINOHead(80, out_dim, hidden_dim=8, bottleneck_dim=4)
+    return net
+
+
+def test_pretraining_goes_on_from_an_official_checkpoint(tmp_path: Path) -> None:
+    """Names of ``main_dino.py``: the student in DistributedDataParallel, the centre (1, K)."""
+    a, b, center = whole(1), whole(2), torch.randn(1, 16)
+    official = {
+        "student": prefixed("module.", a.state_dict()),
+        "teacher": b.state_dict(),
+        "dino_loss": {"center": center},
+        "epoch": 300,
+        "args": argparse.Namespace(arch="xcit_pico_6_p8"),
+    }
+    path = save(tmp_path / "checkpoint.pth", official)
+    student, teacher, ours = whole(3), whole(4), torch.zeros(16)
+    taken = load_pretraining(path, student, teacher, ours)
+    assert identical(student.state_dict(), a.state_dict())
+    assert identical(teacher.state_dict(), b.state_dict())
+    assert torch.equal(ours, center[0])
+    assert "student and teacher" in taken and "heads of 16 prototypes" in taken
+
+    with pytest.raises(InputError, match="has 16 prototypes, but the head 8; add --out_dim 16"):
+        load_pretraining(path, whole(3, out_dim=8), whole(4, out_dim=8), torch.zeros(8))
+    with pytest.raises(InputError, match="holds xcit_pico_6_p8, but the model is xcit_pico_6_p4"):
+        load_pretraining(path, whole(3, "xcit_pico_6_p4"), teacher, torch.zeros(16))
+    del official["teacher"]["head.mlp.0.bias"]
+    with pytest.raises(InputError, match="missing: head.mlp.0.bias"):
+        load_pretraining(save(tmp_path / "less.pth", official), student, teacher, ours)
 
 
 def test_official_linear_heads(tmp_path: Path) -> None:

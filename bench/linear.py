@@ -1,0 +1,234 @@
+"""The linear probe side by side with DINO's: what a grid of learning rates costs, what it finds.
+
+    python bench/linear.py RUN [--epochs 100] [--repeats 3] [--seconds 30] [--accuracy_epochs 10]
+
+RUN is a pretraining run. First the time of the command ``xcit-dino linear``, features cached, with
+one learning rate and with 13, alternately. Then that of DINO's ``eval_linear.py`` written plainly:
+augmented images through the frozen backbone in every epoch, for one learning rate; it is measured
+for some seconds, and multiplied by what is left of its epochs and by 13 runs.
+
+With ``--accuracy_epochs`` both are trained for that many epochs and their best accuracies compared.
+With one seed, 13 official runs see the same crops, and the backbone learns nothing: so the plain
+loop trains its 13 classifiers, each with an optimiser of its own, in one pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.eval.config import LinearConfig, SubjectConfig
+from xcit_dino.eval.subject import Subject, pretrained, resolve
+
+LRS = LinearConfig().lrs
+BATCH = 128  # eval_linear.py
+Classifiers = list[tuple[nn.Linear, torch.optim.SGD]]
+
+
+class Images(Dataset):
+    """Images and labels of a split, read one by one (``torchvision.datasets.ImageFolder``)."""
+
+    def __init__(self, index: ShardIndex, transform: transforms.Compose):
+        self.index, self.transform = index, transform
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        shard, offset, size = self.index.locate(number)
+        with open(self.index.path(shard), "rb") as file:
+            content = os.pread(file.fileno(), size, offset)
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        return self.transform(image), int(self.index.labels[number])
+
+
+def loader(subject: Subject, split: str) -> DataLoader:
+    """The official transforms, at the size of the run."""
+    augment = [transforms.RandomResizedCrop(subject.crop), transforms.RandomHorizontalFlip()]
+    center = [transforms.Resize(subject.resize, 3), transforms.CenterCrop(subject.crop)]
+    common = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    transform = transforms.Compose((augment if split == "train" else center) + common)
+    return DataLoader(
+        Images(subject.index(split), transform), BATCH, shuffle=split == "train", num_workers=2
+    )
+
+
+def official_epoch(model: nn.Module, images: DataLoader, heads: Classifiers) -> Iterator[int]:
+    """One epoch of ``eval_linear.py:train``; yields the number of images after each step."""
+    for batch, targets in images:
+        with torch.no_grad():
+            features = model(batch)
+        for head, optimizer in heads:
+            loss = nn.CrossEntropyLoss()(head(features), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        yield len(batch)
+
+
+def classifiers(dim: int, num_classes: int, lrs: tuple[float, ...]) -> Classifiers:
+    """Linear classifiers with an optimiser each, all starting from the same weights."""
+    heads = []
+    for lr in lrs:
+        torch.manual_seed(0)
+        head = nn.Linear(dim, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        heads.append((head, torch.optim.SGD(head.parameters(), lr * BATCH / 256, momentum=0.9)))
+    return heads
+
+
+def official_seconds(subject: Subject, model: nn.Module, seconds: float) -> tuple[int, float]:
+    """(images, seconds) of a part of an epoch of one official run; the workers' start is left
+    out."""
+    heads = classifiers(model.embed_dim, num_classes(subject), LRS[:1])  # type: ignore[arg-type]
+    images, began = 0, None
+    for count in official_epoch(model, loader(subject, "train"), heads):
+        if began is None:
+            began = time.perf_counter()
+            continue
+        images += count
+        if time.perf_counter() - began > seconds:
+            break
+    assert began is not None
+    return images, time.perf_counter() - began
+
+
+def official_accuracy(subject: Subject, model: nn.Module, epochs: int) -> list[float]:
+    """Top-1 in percent of the 13 official classifiers after the last epoch."""
+    torch.manual_seed(0)
+    heads = classifiers(model.embed_dim, num_classes(subject), LRS)  # type: ignore[arg-type]
+    schedules = [
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs) for _, optimizer in heads
+    ]
+    images = loader(subject, "train")
+    for epoch in range(epochs):
+        for _ in official_epoch(model, images, heads):
+            pass
+        for schedule in schedules:
+            schedule.step()
+        print(f"official epoch {epoch + 1} of {epochs}", file=sys.stderr, flush=True)
+    right, count = torch.zeros(len(heads)), 0
+    with torch.no_grad():
+        for batch, targets in loader(subject, "val"):
+            features = model(batch)
+            right += torch.tensor([(h(features).argmax(1) == targets).sum() for h, _ in heads])
+            count += len(targets)
+    return (100 * right / count).tolist()
+
+
+def num_classes(subject: Subject) -> int:
+    return int(subject.index("train").labels.max()) + 1
+
+
+def command(folder: Path, subject: Subject, *options: str) -> tuple[float, dict]:
+    """(seconds, entry of results.json) of the command ``xcit-dino linear``, start included."""
+    words = [
+        "--output_dir", folder, "--arch", subject.arch, "--data_path", subject.data_path,
+        "--pretrained_weights", subject.weights, "--crop_size", subject.crop,
+        "--resize_size", subject.resize, "--num_workers", 2, *options,
+    ]  # fmt: skip
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "xcit_dino.cli", "linear", *map(str, words)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    seconds = time.perf_counter() - began
+    (entry,) = json.loads((folder / "results.json").read_text()).values()
+    (folder / "results.json").unlink()
+    return seconds, entry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--accuracy_epochs", type=int, default=0)
+    args = parser.parse_args()
+    subject = resolve(SubjectConfig(output_dir=args.run, device="cpu"))
+    model = pretrained(subject).model
+    folder = Path(tempfile.mkdtemp())
+    dino_grid = ("--layers", "cls", "--weight_decays", "0")
+    times(args, subject, model, folder, dino_grid)
+    if args.accuracy_epochs:
+        accuracies(args.accuracy_epochs, subject, model, folder, dino_grid)
+    shutil.rmtree(folder)
+
+
+def times(
+    args: argparse.Namespace,
+    subject: Subject,
+    model: nn.Module,
+    folder: Path,
+    dino_grid: tuple[str, ...],
+) -> None:
+    """Measure and print seconds."""
+    epochs = ("--epochs", str(args.epochs))
+    extraction, _ = command(folder, subject, "--epochs", "1", "--lrs", "0.1", *dino_grid)
+    grids = {
+        "1 learning rate": ("--lrs", "0.1", *dino_grid),
+        "13 learning rates": dino_grid,
+        "1 learning rate x 3 layers": ("--lrs", "0.1"),
+        "13 learning rates x 3 layers": (),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in grids}
+    for _ in range(args.repeats):
+        for name, options in grids.items():
+            seconds[name].append(command(folder, subject, *epochs, *options)[0])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    images, wall = official_seconds(subject, model, args.seconds)
+    whole = wall / images * subject.index("train").num_samples * args.epochs
+
+    print(f"{subject.arch}, {args.epochs} epochs, {torch.get_num_threads()} threads; seconds")
+    print(f"{'features of both splits, once, with one epoch':<50}{extraction:10.1f}")
+    for name, value in median.items():
+        values = ", ".join(f"{second:.1f}" for second in seconds[name])
+        print(f"{f'xcit-dino linear, features cached: {name}':<50}{value:10.1f}   ({values})")
+    print(f"{'official run, 1 learning rate':<50}{whole:10.0f}   ({images} images: {wall:.1f} s)")
+    one, grid, one3, grid3 = median.values()
+    print(f"13 learning rates / 1: {grid / one:.2f}; with 3 layers {grid3 / one3:.2f}")
+    ours = extraction + grid
+    print(f"13 official runs / (features + 13 learning rates): {len(LRS) * whole / ours:.0f}")
+
+
+def accuracies(
+    epochs: int, subject: Subject, model: nn.Module, folder: Path, dino_grid: tuple[str, ...]
+) -> None:
+    """Measure and print top-1."""
+    official = official_accuracy(subject, model, epochs)
+    best = max(range(len(LRS)), key=official.__getitem__)
+    print(f"{epochs} epochs; top-1 in percent")
+    print(f"official, best of 13 on the validation set: {official[best]:.2f} (lr {LRS[best]:g})")
+    for protocol in ("dino", "cached"):
+        options = ("--protocol", protocol, "--epochs", str(epochs), *dino_grid)
+        seconds, entry = command(folder, subject, *options)
+        found = f"{entry['metrics']['top1']:.2f} (lr {entry['chosen']['lr']:g})"
+        print(f"--protocol {protocol}, chosen on held-out images: {found}, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
