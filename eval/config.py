@@ -89,7 +89,7 @@ class LinearConfig:
         1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
     )  # fmt: skip
     """Learning rates for 256 images, scaled linearly with the batch; one head each."""
-    weight_decays: tuple[float, ...] = (0.0, 1e-4)
+    weight_decays: tuple[float, ...] = (0.0,)
     """Weight decays, each with every learning rate (DINO: 0)."""
     layers: tuple[Literal["cls", "cls+patch", "cls2", "cls2+patch"], ...] = (
         "cls",
