@@ -1,74 +1,240 @@
-"""Line charts as inline SVG: no script, no network, colours from the page's style sheet."""
+"""Charts as inline SVG: lines, a map of points, a matrix. No script, no network; colours and dashes
+come from the page's style sheet."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 440, 220
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+WIDTH, HEIGHT = 340, 210  # of a curve's canvas, about the pixels that it gets
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 40
+MAP_WIDTH, MAP_HEIGHT = 1040, 520
+MATRIX_WIDTH = 500
 MOST_POINTS = 400  # more than a screen shows; longer curves are averaged down
+STYLES = 6  # colours with their dashes, in report.css
+SHAPES = (  # of points, so that colour is not all that tells classes apart
+    '<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>',
+    '<path d="M{x:.1f} {y:.1f}m-3.2 -3.2h6.4v6.4h-6.4z"/>',
+    '<path d="M{x:.1f} {y:.1f}m0 -4.4l4 7h-8z"/>',
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the values of a chart lie on its canvas."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    width: float = WIDTH
+    height: float = HEIGHT
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Canvas position of a point."""
+        across = (x - self.left) / max(self.right - self.left, 1e-12)
+        up = (y - self.low) / max(self.high - self.low, 1e-12)
+        room = self.height - TOP - BOTTOM
+        return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * room
 
 
 def line_chart(
-    title: str, lines: Sequence[tuple[str, Points]], x_label: str, unit: str = ""
+    title: str,
+    lines: Sequence[tuple[str, Points]],
+    x_label: str,
+    unit: str = "",
+    marks: Sequence[float] = (),
 ) -> str:
-    """A figure with one curve a run.
+    """A figure with one curve each of ``lines``; nothing where none has points.
 
     Args:
         title: above the chart.
-        lines: (run's name, points); the n-th curve takes the page's colour ``--run-n``.
+        lines: (name, points); the n-th takes the page's n-th colour and dash.
         x_label: of the horizontal axis.
-        unit: after the last value in the title.
+        unit: of the vertical axis, said in the title.
+        marks: where a dotted vertical line stands (restarts).
     """
     lines = [(name, thin(finite(points))) for name, points in lines]
-    lines = [(name, points) for name, points in lines if points]
-    if not lines:
+    drawn = [points for _, points in lines if points]
+    if not drawn:
         return ""
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(min(ys), max(ys), 5)
-    left, right = min(xs[0], min(xs)), max(max(xs), min(xs) + 1e-9)
-    low, high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+    xs = [x for points in drawn for x, _ in points]
+    ys = [y for points in drawn for _, y in points]
+    y_ticks = ticks(*around(min(ys), max(ys)), 4)
+    frame = Frame(min(xs), max(xs), min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
+    parts = [rules(frame, y_ticks), x_axis(frame, x_label)]
+    for x in (x for x in marks if frame.left < x < frame.right):
+        at, _ = frame.place(x, frame.low)
+        parts.append(f'<path class="mark" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+    parts += [curve(frame, n, name, points) for n, (name, points) in enumerate(lines) if points]
+    last = number(drawn[0][-1][1]) if len(drawn) == 1 else ""
+    names = legend([name for name, _ in lines]) if len(lines) > 1 else ""
+    return figure(f"{title}, {unit}" if unit else title, "".join(parts), last, names)
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - left) / (right - left), (y - low) / (high - low)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
-            HEIGHT - TOP - BOTTOM
-        )
 
-    parts = []
-    for y in y_ticks:
-        _, at = place(left, y)
-        parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in (x for x in x_ticks if left <= x <= right):
-        at, _ = place(x, low)
-        parts.append(
-            f'<text x="{at:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{number(x)}</text>'
-        )
-    parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 2}" '
-        f'text-anchor="middle">{escape(x_label)}</text>'
-    )
-    for n, (name, points) in enumerate(lines):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
-        x, y = place(*points[-1])
-        hover = f"{escape(name)}: last {number(points[-1][1])}"
-        parts.append(
-            f'<g style="--line: var(--run-{n % 6})"><title>{hover}</title>'
-            f'<polyline class="line" points="{path}"/>'
-            f'<circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="3"/></g>'
-        )
-    last = f"{number(lines[0][1][-1][1])}{unit}" if len(lines) == 1 else ""
+def figure(
+    title: str,
+    content: str,
+    last: str = "",
+    names: str = "",
+    size: tuple[float, float] = (WIDTH, HEIGHT),
+) -> str:
+    """A canvas with a title, the last value beside it, and a legend below it."""
     return (
         f'<figure><figcaption>{escape(title)}<span class="last">{escape(last)}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
-        f"{''.join(parts)}</svg></figure>"
+        f'{names}<svg viewBox="0 0 {size[0]:.0f} {size[1]:.0f}" role="img" '
+        f'aria-label="{escape(title)}">{content}</svg></figure>'
     )
+
+
+def legend(names: Sequence[str]) -> str:
+    """What the lines of a chart are, drawn as they are."""
+    items = (
+        f'<span class="line-{n % STYLES}"><svg class="key" viewBox="0 0 24 6">'
+        f'<polyline points="0,3 24,3"/></svg>{escape(name)}</span>'
+        for n, name in enumerate(names)
+    )
+    return f'<p class="legend">{"".join(items)}</p>'
+
+
+def around(low: float, high: float) -> tuple[float, float]:
+    """Room above and below a constant."""
+    if high > low:
+        return low, high
+    return (low - 0.1 * abs(low), low + 0.1 * abs(low)) if low else (0.0, 1.0)
+
+
+def rules(frame: Frame, y_ticks: Sequence[float]) -> str:
+    """Horizontal lines with their values."""
+    parts = []
+    for y in y_ticks:
+        _, at = frame.place(frame.left, y)
+        parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(y)}</text>')
+    return "".join(parts)
+
+
+def x_axis(frame: Frame, label: str) -> str:
+    """Values along the horizontal axis, and its name."""
+    parts = []
+    for x in (x for x in ticks(frame.left, frame.right, 4) if frame.left <= x <= frame.right):
+        at, _ = frame.place(x, frame.low)
+        at = min(at, WIDTH - RIGHT - 8)
+        parts.append(
+            f'<text x="{at:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{number(x)}</text>'
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(label)}</text>')
+    return "".join(parts)
+
+
+def curve(frame: Frame, n: int, name: str, points: Points) -> str:
+    """One line; its name and last value show when pointed at."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.place(*point) for point in points))
+    x, y = frame.place(*points[-1])
+    return (
+        f'<g class="line-{n % STYLES}"><title>{escape(name)}: last {number(points[-1][1])}</title>'
+        f'<polyline points="{path}"/><circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="3"/></g>'
+    )
+
+
+# -- a map of points -------------------------------------------------------------------------------
+
+
+def point_map(
+    title: str, points: Points, groups: Sequence[int], names: Sequence[str], labels: tuple[str, str]
+) -> str:
+    """Points in the plane, each of a group; group -1 is drawn pale and without a name.
+
+    Args:
+        title: above the map.
+        points: their places.
+        groups: one a point, -1 or a number into ``names``.
+        labels: of the two axes, which have no values worth reading.
+    """
+    xs, ys = zip(*points, strict=True)
+    frame = Frame(min(xs), max(xs), min(ys), max(ys), MAP_WIDTH, MAP_HEIGHT)
+    order = sorted(range(len(points)), key=lambda i: groups[i] >= 0)  # the pale ones below
+    dots = []
+    for i in order:
+        n = groups[i]
+        kind = f"dot line-{n % STYLES}" if n >= 0 else "dot other"
+        hover = f"<title>{escape(names[n])}</title>" if n >= 0 else ""
+        dots.append(f'<g class="{kind}">{hover}{shape(n, *frame.place(*points[i]))}</g>')
+    room, middle = MAP_HEIGHT - TOP - BOTTOM, (LEFT + MAP_WIDTH - RIGHT) / 2
+    box = f'x="{LEFT - 8}" y="0" width="{MAP_WIDTH - LEFT}" height="{room + 16}"'
+    parts = [
+        f'<rect class="frame" {box}/>',
+        f'<text x="{middle}" y="{MAP_HEIGHT - 8}" text-anchor="middle">{escape(labels[0])}</text>',
+        f'<text transform="translate(24 {TOP + room / 2}) rotate(-90)" '
+        f'text-anchor="middle">{escape(labels[1])}</text>',
+    ]
+    content = "".join([*parts, *dots])
+    return figure(title, content, names=point_legend(names), size=(MAP_WIDTH, MAP_HEIGHT))
+
+
+def shape(n: int, x: float, y: float) -> str:
+    """The mark of the n-th group; colours come round after six, and then with another shape."""
+    return SHAPES[n // STYLES % len(SHAPES) if n >= 0 else 0].format(x=x, y=y)
+
+
+def point_legend(names: Sequence[str]) -> str:
+    """What the points of a map are."""
+    items = (
+        f'<span class="line-{n % STYLES}"><svg viewBox="-6 -6 12 12" class="dot">{shape(n, 0, 0)}'
+        f"</svg>{escape(name)}</span>"
+        for n, name in enumerate(names)
+    )
+    return f'<p class="legend">{"".join(items)}</p>'
+
+
+# -- a matrix --------------------------------------------------------------------------------------
+
+
+def matrix(title: str, rows: Sequence[Sequence[float]], names: Sequence[str]) -> str:
+    """A square of shares (0 to 1), rows and columns named alike; the larger, the fuller."""
+    names = [shortened(name) for name in names]
+    margin = 10 + 6.0 * max(len(name) for name in names)
+    cell = (MATRIX_WIDTH - margin) / len(names)
+    side = cell * len(names)
+    parts = []
+    for i, name in enumerate(names):
+        at = (i + 0.5) * cell
+        parts.append(
+            f'<text class="name" x="{margin - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">'
+            f'{escape(name)}</text><text class="name" text-anchor="end" '
+            f'transform="translate({margin + at + 4:.1f} {side + 6:.1f}) rotate(-90)">'
+            f"{escape(name)}</text>"
+        )
+        for j, share in enumerate(rows[i]):
+            x, y = margin + j * cell, i * cell
+            parts.append(
+                f"<g><title>{escape(f'{name} taken for {names[j]}: {share:.0%}')}</title>"
+                f'<rect class="heat" x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" '
+                f'height="{cell:.1f}" fill-opacity="{share:.2f}"/>'
+            )
+            if share >= 0.005 and cell > 22:
+                parts.append(
+                    f'<text class="cell{" on" if share > 0.6 else ""}" x="{x + cell / 2:.1f}" '
+                    f'y="{at + 4:.1f}" text-anchor="middle">{100 * share:.0f}</text>'
+                )
+            parts.append("</g>")
+    parts.append(
+        f'<rect class="frame" x="{margin:.1f}" y="0" width="{side:.1f}" height="{side:.1f}"/>'
+    )
+    return figure(title, "".join(parts), size=(MATRIX_WIDTH, side + margin))
+
+
+def shortened(name: str, most: int = 18) -> str:
+    """A name that fits beside a row."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 def finite(points: Points) -> Points:

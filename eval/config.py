@@ -142,8 +142,23 @@ class ReportConfig:
     """The run folder where none is named; stages name it so."""
     output: Path | None = None
     """File to write; left out: report.html in the first run folder."""
+    pictures: bool = True
+    """Show crops, attention, neighbours, confusions and a map of the features too; they need the
+    shards, a checkpoint and the features that `knn` leaves."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
         """Run folders in the order of the page."""
         return self.runs or (self.output_dir,)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Accuracies of runs beside one another, ranked only where their protocols are the same."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Two or more run folders."""
+
+    def __post_init__(self) -> None:
+        if self.runs and len(self.runs) < 2:
+            raise InputError(f"report compare {self.runs[0]}: name two run folders or more")

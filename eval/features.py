@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,23 @@ def blocks_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         return {"cls": model(images)}
     (earlier, _), (cls, patch) = model.get_intermediate(images, 2)  # type: ignore[operator]
     return {"cls": cls, "patch": patch, "cls2": earlier}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module and random generator is as before.
+
+    DINO's teacher stays in training mode, where its batch-norms gather the statistics used here.
+    """
+    modes = {module: module.training for module in model.modules()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
 
 def normalise(images: Tensor, device: torch.device) -> Tensor:

@@ -4,8 +4,7 @@ disturbed. ``xcit-dino pretrain`` is pretraining with it."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
-from xcit_dino.eval.features import blocks_of, num_classes_of, output_batches
+from xcit_dino.eval.features import blocks_of, evaluating, num_classes_of, output_batches
 from xcit_dino.eval.gallery import spread
 from xcit_dino.eval.knn import knn_hits
 from xcit_dino.eval.online_pictures import Embedded, OnlinePictures
@@ -173,20 +172,3 @@ class OnlineKnn:
         seen = found[:, -1] > 0
         samples = chosen[seen]
         return Embedded(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module and random generator is as before.
-
-    DINO's teacher stays in training mode, where its batch-norms gather the statistics used here.
-    """
-    modes = {module: module.training for module in model.modules()}
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training

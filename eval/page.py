@@ -1,100 +1,105 @@
-"""The look of the report: one style sheet, light and dark, and the few HTML parts it is made of.
+"""The parts of the report's page: document, cards, tables that sort, tiles of pictures.
 
-Every text that comes from outside (file names, options, class names) goes through ``escape``.
+Every text that comes from outside (file names, options, class names) goes through ``escape``. The
+page may load nothing, and of scripts only the one below runs: the policy names its hash.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --text: #15181d; --muted: #667085; --rule: #e4e7ec;
-  --accent: #1f5fd6; --base: #a9b4c4; --good: #0a7d4b;
-  --run-0: #1f5fd6; --run-1: #d9480f; --run-2: #0a7d4b; --run-3: #8b3fc7; --run-4: #b08800;
-  --run-5: #c2255c; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #0f1115; --card: #171a21; --text: #e8eaf0; --muted: #98a2b3; --rule: #2a2f3a;
-  --accent: #6ea8fe; --base: #5a6577; --good: #4ade93;
-  --run-0: #6ea8fe; --run-1: #ff9f6b; --run-2: #4ade93; --run-3: #c99bf5; --run-4: #e6c34a;
-  --run-5: #ff8fb4; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; letter-spacing: -0.02em;
-  overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 40px 0 12px; letter-spacing: -0.01em; }
-.sub { color: var(--muted); margin: 6px 0 0; overflow-wrap: anywhere; }
-.card { background: var(--card); border: 1px solid var(--rule); border-radius: 12px;
-  padding: 20px 22px; }
-.grid { display: grid; margin-bottom: 16px; gap: 16px;
-  grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
-.charts { grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); }
-.kind { color: var(--muted); font-size: 13px; margin: 0; }
-.headline { font-size: 40px; font-weight: 650; line-height: 1.15; letter-spacing: -0.03em;
-  font-variant-numeric: tabular-nums; margin: 2px 0 0; }
-.headline small { font-size: 18px; font-weight: 500; color: var(--muted); letter-spacing: 0; }
-.lift { color: var(--good); font-weight: 600; margin: 0 0 12px; font-size: 14px; }
-.lift.none { color: var(--muted); }
-.bar { display: grid; grid-template-columns: 120px 1fr 52px; gap: 10px; align-items: center;
-  font-size: 13px; margin-top: 6px; }
-.bar b { font-weight: 500; text-align: right; font-variant-numeric: tabular-nums; }
-.bar i { display: block; height: 10px; border-radius: 5px; background: var(--base);
-  min-width: 2px; }
-.bar.ours i { background: var(--accent); } .bar.ours, .bar.ours b { font-weight: 650; }
-.bar span.track { background: var(--rule); border-radius: 5px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px;
-  font-variant-numeric: tabular-nums; }
-th { color: var(--muted); font-weight: 500; font-size: 13px; text-align: right; }
-th, td { padding: 7px 12px; border-bottom: 1px solid var(--rule); }
-td { text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tr:last-child td { border-bottom: 0; } td.best { font-weight: 650; }
-.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
-.facts td:first-child { color: var(--muted); white-space: nowrap; width: 1%; }
-figure { margin: 0; } figcaption { font-size: 13px; font-weight: 600; display: flex;
-  justify-content: space-between; margin-bottom: 6px; }
-figcaption .last { color: var(--muted); font-weight: 500; font-variant-numeric: tabular-nums; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: var(--muted); font-size: 13px; }
-path.rule { stroke: var(--rule); } polyline.line { fill: none; stroke: var(--line);
-  stroke-width: 1.8; stroke-linejoin: round; } circle.end { fill: var(--line); }
-details { border-top: 1px solid var(--rule); padding: 10px 0; }
-details:first-of-type { border-top: 0; padding-top: 0; }
-details:last-of-type { padding-bottom: 0; } summary { cursor: pointer; font-weight: 500; }
-pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-code { font: 0.92em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.legend { display: flex; flex-wrap: wrap; gap: 6px 18px; margin: 0 0 12px; font-size: 13px; }
-.legend i { display: inline-block; width: 12px; height: 3px; margin-right: 7px;
-  vertical-align: middle; background: var(--line); }
-footer { color: var(--muted); font-size: 13px; margin-top: 40px; }
-@media print { body { background: #fff; } .card { break-inside: avoid; } }
+STYLE = (Path(__file__).parent / "report.css").read_text()
+SCRIPT = """
+for (const head of document.querySelectorAll("table.sort th")) {
+  head.querySelector("button").addEventListener("click", () => {
+    const up = head.getAttribute("aria-sort") === "descending";
+    const body = head.closest("table").tBodies[0], column = head.cellIndex;
+    const key = (row) => {
+      const text = row.cells[column].textContent.replace(/,/g, "");
+      const value = parseFloat(text);
+      return isNaN(value) ? text : value;
+    };
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      const less = typeof x === typeof y ? (x < y ? -1 : x > y ? 1 : 0)
+        : typeof x === "number" ? -1 : 1;
+      return up ? less : -less;
+    };
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    body.append(...[...body.rows].sort(order));
+  });
+}
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+});
 """
 
 
 def document(title: str, body: str) -> str:
     """A whole HTML page; it may load nothing from anywhere."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    policy += f"; script-src 'sha256-{digest}'"
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>{body}</main></body></html>\n"
+        f"<body><main>{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+def section(title: str, content: str, about: str = "") -> str:
+    """A titled part with a sentence on how to read it; nothing where there is no content."""
+    if not content:
+        return ""
+    words = f'<p class="about">{escape(about)}</p>' if about else ""
+    return f'<section id="{anchor(title)}"><h2>{escape(title)}</h2>{words}{content}</section>'
+
+
+def navigation(titles: Iterable[str]) -> str:
+    """Links to the sections."""
+    links = (f'<a href="#{anchor(title)}">{escape(title)}</a>' for title in titles)
+    return f"<nav>{' '.join(links)}</nav>"
+
+
+def anchor(title: str) -> str:
+    """A section's name in links."""
+    return "".join(c if c.isalnum() else "-" for c in title.lower())
+
+
+def card(content: str, kind: str = "") -> str:
+    """A box."""
+    return f'<div class="card {kind}">{content}</div>' if content else ""
+
+
+def grid(cards: Iterable[str], kind: str = "") -> str:
+    """Boxes side by side, as many as the window is wide."""
+    content = "".join(cards)
+    return f'<div class="grid {kind}">{content}</div>' if content else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], sort: bool = True) -> str:
+    """A table of texts; a click on a column's head sorts by it."""
+    if not rows:
+        return ""
+    cells = [f"<button>{escape(cell)}</button>" if sort else escape(cell) for cell in header]
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in cells)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+    kind = ' class="sort"' if sort else ""
+    return (
+        f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def facts_table(facts: dict[str, Any]) -> str:
@@ -103,14 +108,14 @@ def facts_table(facts: dict[str, Any]) -> str:
         f"<tr><td>{escape(name)}</td><td>{escape(plain(value))}</td></tr>"
         for name, value in facts.items()
     )
-    return f'<div class="scroll"><table class="facts">{rows}</table></div>'
+    return f'<div class="scroll"><table class="facts"><tbody>{rows}</tbody></table></div>'
 
 
 def plain(value: Any) -> str:
     """A JSON value for a reader: texts as they are, lists with commas, the rest as JSON."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return ", ".join(plain(item) for item in value) or "none"
     if isinstance(value, dict):
         return "; ".join(f"{name} {plain(item)}" for name, item in value.items())
@@ -129,3 +134,37 @@ def bar(label: str, percent: float, ours: bool) -> str:
         f'<div class="bar{" ours" if ours else ""}"><span>{escape(label)}</span>'
         f'<span class="track"><i style="width:{width:.1f}%"></i></span><b>{percent:.1f}</b></div>'
     )
+
+
+def chips(facts: dict[str, Any]) -> str:
+    """Short facts in a row."""
+    parts = (
+        f"<li><span>{escape(name)}</span> {escape(plain(value))}</li>"
+        for name, value in facts.items()
+    )
+    return f'<ul class="chips">{"".join(parts)}</ul>'
+
+
+def tile(source: str, caption: str = "", kind: str = "", title: str = "") -> str:
+    """A picture (a data: URI) with words below; ``kind`` right or wrong gives it a frame."""
+    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    about = escape(title or caption, quote=True)
+    return (
+        f'<figure class="tile {kind}"><img src="{source}" alt="{about}" title="{about}">'
+        f"{words}</figure>"
+    )
+
+
+def tiles(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of pictures; on a narrow window a row scrolls by itself."""
+    return "".join(f'<div class="scroll tiles">{"".join(row)}</div>' for row in rows)
+
+
+def stats(facts: dict[str, str]) -> str:
+    """Numbers with their names, a small box each."""
+    boxes = (
+        f'<div class="card"><p class="kind">{escape(name)}</p>'
+        f'<p class="stat">{escape(value)}</p></div>'
+        for name, value in facts.items()
+    )
+    return grid(boxes, "stats")

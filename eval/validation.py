@@ -13,9 +13,8 @@ from torch import nn
 
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.loader import ImageLoader
-from xcit_dino.eval.features import normalise
+from xcit_dino.eval.features import evaluating, normalise
 from xcit_dino.eval.linear import top_hits
-from xcit_dino.eval.online import evaluating
 from xcit_dino.eval.supervised_data import LabelledData
 from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.train import dist

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from xcit_dino import __version__
 from xcit_dino.commit import commit
 from xcit_dino.errors import InputError, RunError
-from xcit_dino.models import formats, layouts
+from xcit_dino.models import card, formats, layouts
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
 from xcit_dino.models.weights import Found, check_tensors, find_network, listed
 from xcit_dino.models.xcit import XCiT
@@ -50,8 +50,12 @@ def extract(config: ExtractConfig) -> None:
     print(f"{config.output}: {len(state)} tensors of {config.checkpoint.name} under {prefix!r}")
 
 
-def convert(config: ConvertConfig) -> None:
-    """Write one XCiT in another layout or format (``weights convert``)."""
+def convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
+    """Write one XCiT in another layout or format (``weights convert``).
+
+    Returns:
+        (arch, network in evaluation mode, where it was found).
+    """
     found = find_network(config.checkpoint, config.which)
     arch, model = _build(found, config.checkpoint)
     layout = "paddle" if config.output.suffix == ".pdparams" else config.layout
@@ -71,15 +75,24 @@ def convert(config: ConvertConfig) -> None:
     with torch.no_grad():
         formats.publish(config.output, lambda path: formats.write(path, state, facts), check)
     print(f"{config.output}: {arch}, {found.network} of {config.checkpoint.name}, {layout} layout")
+    return arch, model, found
 
 
 def export(config: ExportConfig) -> None:
-    """Write a file to hand over: ONNX, or safetensors (``weights export``)."""
+    """Write a file to hand over, ONNX or safetensors, with its model card (``weights export``)."""
     if config.output.suffix == ".safetensors":
-        convert(
-            ConvertConfig(config.checkpoint, config.output, config.which, results=config.results)
+        options = ConvertConfig(
+            config.checkpoint, config.output, config.which, results=config.results
         )
-        return
+        arch, model, found = convert(options)
+    else:
+        arch, model, found = _export_onnx(config)
+    told = card.write(config.output, config.checkpoint, arch, found.network, model, config.results)
+    print(f"{told}: its model card")
+
+
+def _export_onnx(config: ExportConfig) -> tuple[str, XCiT, Found]:
+    """(arch, network in evaluation mode, where it was found), written as ONNX."""
     from xcit_dino.models import onnx_export
 
     found = find_network(config.checkpoint, config.which)
@@ -99,6 +112,7 @@ def export(config: ExportConfig) -> None:
     with torch.no_grad(), progress("trace, check", total=2) as bar:
         formats.publish(config.output, write, check)
     print(f"{config.output}: {arch}, {found.network} of {config.checkpoint.name}, any batch, size")
+    return arch, model, found
 
 
 def _build(found: Found, path: Path) -> tuple[str, XCiT]:

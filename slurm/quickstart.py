@@ -59,7 +59,7 @@ def show(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from xcit_dino.eval.report import EVALUATIONS, NETWORKS, read_run
+    from xcit_dino.eval.runs import EVALUATIONS, NETWORKS, read_run
 
     run = read_run(folder)
     images = run.results["knn"]["protocol"]["val_images"]

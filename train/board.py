@@ -33,6 +33,9 @@ LAYOUT = {  # the page "Custom scalars", in this order
     "Health": _charts(
         gradient_norm="health/grad_norm$",
         share_of_steps_skipped="health/skipped$",
+        answers_0_is_collapse="health/information$ health/mean_entropy$",
+        spread_of_features="health/feature_std$",
+        directions_that_features_use="health/effective_rank$",
         share_of_prototypes_used="health/prototypes_used$",
     ),
     "Schedule": _charts(

@@ -63,7 +63,11 @@ COMMANDS = {
         "eval.attention:run",
         "class-attention maps over photos",
     ),
+    "watch": Command("slurm.monitor:WatchConfig", "slurm.monitor:run", "a run's progress, live"),
     "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
+    "report compare": Command(
+        "eval.config:CompareConfig", "eval.compare:run", "which run is better, if that can be said"
+    ),
     "weights extract": Command(
         "models.config:ExtractConfig", "models.convert:extract", "one network of a checkpoint"
     ),
@@ -71,7 +75,9 @@ COMMANDS = {
         "models.config:ConvertConfig", "models.convert:convert", "official, timm and PASSL layouts"
     ),
     "weights export": Command(
-        "models.config:ExportConfig", "models.convert:export", "safetensors or ONNX, verified"
+        "models.config:ExportConfig",
+        "models.convert:export",
+        "safetensors or ONNX, verified, with a model card",
     ),
     "launch": Command(
         "slurm.stages:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"

@@ -1,0 +1,151 @@
+"""``xcit-dino report compare A B``: which run is better, where their protocols are the same.
+
+Accuracies are ranked only where everything that bears on them is equal but the network itself;
+otherwise the fields that differ are named.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import CompareConfig
+from xcit_dino.eval.page import plain
+from xcit_dino.eval.runs import EVALUATIONS, Run, read_run, title_of
+
+# What is compared, as opposed to how it is measured: these may differ.
+SUBJECT = frozenset(
+    "arch network weights seed start start_weights head recipe.arch recipe.seed "
+    "recipe.drop_path_rate".split()
+)
+CHECKSUM = re.compile("[0-9a-f]{32,}")
+SHOWN = 60  # characters of a differing value
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One evaluation of several runs; ``differences`` empty: they can be compared."""
+
+    name: str
+    title: str
+    top1: list[float | None]
+    """Percent, one a run; None where a run lacks the evaluation."""
+    differences: dict[str, list[Any]]
+    """Field of the protocol -> its values, one for each run that has the evaluation."""
+    error: float | None
+    """Standard error of a difference in points, from the number of validation images."""
+
+    @property
+    def best(self) -> int | None:
+        """Number of the best run; None where they cannot be ranked, or are equal."""
+        found = [value for value in self.top1 if value is not None]
+        if self.differences or len(found) < 2 or found.count(max(found)) > 1:
+            return None
+        return self.top1.index(max(found))
+
+    @property
+    def verdict(self) -> str:
+        """In words: the best and by how much, or why there is none."""
+        if self.differences:
+            parts = (f"{name} {versus(values)}" for name, values in self.differences.items())
+            return f"not ranked, the protocols differ: {'; '.join(parts)}"
+        found = sorted((value for value in self.top1 if value is not None), reverse=True)
+        if len(found) < 2:
+            return "measured once"
+        lead = found[0] - found[1]
+        error = f" ± {self.error:.1f}" if self.error is not None else ""
+        return f"lead {lead:.2f}{error} points" if lead else "equal"
+
+
+def versus(values: Iterable[Any]) -> str:
+    """``32 / 224``; a field that one protocol lacks is said so, checksums are cut short."""
+    words = ("absent" if value is None else plain(value) for value in values)
+    words = (w[:12] if CHECKSUM.fullmatch(w) else w for w in words)
+    return " / ".join(w if len(w) <= SHOWN else f"{w[: SHOWN - 1]}…" for w in words)
+
+
+def run(config: CompareConfig) -> None:
+    """Print how the runs' accuracies compare.
+
+    Raises:
+        InputError: folders without runs, or nothing that can be ranked.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    if not config.runs:
+        raise InputError("report compare: name two run folders or more")
+    runs = [read_run(folder) for folder in config.runs]
+    rankings = rank(runs)
+    table = Table(title="Top-1 accuracy, %", title_justify="left", box=None, show_edge=False)
+    for column in ("evaluation", *(run.name for run in runs), "verdict"):
+        table.add_column(column, overflow="fold", justify="left")
+    for ranking in rankings:
+        cells = [f"{value:.2f}" if value is not None else "-" for value in ranking.top1]
+        if (best := ranking.best) is not None:
+            cells[best] = f"[bold]{cells[best]}[/] best"
+        table.add_row(ranking.title, *cells, ranking.verdict)
+    console = Console()
+    console.print(table)
+    comparable = [r for r in rankings if not r.differences and r.top1.count(None) <= len(runs) - 2]
+    if not comparable:
+        fields = sorted({name for ranking in rankings for name in ranking.differences})
+        raise InputError(
+            "nothing can be ranked: "
+            + (f"the protocols differ in {', '.join(fields)}" if fields else "no evaluation in two")
+            + "; evaluate both alike (the same shards, options and version)"
+        )
+
+
+def rank(runs: Sequence[Run]) -> list[Ranking]:
+    """Every evaluation that a run has, the known ones first."""
+    names = {name for run in runs for name in run.results}
+    known = list(EVALUATIONS)
+
+    def order(name: str) -> tuple[int, str]:
+        evaluation = name.partition("/")[0]
+        return (known.index(evaluation) if evaluation in known else len(known), name)
+
+    return [ranking_of(name, runs) for name in sorted(names, key=order)]
+
+
+def ranking_of(name: str, runs: Sequence[Run]) -> Ranking:
+    """One evaluation of several runs."""
+    evaluation, _, network = name.partition("/")
+    there = [entry for run in runs if (entry := run.results.get(name)) is not None]
+    top1 = [run.top1(evaluation, network) for run in runs]
+    found = [value for value in top1 if value is not None]
+    images = there[0]["protocol"].get("val_images")
+    error = None
+    if images and found:
+        variances = [value * (100 - value) / images for value in sorted(found)[-2:]]
+        error = math.sqrt(sum(variances))
+    different = differences([entry["protocol"] for entry in there])
+    return Ranking(name, title_of(name, there[0]["metrics"]), top1, different, error)
+
+
+def differences(protocols: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Field -> values of every field of the protocols that is not the subject and not equal."""
+    flat = [flattened(protocol) for protocol in protocols]
+    names = dict.fromkeys(name for protocol in flat for name in protocol)
+    values = {name: [protocol.get(name) for protocol in flat] for name in names}
+    return {
+        name: found
+        for name, found in values.items()
+        if name not in SUBJECT and any(value != found[0] for value in found)
+    }
+
+
+def flattened(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields with dots in their names."""
+    flat: dict[str, Any] = {}
+    for name, value in protocol.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,71 @@
+"""Published accuracies on ImageNet-1k, top-1 in percent, each with where it stands."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+IMAGENET_VAL = 50_000  # validation images behind every number here
+DINO_SOURCE = "DINO README"
+XCIT_SOURCE = "XCiT README"
+
+
+class Published(NamedTuple):
+    """One number of a paper's authors."""
+
+    top1: float
+    what: str
+    source: str
+
+
+DINO = {  # arch -> (k-NN, linear)
+    "xcit_small_12_p16": (76.0, 77.8),
+    "xcit_small_12_p8": (77.1, 79.2),
+    "xcit_medium_24_p16": (76.4, 78.8),
+    "xcit_medium_24_p8": (77.9, 80.3),
+}
+SUPERVISED = {  # arch -> (supervised at 224, distilled at 224, distilled at 384)
+    "xcit_nano_12_p16": (69.9, 72.2, 75.4),
+    "xcit_tiny_12_p16": (77.1, 78.6, 80.9),
+    "xcit_tiny_24_p16": (79.4, 80.4, 82.6),
+    "xcit_small_12_p16": (82.0, 83.3, 84.7),
+    "xcit_small_24_p16": (82.6, 83.9, 85.1),
+    "xcit_medium_24_p16": (82.7, 84.3, 85.4),
+    "xcit_large_24_p16": (82.9, 84.9, 85.8),
+    "xcit_nano_12_p8": (73.8, 76.3, 77.8),
+    "xcit_tiny_12_p8": (79.7, 81.2, 82.4),
+    "xcit_tiny_24_p8": (81.9, 82.6, 83.7),
+    "xcit_small_12_p8": (83.4, 84.2, 85.1),
+    "xcit_small_24_p8": (83.9, 84.9, 85.6),
+    "xcit_medium_24_p8": (83.7, 85.1, 85.8),
+    "xcit_large_24_p8": (84.4, 85.4, 86.0),
+}
+
+
+def published(arch: str, evaluation: str) -> list[Published]:
+    """The numbers of the same model that belong beside an evaluation (``knn``, ``linear`` ...)."""
+    found = []
+    if arch in DINO and evaluation in ("knn", "linear", "linear-dino"):
+        top1, what = DINO[arch][evaluation != "knn"], "linear, augmented crops"
+        found.append(Published(top1, "k-NN" if evaluation == "knn" else what, DINO_SOURCE))
+    if arch in SUPERVISED and evaluation in ("finetune", "distill", "evaluate"):
+        plain, distilled, large = SUPERVISED[arch]
+        if evaluation != "distill":
+            found.append(Published(plain, "supervised from scratch, 224", XCIT_SOURCE))
+        if evaluation != "finetune":
+            found.append(Published(distilled, "distilled, 224", XCIT_SOURCE))
+        found.append(Published(large, "distilled, 384", XCIT_SOURCE))
+    return found
+
+
+def unlike(evaluation: str, protocol: dict[str, Any], val_images: int | None) -> list[str]:
+    """What keeps a result of ours from being compared with a published one, in words."""
+    words = []
+    if val_images != IMAGENET_VAL:
+        count = "unknown" if val_images is None else f"{val_images:,}"
+        words.append(f"validation images {count} instead of ImageNet's {IMAGENET_VAL:,}")
+    if evaluation == "linear":
+        words.append("features of one crop instead of augmented crops (--protocol dino)")
+    crop = protocol.get("crop")
+    if evaluation in ("knn", "linear", "linear-dino") and crop != 224:
+        words.append(f"crop {crop} instead of 224")
+    return words

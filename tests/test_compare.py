@@ -1,0 +1,62 @@
+"""Runs compared: ranked only where the protocols are equal; otherwise the fields that differ."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from xcit_dino.cli import main
+from xcit_dino.eval.compare import differences, rank
+from xcit_dino.eval.runs import read_run
+from xcit_dino.train.provenance import record_result
+
+PROTOCOL = {"crop": 224, "temperature": 0.07, "val_images": 10_000, "weights": "a", "arch": "x"}
+
+
+def make(folder, top1, **protocol):
+    record_result(folder, "knn", {"top1_k20": top1, "top5_k20": 90.0}, PROTOCOL | protocol)
+    return folder
+
+
+def test_the_better_of_like_protocols(tmp_path, capsys):
+    a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, weights="b", arch="y")
+    (ranking,) = rank([read_run(a), read_run(b)])
+    assert ranking.best == 1 and not ranking.differences
+    assert ranking.error == pytest.approx(math.sqrt((50 * 50 + 60 * 40) / 10_000))
+    assert main(["report", "compare", str(a), str(b)]) == 0
+    output = capsys.readouterr().out
+    assert "60.00 best" in output and "lead 10.00 ± 0.7" in output
+
+
+def test_unlike_protocols_are_refused_and_the_field_named(tmp_path, capsys):
+    a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, crop=32)
+    assert main(["report", "compare", str(a), str(b)]) == 2
+    said = capsys.readouterr()
+    assert "crop 224 / 32" in " ".join(said.out.split()) and "best" not in said.out
+    assert "nothing can be ranked: the protocols differ in crop" in said.err
+
+
+def test_one_like_evaluation_is_enough(tmp_path):
+    a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, crop=32)
+    for folder, top1 in ((a, 70.0), (b, 70.0)):
+        record_result(folder, "linear", {"top1": top1}, {"crop": 224})
+    assert main(["report", "compare", str(a), str(b)]) == 0
+    assert [r.verdict[:10] for r in rank([read_run(a), read_run(b)])] == ["not ranked", "equal"]
+
+
+def test_a_missing_or_nested_field_differs():
+    found = differences(
+        [{"a": 1, "recipe": {"lr": 1, "seed": 0}}, {"recipe": {"lr": 2, "seed": 1}}]
+    )
+    assert found == {"a": [1, None], "recipe.lr": [1, 2]}
+
+
+def test_nothing_in_common_and_too_few_runs(tmp_path, capsys):
+    a, b = make(tmp_path / "a", 50.0), tmp_path / "b"
+    record_result(b, "linear", {"top1": 3.0}, {})
+    assert main(["report", "compare", str(a), str(b)]) == 2
+    assert "no evaluation in two" in capsys.readouterr().err
+    assert main(["report", "compare", str(a)]) == 2
+    assert main(["report", "compare"]) == 2
+    assert "two run folders" in capsys.readouterr().err
