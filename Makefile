@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slurm lint typecheck clean
+.PHONY: install quickstart test test-slurm faults lint typecheck clean
 
 install: $(STAMP)
 
@@ -24,6 +24,10 @@ test: $(STAMP) lint typecheck
 # The launcher on a real SLURM that the tests start on this machine (needs slurm-wlm and munge).
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -q -m slurm
+
+# Faults and fuzzing, many times over: docs/reliability.md says what and how often.
+faults: $(STAMP)
+	$(BIN)/python -m pytest -q -m faults --timeout 3600
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
