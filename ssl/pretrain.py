@@ -37,7 +37,7 @@ from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
 from xcit_dino.train.run import fingerprint, open_run
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
-from xcit_dino.train.steady import steady
+from xcit_dino.train.steady import check_shards, steady
 from xcit_dino.train.watchdog import Watchdog
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
@@ -152,6 +152,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     )
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)
     dist.from_main(lambda: open_run(config, run))
+    if config.loader.shard_url is None:
+        dist.from_main(lambda: check_shards(index))
 
     # -- student, teacher, loss, optimiser
     student, teacher = dino.build(config.model, config.head, run.seed)
@@ -248,7 +250,11 @@ def go_on(
         partial(keys_of, loader.index, config.loader),
         run.output_dir,
     )
-    alarms = sentinel.Alarms(config.head.out_dim, stop=config.health.on_collapse == "stop")
+    alarms = sentinel.Alarms(
+        config.head.out_dim,
+        sentinel.patience(schedule.steps_per_epoch),
+        stop=config.health.on_collapse == "stop",
+    )
     saved_at = time.monotonic()
     with RunLog(run, state.step, schedule.total_steps, state.global_batch) as log:
         if evaluate is not None and state.step == 0 and config.start.init_from is not None:

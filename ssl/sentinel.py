@@ -17,10 +17,15 @@ that both are judged by; which of the two it is, the mean answer's entropy says.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from xcit_dino.errors import RunError, warn
+from xcit_dino.train import dist
 
 
 @torch.no_grad()
@@ -61,7 +66,117 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
     }
 
 
+# -- alarms ----------------------------------------------------------------------------------------
+
+Line = dict[str, float]
+LOW_INFORMATION, ENOUGH_INFORMATION = 0.03, 0.06
+LOW_RANK, ENOUGH_RANK = 1.5, 2.0
+LOW_STD, ENOUGH_STD = 0.02, 0.04
+
+
+class Kind(NamedTuple):
+    """A kind of collapse: when it is there, when it is over, what to do about it."""
+
+    name: str
+    sick: Callable[[Line], bool]
+    well: Callable[[Line], bool]
+    sign: str
+    advice: str
+
+
+def tells_nothing(line: Line) -> bool:
+    return line["information"] < LOW_INFORMATION
+
+
+def tells_enough(line: Line) -> bool:
+    return line["information"] > ENOUGH_INFORMATION
+
+
+def is_flat(line: Line) -> bool:
+    """The mean answer is spread over the prototypes."""
+    return line["mean_entropy"] > 0.5
+
+
+KINDS = (
+    Kind(
+        "uniform",
+        lambda line: tells_nothing(line) and is_flat(line),
+        lambda line: tells_enough(line) or not is_flat(line),
+        "the teacher answers every image alike, over all prototypes (entropy {teacher_entropy:.2f} "
+        "of ln K = {ceiling:.2f}, KL {kl:.3f}, loss {loss:.2f})",
+        "sharpen: a lower --teacher_temp and --warmup_teacher_temp (0.04); a higher "
+        "--momentum_teacher; for small heads --use_bn_in_head true",
+    ),
+    Kind(
+        "single mode",
+        lambda line: tells_nothing(line) and not is_flat(line),
+        lambda line: tells_enough(line) or is_flat(line),
+        "the teacher answers every image alike, with few prototypes (entropy of the mean answer "
+        "{mean_entropy:.2f} of ln K, centre {center_norm:.1f}, {prototypes_used:.0%} of prototypes "
+        "used)",
+        "centre: --center_momentum 0.9 (1 never centres); a lower --lr; a longer "
+        "--freeze_last_layer; a higher --momentum_teacher",
+    ),
+    Kind(
+        "dimensional",
+        lambda line: line["effective_rank"] < LOW_RANK or line["feature_std"] < LOW_STD,
+        lambda line: line["effective_rank"] > ENOUGH_RANK and line["feature_std"] > ENOUGH_STD,
+        "the features lie along few directions (effective rank {effective_rank:.2f}, deviation "
+        "{feature_std:.3f})",
+        "a lower --lr, a longer --warmup_epochs, a larger global batch",
+    ),
+)
+
+
 class Alarms:
-    def __init__(self, prototypes, stop): ...
-    def observe(self, step, line):
-        return {}
+    """Alarms with hysteresis: a kind of collapse has to show in every reading for ``patience``
+    steps before it is reported, and to be away as long, by a wider margin, before it is over.
+
+    Args:
+        prototypes: K.
+        patience: steps.
+        stop: whether an alarm ends the run.
+    """
+
+    def __init__(self, prototypes: int, patience: int, stop: bool):
+        self.ceiling = math.log(prototypes)
+        self.patience, self.stop = patience, stop
+        self.on: set[str] = set()
+        self.since: dict[str, int] = {}  # kinds about to change, and since which step
+
+    def observe(self, step: int, line: Line) -> Line:
+        """Take in a line of the log; the same on all ranks, so all of them stop together.
+
+        Returns:
+            For the log: ``alarm_KIND`` 1.0 or 0.0, for those that changed.
+
+        Raises:
+            RunError: an alarm, where the run is to stop.
+        """
+        changed = {}
+        for kind in KINDS:
+            turns = kind.well if kind.name in self.on else kind.sick
+            if not turns(line):
+                self.since.pop(kind.name, None)
+            elif step - self.since.setdefault(kind.name, step) >= self.patience:
+                del self.since[kind.name]
+                changed[f"alarm_{kind.name.replace(' ', '_')}"] = float(kind.name not in self.on)
+                self._turn(kind, step, line)
+        return changed
+
+    def _turn(self, kind: Kind, step: int, line: Line) -> None:
+        self.on ^= {kind.name}
+        if kind.name not in self.on:
+            text = f"step {step}: no sign of {kind.name} collapse any more"
+        else:
+            sign = kind.sign.format(ceiling=self.ceiling, **line)
+            text = f"step {step}: {kind.name} collapse: {sign}. Turn: {kind.advice}"
+            if self.stop:
+                raise RunError(text)
+        if dist.is_main():
+            warn(text)
+
+
+def patience(steps_per_epoch: int) -> int:
+    """An epoch, but not less than 100 steps and not more than 2,000."""
+    return min(max(100, steps_per_epoch), 2_000)

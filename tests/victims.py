@@ -6,9 +6,12 @@ a second.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -61,6 +64,96 @@ def train(options: dict[str, Any], prepare: Callable[..., None] | None = None, *
         os._exit(2 if isinstance(error, InputError) else 1)
     finally:
         dist.shutdown()
+
+
+# -- what befalls a victim from within; each is a ``prepare`` of :func:`start`
+
+
+def at_step(step: int, action: Callable[..., None], *args: Any) -> None:
+    """Let something happen just before step ``step`` (from 1) is computed."""
+    from xcit_dino.ssl import pretrain
+
+    inner = pretrain.train_step
+
+    def train_step(trainer: Any, *rest: Any) -> Any:
+        if trainer.state.step == step - 1:
+            action(*args)
+        return inner(trainer, *rest)
+
+    pretrain.train_step = train_step  # type: ignore[assignment]
+
+
+def fill(file: Path) -> None:
+    """Fill the disk with a file."""
+    with open(file, "wb", buffering=0) as output, contextlib.suppress(OSError):
+        for size in (1 << 20, 1 << 10, 1):
+            with contextlib.suppress(OSError):
+                while output.write(bytes(size)) == size:
+                    pass
+
+
+def without_privilege(step: int, folder: Path, mode: int) -> None:
+    """Root heeds no permissions: give that up, then change a folder's at a step."""
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+        sets = (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, sets) == 0
+        sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert libc.capset(header, sets) == 0
+    at_step(step, os.chmod, folder, mode)
+
+
+def limit_memory() -> None:
+    """Allow this process no more address space than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + (1 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def clock_back(seconds: float) -> None:
+    """Let the clock of this process jump back."""
+    inner = time.time
+    time.time = lambda: inner() - seconds
+
+
+def sleep_with_the_interpreters_lock(seconds: int) -> None:
+    """As an extension that hangs without releasing Python's lock does."""
+    ctypes.PyDLL(None).sleep(seconds)
+
+
+def spoil(first: int, last: int, ranks: tuple[int, ...], until_rollbacks: int) -> None:
+    """Infinite pixels in the views of some steps (from 1), while the run was rolled back less."""
+    from xcit_dino.ssl import pretrain
+
+    inner = pretrain.forward
+
+    def forward(trainer: Any, batch: Any, *rest: Any) -> Any:
+        augment = trainer.augment
+        steps = first <= batch.step + 1 <= last and trainer.state.rollbacks < until_rollbacks
+        if steps and trainer.world.rank in ranks:
+            trainer.augment = lambda batch: [views * float("inf") for views in augment(batch)]
+        try:
+            return inner(trainer, batch, *rest)
+        finally:
+            trainer.augment = augment
+
+    pretrain.forward = forward
+
+
+def spoil_gradients(first: int, last: int) -> None:
+    """Infinite gradients in some steps, all else finite, as with too large a loss scale."""
+    from xcit_dino.ssl import pretrain
+
+    inner = pretrain.forward
+
+    def forward(trainer: Any, batch: Any, *rest: Any) -> Any:
+        loss, *others = inner(trainer, batch, *rest)
+        if first <= batch.step + 1 <= last and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, *others
+
+    pretrain.forward = forward
 
 
 def start(folder: Path, shards: Path, *prepare: Any, env: dict[str, str] = {}, **options: Any):  # noqa: B006

@@ -1,11 +1,13 @@
-"""Data go on when a process that prepares them dies."""
+"""Data go on when a process that prepares them dies, and changed shards are noticed."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing
 
+from xcit_dino.data.index import ShardIndex, is_url
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import RunError, warn
 from xcit_dino.train.state import TrainState
@@ -36,3 +38,20 @@ def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
         f"loader workers died {MAX_DEATHS} times, most likely because the machine ran out of "
         "memory: lower --num_workers or --prefetch_factor, and the same command goes on"
     )
+
+
+def check_shards(index: ShardIndex) -> None:
+    """Say which shards on a local file system are gone, or are not as long as when the index was
+    made. Their unreadable samples will be left out; too many of them end the run."""
+    if is_url(index.root):
+        return  # remote shards are checked when they are fetched
+    for number, expected in enumerate(index.shard_bytes.tolist()):
+        try:
+            found = f"has {os.stat(index.path(number)).st_size:,} bytes"
+        except OSError as error:
+            found = f"cannot be opened ({error.strerror})"
+        if found != f"has {expected:,} bytes":
+            warn(
+                f"--data_path: {index.path(number)} {found} and had {expected:,} when it was "
+                "indexed (xcit-dino shards check says what is wrong)"
+            )

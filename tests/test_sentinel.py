@@ -1,0 +1,97 @@
+"""Signs of collapse against plain formulas; alarms with hysteresis; runs made to collapse."""
+
+import math
+
+import pytest
+import torch
+
+from xcit_dino.errors import RunError
+from xcit_dino.ssl.sentinel import KINDS, Alarms, health, patience
+
+HEALTHY = {
+    "loss": 3.0, "teacher_entropy": 2.5, "kl": 0.5, "information": 0.4, "mean_entropy": 0.9,
+    "prototypes_used": 0.3, "feature_std": 0.6, "effective_rank": 8.0, "center_norm": 1.0,
+}  # fmt: skip
+UNIFORM = HEALTHY | {"information": 0.001, "mean_entropy": 1.0, "teacher_entropy": 5.54, "kl": 0.0}
+SINGLE = HEALTHY | {"information": 0.001, "mean_entropy": 0.01, "teacher_entropy": 0.0}
+FLAT = HEALTHY | {"effective_rank": 1.1}
+
+
+def test_signs_are_their_formulas():
+    torch.manual_seed(0)
+    targets = torch.softmax(3 * torch.randn(2, 5, 12), -1)
+    features = torch.randn(10, 6)
+    found = health(torch.tensor(4.0), targets, features)
+    rows = targets.reshape(10, 12).double()
+    entropy = -(rows * rows.log()).sum(1).mean()
+    mean = rows.mean(0)
+    mean_entropy = -(mean * mean.log()).sum()
+    unit = features / features.norm(dim=1, keepdim=True)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(unit.T, correction=0).double())
+    expected = {
+        "loss": 4.0,
+        "teacher_entropy": entropy,
+        "kl": 4.0 - entropy,
+        "information": (mean_entropy - entropy) / math.log(10),
+        "mean_entropy": mean_entropy / math.log(12),
+        "prototypes_used": len(set(rows.argmax(1).tolist())) / 10,
+        "feature_std": unit.std(0, correction=0).mean() * math.sqrt(6),
+        "effective_rank": eigenvalues.sum() ** 2 / eigenvalues.square().sum(),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_signs_of_the_extremes():
+    one_hot = torch.eye(8).expand(2, 8, 8)
+    best = health(torch.tensor(0.0), one_hot, torch.eye(16))
+    assert float(best["information"]) == pytest.approx(1.0)
+    assert float(best["prototypes_used"]) == 1.0
+    assert float(best["effective_rank"]) == pytest.approx(15.0)
+    flat = health(torch.tensor(math.log(8)), torch.full((2, 8, 8), 1 / 8), torch.ones(16, 16))
+    assert float(flat["information"]) == pytest.approx(0.0, abs=1e-6)
+    assert float(flat["mean_entropy"]) == pytest.approx(1.0)
+    assert float(flat["feature_std"]) == 0.0 and float(flat["kl"]) == pytest.approx(0.0, abs=1e-6)
+    single = health(torch.tensor(0.0), torch.eye(8)[[3] * 16].unflatten(0, (2, 8)), torch.eye(16))
+    assert float(single["mean_entropy"]) == float(single["information"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "words"),
+    [
+        (UNIFORM, "uniform", r"entropy 5\.54 of ln K = 5\.55.*--teacher_temp"),
+        (SINGLE, "single_mode", r"few prototypes.*--center_momentum 0\.9"),
+        (FLAT, "dimensional", r"effective rank 1\.10.*--lr"),
+    ],
+)
+def test_an_alarm_waits_names_the_kind_and_ends(line, name, words, capsys):
+    alarms = Alarms(256, patience=100, stop=False)
+    changes = {step: alarms.observe(step, line) for step in range(10, 120, 10)}
+    assert {step: c for step, c in changes.items() if c} == {110: {f"alarm_{name}": 1.0}}
+    assert capsys.readouterr().err.count("collapse") == 1
+    assert not any(alarms.observe(step, line) for step in range(120, 400, 10))  # said once
+    changes = {step: alarms.observe(step, HEALTHY) for step in range(400, 520, 10)}
+    assert {step: c for step, c in changes.items() if c} == {500: {f"alarm_{name}": 0.0}}
+    with pytest.raises(RunError, match=words):
+        stopping = Alarms(256, patience=100, stop=True)
+        for step in range(10, 120, 10):
+            stopping.observe(step, line)
+
+
+def test_one_good_reading_begins_anew_and_the_margin_is_wider_on_the_way_back():
+    alarms = Alarms(256, patience=100, stop=False)
+    for step in range(10, 1000, 10):
+        assert not alarms.observe(step, HEALTHY if step % 90 == 0 else UNIFORM)
+    for step in range(1000, 1110, 10):
+        alarms.observe(step, UNIFORM)
+    assert alarms.on == {"uniform"}
+    for step in range(1110, 2000, 10):
+        assert not alarms.observe(step, UNIFORM | {"information": 0.045})  # between the thresholds
+    assert alarms.on == {"uniform"}
+
+
+def test_kinds_exclude_what_is_healthy():
+    assert not [kind.name for kind in KINDS if kind.sick(HEALTHY)]
+    assert all(kind.well(HEALTHY) or kind.name == "single mode" for kind in KINDS)
+    assert (patience(10), patience(500), patience(10**6)) == (100, 500, 2000)
