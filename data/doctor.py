@@ -125,14 +125,15 @@ def _report(index: ShardIndex, finding: Finding) -> None:
     console = Console()
     console.print(table)
     for item in finding.bad[:SHOWN]:
-        console.print(escape(f"  {item['shard']} {item['key']}: {item['reason']}"), style="red")
+        line = escape(f"  {item['shard']} {item['key']}: {item['reason']}")
+        console.print(line, style="red", soft_wrap=True)
     report = Path(index.root) / REPORT
     if not finding.bad:
         with contextlib.suppress(OSError):
             report.unlink(missing_ok=True)  # of an earlier check
     else:
         where = _write_report(report, finding)
-        console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}")
+        console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}", soft_wrap=True)
 
 
 def _write_report(path: Path, finding: Finding) -> str:

@@ -27,7 +27,8 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
 
     A sample is a run of members with one key, as WebDataset has it. Its image is its first member
     with an image extension, its label the number in ``.cls``; a sample with an unreadable label
-    keeps its place with label -1 and is listed in ``damage``, and so is whatever is not a member.
+    keeps its place with label -1 and is listed in ``damage``, and so are samples without an image
+    and whatever is not a member.
     """
     path = Path(root) / name
     size = path.stat().st_size
@@ -50,11 +51,14 @@ def scan_samples(
     """([(offset, size, label, key)], [{"key", "reason", "offset"}]) of the samples of one tar."""
     rows: list[tuple[int, int, int, str]] = []
     damage: list[dict[str, Any]] = []
-    current, image, label = "", None, -1
+    current, image, label, others = "", None, -1, []
 
     def close() -> None:
         if image is not None:
             rows.append((image.offset, image.size, label, current))
+        elif current:
+            reason = f"no image among its members: .{' .'.join(kind for kind, _ in others)}"
+            damage.append({"key": current, "reason": reason[:200], "offset": others[0][1]})
 
     for member in scan(read_at, end):
         if isinstance(member, Damage):
@@ -64,13 +68,15 @@ def scan_samples(
         key, extension = split_key(member.name)
         if key != current:
             close()
-            current, image, label = key, None, -1
+            current, image, label, others = key, None, -1, []
         if extension in IMAGE_EXTENSIONS and image is None and key:
             image = member
         elif extension == "cls":
             label = _label(read_at(member.offset, min(member.size, 16)))
             if label < 0:
                 damage.append({"key": key, "reason": "unreadable label", "offset": member.offset})
+        if image is None and key:
+            others.append((extension, member.offset))
     close()
     return rows, damage
 

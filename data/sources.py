@@ -168,6 +168,9 @@ def _list_zip(listing: Listing, path: Path) -> None:
     for entry in entries:
         if entry.is_dir():
             continue
+        # Some programs on Windows write its own separator, against the specification (4.4.17).
+        windows = entry.create_system == 0
+        name = entry.filename.replace("\\", "/") if windows else entry.filename
         reason = (
             "encrypted" if entry.flag_bits & 1
             else "a link" if stat.S_ISLNK(entry.external_attr >> 16)
@@ -175,14 +178,14 @@ def _list_zip(listing: Listing, path: Path) -> None:
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
             else None
         )  # fmt: skip
-        if not listing.wants(entry.filename):
+        if not listing.wants(name):
             continue
         if reason:
-            listing.bad.append({"source": entry.filename, "reason": reason})
+            listing.bad.append({"source": name, "reason": reason})
             continue
         listing.images.append(
             Image(
-                entry.filename, str(path), entry.header_offset, entry.file_size,
+                name, str(path), entry.header_offset, entry.file_size,
                 entry.compress_type, entry.compress_size, entry.CRC,
             )
         )  # fmt: skip

@@ -202,6 +202,17 @@ def test_img2dataset_shards(tmp_path: Path):
     assert part.labels.tolist() == [-1, -1, -1] and part.sha256 is None
 
 
+def test_samples_without_an_image_are_listed():
+    names = ["a.jpg", "a.txt", "b.heic", "b.json", "c.v2.png", "readme"]
+    data = tar_bytes([(tarfile.TarInfo(name), b"x") for name in names])
+    rows, damage = scan_samples(lambda at, n: data[at : at + n], len(data))
+    assert [key for *_, key in rows] == ["a"]
+    assert {item["key"]: item["reason"] for item in damage} == {
+        "b": "no image among its members: .heic .json",
+        "c": "no image among its members: .v2.png",
+    }
+
+
 @pytest.mark.parametrize("label", ["x", "-1", "", "99999999999", "2147483647", "1.5", "١"])
 def test_an_unreadable_label_keeps_the_sample(label: str):
     pairs = [("0.cls", label.encode()), ("0.jpg", b"i"), ("1.cls", b"7\n"), ("1.jpg", b"i")]

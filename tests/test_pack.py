@@ -588,6 +588,17 @@ def test_hostile_archives(tmp_path: Path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"d"}
 
 
+def test_zips_with_the_separator_of_windows(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
+        for name, data in (class_files("set/") | {"../set/a/x.jpg": jpeg(0)}).items():
+            entry = zipfile.ZipInfo(name.replace("/", "\\"))
+            entry.create_system = 0
+            archive.writestr(entry, data)
+    index = packed(tmp_path / "w.zip", tmp_path / "d")
+    assert index.classes == ["a", "b", "c"] and index.num_samples == 12
+    assert bad_of(tmp_path / "d") == {"../set/a/x.jpg": "its name leaves the archive"}
+
+
 def test_hostile_zips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(imagefile, "MAX_BYTES", 1 << 20)
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
