@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.errors import InputError, suggest
+from xcit_dino.eval.subject import weights_file
 from xcit_dino.eval.supervised import (
     Method,
     build_model,
     soft_cross_entropy,
     started,
     train,
-    weights_file,
 )
 from xcit_dino.eval.supervised_data import open_data
 from xcit_dino.eval.train_config import DistillConfig, TeacherConfig

@@ -99,6 +99,20 @@ def resolve(config: SubjectConfig) -> Subject:
     )
 
 
+def weights_file(path: Path, option: str) -> Path:
+    """A weights file, or the newest checkpoint of a run folder.
+
+    Raises:
+        InputError: neither.
+    """
+    found = newest_checkpoint(path) if path.is_dir() else path
+    if found is None:
+        raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
+    if not found.is_file():
+        raise InputError(f"{option} {path}: no such file")
+    return found
+
+
 def run_options(folder: Path) -> dict[str, Any]:
     """The options of a run folder's ``config.yaml``; empty where there is none."""
     path = folder / "config.yaml"

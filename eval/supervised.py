@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.loader import Batch, CropLoader
-from xcit_dino.errors import InputError, Stopped
+from xcit_dino.errors import Stopped
+from xcit_dino.eval.subject import weights_file
 from xcit_dino.eval.supervised_data import DeviceAugment, HostAugment, LabelledData, plan_of
 from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, adamw, set_hyperparameters
 from xcit_dino.eval.train_config import FinetuneConfig, StartConfig
@@ -37,7 +38,7 @@ from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
 from xcit_dino.train.provenance import file_checksum, read_results
 from xcit_dino.train.run import fingerprint, open_run
-from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint, newest_checkpoint
+from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
 from xcit_dino.train.steady import steady
 from xcit_dino.train.watchdog import Watchdog
 
@@ -276,17 +277,3 @@ def build_model(
         print(report, flush=True)
     facts = {"start": report.network, "start_weights": file_checksum(path), "head": report.head}
     return network, facts
-
-
-def weights_file(path: Path, option: str) -> Path:
-    """A weights file, or the newest checkpoint of a run folder.
-
-    Raises:
-        InputError: neither.
-    """
-    found = newest_checkpoint(path) if path.is_dir() else path
-    if found is None:
-        raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
-    if not found.is_file():
-        raise InputError(f"{option} {path}: no such file")
-    return found
