@@ -1,12 +1,18 @@
 """Checkpoints: whole or not there, newest first; run folders keep their config."""
 
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, RunError
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import replace
+from xcit_dino.train.hostcopy import HostCopy
 from xcit_dino.train.run import open_run
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
 
@@ -70,6 +76,130 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, tmp_path, 
     assert found is not None and load_checkpoint(found)["step"] == 1
     kept = newest if damage == "no json" else newest.with_name(newest.name + ".damaged")
     assert kept.exists()
+
+
+def pair(folder):
+    """Two checkpoints; the newer one, its content and that of its JSON."""
+    checkpoints, s = Checkpoints(folder), state()
+    for s.step in (1, 2):
+        newest = checkpoints.save(s.state_dict())
+    checkpoints.wait()
+    return checkpoints, newest, newest.read_bytes(), newest.with_suffix(".json").read_text()
+
+
+def damages(content, every):
+    """Truncations at offsets and single flipped bits, all over a file."""
+    yield from (content[:length] for length in range(0, len(content), every))
+    for place in range(0, len(content), every):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        yield bytes(flipped)
+
+
+@pytest.mark.parametrize(
+    "every", [41, pytest.param(1, marks=[pytest.mark.faults, pytest.mark.timeout(1800)])]
+)
+def test_any_damage_is_found_and_the_one_before_is_taken(every, tmp_path, capsys):
+    """Truncated at each offset, each byte with a flipped bit (``make faults``; here each 41st)."""
+    checkpoints, newest, content, facts = pair(tmp_path)
+    aside = newest.with_name(newest.name + ".damaged")
+    count = 0
+    for damaged in damages(content, every):
+        count += 1
+        newest.write_bytes(damaged)
+        newest.with_suffix(".json").write_text(facts)
+        found = checkpoints.newest()
+        assert found is not None and found.name == "checkpoint-00000001.pth"
+        assert aside.read_bytes() == damaged and not newest.exists()
+    assert capsys.readouterr().err.count("is damaged; set aside as") == count
+    assert count == 2 * len(range(0, len(content), every))
+
+
+class Cut(BaseException):
+    """The power goes off."""
+
+
+def test_power_cut_before_each_call_of_a_write(tmp_path, monkeypatch):
+    """At each call by which a checkpoint reaches the disk: there is a whole one, old or new, and
+    the next start leaves nothing half-written behind."""
+    seen = set()
+    for number in range(1, 100):
+        checkpoints, s = Checkpoints(tmp_path / str(number), keep=1), state()
+        for s.step in (1, 2):
+            checkpoints.save(s.state_dict())
+        checkpoints.wait()
+        s.step, left = 3, [number]
+
+        def cut(call, left=left):
+            def wrapper(*args, **kwargs):
+                left[0] -= 1
+                if left[0] <= 0:  # and nothing happens afterwards
+                    raise Cut
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        copy = HostCopy().take(s.state_dict())
+        with monkeypatch.context() as patch:
+            for place, name in ((os, "fsync"), (os, "replace"), (os, "open"), (Path, "unlink")):
+                patch.setattr(place, name, cut(getattr(place, name)))
+            with suppress(Cut):
+                checkpoints._write(copy, checkpoints.folder / "checkpoint-00000003.pth", False)
+        found = checkpoints.newest()
+        assert found is not None
+        seen.add(load_checkpoint(found)["step"])
+        checkpoints.clean()
+        names = {path.suffix for path in checkpoints.folder.iterdir()}
+        assert names == {".pth", ".json"} and not list(checkpoints.folder.glob(".*"))
+        if left[0] > 0:
+            break
+    assert seen == {2, 3} and number > 6
+
+
+def test_a_full_disk_is_said_kept_and_tried_again(tmp_path, monkeypatch, capsys):
+    checkpoints, s = Checkpoints(tmp_path), state()
+    checkpoints.save(s.state_dict())
+    checkpoints.wait()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    s.step = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        checkpoints.save(s.state_dict())
+        with pytest.raises(RunError, match=r"No space left.*checkpoint-00000000\.pth is intact"):
+            checkpoints.wait()
+    assert "No space left on device; training goes on" in " ".join(capsys.readouterr().err.split())
+    assert [p.name for p in checkpoints.folder.iterdir() if p.name.startswith(".")] == []
+    checkpoints.save(s.state_dict())
+    checkpoints.wait()
+    assert checkpoints.newest().name == "checkpoint-00000001.pth"
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    checkpoints, s = Checkpoints(tmp_path), state()
+    with torch.no_grad():
+        s.modules["student"].weight[0, 0] = float("nan")
+    checkpoints.save(s.state_dict())
+    with pytest.raises(RunError, match=r"student\.weight is not finite.*there is none yet"):
+        checkpoints.wait()
+    assert checkpoints.newest() is None
+
+
+def test_the_copy_is_of_the_moment_and_its_memory_is_used_again(tmp_path):
+    checkpoints, s = Checkpoints(tmp_path), state()
+    before = s.modules["student"].weight.clone()
+    path = checkpoints.save(s.state_dict())
+    with torch.no_grad():
+        s.modules["student"].weight.zero_()
+    checkpoints.wait()
+    assert torch.equal(load_checkpoint(path)["student"]["weight"], before)
+    places = {key: buffer.data_ptr() for key, buffer in checkpoints._copy.buffers.items()}
+    s.step = 1
+    checkpoints.save(s.state_dict())
+    checkpoints.wait()
+    assert places == {key: b.data_ptr() for key, b in checkpoints._copy.buffers.items()}
 
 
 def test_a_run_refuses_other_data_and_another_batch():

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import os
 import re
+import reprlib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -141,7 +142,7 @@ def replace(config: Config, values: dict[str, Any], source: str = "the override"
     known = option_types(type(config))
     for name in values:
         if name not in known:
-            raise InputError(f"{source}: unknown option {name!r}{suggest(name, known)}")
+            raise InputError(f"{source}: unknown option {brief(name)}{suggest(name[:80], known)}")
     changed = {}
     for field in fields(typing.cast(Any, config)):
         value = getattr(config, field.name)
@@ -175,7 +176,7 @@ def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
         if isinstance(value, bool):
             return value
     elif kind in (int, float) and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             number = kind(value)
             if kind is float or number == float(value):
                 return number
@@ -185,7 +186,15 @@ def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
     elif kind in (str, Path) and isinstance(value, str | Path):
         return kind(value)
     expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
-    raise InputError(f"{source}: {name} must be {expected}, got {value!r}")
+    raise InputError(f"{source}: {name} must be {expected}, got {brief(value)}")
+
+
+def brief(value: Any) -> str:
+    """A value in a message; a few lines of YAML can stand for gigabytes of text."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxother = short.maxlong = 80
+    return short.repr(value)
 
 
 # -- YAML
@@ -195,9 +204,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a flat recipe; tags, nesting and anything that is not ``name: value`` are refused."""
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: {getattr(error, 'strerror', error)}") from error
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes, numbers, dates; nesting
         raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise InputError(f"--config {path}: must hold lines of 'name: value'")
