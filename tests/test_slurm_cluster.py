@@ -141,40 +141,50 @@ def test_rehearsal(slurm: Cluster, place: Path) -> None:
 
 # -- layouts and chains ----------------------------------------------------------------------------
 
-PLAIN = ("--drop_path_rate", "0")  # each rank draws its own paths: another layout, other paths
+
+CHAIN = {
+    "stages": "pretrain,knn,linear,finetune,distill,report",
+    "batch_size_per_gpu": 8, "drop_path_rate": 0,
+    "knn.nb_knn": 5, "knn.num_workers": 0, "linear.epochs": 2, "linear.num_workers": 0,
+    "finetune.epochs": 1, "finetune.input_size": 16, "finetune.num_workers": 1,
+    "distill.epochs": 1, "distill.input_size": 16, "distill.num_workers": 1,
+    "distill.teacher_model": "xcit_pico_6_p4",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def chain(slurm: Cluster, place: Path) -> Run:
-    """One command: pretraining on one process, k-NN, linear probe, report."""
+    """One command: pretraining on one process, and all that follows it."""
     run = Run(slurm, place, "chain")
-    run.submit(*PLAIN, *CHAIN, "--batch_size_per_gpu", "8", nodes=1)
+    run.submit(*chain_words(run), nodes=1)
     assert run.wait_for_end("report").state == "done", run.explain()
     return run
 
 
-CHAIN = (
-    "--stages", "pretrain,knn,linear,report", "--knn.nb_knn", "5", "--knn.num_workers", "0",
-    "--linear.num_workers", "0", "--linear.epochs", "2",
-)  # fmt: skip
+def chain_words(run: Run) -> list[str]:
+    options = CHAIN | {"distill.teacher_path": run.folder / "finetune"}
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def test_chain(chain: Run) -> None:
-    results = json.loads((chain.folder / "results.json").read_text())
-    assert {"knn", "linear"} <= set(results)
+    states = {stage: record.load(chain.folder, stage).state for stage in CHAIN["stages"].split(",")}
+    assert set(states.values()) == {"done"}, states
+    assert {"knn", "linear"} <= set(json.loads((chain.folder / "results.json").read_text()))
+    for stage in ("finetune", "distill"):
+        assert stage in json.loads((chain.folder / stage / "results.json").read_text())
     assert (chain.folder / "report.html").is_file()
-    again = chain.launch(*PLAIN, *CHAIN, "--batch_size_per_gpu", "8", nodes=1)
-    assert again.returncode == 0 and "nothing to run" in again.stdout
+    again = chain.launch(*chain_words(chain), nodes=1)
+    assert again.returncode == 0 and "nothing to run" in again.stdout, again.stdout + again.stderr
 
 
 def test_two_nodes_two_tasks_equal_one_process(slurm: Cluster, place: Path, chain: Run) -> None:
     """Batch-norm is synchronised: both layouts see the statistics of the global batch.
 
-    What remains are float sums in another order: losses agree to 4 digits, weights to 3 (as a
-    vector).
+    Drop-path is off, since each rank draws its own paths. What remains are float sums in another
+    order: losses agree to 4 digits, weights to 3 (as a vector).
     """
     run = Run(slurm, place, "2x2")
-    run.submit(*PLAIN, "--batch_size_per_gpu", "2", nodes=2, nproc=2)
+    run.submit("--drop_path_rate", "0", "--batch_size_per_gpu", "2", nodes=2, nproc=2)
     assert run.wait_for_end().state == "done", run.explain()
     expected, found = chain.losses(), run.losses()
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
