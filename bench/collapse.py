@@ -47,8 +47,7 @@ SICK: dict[str, dict[str, Any]] = {
     "no centring, momentum 0": {"center_momentum": 1.0, "momentum_teacher": 0.0},
 }
 SIGNS = (
-    "teacher_entropy kl information mean_entropy prototypes_used feature_std effective_rank "
-    "center_norm"
+    "teacher_entropy kl information modes prototypes_used feature_std effective_rank center_norm"
 ).split()
 
 
@@ -82,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--sick", action="store_true", help="runs made to collapse")
     parser.add_argument("--only", help="one kind of run")
     arguments = parser.parse_args()

@@ -3,15 +3,14 @@
 The three kinds, and what gives them away (K prototypes, N teacher rows of a micro-batch):
 
 * **uniform**: the teacher gives every image the same flat answer. Entropy near ln K, the loss stuck
-  at ln K; nothing is sharpened (teacher_temp too high).
-* **single mode**: the teacher gives every image the same sharp answer. The mean answer has hardly
-  any entropy; nothing is centred.
+  at ln K; nothing is sharpened (teacher_temp too high). What the answers say of the images, the
+  *information* in them (entropy of the mean answer minus mean entropy), goes to 0, whereas a
+  healthy teacher's is a good part of ln N.
+* **single mode**: the teacher gives every image one of a few sharp answers, in the end the same;
+  nothing is centred. The mean answer covers a few prototypes: the number of *modes* (its
+  perplexity) goes to 1.
 * **dimensional**: answers differ, but the features of the backbone lie along few directions, or on
-  a point.
-
-In the first two the answers say nothing of the image: the *information* in them, entropy of the
-mean minus mean entropy, goes to 0, whereas a healthy teacher's grows towards ln N. That is the sign
-that both are judged by; which of the two it is, the mean answer's entropy says.
+  a point: their *effective rank* goes to 1, or their deviation to 0.
 """
 
 from __future__ import annotations
@@ -35,7 +34,8 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
     ``teacher_entropy``: mean entropy of the teacher's answers, nats, 0 to ln K.
     ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
     ``information``: what the answers say of the images, nats, as a share of ln min(N, K).
-    ``mean_entropy``: entropy of the mean answer as a share of ln K; 0 is a single mode.
+    ``modes``: perplexity of the mean answer, how many prototypes the answers are spread over, 1 to
+    K.
     ``prototypes_used``: share of prototypes that are some image's first choice in this batch.
     ``feature_std``: mean deviation of a dimension of the unit-length features, times sqrt(D): 1 is
     spread evenly, 0 is one point.
@@ -59,7 +59,7 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
         "teacher_entropy": entropy,
         "kl": loss.detach() - entropy,
         "information": (mean_entropy - entropy) / math.log(possible),
-        "mean_entropy": mean_entropy / math.log(prototypes),
+        "modes": mean_entropy.exp(),
         "prototypes_used": used.sum() / possible,
         "feature_std": spread_ND.square().mean(0).sqrt().mean() * math.sqrt(unit_ND.shape[1]),
         "effective_rank": gram.trace().square() / gram.square().sum().clamp_min(1e-12),
@@ -70,6 +70,7 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
 
 Line = dict[str, float]
 LOW_INFORMATION, ENOUGH_INFORMATION = 0.03, 0.06
+FEW_MODES, ENOUGH_MODES = 3.0, 5.0
 LOW_RANK, ENOUGH_RANK = 1.5, 2.0
 LOW_STD, ENOUGH_STD = 0.02, 0.04
 
@@ -84,24 +85,11 @@ class Kind(NamedTuple):
     advice: str
 
 
-def tells_nothing(line: Line) -> bool:
-    return line["information"] < LOW_INFORMATION
-
-
-def tells_enough(line: Line) -> bool:
-    return line["information"] > ENOUGH_INFORMATION
-
-
-def is_flat(line: Line) -> bool:
-    """The mean answer is spread over the prototypes."""
-    return line["mean_entropy"] > 0.5
-
-
 KINDS = (
     Kind(
         "uniform",
-        lambda line: tells_nothing(line) and is_flat(line),
-        lambda line: tells_enough(line) or not is_flat(line),
+        lambda line: line["information"] < LOW_INFORMATION and line["modes"] > ENOUGH_MODES,
+        lambda line: line["information"] > ENOUGH_INFORMATION or line["modes"] < FEW_MODES,
         "the teacher answers every image alike, over all prototypes (entropy {teacher_entropy:.2f} "
         "of ln K = {ceiling:.2f}, KL {kl:.3f}, loss {loss:.2f})",
         "sharpen: a lower --teacher_temp and --warmup_teacher_temp (0.04); a higher "
@@ -109,11 +97,10 @@ KINDS = (
     ),
     Kind(
         "single mode",
-        lambda line: tells_nothing(line) and not is_flat(line),
-        lambda line: tells_enough(line) or is_flat(line),
-        "the teacher answers every image alike, with few prototypes (entropy of the mean answer "
-        "{mean_entropy:.2f} of ln K, centre {center_norm:.1f}, {prototypes_used:.0%} of prototypes "
-        "used)",
+        lambda line: line["modes"] < FEW_MODES,
+        lambda line: line["modes"] > ENOUGH_MODES,
+        "the teacher knows {modes:.1f} answers for all images (entropy {teacher_entropy:.2f}, "
+        "{prototypes_used:.0%} of prototypes used, centre {center_norm:.1f})",
         "centre: --center_momentum 0.9 (1 never centres); a lower --lr; a longer "
         "--freeze_last_layer; a higher --momentum_teacher",
     ),

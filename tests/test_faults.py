@@ -192,10 +192,10 @@ def test_killed_before_each_call_of_a_checkpoint_write(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few megabytes: room for two checkpoints."""
+    """A file system with room for three checkpoints: two that stay and one being written."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=26m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
@@ -298,9 +298,10 @@ def test_clock_that_steps_back(shards: Path, whole: Path, tmp_path: Path) -> Non
 
 def test_second_process_is_refused(shards: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = start(run, shards, at_step, 3, time.sleep, 2)
+    first = start(run, shards, at_step, 3, pause, tmp_path / "go")
     wait_for(lambda: steps_done(run) >= 1)
     assert ended(start(run, shards)) == 2
+    (tmp_path / "go").touch()
     who = f"is in use by process {first.pid} on {socket.gethostname()}, since 20"
     assert who in said(run)
     assert ended(first) == 0
@@ -312,27 +313,26 @@ def test_first_signal_saves_second_leaves(
     number: signal.Signals, shards: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start(run, shards, at_step, 3, nap, 0.3)
+    process = start(run, shards, at_step, 3, pause, tmp_path / "go")
     wait_for(lambda: steps_done(run) >= 2)
     os.kill(process.pid, number)
     os.kill(process.pid, number)  # the same keystroke, by way of torchrun
+    (tmp_path / "go").touch()
     assert ended(process) == 1
     assert f"{number.name} after step 3; the same command" in said(run)
-    process = start(run, shards, at_step, 5, nap, 60)
+    process = start(run, shards, at_step, 5, pause, tmp_path / "never")
     wait_for(lambda: steps_done(run) >= 4)
     os.kill(process.pid, number)
     time.sleep(0.7)
     os.kill(process.pid, number)
-    assert ended(process, 10) == 128 + number
+    assert ended(process) == 128 + number
     finish(run, shards)
     assert_nothing_lost(run, whole)
 
 
-def nap(seconds: float) -> None:
-    """Sleep that signals do not cut short."""
-    end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(left)
+def pause(until: Path) -> None:
+    """Wait for a file."""
+    wait_for(until.exists, 500)
 
 
 # -- memory, workers, ranks

@@ -169,7 +169,7 @@ def start(folder: Path, shards: Path, *prepare: Any, env: dict[str, str] = {}, *
     return process
 
 
-def ended(process: Any, seconds: float = 120) -> int:
+def ended(process: Any, seconds: float = 400) -> int:
     """Wait for a victim's end; its exit code, negative for a signal."""
     process.join(seconds)
     if process.exitcode is None:
@@ -200,7 +200,7 @@ def steps_done(folder: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Poll until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
