@@ -34,8 +34,7 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
     ``teacher_entropy``: mean entropy of the teacher's answers, nats, 0 to ln K.
     ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
     ``information``: what the answers say of the images, nats, as a share of ln min(N, K).
-    ``modes``: perplexity of the mean answer, how many prototypes the answers are spread over, 1 to
-    K.
+    ``mean_entropy``: entropy of the mean answer as a share of ln K; 0 is a single mode.
     ``prototypes_used``: share of prototypes that are some image's first choice in this batch.
     ``feature_std``: mean deviation of a dimension of the unit-length features, times sqrt(D): 1 is
     spread evenly, 0 is one point.
@@ -59,7 +58,7 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
         "teacher_entropy": entropy,
         "kl": loss.detach() - entropy,
         "information": (mean_entropy - entropy) / math.log(possible),
-        "modes": mean_entropy.exp(),
+        "mean_entropy": mean_entropy / math.log(prototypes),
         "prototypes_used": used.sum() / possible,
         "feature_std": spread_ND.square().mean(0).sqrt().mean() * math.sqrt(unit_ND.shape[1]),
         "effective_rank": gram.trace().square() / gram.square().sum().clamp_min(1e-12),
@@ -141,6 +140,7 @@ class Alarms:
             RunError: an alarm, where the run is to stop.
         """
         changed = {}
+        line = line | {"modes": math.exp(line["mean_entropy"] * self.ceiling)}
         for kind in KINDS:
             turns = kind.well if kind.name in self.on else kind.sick
             if not turns(line):

@@ -9,11 +9,11 @@ from xcit_dino.errors import RunError
 from xcit_dino.ssl.sentinel import KINDS, Alarms, health, patience
 
 HEALTHY = {
-    "loss": 3.0, "teacher_entropy": 2.5, "kl": 0.5, "information": 0.4, "modes": 90.0,
+    "loss": 3.0, "teacher_entropy": 2.5, "kl": 0.5, "information": 0.4, "mean_entropy": 0.8,
     "prototypes_used": 0.3, "feature_std": 0.6, "effective_rank": 8.0, "center_norm": 1.0,
 }  # fmt: skip
-UNIFORM = HEALTHY | {"information": 0.001, "modes": 255.0, "teacher_entropy": 5.54, "kl": 0.0}
-SINGLE = HEALTHY | {"information": 0.001, "modes": 1.1, "teacher_entropy": 0.0}
+UNIFORM = HEALTHY | {"information": 0.001, "mean_entropy": 1.0, "teacher_entropy": 5.54, "kl": 0.0}
+SINGLE = HEALTHY | {"information": 0.001, "mean_entropy": 0.02, "teacher_entropy": 0.0}
 FLAT = HEALTHY | {"effective_rank": 1.1}
 
 
@@ -33,7 +33,7 @@ def test_signs_are_their_formulas():
         "teacher_entropy": entropy,
         "kl": 4.0 - entropy,
         "information": (mean_entropy - entropy) / math.log(10),
-        "modes": mean_entropy.exp(),
+        "mean_entropy": mean_entropy / math.log(12),
         "prototypes_used": len(set(rows.argmax(1).tolist())) / 10,
         "feature_std": unit.std(0, correction=0).mean() * math.sqrt(6),
         "effective_rank": eigenvalues.sum() ** 2 / eigenvalues.square().sum(),
@@ -51,10 +51,10 @@ def test_signs_of_the_extremes():
     assert float(best["effective_rank"]) == pytest.approx(15.0)
     flat = health(torch.tensor(math.log(8)), torch.full((2, 8, 8), 1 / 8), torch.ones(16, 16))
     assert float(flat["information"]) == pytest.approx(0.0, abs=1e-6)
-    assert float(flat["modes"]) == pytest.approx(8.0)
+    assert float(flat["mean_entropy"]) == pytest.approx(1.0)
     assert float(flat["feature_std"]) == 0.0 and float(flat["kl"]) == pytest.approx(0.0, abs=1e-6)
     single = health(torch.tensor(0.0), torch.eye(8)[[3] * 16].unflatten(0, (2, 8)), torch.eye(16))
-    assert (float(single["modes"]), float(single["information"])) == (1.0, 0.0)
+    assert float(single["mean_entropy"]) == float(single["information"]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,7 @@ def test_one_good_reading_begins_anew_and_the_margin_is_wider_on_the_way_back():
 
 
 def test_kinds_exclude_what_is_healthy():
-    assert not [kind.name for kind in KINDS if kind.sick(HEALTHY)]
-    assert all(kind.well(HEALTHY) for kind in KINDS)
+    line = HEALTHY | {"modes": 80.0}
+    assert not [kind.name for kind in KINDS if kind.sick(line)]
+    assert all(kind.well(line) for kind in KINDS)
     assert (patience(10), patience(500), patience(10**6)) == (100, 500, 2000)
