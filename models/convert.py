@@ -50,12 +50,13 @@ def extract(config: ExtractConfig) -> None:
     print(f"{config.output}: {len(state)} tensors of {config.checkpoint.name} under {prefix!r}")
 
 
-def convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
-    """Write one XCiT in another layout or format (``weights convert``).
+def convert(config: ConvertConfig) -> None:
+    """Write one XCiT in another layout or format (``weights convert``)."""
+    _convert(config)
 
-    Returns:
-        (arch, network in evaluation mode, where it was found).
-    """
+
+def _convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
+    """(arch, network in evaluation mode, where it was found), written in the layout and format."""
     found = find_network(config.checkpoint, config.which)
     arch, model = _build(found, config.checkpoint)
     layout = "paddle" if config.output.suffix == ".pdparams" else config.layout
@@ -84,7 +85,7 @@ def export(config: ExportConfig) -> None:
         options = ConvertConfig(
             config.checkpoint, config.output, config.which, results=config.results
         )
-        arch, model, found = convert(options)
+        arch, model, found = _convert(options)
     else:
         arch, model, found = _export_onnx(config)
     told = card.write(config.output, config.checkpoint, arch, found.network, model, config.results)

@@ -230,7 +230,7 @@ def _check_classes(path: Path, theirs: Tensor, ours: Tensor) -> None:
     if len(theirs) != len(ours):
         raise InputError(
             f"{path}: classifies {len(theirs)} classes, but the model {len(ours)}; "
-            "use the same number, or a new head"
+            f"name weights for {len(ours)}, or finetune these with --new_head true"
         )
 
 

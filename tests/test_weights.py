@@ -17,6 +17,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from xcit_dino.cli import main
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.models import convert, formats, layouts
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
@@ -536,3 +537,14 @@ def test_onnx_without_its_libraries_names_the_extra(
 def test_outputs_must_have_a_known_ending(config: Any, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="--output|--layout"):
         config(checkpoint=Path("c.pth"), **arguments)
+
+
+def test_the_commands_end_well(tmp_path: Path) -> None:
+    source = save(tmp_path / "a.pth", {"model": network().state_dict()})
+    for command, output, *more in (
+        ("convert", "b.pdparams"),
+        ("export", "c.safetensors"),
+        ("extract", "d.pth", "--prefix", "blocks"),
+    ):
+        words = ["weights", command, str(source), "--output", str(tmp_path / output), *more]
+        assert main(words) == 0 and (tmp_path / output).is_file(), command
