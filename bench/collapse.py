@@ -47,7 +47,8 @@ SICK: dict[str, dict[str, Any]] = {
     "no centring, momentum 0": {"center_momentum": 1.0, "momentum_teacher": 0.0},
 }
 SIGNS = (
-    "teacher_entropy kl information mean_entropy prototypes_used feature_std effective_rank center_norm"
+    "teacher_entropy kl information mean_entropy prototypes_used feature_std effective_rank"
+    " center_norm"
 ).split()
 
 
