@@ -194,8 +194,8 @@ def test_preflight_counts_steps_and_says_what_starves():
     assert "global batch of 1,024, 1,251 steps an epoch" in text  # 1,281,167 = 1251 x 1024 + 143
     assert "143 samples dropped" in text and "STARVES" not in text
     assert "at most 1 GPUs in all or --batch_size_per_gpu 12" in advice(100, nodes=2, gpus=4)
-    text = advice(10_000, gpus=8, workers=4, images_per_second=3000)  # 3 ms a sample and core
-    assert "2,400.0 MB/s" in text and "--num_workers 9 would do" in text
+    text = advice(10_000, gpus=8, workers=4, images_per_second=3000)  # 3.2 ms a sample and core
+    assert "2,400.0 MB/s" in text and "--num_workers 10 would do" in text
 
 
 def test_input_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
