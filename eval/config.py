@@ -20,7 +20,8 @@ class SubjectConfig:
     """The run folder: its config.yaml gives what is left out below; results.json and features go
     there."""
     pretrained_weights: Path | None = None
-    """Weights file of any kind that `weights` reads; left out: the run's newest checkpoint."""
+    """A file of any kind that `weights` reads, or a run folder; left out: the run's newest
+    checkpoint."""
     checkpoint_key: Literal["teacher", "student", "model", "model_ema"] | None = None
     """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
     arch: str | None = None

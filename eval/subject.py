@@ -84,14 +84,13 @@ def resolve(config: SubjectConfig) -> Subject:
         raise InputError(
             f"--data_path: needed, as {config.output_dir} holds no config.yaml of a run"
         )
-    weights = config.pretrained_weights or newest_checkpoint(config.output_dir)
-    if weights is None:
+    if config.pretrained_weights is not None:
+        weights = weights_file(config.pretrained_weights, "--pretrained_weights")
+    elif (weights := newest_checkpoint(config.output_dir)) is None:
         raise InputError(
             f"--output_dir {config.output_dir} holds no checkpoint: pretrain first, "
             "or name a file with --pretrained_weights"
         )
-    if not weights.is_file():
-        raise InputError(f"--pretrained_weights {weights}: no such file")
     trained_size = run.get("global_crops_size") or run.get("input_size")  # of a finetuning run
     resize, crop = geometry(config, trained_size)
     return Subject(
