@@ -11,7 +11,7 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 340, 210  # of a curve's canvas, about the pixels that it gets
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 40
 MAP_WIDTH, MAP_HEIGHT = 1040, 520
 MATRIX_WIDTH = 500
 MOST_POINTS = 400  # more than a screen shows; longer curves are averaged down
@@ -48,6 +48,7 @@ def line_chart(
     x_label: str,
     unit: str = "",
     marks: Sequence[float] = (),
+    from_zero: bool = False,
 ) -> str:
     """A figure with one curve each of ``lines``; nothing where none has points.
 
@@ -57,6 +58,7 @@ def line_chart(
         x_label: of the horizontal axis.
         unit: of the vertical axis, said in the title.
         marks: where a dotted vertical line stands (restarts).
+        from_zero: whether the vertical axis begins at 0, whatever the values.
     """
     lines = [(name, thin(finite(points))) for name, points in lines]
     drawn = [points for _, points in lines if points]
@@ -64,7 +66,8 @@ def line_chart(
         return ""
     xs = [x for points in drawn for x, _ in points]
     ys = [y for points in drawn for _, y in points]
-    y_ticks = ticks(*around(min(ys), max(ys)), 4)
+    low = min(0.0, min(ys)) if from_zero else min(ys)
+    y_ticks = ticks(*around(low, max(ys)), 4)
     frame = Frame(min(xs), max(xs), min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
     parts = [rules(frame, y_ticks), x_axis(frame, x_label)]
     for x in (x for x in marks if frame.left < x < frame.right):
@@ -111,22 +114,21 @@ def around(low: float, high: float) -> tuple[float, float]:
 def rules(frame: Frame, y_ticks: Sequence[float]) -> str:
     """Horizontal lines with their values."""
     parts = []
-    for y in y_ticks:
+    for y, word in zip(y_ticks, tick_words(y_ticks), strict=True):
         _, at = frame.place(frame.left, y)
         parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{number(y)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{word}</text>')
     return "".join(parts)
 
 
 def x_axis(frame: Frame, label: str) -> str:
     """Values along the horizontal axis, and its name."""
     parts = []
-    for x in (x for x in ticks(frame.left, frame.right, 4) if frame.left <= x <= frame.right):
+    x_ticks = [x for x in ticks(frame.left, frame.right, 4) if frame.left <= x <= frame.right]
+    for x, word in zip(x_ticks, tick_words(x_ticks), strict=True):
         at, _ = frame.place(x, frame.low)
         at = min(at, WIDTH - RIGHT - 8)
-        parts.append(
-            f'<text x="{at:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{number(x)}</text>'
-        )
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{word}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(label)}</text>')
     return "".join(parts)
@@ -265,10 +267,19 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [n * step for n in range(first, last + 1)]
 
 
+def tick_words(values: Sequence[float]) -> list[str]:
+    """Short forms, with as many digits as it takes to tell neighbours apart."""
+    words = [number(value) for value in values]
+    if len(set(words)) == len(words):
+        return words
+    digits = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-9))
+    return [f"{value:,.{digits}f}" for value in values]
+
+
 def number(value: float) -> str:
-    """A short form: ``12,000``  ``3.21``  ``0.0005``  ``2e-06``."""
+    """A short form: ``12,000``  ``3.21``  ``0.0005``  ``2e-6``."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.3g}"
+    return f"{value:.3g}".replace("e-0", "e-")

@@ -15,7 +15,7 @@ from typing import Any
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import CompareConfig
 from xcit_dino.eval.page import plain
-from xcit_dino.eval.runs import EVALUATIONS, Run, read_run, title_of
+from xcit_dino.eval.runs import EVALUATIONS, Run, read_runs, title_of
 
 # What is compared, as opposed to how it is measured: these may differ.
 SUBJECT = frozenset(
@@ -79,7 +79,7 @@ def run(config: CompareConfig) -> None:
 
     if not config.runs:
         raise InputError("report compare: name two run folders or more")
-    runs = [read_run(folder) for folder in config.runs]
+    runs = read_runs(config.runs)
     rankings = rank(runs)
     table = Table(title="Top-1 accuracy, %", title_justify="left", box=None, show_edge=False)
     for column in ("evaluation", *(run.name for run in runs), "verdict"):

@@ -156,8 +156,9 @@ def tile(source: str, caption: str = "", kind: str = "", title: str = "") -> str
 
 
 def tiles(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of pictures; on a narrow window a row scrolls by itself."""
-    return "".join(f'<div class="scroll tiles">{"".join(row)}</div>' for row in rows)
+    """Rows of pictures, short ones side by side; on a narrow window a row scrolls by itself."""
+    shown = "".join(f'<div class="scroll tiles">{"".join(row)}</div>' for row in rows)
+    return f'<div class="rows">{shown}</div>'
 
 
 def stats(facts: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ from xcit_dino.eval import report_accuracy, report_origin, report_training
 from xcit_dino.eval.config import ReportConfig
 from xcit_dino.eval.page import chips, document, navigation, plain, section
 from xcit_dino.eval.report_training import spans
-from xcit_dino.eval.runs import EVALUATIONS, Run, read_run
+from xcit_dino.eval.runs import EVALUATIONS, Run, read_runs
 from xcit_dino.train.provenance import now, write_atomic
 
 Section = tuple[str, str, str]
@@ -30,7 +30,7 @@ def run(config: ReportConfig) -> None:
     """
     from xcit_dino.train.board import write_hparams
 
-    runs = [read_run(folder) for folder in config.folders]
+    runs = read_runs(config.folders)
     output = config.output or config.folders[0] / "report.html"
     write_atomic(output, page(runs, config.pictures))
     for found in runs:

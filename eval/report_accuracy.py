@@ -54,7 +54,7 @@ def in_short(run: Run, entry: dict[str, Any]) -> str:
         if "chosen" in entry
         else None,
         f"start {protocol['start']}" if "start" in protocol else None,
-        f"resize {protocol['resize']}, crop {protocol['crop']}" if "crop" in protocol else None,
+        f"resize {protocol.get('resize')}, crop {protocol['crop']}" if "crop" in protocol else None,
         f"{images:,} validation images" if images else None,
         protocol.get("precision"),
     ]

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from html import escape
 from typing import Any
 
 from xcit_dino.eval.charts import line_chart, number
@@ -47,8 +48,10 @@ TITLES = {"knn_top1": "top-1", "knn_top5": "top-5", "val_top1": "last weights",
 def curves(runs: Sequence[Run]) -> str:
     """Charts of everything that was logged, in groups."""
     logged = dict.fromkeys(name for run in runs for line in run.metrics for name in line)
-    names = [name for name in logged if name not in NO_CURVES and is_curve(runs, name)]
-    parts = []
+    names = [
+        n for n in logged if not (n in NO_CURVES or n.startswith("alarm")) and is_curve(runs, n)
+    ]
+    parts = [alarms(run) for run in runs]
     known = set()
     for title, panels in PANELS.items():
         charts = [chart(runs, *panel) for panel in panels]
@@ -62,17 +65,30 @@ def curves(runs: Sequence[Run]) -> str:
     return "".join(parts)
 
 
+def alarms(run: Run) -> str:
+    """Signs of collapse that were reported while the run went on."""
+    items = []
+    for line in run.metrics:
+        for name in (name for name in line if name.startswith("alarm_")):
+            kind = name.removeprefix("alarm_").replace("_", " ")
+            over = "" if line[name] else " is over"
+            items.append(f"{run.name}, step {line['step']:,}: {kind} collapse{over}")
+    words = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f'<div class="notes bad"><p><b>Alarms</b></p><ul>{words}</ul></div>' if items else ""
+
+
 def chart(runs: Sequence[Run], title: str, unit: str, names: Sequence[str]) -> str:
     """One chart: of one run several metrics, of several runs the first metric."""
     restarts = [line["step"] for run in runs for line in run.tries if line["event"] == "start"]
+    from_zero = any(names == panel[2] for panel in PANELS["Speed"])
     if len(runs) > 1:
         lines = [(run.name, series(run, names[0])) for run in runs]
         if len(names) > 1:
             title = f"{title.partition(' =')[0]}: {TITLES.get(names[0], names[0])}"
-        return line_chart(title, lines, "step", unit)
+        return line_chart(title, lines, "step", unit, from_zero=from_zero)
     found = [(TITLES.get(name, name), series(runs[0], name)) for name in names]
     found = [(name, points) for name, points in found if points]
-    return line_chart(title, found, "step", unit, marks=restarts)
+    return line_chart(title, found, "step", unit, restarts, from_zero)
 
 
 def series(run: Run, name: str) -> list[tuple[float, float]]:
@@ -134,7 +150,7 @@ def cost(run: Run) -> dict[str, str]:
         waits = [line["data_wait"] for line in run.metrics if "data_wait" in line]
         facts["time waiting for data"] = f"{100 * statistics.fmean(waits):.1f} %" if waits else ""
     if memory := [line["memory_gib"] for line in run.metrics if "memory_gib" in line]:
-        facts["memory of the first process, most"] = f"{max(memory):.1f} GiB"
+        facts["memory, most"] = f"{max(memory):.1f} GiB"
     if run.metrics:
         facts["steps"] = f"{run.metrics[-1]['step']:,}"
     if tries := spans(run):

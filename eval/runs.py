@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,10 +39,12 @@ class Run:
     """Entries of ``results.json``, with those of the finetuning and distillation inside."""
     absent: list[str] = field(default_factory=list)
     """What a reader would miss, in words."""
+    label: str = ""
+    """What it is called beside others of the same name."""
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.label or self.folder.resolve().name
 
     @property
     def kind(self) -> str:
@@ -59,6 +61,19 @@ class Run:
         """Headline accuracy in percent, or None where it was not measured."""
         entry = self.entry(evaluation, network)
         return None if entry is None else headline(entry["metrics"])
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several run folders; those whose names are alike go by their paths.
+
+    Raises:
+        InputError: one holds nothing of a run.
+    """
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [
+        replace(run, label=str(run.folder)) if names.count(run.name) > 1 else run for run in runs
+    ]
 
 
 def read_run(folder: Path) -> Run:

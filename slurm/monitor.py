@@ -145,6 +145,11 @@ class State:
         """(step, value) of a metric."""
         return [(line["step"], line[name]) for line in self.lines if name in line]
 
+    def alarms(self) -> list[str]:
+        """Kinds of collapse that are reported and not over."""
+        found = {n: v for line in self.lines for n, v in line.items() if n.startswith("alarm_")}
+        return [name.removeprefix("alarm_").replace("_", " ") for name, on in found.items() if on]
+
     def steps_a_second(self) -> float:
         """Of late; 0 where it cannot be said."""
         timed = [line for line in self.lines[-RECENT:] if "loss" in line and "time" in line]
@@ -178,7 +183,9 @@ def view(state: State, width: int) -> RenderableType:
     arch = state.options.get("arch", "")
     parts: list[RenderableType] = [Text.assemble((str(state.folder), "bold"), f"  {arch}")]
     parts += [Text(" · ".join(state.stages), style="dim")] if state.stages else []
-    parts += [progress_line(state, width), news(state), Text()]
+    parts += [progress_line(state, width), news(state)]
+    parts += [Text(f"alarm: {kind} collapse", style="bold red") for kind in state.alarms()]
+    parts.append(Text())
     parts += [values(state), Text()]
     for name, title in (("loss", "loss"), ("knn_top1", "k-NN top-1"), ("val_top1", "val top-1")):
         if len(points := state.series(name)) > 1:

@@ -16,6 +16,7 @@ from xcit_dino.eval.charts import (
     number,
     point_map,
     thin,
+    tick_words,
     ticks,
 )
 
@@ -76,7 +77,17 @@ def test_the_map_has_a_mark_a_point_and_names():
     assert "<title>c7</title>" in chart and "c3" in chart
 
 
+def test_ticks_close_together_are_told_apart():
+    assert tick_words([1.2496, 1.25, 1.2504]) == ["1.2496", "1.2500", "1.2504"]
+    assert tick_words([0, 500, 1000]) == ["0", "500", "1,000"]
+
+
+def test_an_axis_may_begin_at_zero():
+    chart = line_chart("m", [("a", [(0, 90.0), (1, 100.0)])], "step", from_zero=True)
+    assert ">0</text>" in chart and min(places(chart)[0][1::2]) < 0.2 * HEIGHT
+
+
 def test_numbers_are_short():
     assert [number(v) for v in (0, 12_000, 3.14159, 5e-4, 2e-6)] == [
-        "0", "12,000", "3.14", "0.0005", "2e-06",
+        "0", "12,000", "3.14", "0.0005", "2e-6",
     ]  # fmt: skip

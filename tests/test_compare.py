@@ -8,7 +8,7 @@ import pytest
 
 from xcit_dino.cli import main
 from xcit_dino.eval.compare import differences, rank
-from xcit_dino.eval.runs import read_run
+from xcit_dino.eval.runs import read_run, read_runs
 from xcit_dino.train.provenance import record_result
 
 PROTOCOL = {"crop": 224, "temperature": 0.07, "val_images": 10_000, "weights": "a", "arch": "x"}
@@ -50,6 +50,12 @@ def test_a_missing_or_nested_field_differs():
         [{"a": 1, "recipe": {"lr": 1, "seed": 0}}, {"recipe": {"lr": 2, "seed": 1}}]
     )
     assert found == {"a": [1, None], "recipe.lr": [1, 2]}
+
+
+def test_runs_of_one_name_go_by_their_paths(tmp_path):
+    folders = [make(tmp_path / place / "run", 50.0) for place in ("here", "there")]
+    assert [run.name for run in read_runs(folders)] == [str(folder) for folder in folders]
+    assert [run.name for run in read_runs(folders[:1])] == ["run"]
 
 
 def test_nothing_in_common_and_too_few_runs(tmp_path, capsys):

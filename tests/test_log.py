@@ -21,15 +21,17 @@ from xcit_dino.train.metrics import process_seconds, read_metrics, read_tries
 SCHEDULED = {"lr": 1e-3}
 
 
-def go(folder, first, last, total=20, skipped=0.0, knn=None):
+def go(folder, first, last, total=20, error=None, knn=None):
     """Steps first+1 to last of a training of two epochs, logged."""
     run = RunConfig(output_dir=folder, epochs=2, log_every=2)
     with RunLog(run, first, total, global_batch=8) as log:
         for step in range(first + 1, last + 1):
-            metrics = {"loss": torch.tensor(10.0 - step), "skipped": torch.tensor(skipped)}
+            metrics = {"loss": torch.tensor(10.0 - step), "skipped": torch.tensor(0.0)}
             log.step(step, metrics, SCHEDULED, waited=0.0)
         if knn:
             log.write(last, knn)
+        if error:
+            raise error
 
 
 def test_one_curve_over_tries(tmp_path):
@@ -55,7 +57,7 @@ def text_of(board, tag):
 def test_tries_say_how_they_began_and_ended(tmp_path):
     go(tmp_path, 0, 10)
     with pytest.raises(RunError):
-        go(tmp_path, 10, 14, skipped=1.0)
+        go(tmp_path, 10, 12, error=RunError("a reason"))
     go(tmp_path, 10, 20)
     tries = read_tries(tmp_path)
     assert [line["event"] for line in tries] == ["start", "end"] * 3

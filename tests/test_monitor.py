@@ -42,6 +42,12 @@ def test_a_run_that_goes_on(tmp_path):
     for words in ("epoch 2.0/4", "step 20/40", "eta 0:00:20", "loss", "7.000", "silent"):
         assert words in text, words
     assert "44.0 at step 20" in text and "█" in text and not state.over
+    add(state.folder, "metrics.jsonl", step=20, alarm_single_mode=1.0)
+    state.look()
+    assert "alarm: single mode collapse" in text_of(state)
+    add(state.folder, "metrics.jsonl", step=22, alarm_single_mode=0.0)
+    state.look()
+    assert state.alarms() == []
 
 
 def test_only_what_is_new_is_read_and_a_restart_is_noticed(tmp_path):

@@ -1,0 +1,249 @@
+"""The docs are true to the code: links lead somewhere, commands parse, files exist, README runs.
+
+``python tests/test_docs.py`` writes README's list of files anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xcit_dino.cli import COMMANDS, find_command, load, main
+from xcit_dino.eval.online import pretrain
+from xcit_dino.train.config import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("xcit_dino", "data", "models", "train", "ssl", "eval", "slurm", "bench")
+OURS = ("xcit-dino ", "python slurm/launch.py", "torchrun ")
+TOPICS = (
+    "getting_started data pretraining slurm evaluation distillation weights health architecture"
+)
+TREE = ("<!-- files -->\n```\n", "```\n<!-- /files -->")
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# -- links -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+        link = "".join(target)
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, heading = link.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{name_of(page)}: {link}"
+        if heading:
+            assert heading in anchors(other), f"{name_of(page)}: no heading {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+def test_every_topic_has_a_page_that_readme_names():
+    readme = (ROOT / "README.md").read_text()
+    for topic in (*TOPICS.split(), "glossary", "benchmarks"):
+        assert (ROOT / "docs" / f"{topic}.md").is_file() and f"docs/{topic}.md" in readme, topic
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_that_are_named_exist(page):
+    for name in re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|yaml|md|html))`", page.read_text()):
+        generated = name.startswith("runs/") or re.search(r"[A-Z]{2}|\b[A-Z]\b", name)
+        generated = generated or name.endswith("__init__.py")  # which must not be there
+        assert generated or (ROOT / name).is_file(), f"{name_of(page)}: {name}"
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Our command lines in code blocks and in running text, continued lines joined."""
+    text = page.read_text()
+    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield line.strip()
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    yield from (line.replace("\n", " ") for line in re.findall(r"`([^`]+)`", text))
+
+
+def whole(line: str) -> bool:
+    """Whether a command is meant to be typed as it stands: no ellipsis, choice or bare name."""
+    return line.startswith(OURS) and not re.search(r"\.\.\.|\||\[|…|COMMAND", line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_parse(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # no launcher defaults of the user's
+    monkeypatch.chdir(tmp_path)
+    for line in filter(whole, commands(page)):
+        words = shlex.split(line, comments=True)
+        if words[0] == "torchrun":
+            words = ["xcit-dino", *words[words.index("xcit_dino.cli") + 1 :]]
+        elif words[0] == "python":
+            words = ["xcit-dino", "launch", *words[2:]]
+        check(words[1:], f"{name_of(page)}: {line}")
+
+
+def check(words: list[str], where: str) -> None:
+    """The command exists and takes these words."""
+    if not words or words == ["--help"]:
+        return
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if len(words) == 1 and (group or words[0] in COMMANDS):
+        return  # a command is spoken of
+    name, rest = find_command(words)
+    assert name is not None, where
+    if not rest:
+        return
+    make = load(COMMANDS[name].config)
+    try:
+        parse(make(), rest, name, "") if isinstance(make, type) else make(rest, name)
+    except Exception as error:
+        raise AssertionError(f"{where}\n{error}") from error
+
+
+def test_a_wrong_command_would_be_noticed():
+    for words in (["knn", "--nb_kn", "3"], ["launch", "--stages", "pretrain,knm"], ["shards", "x"]):
+        with pytest.raises(Exception, match=".+"):
+            check(words, "here")
+
+
+def test_make_targets_exist():
+    made = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for target in re.findall(r"(?:`|^)make ([\w-]+)", page.read_text(), re.MULTILINE):
+            assert target in made, f"{name_of(page)}: make {target}"
+
+
+# -- README: its list of files, and its commands ---------------------------------------------------
+
+
+def tree() -> str:
+    """Every file of code with the first phrase of its docstring."""
+    lines = []
+    for folder in FOLDERS:
+        lines.append(f"{folder}/")
+        for path in sorted((ROOT / folder).glob("*.py")):
+            lines.append(f"  {path.name:<22} {phrase(path)}")
+    return "\n".join(lines) + "\n"
+
+
+def phrase(path: Path) -> str:
+    """The first sentence of a module, plain and short."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    text = re.sub(r"[`*]|:\w+:", "", text)
+    text = re.sub(r" \([^)]*(?:arXiv|DINO|XCiT|SSVM)[^)]*\)", "", text)
+    text = re.split(r"(?<=[\w)])[.;?](?: |$)", text)[0].rstrip(":")
+    while len(text) > 88:  # take clauses away, then words
+        cut = max(text.rfind(mark, 0, len(text) - 1) for mark in (", ", ": ", " (", " - "))
+        text = text[:cut] if cut > 25 else text[:86].rpartition(" ")[0]
+    return text
+
+
+def test_readme_lists_every_file():
+    readme = (ROOT / "README.md").read_text()
+    listed = readme.split(TREE[0])[1].split(TREE[1])[0]
+    there = {(f, p.name) for f in FOLDERS for p in (ROOT / f).glob("*.py")}
+    folder, found = "", set()
+    for line in listed.splitlines():
+        if line.startswith("  "):
+            found.add((folder, line.split()[0]))
+            assert len(line.split()) > 1, line
+        else:
+            folder = line.rstrip("/")
+    assert found == there, "write it anew: python tests/test_docs.py"
+
+
+def test_readme_numbers_are_those_of_the_benchmarks():
+    """Every row of README's table of results stands in docs/benchmarks.md too."""
+    readme, measured = (ROOT / "README.md").read_text(), (ROOT / "docs/benchmarks.md").read_text()
+    rows = readme.split("## Results")[1].split("\n## ")[0].splitlines()
+    numbers = [re.findall(r"(?<=\| )[\d.]+(?= \|)", row) for row in rows]
+    assert sum(map(len, numbers)) >= 6
+    for row, found in zip(rows, numbers, strict=True):
+        for number in found:
+            assert f" {number} " in measured, row
+
+
+TINY = (
+    "--arch xcit_pico_6_p8 --epochs 1 --warmup_epochs 0 --batch_size_per_gpu 32 --out_dim 64 "
+    "--head_hidden_dim 32 --head_bottleneck_dim 16 --global_crops_size 32 --local_crops_size 16 "
+    "--local_crops_number 2 --num_workers 0 --device cpu --precision fp32 --log_every 1"
+).split()
+SMALL = {"knn": ["--nb_knn", "10", "20"], "linear": ["--epochs", "3"]}
+ON_CPU = ["--num_workers", "0", "--device", "cpu"]
+
+
+def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
+    """README's second block as it stands, on few small images; what would take a cluster is tried
+    with --dry_run, and then done with a tiny network in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    photographs(tmp_path / "photos")
+    block = (ROOT / "README.md").read_text().split("## Your own images")[1].split("```")[1]
+    ours = [line for line in block.strip().splitlines() if line.startswith(OURS)]
+    assert len(ours) == 7
+    for line in ours:
+        words = [str(Path(word).expanduser()) for word in shlex.split(line, comments=True)]
+        if words[0] == "python":
+            assert main(["launch", *words[2:], "--cluster", "slurm", "--dry_run"]) == 0
+            assert "--nodes=4" in capsys.readouterr().out
+            data = words[words.index("--data_path") + 1]
+            run = ["--output_dir", "runs/xcit_small_12_p8", "--data_path", data]
+            config = COMMANDS["pretrain"].config
+            pretrain(load(config)([*TINY, *run], "pretrain"))
+        else:
+            more = [*SMALL[words[1]], *ON_CPU] if words[1] in SMALL else []
+            assert main([*words[1:], *more]) == 0, line
+    page = (tmp_path / "runs/xcit_small_12_p8/report.html").read_text()
+    for title in ("k-NN, k = 20, top-1", "Linear probe, top-1", "What the network sees"):
+        assert title in page
+    assert "Not shown" not in page
+
+
+def photographs(folder: Path) -> None:
+    """Three classes of small images, in train and val."""
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 32), ("val", 8)):
+        for label, name in enumerate(("red", "green", "blue")):
+            (folder / split / name).mkdir(parents=True)
+            for n in range(count):
+                pixels = numbers.integers(0, 128, (40, 48, 3), dtype=np.uint8)
+                pixels[..., label] += 100
+                Image.fromarray(pixels).save(folder / split / name / f"{n}.jpg")
+
+
+def test_the_python_of_readme_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(code, {})
+
+
+def write_tree() -> None:
+    """Put the present list of files into README."""
+    path = ROOT / "README.md"
+    head, rest = path.read_text().split(TREE[0])
+    path.write_text(head + TREE[0] + tree() + TREE[1] + rest.split(TREE[1])[1])
+
+
+if __name__ == "__main__":
+    write_tree()
