@@ -207,7 +207,7 @@ def judge_failure(
     record.failures += 1
     record.reason = failure(run, record) or f"exit code {code}"
     record.bad_input = any(w.get("code") == 2 for w in said)
-    newest = max((path.name for path in run.glob("checkpoints/*.json")), default="")
+    newest = max((path.name for path in run.glob("checkpoints/*.pth")), default="")
     error = next((w["error"] for w in said if "error" in w and w["rank"] != SCRIPT), "")
     failed_at = f"{error} | {newest}"
     final = any(w.get("final") for w in said)

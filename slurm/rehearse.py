@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from xcit_dino.errors import InputError, RunError
-from xcit_dino.slurm import record, scheduler
-from xcit_dino.slurm.config import Launch
+from xcit_dino.slurm import record, scheduler, status
+from xcit_dino.slurm.config import CancelConfig, Launch
 from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.slurm.watch import read_state
@@ -29,7 +30,8 @@ from xcit_dino.train.config import CONFIGS, pop_option
 
 RECIPE = CONFIGS / "rehearsal.yaml"
 STEPS_PER_EPOCH = 10
-MINUTES = 30.0  # that the rehearsal waits for a busy cluster to get on
+MINUTES = 60.0  # that the rehearsal waits for a busy cluster to get on
+LOOK = 3.0  # seconds between two looks at the queue
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,18 @@ def run(rehearsal: Rehearsal) -> int:
     make_shards(rehearsal.folder / "shards", STEPS_PER_EPOCH * global_batch(launch.stages[0]))
     straight, interrupted = (rehearsal.folder / name for name in ("straight", "interrupted"))
 
-    print(f"straight run, on {cluster}: {straight}", flush=True)
-    with Submitted(rehearsal, "straight"):
-        wait(lambda: finished(straight), straight)
-    print(f"run that is interrupted: {interrupted}", flush=True)
-    with Submitted(rehearsal, "interrupted"):
+    straight, interrupted = Submitted(rehearsal, "straight"), Submitted(rehearsal, "interrupted")
+    print(f"straight run, on {cluster}: {straight.folder}", flush=True)
+    with straight:
+        straight.wait(straight.finished)
+    print(f"run that is interrupted: {interrupted.folder}", flush=True)
+    with interrupted:
         for attempt, number in enumerate((signal.SIGUSR2, signal.SIGKILL), 1):
-            wait(lambda attempt=attempt: trains(interrupted, attempt), interrupted)
-            interrupt(interrupted, cluster, number)
-            print(f"attempt {attempt}: sent {number.name} to all ranks", flush=True)
-        wait(lambda: finished(interrupted), interrupted)
-    return verdict(straight, interrupted)
+            interrupted.wait(partial(interrupted.trains, attempt))
+            interrupt(interrupted.folder, cluster, number)
+            print(f"  attempt {attempt}: sent {number.name} to all ranks", flush=True)
+        interrupted.wait(interrupted.finished)
+    return verdict(straight.folder, interrupted.folder)
 
 
 def make_shards(folder: Path, images: int) -> None:
@@ -94,44 +97,59 @@ def make_shards(folder: Path, images: int) -> None:
 
 
 class Submitted:
-    """``xcit-dino launch`` in its own process: it ends at once on SLURM, locally with the run."""
+    """One of the two runs: ``xcit-dino launch`` in its own process, which ends at once on SLURM,
+    locally with the run."""
 
     def __init__(self, rehearsal: Rehearsal, name: str):
+        self.folder = rehearsal.folder / name
+        self.log = rehearsal.folder / f"{name}.log"
         self.command = [sys.executable, "-m", "xcit_dino.cli", "launch", *words(rehearsal, name)]
 
     def __enter__(self) -> None:
-        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
 
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and launched(self.folder):  # Ctrl-C too: leave no jobs behind
+            status.cancel(CancelConfig(self.folder))
         self.process.wait()
 
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Poll until the run is so far; each new state is shown, with SLURM's reason for it.
 
-def wait(condition: Callable[[], bool], folder: Path) -> None:
-    """Poll until a run is so far.
+        Raises:
+            RunError: it does not get there.
+        """
+        deadline, look, shown = time.monotonic() + 60 * MINUTES, 0.0, ""
+        while not condition():
+            if self.process.poll():
+                raise RunError(f"{self.log}: {self.log.read_text().strip().rpartition(chr(10))[2]}")
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{self.folder} does not get on; see: xcit-dino launch status {self.folder}"
+                )
+            if time.monotonic() > look and launched(self.folder):
+                look, state = time.monotonic() + LOOK, status.state(self.folder, "pretrain")
+                if state != shown:
+                    print(f"  {state}", flush=True)
+                shown = state
+            time.sleep(0.1)
 
-    Raises:
-        RunError: it does not get there.
-    """
-    deadline = time.monotonic() + 60 * MINUTES
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RunError(f"{folder} does not get on; see: xcit-dino launch status {folder}")
-        time.sleep(0.1)
+    def finished(self) -> bool:
+        """Whether the run has come to its end, of whatever kind."""
+        return record.load(self.folder, "pretrain").finished
+
+    def trains(self, attempt: int) -> bool:
+        """Whether the n-th attempt has done a step of its own, or the run is over."""
+        known = record.load(self.folder, "pretrain")
+        state = read_state(record.progress_file(self.folder, "pretrain"))
+        begun = known.attempts == attempt and state is not None and state["done"] > state["start"]
+        return known.finished or begun
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run has come to its end, of whatever kind."""
-    return record.load(folder, "pretrain").finished
-
-
-def trains(folder: Path, attempt: int) -> bool:
-    """Whether the n-th attempt has done a step of its own, or the run is over."""
-    known = record.load(folder, "pretrain")
-    state = read_state(record.progress_file(folder, "pretrain"))
-    begun = known.attempts == attempt and state is not None and state["done"] > state["start"]
-    return known.finished or begun
+def launched(folder: Path) -> bool:
+    """Whether a run has got as far as its jobs."""
+    return (record.folder(folder) / "pretrain.json").is_file()
 
 
 def interrupt(folder: Path, cluster: str, number: signal.Signals) -> None:

@@ -69,6 +69,12 @@ def status(config: StatusConfig) -> None:
     print(*lines, f"next stage: {next_stage(config.run, launch) or 'none'}", sep="\n")
 
 
+def state(run: Path, stage: str) -> str:
+    """A stage's state, with the reason for it: ``pending: (Resources)``."""
+    launch = record.read_launch(run)
+    return describe(run, stage, launch, queue(launch), None)["state"]
+
+
 def describe(
     run: Path, stage: str, launch: dict[str, Any], jobs: Queue, before: dict[str, str] | None
 ) -> dict[str, str]:
@@ -84,6 +90,8 @@ def describe(
         reason = job["reason"] if job["state"] == "PENDING" else ""
     elif not known.finished and not local_owner(launch):
         state, reason = unsaid(run, known, before)
+    if state == "running":
+        reason = ""  # that of an earlier attempt
     shown = progress(run, stage) if state in ("running", "requeued", "stopped") else ""
     return {
         "stage": stage,

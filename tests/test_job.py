@@ -124,7 +124,7 @@ def test_the_same_error_counts_again_once_the_run_got_on(run: Path) -> None:
         begin(run, restart)
         record.leave_word(run, "9", restart, 0, error="OSError: disk", code=1)
         assert record.finish(run, STAGE, 1).state == "requeued"
-        (run / "checkpoints" / f"checkpoint-{restart:08d}.json").touch()
+        (run / "checkpoints" / f"checkpoint-{restart:08d}.pth").touch()
     begin(run, 2)
     record.leave_word(run, "9", 2, 0, error="OSError: disk", code=1)
     assert record.finish(run, STAGE, 1).state == "failed"
