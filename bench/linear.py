@@ -24,8 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,13 +41,14 @@ from xcit_dino.eval.subject import Subject, pretrained, resolve
 
 LRS = LinearConfig().lrs
 BATCH = 128  # eval_linear.py
+BICUBIC = transforms.InterpolationMode.BICUBIC
 Classifiers = list[tuple[nn.Linear, torch.optim.SGD]]
 
 
 class Images(Dataset):
     """Images and labels of a split, read one by one (``torchvision.datasets.ImageFolder``)."""
 
-    def __init__(self, index: ShardIndex, transform: transforms.Compose):
+    def __init__(self, index: ShardIndex, transform: Callable[[Image.Image], Any]):
         self.index, self.transform = index, transform
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class Images(Dataset):
 def loader(subject: Subject, split: str) -> DataLoader:
     """The official transforms, at the size of the run."""
     augment = [transforms.RandomResizedCrop(subject.crop), transforms.RandomHorizontalFlip()]
-    center = [transforms.Resize(subject.resize, 3), transforms.CenterCrop(subject.crop)]
+    center = [transforms.Resize(subject.resize, BICUBIC), transforms.CenterCrop(subject.crop)]
     common = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     transform = transforms.Compose((augment if split == "train" else center) + common)
     return DataLoader(
