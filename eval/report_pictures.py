@@ -41,13 +41,13 @@ PAIRS = 14
 def pictures_of(run: Run, parts: Sequence[Part]) -> tuple[list[tuple[str, str, str]], list[str]]:
     """Sections (title, content, how to read it), and what could not be shown and why."""
     images = Images(run)
-    shown, absent = [], []
+    shown, reasons = [], dict[str, list[str]]()
     for title, about, make in parts:
         try:
             shown.append((title, make(images), about))
         except Exception as reason:  # a report is written whatever is wrong with a run's files
-            absent.append(f"{title.lower()}: {reason}")
-    return shown, absent
+            reasons.setdefault(str(reason), []).append(title.lower())
+    return shown, [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
 
 
 class Images:

@@ -200,7 +200,7 @@ def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
     record_result(run, "knn", {"top1_k5": 3.0}, {})
     _, page = written(run, pictures=True)
     assert "curves: no metrics.jsonl" in page.text and "k-NN, k = 5" in page.text
-    assert "confusions: the run does not say where its shards are" in page.text
+    assert "confusions, map of the features: the run does not say where its shards" in page.text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
@@ -273,8 +273,8 @@ def test_shards_that_are_gone_are_said(run_folder):
     config.write_text(config.read_text().replace(str(run_folder.data), "/nowhere"))
     record_result(run_folder.path, "knn", {"top1_k20": 30.0}, {})
     _, page = written(run_folder.path, pictures=True)
-    for part in ("what the network sees", "nearest neighbours", "confusions"):
-        assert f"{part}: --data_path /nowhere" in page.text
+    parts = "what the network sees, nearest neighbours, confusions, map of the features"
+    assert f"{parts}: --data_path /nowhere: no" in page.text
     assert "30.0" in page.text
 
 

@@ -26,9 +26,8 @@ def _charts(**charts: str) -> dict[str, list[Any]]:
 LAYOUT = {  # the page "Custom scalars", in this order
     "First look": _charts(
         loss="loss/loss$",
-        k_NN_of_the_teacher="eval/knn_top1$ eval/knn_top5$",
+        nearest_neighbours_of_the_teacher="eval/knn_top1$ eval/knn_top5$",
         teacher_entropy_and_KL="health/teacher_entropy$ health/kl$",
-        accuracy="eval/val_top1$ eval/val_ema_top1$",
     ),
     "Health": _charts(
         gradient_norm="health/grad_norm$",
@@ -38,6 +37,7 @@ LAYOUT = {  # the page "Custom scalars", in this order
         directions_that_features_use="health/effective_rank$",
         share_of_prototypes_used="health/prototypes_used$",
     ),
+    "Finetuning": _charts(validation_accuracy="eval/val_top1$ eval/val_ema_top1$"),
     "Schedule": _charts(
         learning_rate="schedule/lr$",
         weight_decay="schedule/weight_decay$",

@@ -74,6 +74,7 @@ class RunLog(AbstractContextManager):
         self.first, self.done, self.total_steps = step, step, total_steps
         self.meter = Meter()
         self.waited, self.skipped = 0.0, 0
+        self.line: dict[str, float] = {}
         self.files: RunFiles | None = None
         if dist.is_main() and step < total_steps:
             self.open_files()
@@ -119,7 +120,7 @@ class RunLog(AbstractContextManager):
         line["images_per_s"] = steps * self.global_batch / seconds
         line["data_wait"] = (waited - self.waited) / seconds
         line["memory_gib"] = peak_memory()
-        self.waited = waited
+        self.waited, self.line = waited, line
         self.write(step, line)
         self.bar.advance(1, **shown(line | self.accuracy))
         self.skipped = self.skipped + steps if means["skipped"] == 1.0 else 0
@@ -144,6 +145,7 @@ class RunLog(AbstractContextManager):
             self.accuracy = accuracies
             found = "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items())
             self.bar.note(f"step {step}: {found}")
+            self.bar.advance(0, **shown(self.line | accuracies))
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
         self.stack.close()
