@@ -44,6 +44,24 @@ def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 + 10 images of 16 px for the victims of the fault tests."""
+    folder = tmp_path_factory.mktemp("victims") / "shards"
+    make(DemoConfig(folder, train=20, val=10, size=16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A victim's run that nothing befell."""
+    from tests import victims
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    victims.finish(folder, shards)
+    return folder
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, demo_shards: Path) -> RunFolder:
     """A new run folder on the demo images."""

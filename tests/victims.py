@@ -11,6 +11,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -38,11 +39,17 @@ def config(shards: Path, folder: Path, **options: Any) -> Any:
     return replace(PretrainConfig(), TINY | {"data_path": shards, "output_dir": folder} | options)
 
 
-def train(options: dict[str, Any], prepare: Callable[..., None] | None = None, *args: Any) -> None:
+def train(
+    options: dict[str, Any], rank: str, prepare: Callable[..., None] | None = None, *args: Any
+) -> None:
     """What a victim does: the training of ``xcit-dino pretrain``, its output into a file.
 
     prepare: called before it, in the process (to take something away from it).
     """
+    if rank:
+        names = ("RANK", "WORLD_SIZE", "MASTER_PORT")
+        os.environ |= dict(zip(names, re.findall(r"\d+", rank), strict=True))
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     import torch
 
     from xcit_dino.cli import InputError, RunError, Stopped
@@ -156,17 +163,61 @@ def spoil_gradients(first: int, last: int) -> None:
     pretrain.forward = forward
 
 
-def start(folder: Path, shards: Path, *prepare: Any, env: dict[str, str] = {}, **options: Any):  # noqa: B006
-    """Start a victim; ``prepare`` is a function and its arguments."""
-    arguments = ({"folder": folder, "shards": shards} | options, *prepare)
-    before = dict(os.environ)
-    os.environ.update(env)
-    try:
-        process = SERVER.Process(target=train, args=arguments)
-        process.start()
-    finally:
-        os.environ.clear(), os.environ.update(before)
+def die_in_write(number: int) -> None:
+    """Let this process kill itself before the n-th call by which a checkpoint reaches the disk."""
+    from xcit_dino.train import state
+
+    left = [number]
+
+    def counted(call: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    inner = state.Checkpoints._write
+
+    def write(*args: Any) -> None:
+        names = [(os, "fsync"), (os, "replace"), (Path, "unlink"), (os, "open")]
+        before = [(place, name, getattr(place, name)) for place, name in names]
+        for place, name, call in before:
+            setattr(place, name, counted(call))
+        try:
+            inner(*args)
+        finally:
+            for place, name, call in before:
+                setattr(place, name, call)
+
+    state.Checkpoints._write = write
+
+
+def start(folder: Path, shards: Path, *prepare: Any, rank: str = "", **options: Any) -> Any:
+    """Start a victim; ``prepare`` is a function and its arguments, ``rank`` "0 of 2 at PORT"."""
+    arguments = ({"folder": folder, "shards": shards} | options, rank, *prepare)
+    process = SERVER.Process(target=train, args=arguments)
+    process.start()
     return process
+
+
+def kill_workers() -> None:
+    """SIGKILL to the loader's workers, as from the kernel where memory runs out."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def full_between(first: int, last: int, file: Path) -> None:
+    """A disk that is full for some steps."""
+    at_step(first, fill, file)
+    at_step(last, file.unlink)
+
+
+def pause(until: Path) -> None:
+    """Wait for a file."""
+    wait_for(until.exists, 500)
 
 
 def ended(process: Any, seconds: float = 400) -> int:
@@ -229,3 +280,17 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
+
+
+def assert_nothing_lost(run: Path, whole: Path) -> None:
+    """The weights are equal bit for bit, every step is in the metrics once, with the same loss."""
+    assert same(final_bits(run), final_bits(whole))
+    found, expected = lines(run), lines(whole)
+    assert [line["step"] for line in found] == list(range(1, len(expected) + 1))
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    left = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert not left
+
+
+def finish(run: Path, shards: Path, **options: Any) -> None:
+    assert ended(start(run, shards, **options)) == 0, said(run)
