@@ -27,6 +27,7 @@ from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import record, watch
 from xcit_dino.slurm.config import Launch, Stage
 from xcit_dino.slurm.job import SIGNALS, job_of
+from xcit_dino.slurm.preview import counted
 
 GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
 FOREVER = 10**7  # minutes
@@ -137,7 +138,10 @@ def executor(launch: Launch, stage: Stage) -> Executor:
 def run_stages(launch: Launch, stages: list[Stage], code: Path, inside: bool) -> int:
     """Run stages one after the other, in this process where ``inside``; returns the exit code."""
     for stage in stages:
-        print(f"{stage.name}: {stage.num_tasks} process(es), run folder {launch.run}", flush=True)
+        print(
+            f"{stage.name}: {counted(stage.num_tasks, 'process')}, run folder {launch.run}",
+            flush=True,
+        )
         ended = (run_inside if inside else run_stage)(launch, stage, code)
         if ended.state != "done":
             return told(launch, ended)

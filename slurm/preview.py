@@ -32,8 +32,14 @@ def preview(launch: Launch, cluster: str) -> None:
 def resources(stage: Stage) -> str:
     """``"2 nodes x 8 GPUs, 16 processes"``."""
     asked = stage.resources
-    devices = f"{asked.ngpus} GPUs" if asked.ngpus else "CPUs"
-    return f"{asked.nodes} nodes x {devices}, {stage.num_tasks} processes"
+    devices = counted(asked.ngpus, "GPU") if asked.ngpus else "CPUs"
+    return f"{counted(asked.nodes, 'node')} x {devices}, {counted(stage.num_tasks, 'process')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 node"``, ``"2 nodes"``, ``"2 processes"``."""
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number} {noun}{ending if number != 1 else ''}"
 
 
 def training_facts(stage: Stage) -> dict[str, Any]:
@@ -43,8 +49,13 @@ def training_facts(stage: Stage) -> dict[str, Any]:
     batch = images_per_step * stage.num_tasks
     lr = config.optim.lr
     facts: dict[str, Any] = {
-        "global batch": f"{batch} = {config.run.batch_size_per_gpu} images x "
-        f"{config.run.accum_iter} micro-batches x {stage.num_tasks} processes",
+        "global batch": " x ".join(
+            [
+                f"{batch} = {counted(config.run.batch_size_per_gpu, 'image')}",
+                counted(config.run.accum_iter, "micro-batch"),
+                counted(stage.num_tasks, "process"),
+            ]
+        ),
         "effective learning rate": f"{lr * batch / 256:.6g} = {lr:g} x {batch} / 256",
     }
     try:
@@ -53,7 +64,7 @@ def training_facts(stage: Stage) -> dict[str, Any]:
         return facts | {"images": f"unknown ({error})"}
     steps = samples // batch + (config.loader.last_batch == "wrap" and samples % batch > 0)
     return facts | {
-        "images": f"{samples} in {shards} shards",
+        "images": f"{samples} in {counted(shards, 'shard')}",
         "steps per epoch": f"{steps}, {steps * config.run.epochs} in {config.run.epochs} epochs",
         "images per rank": f"{steps * images_per_step} an epoch",
     }

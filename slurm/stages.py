@@ -49,6 +49,7 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
     Raises:
         InputError: a bad option, in one line.
     """
+    refuse_words(argv)
     first = one_run(argv, prog)
     seeds, name = first.launch.seeds, first.launch.job_name
     if not seeds:
@@ -61,6 +62,14 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
         own += ["--job_name", f"{name}-seed{seed}"] if name else []
         runs.append(one_run([*argv, *own], prog))
     return dataclasses.replace(runs[0], others=tuple(runs[1:]))
+
+
+def refuse_words(argv: Sequence[str]) -> None:
+    """Raise :class:`InputError` for a misspelt ``launch status`` and the like."""
+    if argv and not argv[0].startswith("-"):
+        others = [name.split()[1] for name in commands() if name.startswith("launch ")]
+        close = suggest(argv[0], others) or f" (there are {', '.join(others)})"
+        raise InputError(f"no command 'launch {argv[0]}'{close}")
 
 
 def one_run(argv: Sequence[str], prog: str) -> Launch:

@@ -27,7 +27,8 @@ def owner(run: Path) -> str:
         return ""
     launch = record.read_launch(run)
     if launch["cluster"] == "slurm":
-        return next((f"SLURM job {i} ({job['state']})" for i, job in queue(launch).items()), "")
+        jobs = sorted(queue(launch).items(), key=lambda pair: pair[1]["state"] != "RUNNING")
+        return next((f"SLURM job {number} ({job['state']})" for number, job in jobs), "")
     if local_owner(launch):
         return f"process {launch['pid']} on {launch['host']}"
     return ""
@@ -55,7 +56,7 @@ def status(config: StatusConfig) -> None:
 
     launch = record.read_launch(config.run)
     jobs = queue(launch)
-    table = Table(title=f"{config.run} ({launch['cluster']})", title_justify="left", box=None)
+    table = Table(box=None)
     for column in ("stage", "state", "job", "nodes", "restarts", "failures"):
         table.add_column(column, overflow="fold")
     before, lines = None, []
@@ -65,6 +66,7 @@ def status(config: StatusConfig) -> None:
             lines.append(f"{stage}: {progress}")
         table.add_row(*row.values())
         before = row
+    print(f"{config.run} ({launch['cluster']})", flush=True)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     print(*lines, f"next stage: {next_stage(config.run, launch) or 'none'}", sep="\n")
 

@@ -152,6 +152,11 @@ def test_bad_options_get_one_line(words: list[str], message: str) -> None:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_misspelt_command_gets_the_nearest_one() -> None:
+    with pytest.raises(InputError, match="no command 'launch stauts'; did you mean status?"):
+        launch_config(["stauts", "runs/a"])
+
+
 # -- dry run ---------------------------------------------------------------------------------------
 
 
