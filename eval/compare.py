@@ -15,7 +15,7 @@ from typing import Any
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import CompareConfig
 from xcit_dino.eval.page import plain
-from xcit_dino.eval.runs import EVALUATIONS, Run, read_runs, title_of
+from xcit_dino.eval.runs import Run, in_order, read_runs, title_of
 
 # What is compared, as opposed to how it is measured: these may differ.
 SUBJECT = frozenset(
@@ -104,13 +104,7 @@ def run(config: CompareConfig) -> None:
 def rank(runs: Sequence[Run]) -> list[Ranking]:
     """Every evaluation that a run has, the known ones first."""
     names = {name for run in runs for name in run.results}
-    known = list(EVALUATIONS)
-
-    def order(name: str) -> tuple[int, str]:
-        evaluation = name.partition("/")[0]
-        return (known.index(evaluation) if evaluation in known else len(known), name)
-
-    return [ranking_of(name, runs) for name in sorted(names, key=order)]
+    return [ranking_of(name, runs) for name in in_order(names)]
 
 
 def ranking_of(name: str, runs: Sequence[Run]) -> Ranking:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from xcit_dino.errors import InputError
 from xcit_dino.eval import report_accuracy, report_origin, report_training
 from xcit_dino.eval.config import ReportConfig
 from xcit_dino.eval.page import chips, document, navigation, plain, section
@@ -26,17 +27,25 @@ def run(config: ReportConfig) -> None:
     """Write the page, and the final accuracies for TensorBoard.
 
     Raises:
-        InputError: a folder that holds no run.
+        InputError: a folder that holds no run, or nothing can be written where the page is to go.
     """
     from xcit_dino.train.board import write_hparams
 
     runs = read_runs(config.folders)
     output = config.output or config.folders[0] / "report.html"
-    write_atomic(output, page(runs, config.pictures))
-    for found in runs:
-        if accuracies := final_accuracies(found):
-            write_hparams(found.folder, found.config, accuracies)
+    try:
+        write_atomic(output, page(runs, config.pictures))
+    except OSError as error:
+        raise InputError(f"--output {output}: {error.strerror}") from error
+    if len(runs) == 1 and config.output is None and is_over(runs[0]):
+        write_hparams(runs[0].folder, runs[0].config, final_accuracies(runs[0]))
     print(f"report: {output}", flush=True)
+
+
+def is_over(run: Run) -> bool:
+    """Whether the training has ended: TensorBoard would leave the file of one that goes on for a
+    newer file in the same folder."""
+    return bool(run.results) and not (run.tries and run.tries[-1]["event"] == "start")
 
 
 def final_accuracies(run: Run) -> dict[str, float]:

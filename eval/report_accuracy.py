@@ -11,7 +11,16 @@ from xcit_dino.eval import compare
 from xcit_dino.eval.charts import number
 from xcit_dino.eval.page import bar, card, facts_table, fold, grid, table
 from xcit_dino.eval.published import published, unlike
-from xcit_dino.eval.runs import EVALUATIONS, NETWORKS, TRAINED, Run, headline, ks_of, title_of
+from xcit_dino.eval.runs import (
+    EVALUATIONS,
+    NETWORKS,
+    TRAINED,
+    Run,
+    headline,
+    in_order,
+    ks_of,
+    title_of,
+)
 
 
 def headlines(run: Run) -> str:
@@ -136,13 +145,7 @@ def knn_table(runs: Sequence[Run]) -> str:
 
 def ordered(results: dict[str, Any]) -> list[tuple[str, Any]]:
     """Results with the known evaluations first."""
-    known = list(EVALUATIONS)
-
-    def place(name: str) -> tuple[int, str]:
-        evaluation = name.partition("/")[0]
-        return (known.index(evaluation) if evaluation in known else len(known), name)
-
-    return sorted(results.items(), key=lambda item: place(item[0]))
+    return [(name, results[name]) for name in in_order(results)]
 
 
 def side_by_side(runs: Sequence[Run]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +136,17 @@ def missing(run: Run) -> list[str]:
     elif run.metrics and not run.tries:
         words.append("restarts: not recorded by the version that wrote this run")
     return words
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of results, those of the known evaluations first."""
+    known = list(EVALUATIONS)
+
+    def place(name: str) -> tuple[int, str]:
+        evaluation = name.partition("/")[0]
+        return (known.index(evaluation) if evaluation in known else len(known), name)
+
+    return sorted(names, key=place)
 
 
 def headline(metrics: dict[str, float]) -> float | None:

@@ -203,6 +203,23 @@ def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
     assert "confusions, map of the features: the run does not say where its shards" in page.text
 
 
+def test_final_accuracies_for_tensorboard_once_the_run_is_over(tmp_path):
+    run = make_run(tmp_path / "run")
+    add_tries(run, last="start")
+    written(run)
+    assert not list(run.glob("events.*"))  # TensorBoard would turn away from the live file
+    add_tries(run)
+    written(run)
+    assert len(list(run.glob("events.*.hparams"))) == 1
+
+
+def test_nowhere_to_write_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--output .*file/report.html: "):
+        report.run(ReportConfig((run,), output=tmp_path / "file" / "report.html", pictures=False))
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no run"):
         report.run(ReportConfig((tmp_path,)))
