@@ -61,6 +61,7 @@ class CropLoader:
         device: where the tensors go; on the CPU they stay in shared memory.
         run_folder: for ``quarantine.jsonl``.
         retouch: called in the worker on every micro-batch's crops.
+        labelled: an image without a label counts as unreadable.
 
     Attributes:
         wait_seconds: time for which the caller has waited for data so far.
@@ -83,6 +84,7 @@ class CropLoader:
         device: torch.device | str | None = None,
         run_folder: Path | None = None,
         retouch: Retouch | None = None,
+        labelled: bool = False,
     ) -> None:
         if plan.batch_size % (world_size * accum):
             raise InputError(
@@ -96,7 +98,7 @@ class CropLoader:
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
-        self.retouch = retouch
+        self.retouch, self.labelled = retouch, labelled
         self.device = torch.device(device or "cpu")
         self.wait_seconds = 0.0
         self.quarantine = Quarantine(
@@ -114,7 +116,9 @@ class CropLoader:
         ring = Ring(num_slots, slot_shapes(self.crops, size))
         source = open_source(self.index, self.config)
         kind = EncodedWork if on_device else CropWork
-        work = kind(self.index, source, ring, self.crops, self.plan.seed, self.retouch)
+        work = kind(
+            self.index, source, ring, self.crops, self.plan.seed, self.retouch, self.labelled
+        )
         crops_of: Callable[[Done], tuple[Done, Tensor, Tensor]] = partial(_in_ring, ring)
         copier = None
         if on_device:
@@ -177,6 +181,7 @@ class ImageLoader:
         batch_size: of this rank; the last batch may be smaller.
         indices: sample numbers to deliver, in this order; None: all.
         rank, world_size: this rank delivers every ``world_size``-th of them.
+        labelled: an image without a label counts as unreadable.
     """
 
     def __init__(
@@ -191,8 +196,9 @@ class ImageLoader:
         rank: int = 0,
         world_size: int = 1,
         run_folder: Path | None = None,
+        labelled: bool = False,
     ) -> None:
-        self.index, self.config = index, config
+        self.index, self.config, self.labelled = index, config, labelled
         self.resize, self.crop, self.batch_size = resize, crop, batch_size
         everything = np.arange(index.num_samples) if indices is None else np.asarray(indices)
         self.samples = everything[rank::world_size]
@@ -210,7 +216,7 @@ class ImageLoader:
         in_flight = self.config.num_workers * self.config.prefetch_factor
         ring = Ring(in_flight + 2, [(1, self.batch_size, self.crop, self.crop, 3)])
         source = open_source(self.index, self.config)
-        work = ImageWork(self.index, source, ring, self.resize, self.crop)
+        work = ImageWork(self.index, source, ring, self.resize, self.crop, self.labelled)
         with closing(answers(work, self._tasks(ring.num_slots), self.config, ring)) as results:
             for done in results:
                 record(self.quarantine, self.index, done)

@@ -66,14 +66,23 @@ class Work(Protocol):
 
 @dataclass
 class Reading:
-    """Reads images by sample number and keeps a list of those that cannot be read."""
+    """Reads images by sample number and keeps a list of those that cannot be read.
+
+    labelled: an image without a label is of no use, and counts as one of them.
+    """
 
     index: ShardIndex
     source: Source
+    labelled: bool = False
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
     def many(self, samples: NDArray[np.int64]) -> list[bytes | Unreadable]:
-        return self.source.read_many([self.index.locate(int(sample)) for sample in samples])
+        images = self.source.read_many([self.index.locate(int(sample)) for sample in samples])
+        if self.labelled:
+            labels = self.index.labels[samples]
+            pairs = zip(images, labels, strict=True)
+            return [image if label >= 0 else Unreadable("no label") for image, label in pairs]
+        return images
 
     def reject(self, sample: int, reason: Exception) -> None:
         shard, offset, _ = self.index.locate(sample)
@@ -95,8 +104,9 @@ class CropWork:
         crops: CropsConfig,
         seed: int,
         retouch: Retouch | None = None,
+        labelled: bool = False,
     ) -> None:
-        self.reading = Reading(index, source)
+        self.reading = Reading(index, source, labelled)
         self.ring, self.crops, self.seed, self.retouch = ring, crops, seed, retouch
         self.num_samples = index.num_samples
         self.scratch, self.cutter = Scratch(), Cutter()
@@ -161,9 +171,15 @@ class ImageWork:
     """Fills a slot with centre views; the places of unreadable images stay empty."""
 
     def __init__(
-        self, index: ShardIndex, source: Source, ring: Ring, resize: int | None, crop: int
+        self,
+        index: ShardIndex,
+        source: Source,
+        ring: Ring,
+        resize: int | None,
+        crop: int,
+        labelled: bool = False,
     ) -> None:
-        self.reading = Reading(index, source)
+        self.reading = Reading(index, source, labelled)
         self.ring, self.resize, self.crop = ring, resize, crop
         self.scratch = Scratch()
 

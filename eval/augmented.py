@@ -73,7 +73,7 @@ def train_augmented(
     start = saved.load_into(changing) * plan.steps_per_epoch
     loader = CropLoader(
         train, plan, crops, options, rank=world.rank, world_size=world.size, start_step=start,
-        device=device,
+        device=device, labelled=True,
     )  # fmt: skip
     steps = config.epochs * plan.steps_per_epoch
     with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():

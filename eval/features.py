@@ -103,18 +103,16 @@ def loader_config(config: SubjectConfig) -> LoaderConfig:
 
 
 def check_labels(index: ShardIndex) -> None:
-    """Every image has a label.
+    """There are labels; single images without one count as unreadable.
 
     Raises:
-        InputError: it has none, or there are no images.
+        InputError: no image has one, or there are no images.
     """
-    missing = int((np.asarray(index.labels) < 0).sum())
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")
-    if missing:
-        count = f"{missing} of {index.num_samples}"
+    if (np.asarray(index.labels) < 0).all():
         raise InputError(
-            f"--data_path {index.root}: {count} images carry no label, and an accuracy needs them; "
+            f"--data_path {index.root}: the images carry no labels, and an accuracy needs them; "
             "pack class sub-folders or a list of path,label with: xcit-dino shards make SRC DST"
         )
 
@@ -123,7 +121,7 @@ def num_classes_of(*indexes: ShardIndex) -> int:
     """Number of classes of labelled splits that belong together.
 
     Raises:
-        InputError: an image has no label, or their class lists differ.
+        InputError: no image has a label, or their class lists differ.
     """
     for index in indexes:
         check_labels(index)
@@ -220,7 +218,7 @@ def output_batches(
     numbers: the readable ones of ``samples``, a batch at a time, with a progress bar."""
     loader = ImageLoader(
         index, loader_config(config), resize=subject.resize, crop=subject.crop,
-        batch_size=config.batch_size_per_gpu, indices=samples,
+        batch_size=config.batch_size_per_gpu, indices=samples, labelled=True,
     )  # fmt: skip
     with progress(label, len(samples), "images") as bar:
         for images, _, numbers in loader:

@@ -191,6 +191,7 @@ def train(
         device=world.device,
         run_folder=run.output_dir,
         retouch=retouch,
+        labelled=True,
     )
 
     # -- the loop

@@ -42,6 +42,7 @@ def accuracies(
         crop=size,
         batch_size=config.validation.eval_batch_size,
         indices=np.arange(first, last),
+        labelled=True,
     )
     hits = torch.zeros(len(networks) + 1, 2, dtype=torch.float64)
     with ExitStack() as modes, torch.inference_mode():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -14,7 +15,10 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
+from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.loader import CropLoader
+from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError
 from xcit_dino.eval import features
 from xcit_dino.eval.config import SubjectConfig
@@ -123,6 +127,37 @@ def test_unreadable_images_are_left_out(run_folder, tmp_path):
     assert found.unreadable == 1 and len(found) == 47
     np.testing.assert_array_equal(found.labels, np.delete(index.labels, 5))
     assert np.abs(found.blocks["cls"]).sum(1).min() > 0
+
+
+def test_images_without_a_label_are_left_out(run_folder):
+    config = run_folder.subject()
+    subject = resolve(config)
+    index = without_label(subject.index("val"), 7)
+    found = extract(pretrained(subject), index, "val", subject, config, ONE)
+    assert found.unreadable == 1 and (found.labels >= 0).all()
+    np.testing.assert_array_equal(found.labels, np.delete(index.labels, 7))
+
+
+def test_training_takes_another_image_for_one_without_a_label(run_folder, tmp_path):
+    index = without_label(resolve(run_folder.subject()).index("val"), 7)
+    plan = Plan(index.counts, seed=0, checksum=index.checksum, batch_size=48)
+    crops = CropsConfig(global_crops_size=16, local_crops_number=0)
+    options = LoaderConfig(num_workers=0)
+    taken = {}
+    for labelled in (False, True):
+        loader = CropLoader(index, plan, crops, options, run_folder=tmp_path, labelled=labelled)
+        (taken[labelled],) = next(iter(loader))
+    place = taken[False].samples.tolist().index(7)
+    assert taken[False].labels[place] == -1 and (taken[True].labels >= 0).all()
+    others = np.delete(np.arange(48), place)
+    np.testing.assert_array_equal(taken[True].sources[others], taken[False].sources[others])
+    assert json.loads((tmp_path / "quarantine.jsonl").read_text())["reason"] == "no label"
+
+
+def without_label(index: ShardIndex, number: int) -> ShardIndex:
+    labels = np.array(index.labels)
+    labels[number] = -1
+    return dataclasses.replace(index, labels=labels)
 
 
 def broken_copy(index: ShardIndex, folder):
