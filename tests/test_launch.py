@@ -31,6 +31,7 @@ from xcit_dino.slurm.config import (
     Stage,
     StatusConfig,
 )
+from xcit_dino.slurm.rehearse import rehearse_config
 from xcit_dino.slurm.stages import launch_config, split_words
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import option_types
@@ -155,6 +156,16 @@ def test_bad_options_get_one_line(words: list[str], message: str) -> None:
 def test_a_misspelt_command_gets_the_nearest_one() -> None:
     with pytest.raises(InputError, match="no command 'launch stauts'; did you mean status?"):
         launch_config(["stauts", "runs/a"])
+
+
+def test_a_rehearsal_goes_where_runs_go(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"shared_dir: {tmp_path}\nnodes: 2\n")
+    own = rehearse_config(["--launch_defaults", str(tmp_path / "own.yaml"), "--ngpus", "0"])
+    assert own.folder == tmp_path / "rehearsal"
+    assert rehearse_config(["--shared_dir", "/big"]).folder == Path("/big/rehearsal")
+    assert rehearse_config(["--output_dir", "here"]).folder == Path.cwd() / "here"
+    with pytest.raises(InputError, match="unknown option --nods; did you mean nodes"):
+        rehearse_config(["--nods", "2"])
 
 
 # -- dry run ---------------------------------------------------------------------------------------
