@@ -12,10 +12,13 @@ d = D / h channels a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xcit_dino.errors import InputError
 
@@ -170,6 +173,30 @@ class XCABlock(nn.Module):
         return residual(x, self.mlp(self.norm2(x)), self.gamma2, drop)
 
 
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` that keeps ``x`` alone for its backward pass and computes the rest again, with
+    the same drop-path, and without counting the batch in its batch-norm's statistics twice."""
+    out = checkpoint(
+        block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _uncounted(block))
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+@contextmanager
+def _uncounted(block: nn.Module) -> Iterator[None]:
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked -= 1  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
 class ClassAttention(nn.Module):
     """The class token alone asks; itself and the patches answer (CaiT, arXiv:2103.17239)."""
 
@@ -252,6 +279,7 @@ class XCiT(nn.Module):
             raise InputError(f"drop_path_rate {drop_path_rate}: must be at least 0 and below 1")
         self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
         self.in_chans, self.num_heads = in_chans, num_heads
+        self.grad_checkpointing = False  # compute the blocks' activations again in the backward
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -309,7 +337,7 @@ class XCiT(nn.Module):
         x = self.patch_embed(images)
         x = x + self.pos_embeder(x.shape[1], x.shape[2])
         for block in self.blocks:
-            x = block(x)
+            x = recomputed(block, x) if self.grad_checkpointing and self.training else block(x)
         return x
 
     def _class_attention(

@@ -95,6 +95,16 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """How a step is computed; none of it changes what is learnt beyond rounding."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the blocks. auto: on GPUs, falling back to eager where it fails."""
+    grad_checkpointing: bool = False
+    """Compute the student's activations again in the backward pass: less memory, more time."""
+
+
+@dataclass(frozen=True)
 class HealthConfig:
     """What follows from a sick run; docs/reliability.md tells the signs."""
 
@@ -120,6 +130,7 @@ class PretrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
         if self.model.arch.startswith(TIMM_PREFIX):

@@ -95,14 +95,13 @@ class _CrossEntropy(torch.autograd.Function):
             # here, not at the end: fp16 needs the scaler's factor before it rounds
             grad_RC *= scores.factor_K[part] * (grad_loss / terms)
             grad = grad_RC.to(dtype)
-            v_CZ, length_C1 = v_KZ[part], scores.length_K1[part]
-            grad_z_RZ += grad @ v_CZ.to(dtype)
+            grad_z_RZ += grad @ v_KZ[part].to(dtype)
             # a prototype's length is not its v's: what points along v changes g alone
-            pull_CZ = (grad.T @ scores.z_RZ).to(v_KZ.dtype)
-            unit_CZ = v_CZ / length_C1
-            along_C1 = (unit_CZ * pull_CZ).sum(1, keepdim=True)
-            torch.addcmul(pull_CZ, unit_CZ, along_C1, value=-1, out=grad_v_KZ[part])
-            grad_g_K1[part] = along_C1 * length_C1 / g_K1[part]
+            pull_CZ, v_CZ = (grad.T @ scores.z_RZ).to(v_KZ.dtype), v_KZ[part]
+            along_C1 = (v_CZ * pull_CZ).sum(1, keepdim=True)
+            away_C1 = along_C1 / scores.length_K1[part].square()
+            torch.addcmul(pull_CZ, v_CZ, away_C1, value=-1, out=grad_v_KZ[part])
+            torch.div(along_C1, g_K1[part], out=grad_g_K1[part])
         return grad_z_RZ, grad_v_KZ, grad_g_K1, None, None, None, None
 
 
@@ -120,8 +119,8 @@ class _Scores:
     def __call__(self, part: slice) -> Tensor:
         """(R, C), a tensor of its own."""
         with torch.autocast(self.z_RZ.device.type, enabled=False):
-            scores_RC = self.z_RZ @ self.v_KZ[part].to(self.z_RZ.dtype).T
-        return scores_RC.to(self.wide).mul_(self.factor_K[part])
+            products_RC = self.z_RZ @ self.v_KZ[part].to(self.z_RZ.dtype).T
+        return products_RC.to(self.wide).mul_(self.factor_K[part])
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

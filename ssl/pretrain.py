@@ -1,67 +1,42 @@
 """DINO pretraining (arXiv 2104.14294): the loop, in the paper's order.
 
-``pretrain`` sets a run up and goes through its steps, ``train_step`` is the method, ``Trainer``
-holds what both need. Everything between two steps (logging, evaluating, saving, stopping) stands in
-``between_steps``.
+``pretrain`` sets a run up and goes through its steps, ``train_step`` is the method,
+``ssl/trainer.py`` puts together what both need. Everything between two steps (logging, evaluating,
+saving, stopping) stands in ``go_on``.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from xcit_dino.data.augment import Augment
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.models.weights import load_pretraining
-from xcit_dino.ssl import dino, sentinel
+from xcit_dino.ssl import sentinel
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.ssl.loss import DinoLoss
 from xcit_dino.ssl.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
 from xcit_dino.ssl.schedule import Hyperparameters, Schedule
-from xcit_dino.train import dist, memory, optim, stop, syncbn
+from xcit_dino.ssl.trainer import Trainer, set_up
+from xcit_dino.train import compiler, dist, memory, optim, stop
 from xcit_dino.train.config import dump_yaml
 from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
-from xcit_dino.train.run import fingerprint, open_run
-from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
+from xcit_dino.train.run import open_run
+from xcit_dino.train.state import Checkpoints, load_checkpoint
 from xcit_dino.train.steady import check_shards, steady
 from xcit_dino.train.watchdog import Watchdog
 
 Evaluate = Callable[[nn.Module, int], dict[str, float]]
-
-
-@dataclass
-class Trainer:
-    """What a step works with."""
-
-    config: PretrainConfig
-    world: dist.World
-    student: dino.MultiCropNet
-    teacher: dino.MultiCropNet
-    loss: DinoLoss
-    augment: Augment
-    dtype: torch.dtype
-    state: TrainState
-    parallel: nn.Module  # the student, in DistributedDataParallel where there are several ranks
-
-    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, with the last micro-batch."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
-            return self.parallel.no_sync()
-        return nullcontext()
 
 
 def train_step(
@@ -156,29 +131,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         dist.from_main(lambda: check_shards(index))
 
     # -- student, teacher, loss, optimiser
-    student, teacher = dino.build(config.model, config.head, run.seed)
-    if world.size > 1:
-        syncbn.convert(student)
-        syncbn.convert(teacher)
-    student.to(world.device).train()
-    teacher.to(world.device).train()
-    loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
-    loss.to(world.device)
-    state = TrainState(
-        {"student": student, "teacher": teacher, "loss": loss},
-        optim.adamw(student),
-        torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
-        data=index.checksum,
-        global_batch=global_batch,
-        config=fingerprint(config),
-    )
-    parallel: nn.Module = student
-    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
-        parallel = DistributedDataParallel(student, broadcast_buffers=False)
-        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: no matter
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    augment = Augment(config.augment, seed=run.seed, dtype=dtype)
-    trainer = Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)
+    trainer = set_up(config, world, dtype, index.checksum, global_batch)
+    state = trainer.state
     loader = CropLoader(
         index,
         plan,
@@ -270,7 +224,8 @@ def go_on(
 
             epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
             if evaluate is not None and into_epoch == 0:
-                found = evaluate(trainer.teacher.backbone, epoch)
+                with compiler.eager():
+                    found = evaluate(trainer.teacher.backbone, epoch)
                 log.write(state.step, found)
                 state.best_knn = max(state.best_knn, found.get("knn_top1", 0.0))
             finished = state.step == schedule.total_steps

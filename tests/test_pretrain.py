@@ -13,14 +13,13 @@ from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.demo import make
 from xcit_dino.data.loader import Batch
 from xcit_dino.errors import InputError, Stopped
-from xcit_dino.ssl import dino
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
-from xcit_dino.ssl.loss import DinoLoss
-from xcit_dino.ssl.pretrain import Trainer, pretrain, train_step
+from xcit_dino.ssl.pretrain import pretrain, train_step
 from xcit_dino.ssl.schedule import Hyperparameters
-from xcit_dino.train import dist, optim, stop
+from xcit_dino.ssl.trainer import set_up
+from xcit_dino.train import dist, stop
 from xcit_dino.train.config import replace
-from xcit_dino.train.state import TrainState, load_checkpoint, newest_checkpoint
+from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
 TINY = {
     "arch": "xcit_pico_6_p8",
@@ -64,20 +63,12 @@ class Views:
 
 
 def trainer_for(config, dtype=torch.float32):
-    student, teacher = (net.to(dtype) for net in dino.build(config.model, config.head, seed=0))
-    loss = DinoLoss(config.head.out_dim).to(dtype)
-    state = TrainState(
-        {"student": student.train(), "teacher": teacher.train(), "loss": loss},
-        optim.adamw(student),
-        torch.amp.GradScaler("cpu", enabled=False),
-        data="",
-        global_batch=4,
-    )
     world = dist.World(0, 1, torch.device("cpu"))
-    views = Views()
-    return Trainer(
-        config, world, student, teacher, loss, views, torch.float32, state, parallel=student
-    )
+    trainer = set_up(config, world, torch.float32, data="", global_batch=4)
+    trainer.augment = Views()
+    for module in trainer.state.modules.values():
+        module.to(dtype)
+    return trainer
 
 
 def batch_of(global_crops, local_crops):

@@ -239,6 +239,35 @@ def test_compiles_without_graph_breaks_for_any_size() -> None:
             assert close(compiled(images), model(images))
 
 
+def test_recomputed_activations_change_neither_gradients_nor_statistics() -> None:
+    images, results = torch.randn(4, 3, 16, 16), []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = create_model("xcit_pico_6_p4", drop_path_rate=0.5).train()
+        model.grad_checkpointing = again
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((gradients, dict(model.named_buffers())))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_recomputing_keeps_less() -> None:
+    kept = []
+    model = create_model("xcit_pico_6_p4").train()
+    for model.grad_checkpointing in (False, True):
+        sizes: list[int] = []
+
+        def pack(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(torch.randn(2, 3, 32, 32))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
+
+
 def test_any_channels_and_patch_4() -> None:
     model = create_model("xcit_pico_6_p4", in_chans=5, num_classes=3)
     assert model(torch.randn(2, 5, 12, 20)).shape == (2, 3)

@@ -1,0 +1,81 @@
+"""What a training step works with, and how it is put together."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from xcit_dino.data.augment import Augment
+from xcit_dino.ssl import dino
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.loss import DinoLoss
+from xcit_dino.train import compiler, dist, optim, syncbn
+from xcit_dino.train.run import fingerprint
+from xcit_dino.train.state import TrainState
+
+
+@dataclass
+class Trainer:
+    """What a step works with."""
+
+    config: PretrainConfig
+    world: dist.World
+    student: dino.MultiCropNet
+    teacher: dino.MultiCropNet
+    loss: DinoLoss
+    augment: Augment
+    dtype: torch.dtype
+    state: TrainState
+    parallel: nn.Module  # the student, in DistributedDataParallel where there are several ranks
+
+    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+
+def set_up(
+    config: PretrainConfig, world: dist.World, dtype: torch.dtype, data: str, global_batch: int
+) -> Trainer:
+    """Student, teacher, loss, optimiser and augmentation on this process's device, at step 0.
+
+    dtype: of the forward pass; data: checksum of the index; global_batch: images a step.
+
+    Raises:
+        InputError: an option that the backbone does not have.
+    """
+    device = world.device
+    student, teacher = dino.build(config.model, config.head, config.run.seed)
+    if world.size > 1:
+        syncbn.convert(student)
+        syncbn.convert(teacher)
+    student.to(device).train()
+    teacher.to(device).train()
+    loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
+    state = TrainState(
+        {"student": student, "teacher": teacher, "loss": loss.to(device)},
+        optim.adamw(student),
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        data=data,
+        global_batch=global_batch,
+        config=fingerprint(config),
+    )
+    if config.speed.grad_checkpointing:
+        compiler.checkpoint_blocks(student.backbone)
+    for net in (student, teacher):
+        compiler.compile_blocks(net.backbone, config.speed.compile, device)
+    parallel: nn.Module = student
+    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
+        parallel = DistributedDataParallel(
+            student, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: no matter
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
+    return Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)
