@@ -80,8 +80,8 @@ def test_one_run_through_everything(slurm: Cluster, place: Path, uninterrupted: 
 
     pid = run.hold(job)
     slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    run.wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING")
     os.kill(pid, signal.SIGKILL)  # a dead node leaves nothing behind
+    run.wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING")
     slurm.run("scontrol", "update", "nodename=node2", "state=resume")
     run.started_again(job, 4)
 
