@@ -58,7 +58,7 @@ def test_the_last_k_and_the_permanent_ones_stay(tmp_path):
     assert len(list(checkpoints.folder.iterdir())) == 6
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no json"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no json", "half a json", "odd json"])
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, tmp_path, capsys):
     checkpoints, s = Checkpoints(tmp_path), state()
     for s.step in (1, 2):
@@ -70,8 +70,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, tmp_path, 
     elif damage == "flip":
         content[len(content) // 2] ^= 1
         newest.write_bytes(content)
-    else:
+    elif damage == "no json":
         newest.with_suffix(".json").unlink()
+    else:
+        newest.with_suffix(".json").write_text("[3]" if damage == "odd json" else '{"step": 2, "by')
     found = checkpoints.newest()
     assert found is not None and load_checkpoint(found)["step"] == 1
     kept = newest if damage == "no json" else newest.with_name(newest.name + ".damaged")

@@ -133,9 +133,7 @@ class Checkpoints(AbstractContextManager):
         Raises:
             RunError: the file system refused the last one, or it was not finite.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         error, self._error = self._error, None
         if isinstance(error, OSError | RunError):
             there = self.all()
@@ -150,8 +148,13 @@ class Checkpoints(AbstractContextManager):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread is not None:  # the run ends for another reason, which is the one to show
+        self._join()  # where the run ends for another reason, that is the one to show
+
+    def _join(self) -> None:
+        """Return once nothing is being written."""
+        if self._thread is not None:
             self._thread.join()
+            self._thread = None
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint; a damaged one is renamed to ``*.damaged`` and named.
@@ -161,10 +164,11 @@ class Checkpoints(AbstractContextManager):
         return dist.from_main(self._newest)
 
     def _newest(self) -> Path | None:
+        self._join()
         for path in reversed(self.all()):
             with contextlib.suppress(FileNotFoundError):  # the run that writes here dropped it
-                facts = json.loads(path.with_suffix(".json").read_text())
-                if path.stat().st_size == facts["bytes"] and file_checksum(path) == facts["sha256"]:
+                facts, size = facts_of(path), path.stat().st_size
+                if size == facts.get("bytes") and file_checksum(path) == facts.get("sha256"):
                     return path
                 warn(f"{path} is damaged; set aside as {path.name}.damaged")
                 os.replace(path, path.with_name(path.name + ".damaged"))
@@ -178,6 +182,7 @@ class Checkpoints(AbstractContextManager):
 
     def clean(self) -> None:
         """Remove what a killed process left half-written; for the owner of the run folder only."""
+        self._join()
         for path in self.folder.glob(".checkpoint-*.tmp"):
             path.unlink()
         for path in self.folder.glob("checkpoint-*.json"):
@@ -209,12 +214,19 @@ class Checkpoints(AbstractContextManager):
             warn(f"{error}; training goes on, and the next checkpoint is tried when it is due")
 
     def _drop_old(self) -> None:
-        passing = [
-            p for p in self.all() if not json.loads(p.with_suffix(".json").read_text())["permanent"]
-        ]
+        passing = [p for p in self.all() if not facts_of(p).get("permanent", True)]
         for path in passing[: -self.keep]:
             path.unlink()
             path.with_suffix(".json").unlink()
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What the JSON beside a checkpoint says of it; nothing where that is damaged."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_bytes())
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
