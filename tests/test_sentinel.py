@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 
+from bench import collapse
+from xcit_dino.data.config import DemoConfig
+from xcit_dino.data.demo import make
 from xcit_dino.errors import RunError
 from xcit_dino.ssl.sentinel import KINDS, Alarms, health, patience
 
@@ -96,3 +99,38 @@ def test_kinds_exclude_what_is_healthy():
     assert not [kind.name for kind in KINDS if kind.sick(line)]
     assert all(kind.well(line) for kind in KINDS)
     assert (patience(10), patience(500), patience(10**6)) == (100, 500, 2000)
+
+
+# -- real runs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images") / "shards"
+    make(DemoConfig(folder, train=collapse.IMAGES, val=12))
+    return folder
+
+
+def alarms_of(images, folder, steps, changes, seed=0):
+    lines = collapse.train(folder, images, steps, seed, changes)
+    return {name for line in lines for name in line if name.startswith("alarm_") and line[name]}
+
+
+def test_a_run_without_sharpening_rings(images, tmp_path):
+    changes = collapse.SICK["no sharpening"]
+    assert alarms_of(images, tmp_path, 130, changes) == {"alarm_uniform"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", collapse.SICK)
+def test_runs_made_to_collapse_ring(kind, images, tmp_path):
+    assert alarms_of(images, tmp_path, 300, collapse.SICK[kind])
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", collapse.HEALTHY)
+def test_healthy_runs_are_silent(kind, images, tmp_path):
+    for seed in range(3):
+        run = tmp_path / str(seed)
+        assert alarms_of(images, run, 300, collapse.HEALTHY[kind], seed) == set()
