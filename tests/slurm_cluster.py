@@ -212,13 +212,15 @@ class Cluster:
         return found
 
     def rank_pid(self, job_id: str, rank: int) -> int:
-        """Process id of a rank of a job: the process that SLURM itself has started for it."""
+        """Process id of a rank of a job: what SLURM itself has started in a step (the job's script
+        also calls itself task 0, and so do the loader's workers)."""
         wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 parent = Path(f"/proc/{stat(pid)[1]}/comm").read_text().strip()
-                if wanted <= set(words) and parent == "slurmstepd":
+                in_step = any(word.startswith(b"SLURM_STEP_ID=") for word in words)
+                if wanted <= set(words) and in_step and parent == "slurmstepd":
                     return pid
         raise AssertionError(f"no rank {rank} of job {job_id}")
 

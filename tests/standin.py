@@ -62,7 +62,8 @@ def fail(config: StandinConfig, step: int) -> None:
 def plan_of(run: Path, **options: object) -> Launch:
     """A launch of the stand-in."""
     config = StandinConfig(run, **options)  # type: ignore[arg-type]
-    stage = Stage("pretrain", "tests.standin:train", config, ResourceConfig(ngpus=0))
+    resources = ResourceConfig(ngpus=0, cpus_per_task=1)
+    stage = Stage("pretrain", "tests.standin:train", config, resources)
     return Launch(LaunchConfig(resources=stage.resources, max_requeues=2), run, (stage,))
 
 

@@ -18,10 +18,12 @@ import torch
 
 from tests.slurm_cluster import Cluster, Unavailable, cluster
 from tests.slurm_run import IMAGES, RECIPE, STEPS, Run
-from xcit_dino.slurm import record
+from tests.standin import plan_of
+from xcit_dino.slurm import launch, record
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 EPOCH = STEPS // 2
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,53 @@ def test_one_run_through_everything(slurm: Cluster, place: Path, uninterrupted: 
     assert first == 0 < preempted < EPOCH, "it was interrupted in the middle of an epoch"
     assert preempted == killed == dead < late < STEPS, "saved when told to, not when killed"
     assert_same_end(run, uninterrupted)
+
+
+def test_every_ending_is_judged(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, and the death of the very node that judges, with a trainer without torch."""
+    for name, value in (slurm.environment | {"PYTHONPATH": str(ROOT)}).items():
+        monkeypatch.setenv(name, value)
+    run = Run(slurm, tmp_path, "standin")
+    run.folder.mkdir()
+    plan = plan_of(run.folder, steps=1000, seconds=0.3)
+    assert launch.start(plan, list(plan.stages), "slurm") == 0
+    job = record.read_launch(run.folder)["stages"]["pretrain"]["job_id"]
+
+    def held(attempt: int) -> int:
+        """The rank of an attempt that has done a step, stopped."""
+        run.wait_until(lambda: slurm.hurry() or len(attempts_of(run)) == attempt)
+        pid = slurm.rank_pid(job, 0)
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
+    held(1)
+    slurm.run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "true")
+    os.kill(held(2), signal.SIGKILL)
+    held(3)
+    slurm.run("scontrol", "update", "nodename=node1", "state=down", "reason=test")
+    slurm.kill_left_over()  # a dead node leaves nothing behind, not even the job's script
+    run.run_out_of_time(job, held(4))
+    slurm.run("scontrol", "update", "nodename=node1", "state=resume")
+    held(5)
+    slurm.run("scancel", job)
+    ended = run.wait_for_end()
+    assert (ended.state, ended.reason) == ("cancelled", "by scancel"), run.explain()
+    assert (ended.attempts, ended.failures) == (5, 2), run.explain()
+    preempted, killed, lost, late, cancelled = attempts_of(run)
+    assert preempted[0] == 1 and killed[0] == lost[0] == late[0] == preempted[-1] + 1
+    assert cancelled[0] == late[-1] + 1
+
+
+def attempts_of(run: Run) -> list[list[int]]:
+    """The steps of the stand-in's attempts, in order."""
+    place = run.folder / "steps"
+    found: dict[str, list[int]] = {}
+    for line in place.read_text().splitlines() if place.is_file() else ():
+        step, _, pid = line.split()
+        found.setdefault(pid, []).append(int(step))
+    return list(found.values())
 
 
 def assert_same_end(run: Run, uninterrupted: Run) -> None:
