@@ -61,8 +61,8 @@ def train_augmented(
     )
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
     with torch.inference_mode():
-        probe = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
-    dims = {name: block.shape[1] for name, block in probe.items()}
+        shapes = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
+    dims = {name: block.shape[1] for name, block in shapes.items()}
     selection, final = (
         Heads(choices, dims, num_classes, batch_size, config.seed, device) for _ in range(2)
     )
