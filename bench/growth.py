@@ -44,8 +44,10 @@ def main() -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=(224, 384, 512, 768, 1024))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="on a busy CPU take 1: processor time counts")
     parser.add_argument("--plot", type=Path, default=PLOT)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     names = (args.arch, args.vit)
     table = Table("side", *(f"{n}, s" for n in names), *(f"{n}, MB" for n in names))
     curves: dict[str, list[tuple[float, float]]] = {name: [] for name in names}

@@ -127,27 +127,26 @@ class CrossCovarianceAttention(nn.Module):
     def forward(self, x_BHWD: Tensor) -> Tensor:
         B, H, W, D = x_BHWD.shape
         qkv = self.qkv(x_BHWD).view(B, H * W, 3, self.num_heads, D // self.num_heads)
-        q_BhNd, k_BhNd, v_BhNd = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attention_Bhdd = self._attention(q_BhNd, k_BhNd).to(v_BhNd.dtype)
-        x = v_BhNd @ attention_Bhdd.transpose(-2, -1)
-        return self.proj(x.transpose(1, 2).reshape(B, H, W, D))
+        # One copy puts the tokens last: norms and all products, gradients' too, read along them.
+        q_BhdN, k_BhdN, v_BhdN = qkv.permute(2, 0, 3, 4, 1).contiguous().unbind(0)
+        x_BhdN = self._attention(q_BhdN, k_BhdN).to(v_BhdN.dtype) @ v_BhdN
+        return self.proj(x_BhdN.flatten(1, 2).transpose(1, 2).reshape(B, H, W, D))
 
-    def _attention(self, q_BhNd: Tensor, k_BhNd: Tensor) -> Tensor:
+    def _attention(self, q_BhdN: Tensor, k_BhdN: Tensor) -> Tensor:
         """(B, h, d, d) in float32: the small matrix is divided by the norms, not q and k."""
-        if (
-            q_BhNd.dtype == torch.float16
-        ):  # a sum over N tokens can pass 65504; cosines ignore scale
-            shrink = q_BhNd.shape[-2] ** -0.5
-            q_BhNd, k_BhNd = q_BhNd * shrink, k_BhNd * shrink
-        norms = _channel_norms(q_BhNd).unsqueeze(-1) * _channel_norms(k_BhNd).unsqueeze(-2)
-        cosine = (q_BhNd.transpose(-2, -1) @ k_BhNd).to(norms.dtype) / norms
+        if q_BhdN.dtype == torch.float16:
+            # a sum over N tokens can pass 65504; cosines ignore scale
+            shrink = q_BhdN.shape[-1] ** -0.5
+            q_BhdN, k_BhdN = q_BhdN * shrink, k_BhdN * shrink
+        norms = _channel_norms(q_BhdN).unsqueeze(-1) * _channel_norms(k_BhdN).unsqueeze(-2)
+        cosine = (q_BhdN @ k_BhdN.transpose(-2, -1)).to(norms.dtype) / norms
         return (cosine * self.temperature).softmax(dim=-1)
 
 
-def _channel_norms(x_BhNd: Tensor) -> Tensor:
+def _channel_norms(x_BhdN: Tensor) -> Tensor:
     """(B, h, d): the length of each channel over the tokens, accumulated in at least float32."""
-    dtype = torch.promote_types(x_BhNd.dtype, torch.float32)
-    return torch.linalg.vector_norm(x_BhNd, dim=-2, dtype=dtype).clamp_min(1e-12)
+    dtype = torch.promote_types(x_BhdN.dtype, torch.float32)
+    return torch.linalg.vector_norm(x_BhdN, dim=-1, dtype=dtype).clamp_min(1e-12)
 
 
 class XCABlock(nn.Module):

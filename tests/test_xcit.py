@@ -181,7 +181,7 @@ def test_cross_covariance_attention_under_bfloat16_autocast() -> None:
 
 def test_attention_survives_float16_sums_and_empty_channels() -> None:
     attention = create_model("xcit_pico_6_p4").blocks[0].attn
-    large = torch.full((1, 4, 900, 20), 12.0, dtype=torch.float16)  # 12 * 12 * 900 > 65504
+    large = torch.full((1, 4, 20, 900), 12.0, dtype=torch.float16)  # 12 * 12 * 900 > 65504
     assert attention._attention(large, large).isfinite().all()
     assert attention._attention(large * 0, large).isfinite().all()
 
