@@ -1,11 +1,11 @@
 """Cross-entropy with a teacher's targets over many prototypes, a few prototypes at a time.
 
-The scores of all crops against all prototypes, (V*B, K), are never there as a whole: at 64 images,
-12 crops and 65,536 prototypes they would take 200 MB in float32, and their softmax, gradients and
-copies several times that. What the mathematics needs of a student's row is its log-normaliser; with
-that known, the gradient of each score is ``exp(score - normaliser) - target`` on its own. So the
-forward pass goes over the prototypes once for the normalisers, the backward pass once more for the
-gradients: one matrix product more than keeping everything, and memory for one chunk.
+What the mathematics needs of a student's row of scores is its log-normaliser; with that known, the
+gradient of each score is ``exp(score - normaliser) - target`` on its own. So the forward pass goes
+over the prototypes once for the normalisers, the backward pass once more for the gradients. Nothing
+of size (V*B, K) is there in float32 (200 MB at 64 images, 12 crops and 65,536 prototypes; its
+softmax, gradients and copies are several times that). Between the passes the products of features
+and prototypes stay in 16 bits where autocast made them so, and are computed again where not.
 
 Shape suffixes: V views (G global ones first), B images, R = V B rows, Z bottleneck, K prototypes,
 C prototypes of a chunk.
@@ -63,8 +63,12 @@ class _CrossEntropy(torch.autograd.Function):
         scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
         normaliser_R = z_RZ.new_full((len(z_RZ),), -torch.inf)
         agreement = z_RZ.new_zeros(())
+        kept: list[Tensor] = []
         for part in _chunks(len(v_KZ), chunk):
-            scores_VBC = scores(part).unflatten(0, (-1, batch))
+            products_RC = scores.products(part)
+            if dtype.itemsize == 2:
+                kept.append(products_RC)
+            scores_VBC = scores(products_RC, part).unflatten(0, (-1, batch))
             targets_GBC = targets_GBK[:, :, part]
             total_BC = targets_GBC.sum(0)
             normaliser_R = torch.logaddexp(normaliser_R, scores_VBC.logsumexp(-1).flatten())
@@ -75,19 +79,21 @@ class _CrossEntropy(torch.autograd.Function):
         teachers_R[: num_global * batch] -= 1
         terms = num_global * (len(z_RZ) - batch)
         ctx.save_for_backward(z_RZ, v_KZ, g_K1, targets_GBK, normaliser_R - teachers_R.log())
-        ctx.arguments = temperature, chunk, dtype, terms
+        ctx.arguments = temperature, chunk, dtype, terms, kept
         return ((teachers_R * normaliser_R).sum() - agreement) / terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z_RZ, v_KZ, g_K1, targets_GBK, shift_R = ctx.saved_tensors
-        temperature, chunk, dtype, terms = ctx.arguments
+        temperature, chunk, dtype, terms, kept = ctx.arguments
         num_global, batch, _ = targets_GBK.shape
         scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
         grad_z_RZ, grad_v_KZ = torch.zeros_like(z_RZ), torch.empty_like(v_KZ)
         grad_g_K1 = torch.empty_like(g_K1)
-        for part in _chunks(len(v_KZ), chunk):
-            grad_RC = scores(part).sub_(shift_R[:, None]).exp_()  # n_v times the softmax
+        for number, part in enumerate(_chunks(len(v_KZ), chunk)):
+            products_RC = kept[number] if kept else scores.products(part)
+            grad_RC = scores(products_RC, part).sub_(shift_R[:, None])
+            grad_RC.exp_()  # n_v times the softmax
             grad_VBC = grad_RC.unflatten(0, (-1, batch))
             targets_GBC = targets_GBK[:, :, part]
             grad_VBC -= targets_GBC.sum(0)
@@ -116,11 +122,14 @@ class _Scores:
         self.length_K1 = torch.linalg.vector_norm(v_KZ, dim=1, keepdim=True)
         self.factor_K = (g_K1 / self.length_K1).flatten() / temperature
 
-    def __call__(self, part: slice) -> Tensor:
-        """(R, C), a tensor of its own."""
+    def products(self, part: slice) -> Tensor:
+        """``z . v``, (R, C), in the dtype of matrix products."""
         with torch.autocast(self.z_RZ.device.type, enabled=False):
-            products_RC = self.z_RZ @ self.v_KZ[part].to(self.z_RZ.dtype).T
-        return products_RC.to(self.wide).mul_(self.factor_K[part])
+            return self.z_RZ @ self.v_KZ[part].to(self.z_RZ.dtype).T
+
+    def __call__(self, products_RC: Tensor, part: slice) -> Tensor:
+        """(R, C), a tensor of its own, at least float32."""
+        return products_RC.to(self.wide) * self.factor_K[part]
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
