@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.demo import make
 from xcit_dino.ssl import pretrain
+from xcit_dino.ssl import trainer as setup
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train import dist as processes
 from xcit_dino.train import syncbn
@@ -77,7 +78,7 @@ def convert(model: nn.Module) -> nn.Module:
 class OfficialParallel(DistributedDataParallel):
     """With the defaults that the official code leaves as they are."""
 
-    def __init__(self, module: nn.Module, broadcast_buffers: bool):
+    def __init__(self, module: nn.Module, **ours: bool):
         super().__init__(module)
 
 
@@ -113,7 +114,7 @@ def worker(rank: int, port: int, config: PretrainConfig, official: bool, place: 
     pretrain.train_step = counted
     if official:
         syncbn.convert = convert
-        pretrain.DistributedDataParallel = OfficialParallel
+        setup.DistributedDataParallel = OfficialParallel
     pretrain.pretrain(config)
     processes.shutdown()
     if rank == 0:

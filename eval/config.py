@@ -161,5 +161,5 @@ class CompareConfig:
     """Two or more run folders."""
 
     def __post_init__(self) -> None:
-        if self.runs and len(self.runs) < 2:
+        if len(self.runs) == 1:
             raise InputError(f"report compare {self.runs[0]}: name two run folders or more")
