@@ -5,6 +5,8 @@ import importlib
 
 import torch
 
-for name in ("torch._dynamo", "torch.utils.tensorboard", "xcit_dino.ssl.pretrain"):
+for name in ("ssl.pretrain", "models.xcit", "data.decode"):
+    importlib.import_module(f"xcit_dino.{name}")
+for name in ("torch._dynamo", "torch.utils.tensorboard"):
     importlib.import_module(name)
 torch.set_num_threads(1)
