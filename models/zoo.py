@@ -24,6 +24,12 @@ class ModelConfig:
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, in [0, 1); the teacher has none."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_path_rate < 1:
+            raise InputError(
+                f"--drop_path_rate {self.drop_path_rate}: must be at least 0 and below 1"
+            )
+
 
 @dataclass(frozen=True)
 class ModelSpec:
