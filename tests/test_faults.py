@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 
 from tests.victims import (
+    FIRST,
     STEPS,
+    after_saving,
     assert_nothing_lost,
     at_step,
     clock_back,
@@ -142,7 +144,8 @@ def test_full_disk(small_disk: Path, shards: Path, whole: Path) -> None:
     """Filled during the run: it trains on to its end, says so, keeps the checkpoint that is there;
     with room again, the same command goes on from it."""
     run, filler = small_disk / "run", small_disk / "filler"
-    full = start(run, shards, at_step, 7, fill, filler)
+    first = run / "checkpoints" / FIRST
+    full = start(run, shards, at_step, 7, after_saving, first, fill, filler)
     assert ended(full) == 1
     words = said(run)
     assert "No space left on device" in words and "training goes on" in words
@@ -252,7 +255,8 @@ def test_first_signal_saves_second_leaves(
     os.kill(process.pid, number)  # the same keystroke, by way of torchrun
     (tmp_path / "go").touch()
     assert ended(process) == 1
-    assert f"{number.name} after step 3; the same command" in said(run)
+    # with the step it heard it in, or the next: ranks vote while a step runs
+    assert re.search(f"{number.name} after step [34]; the same command", said(run))
     process = start(run, shards, at_step, 5, pause, tmp_path / "never")
     wait_for(lambda: steps_done(run) >= 4)
     os.kill(process.pid, number)

@@ -29,6 +29,7 @@ TINY = {
     "num_workers": 0, "log_every": 1, "device": "cpu", "precision": "fp32",
 }  # fmt: skip
 STEPS = 20  # of a run with 20 images
+FIRST = "checkpoint-00000005.pth"
 
 
 def config(shards: Path, folder: Path, **options: Any) -> Any:
@@ -90,6 +91,12 @@ def at_step(step: int, action: Callable[..., None], *args: Any) -> None:
     pretrain.train_step = train_step  # type: ignore[assignment]
 
 
+def after_saving(checkpoint: Path, action: Callable[..., None], *args: Any) -> None:
+    """Let something happen once a checkpoint, which is written beside the steps, is whole."""
+    wait_for(checkpoint.exists)
+    action(*args)
+
+
 def fill(file: Path) -> None:
     """Fill the disk with a file."""
     with open(file, "wb", buffering=0) as output, contextlib.suppress(OSError):
@@ -108,7 +115,7 @@ def without_privilege(step: int, folder: Path, mode: int) -> None:
         assert libc.capget(header, sets) == 0
         sets[0] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         assert libc.capset(header, sets) == 0
-    at_step(step, os.chmod, folder, mode)
+    at_step(step, after_saving, folder / FIRST, os.chmod, folder, mode)
 
 
 def limit_memory() -> None:
