@@ -79,9 +79,10 @@ class AugmentConfig:
     """The channels are divided by it."""
 
     def __post_init__(self) -> None:
-        probabilities = (self.flip_prob, self.color_jitter_prob, self.gray_prob)
-        if not all(0 <= p <= 1 for p in (*probabilities, *self.blur_prob, *self.solarize_prob)):
-            raise InputError("every --*_prob of the augmentation must lie in [0, 1]")
+        for name in ("flip_prob", "color_jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+            value = getattr(self, name)
+            if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))):
+                raise InputError(f"--{name} {value}: must lie in [0, 1]")
         if (
             not all(0 <= s <= 1 for s in self.color_jitter[:3])
             or not 0 <= self.color_jitter[3] <= 0.5

@@ -60,7 +60,7 @@ def one_line(error: InputError) -> bool:
     return "\n" not in str(error) and len(str(error)) < 1000
 
 
-@fuzzed(200, 20_000, name=st.sampled_from(sorted(option_types(PretrainConfig))), value=absurd)
+@fuzzed(200, 5_000, name=st.sampled_from(sorted(option_types(PretrainConfig))), value=absurd)
 def test_absurd_options(name: str, value: Any) -> None:
     """Refused in one line, or a config whose schedules are finite and that survives its file."""
     try:
@@ -92,7 +92,7 @@ yaml_text = st.one_of(
 )  # fmt: skip
 
 
-@fuzzed(200, 20_000, text=yaml_text)
+@fuzzed(200, 5_000, text=yaml_text)
 def test_hostile_yaml(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
@@ -137,7 +137,7 @@ WHOLE = whole_checkpoint()
 
 @fuzzed(
     150,
-    10_000,
+    3_000,
     edits=st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(max_size=9)), max_size=6),
     cut=st.integers(0, len(WHOLE)),
     evil=st.booleans(),

@@ -207,7 +207,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes, numbers, dates; nesting
-        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--config {path}: not YAML: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise InputError(f"--config {path}: must hold lines of 'name: value'")
     return values
@@ -223,7 +224,8 @@ def dump_yaml(config: Any) -> str:
         else value
         for name, value in options(config)
     }
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    readable = all(str(value).isprintable() for value in plain.values())  # else as escapes
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, allow_unicode=readable)
 
 
 def differing(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
