@@ -201,6 +201,8 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None
     from xcit_dino.slurm import local, snapshot, submit
 
     code = snapshot.copy_code(record.folder(launch.run) / "code")
+    if cluster == "slurm":
+        submit.try_out(launch, todo, code)
     note: dict[str, Any] = {
         "cluster": cluster,
         "host": socket.gethostname(),

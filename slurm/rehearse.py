@@ -111,7 +111,7 @@ class Submitted:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and launched(self.folder):  # Ctrl-C too: leave no jobs behind
+        if kind is not None and status.owner(self.folder):  # Ctrl-C too: leave no jobs behind
             status.cancel(CancelConfig(self.folder))
         self.process.wait()
 
@@ -119,18 +119,24 @@ class Submitted:
         """Poll until the run is so far; each new state is shown, with SLURM's reason for it.
 
         Raises:
+            InputError: it is refused.
             RunError: it does not get there.
         """
         deadline, look, shown = time.monotonic() + 60 * MINUTES, 0.0, ""
         while not condition():
-            if self.process.poll():
-                raise RunError(f"{self.log}: {self.log.read_text().strip().rpartition(chr(10))[2]}")
+            if code := self.process.poll():
+                reason = self.log.read_text().splitlines()[-1].removeprefix("xcit-dino: ")
+                raise InputError(reason) if code == 2 else RunError(f"{reason} (log: {self.log})")
             if time.monotonic() > deadline:
                 raise RunError(
                     f"{self.folder} does not get on; see: xcit-dino launch status {self.folder}"
                 )
-            if time.monotonic() > look and launched(self.folder):
-                look, state = time.monotonic() + LOOK, status.state(self.folder, "pretrain")
+            if time.monotonic() > look:
+                look = time.monotonic() + LOOK
+                at_work = status.owner(self.folder)
+                if not at_work and code == 0 and not condition():
+                    raise RunError(f"{self.folder}: {status.state(self.folder, 'pretrain')}")
+                state = status.state(self.folder, "pretrain") if at_work else shown
                 if state != shown:
                     print(f"  {state}", flush=True)
                 shown = state
@@ -148,16 +154,11 @@ class Submitted:
         return known.finished or begun
 
 
-def launched(folder: Path) -> bool:
-    """Whether a run has got as far as its jobs."""
-    return (record.folder(folder) / "pretrain.json").is_file()
-
-
 def interrupt(folder: Path, cluster: str, number: signal.Signals) -> None:
     """Send a signal to all ranks."""
     job_id = record.load(folder, "pretrain").job_id
     if cluster == "slurm":
-        scheduler.ask("scancel", f"--signal={number.name}", job_id)
+        scheduler.signal_step(job_id, number.name)
     elif number == signal.SIGKILL:
         kill_ranks(int(job_id))
     else:

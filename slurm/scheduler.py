@@ -156,6 +156,13 @@ def requeue(job_id: str, restart: int) -> bool:
     raise AssertionError("unreachable")
 
 
+def signal_step(job_id: str, name: str) -> None:
+    """Send a signal to the ranks of a job, and not to its script: SIGKILL to a whole job ends it
+    for good."""
+    steps = ask("squeue", "--steps", "--noheader", f"--jobs={job_id}", "--format=%i").split()
+    ask("scancel", f"--signal={name}", *[step for step in steps if step.split(".")[1].isdigit()])
+
+
 def cancel(job_ids: Sequence[str]) -> None:
     """End jobs; those that have ended are no error."""
     if job_ids:

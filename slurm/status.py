@@ -89,7 +89,7 @@ def describe(
         state = {"PENDING": known.state, "RUNNING": "running"}.get(
             job["state"], job["state"].lower()
         )
-        reason = job["reason"] if job["state"] == "PENDING" else ""
+        reason = job["reason"].replace("(None)", "") if job["state"] == "PENDING" else ""
     elif not known.finished and not local_owner(launch):
         state, reason = unsaid(run, known, before)
     if state == "running":

@@ -91,6 +91,19 @@ def script(launch: Launch, stage: Stage, code: Path, after: str | None = None) -
     return made._make_submission_file_text(made._submitit_command_str, "")
 
 
+def try_out(launch: Launch, stages: list[Stage], code: Path) -> None:
+    """Ask SLURM what it thinks of the jobs, before anything is written or queued.
+
+    Raises:
+        InputError: SLURM refuses one, in its own words.
+    """
+    for stage in stages:
+        try:
+            scheduler.try_out(script(launch, stage, code))
+        except scheduler.SlurmError as error:
+            raise refused(stage, error) from error
+
+
 def submit(
     launch: Launch, stages: list[Stage], code: Path, after: str | None = None
 ) -> dict[str, str]:
@@ -105,11 +118,6 @@ def submit(
     Raises:
         InputError: SLURM refused one, in its own words.
     """
-    for stage in stages:
-        try:
-            scheduler.try_out(script(launch, stage, code))
-        except scheduler.SlurmError as error:
-            raise refused(stage, error) from error
     jobs: dict[str, str] = {}
     wait_for = f"afterany:{after}" if after else None
     for stage in stages:
