@@ -57,6 +57,8 @@ class StageJob:
             load(self.entry)(here.fitted(self.config))
             leave_group()
             del store
+            if here.place.global_rank == 0:
+                here.say(done=True)
         except (InputError, RunError) as error:  # would come again: no restart helps
             code = 2 if isinstance(error, InputError) else 1
             here.say(error=str(error), code=code, final=True)

@@ -25,6 +25,7 @@ RESUMABLE = 75  # exit code of a job that saved itself and is not done (EX_TEMPF
 State = Literal[
     "waiting", "running", "requeued", "stopped", "done", "failed", "cancelled"
 ]  # stopped: saved, and started again by nobody but the user
+DEATH = r"^(?:srun|local): error: (\S+: tasks? [\d,-]+: .+|Node failure on \S+)$"
 TERMINATED, OUR_SIGNAL = "Terminated", "User defined signal 2"  # srun's words
 SCHEDULER = ("SIGUSR2", "SIGTERM")  # a scheduler tells a job to stop with these; it shall run again
 
@@ -87,7 +88,8 @@ def save(run: Path, record: Record) -> None:
 def leave_word(run: Path, job_id: str, restart: int, rank: int | str, **word: Any) -> None:
     """Add to what a rank says of its attempt.
 
-    ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``error`` and
+    ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``done``: rank 0 is
+    through with the stage (srun's exit code is no proof: it is 0 when a node dies); ``error`` and
     ``code``: it failed, ``final`` where a restart cannot help; ``port``: where the ranks met.
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
@@ -132,7 +134,7 @@ def first_death(run: Path, record: Record) -> str:
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 262144))
         tail = file.read().decode(errors="replace").rpartition(marker(record))[2]
-    found = re.search(r"^(?:srun|local): error: (\S+: tasks? [\d,-]+: .+)$", tail, re.MULTILINE)
+    found = re.search(DEATH, tail, re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -185,11 +187,11 @@ def finish(run: Path, stage: str, code: int) -> Record:
     said = words(run, record.job_id, record.restart)
     stopped = next((w["stopped"] for w in said if "stopped" in w), "")
     record.ended, record.reason = now(), ""
-    if code == 0 and not stopped:
+    if code == 0 and any("done" in w for w in said):
         record.state, record.config = "done", launch["stages"][stage]["config"]
     elif cancelled(run):
         record.state, record.reason = "cancelled", "by `launch cancel`"
-    elif code == 0:
+    elif code == 0 and stopped:
         by_scheduler = heard(run, record) in SCHEDULER
         record.state, record.reason = "requeued" if by_scheduler else "stopped", stopped
     elif first_death(run, record).endswith(TERMINATED):
@@ -205,7 +207,7 @@ def judge_failure(
 ) -> None:
     """Count a failure; the run starts again unless that cannot help."""
     record.failures += 1
-    record.reason = failure(run, record) or f"exit code {code}"
+    record.reason = failure(run, record) or f"exit code {code}, and not a word"
     record.bad_input = any(w.get("code") == 2 for w in said)
     newest = max((path.name for path in run.glob("checkpoints/*.pth")), default="")
     error = next((w["error"] for w in said if "error" in w and w["rank"] != SCRIPT), "")

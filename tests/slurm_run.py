@@ -157,7 +157,8 @@ class Run:
         return pid
 
     def run_out_of_time(self, job: str, pid: int) -> None:
-        """Bring the time limit so near that SLURM tells a held job now; then let it go on.
+        """Bring the time limit so near that SLURM tells a held job now; let it save itself; give
+        the next attempt its time again.
 
         Less than ``--signal_delay 120`` remain, and SLURM looks every half minute.
         """
@@ -166,6 +167,8 @@ class Run:
         self.slurm.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
         self.wait_until(lambda: stat(pid)[0] != "T" or pending(pid, signal.SIGUSR2))
         os.kill(pid, signal.SIGCONT)
+        self.wait_until(lambda: self.slurm.facts(job)["JobState"] == "PENDING")
+        self.slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
 
     # -- what came of it ---------------------------------------------------------------------------
 

@@ -50,8 +50,18 @@ def srun_says(run: Path, *lines: str) -> None:
 
 def test_done(run: Path) -> None:
     begin(run, 0)
+    record.leave_word(run, "9", 0, 0, done=True)
     ended = record.finish(run, STAGE, 0)
     assert (ended.state, ended.config, ended.failures) == ("done", {"epochs": 3}, 0)
+
+
+def test_exit_code_0_is_no_proof(run: Path) -> None:
+    """Seen on SLURM 22.05: a node dies, and srun's exit code is 0."""
+    begin(run, 0)
+    srun_says(run, "srun: error: Node failure on node2")
+    ended = record.finish(run, STAGE, 0)
+    assert (ended.state, ended.failures) == ("requeued", 1)
+    assert ended.reason == "Node failure on node2"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +117,7 @@ def test_earlier_attempts_in_the_log_are_not_read(run: Path) -> None:
     srun_says(run, "srun: error: node2: task 1: Killed")
     record.finish(run, STAGE, 137)
     begin(run, 1)
-    assert record.finish(run, STAGE, 9).reason == "exit code 9"
+    assert record.finish(run, STAGE, 9).reason == "exit code 9, and not a word"
 
 
 def test_restarts_are_limited(run: Path) -> None:
