@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -191,6 +192,19 @@ class Probe:
     @property
     def choice(self) -> Choice:
         return self.choices[self.chosen]
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """float32 matrix products by the quickest kernels inside: TF32 on GPUs; on CPUs oneDNN's, which
+    are float32 but for processors with AMX (bf16 factors), and nearly twice as fast as MKL's on
+    AMD's."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def best(scores: Sequence[tuple[float, float]]) -> int:

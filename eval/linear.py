@@ -23,7 +23,17 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.eval.augmented import state_file, train_augmented
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
-from xcit_dino.eval.heads import Blocks, Choice, Heads, Probe, best, cosine, grid, hold_out
+from xcit_dino.eval.heads import (
+    Blocks,
+    Choice,
+    Heads,
+    Probe,
+    best,
+    cosine,
+    grid,
+    hold_out,
+    quick_products,
+)
 from xcit_dino.eval.subject import Network, Subject, networks, resolve
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
@@ -128,7 +138,7 @@ def fit(
     steps = len(images) // size  # an epoch's last, smaller batch is dropped
     generator = torch.Generator().manual_seed(config.seed)
     many = f"{len(choices)} linear heads" if len(choices) > 1 else "the best head, on all images"
-    with progress(many, config.epochs, "epochs") as bar:
+    with progress(many, config.epochs, "epochs") as bar, quick_products():
         for epoch in range(config.epochs):
             order = images[torch.randperm(len(images), generator=generator)[: steps * size]]
             for step, rows in enumerate(order.view(steps, size)):

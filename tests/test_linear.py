@@ -95,6 +95,7 @@ def test_cached_training_learns():
     probe = train_cached(train, choices, 4, LinearConfig(epochs=20, probe_batch_size=64), CPU)
     assert probe.choice == Choice("cls+patch", 0.1, 0.0)
     assert probe.chosen == best(probe.scores)
+    assert torch.get_float32_matmul_precision() == "highest", "as before"
     assert accuracy(val, probe.choice.layers, probe.weight, probe.bias)["top1"] > 90
 
 
