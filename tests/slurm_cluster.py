@@ -80,7 +80,7 @@ class Cluster:
         self.folder = folder
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf")}
         self.started: list[subprocess.Popen[bytes]] = []
-        self.looked = 0.0
+        self.looked, self.hurried = 0.0, dict[str, float]()
 
     def run(self, *command: str, check: bool = True) -> str:
         """Output of a command of this cluster."""
@@ -102,12 +102,14 @@ class Cluster:
         Not at once: a job's credentials count by the second, and those of the attempt before have
         just been revoked.
         """
-        if time.monotonic() < self.looked + 6:
+        now = time.monotonic()
+        if now < self.looked + 0.5:
             return
-        self.looked = time.monotonic()
+        self.looked = now
         for line in self.run("squeue", "--noheader", "--format=%i %T %r").splitlines():
             job, *why = line.split()
-            if why == ["PENDING", "BeginTime"]:
+            if why == ["PENDING", "BeginTime"] and now > self.hurried.get(job, 0.0) + 6:
+                self.hurried[job] = now
                 self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2", check=False)
 
     def start(self) -> None:
