@@ -223,7 +223,8 @@ def full_between(first: int, last: int, file: Path) -> None:
 
 
 def pause(until: Path) -> None:
-    """Wait for a file."""
+    """Wait for a file, and say so with another."""
+    until.with_name(f"{until.name}.awaited").touch()
     wait_for(until.exists, 500)
 
 
