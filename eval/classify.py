@@ -15,13 +15,14 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvaluateConfig
 from xcit_dino.eval.features import LAYERS, extract, num_classes_of, output_batches
 from xcit_dino.eval.linear import accuracy, top_hits
+from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, Subject, pretrained, resolve
 from xcit_dino.models import formats
 from xcit_dino.models.weights import load_backbone, load_linear
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train import dist
 from xcit_dino.train.precision import resolve_precision
-from xcit_dino.train.provenance import file_checksum, record_result
+from xcit_dino.train.provenance import file_checksum
 
 
 def run(config: EvaluateConfig) -> None:
@@ -40,7 +41,7 @@ def run(config: EvaluateConfig) -> None:
     else:
         metrics, facts = head_accuracy(config, config.head, subject, val, num_classes, world)
     if world.is_main:
-        record_result(
+        write_result(
             config.subject.output_dir,
             "evaluate" if config.head is None else "evaluate/head",
             metrics,

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.features import Features, extract, num_classes_of
+from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, Subject, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train import dist
-from xcit_dino.train.provenance import record_result
 
 QUERY_ROWS = 4096  # queries of one search
 BANK_ROWS = 1 << 21  # images of one index: 3 GB at 384 dimensions
@@ -52,7 +52,7 @@ def run(config: KnnConfig) -> None:
         queries = extract(network, val, "val", subject, config.subject, world)
         metrics = evaluate(bank, queries, config.nb_knn, config.temperature, num_classes, world)
         if world.is_main:
-            record_result(
+            write_result(
                 config.subject.output_dir,
                 f"knn{network.suffix}",
                 metrics,

@@ -34,10 +34,11 @@ from xcit_dino.eval.heads import (
     hold_out,
     quick_products,
 )
+from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, Subject, networks, resolve
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
-from xcit_dino.train.provenance import record_result, write_atomic
+from xcit_dino.train.provenance import write_atomic
 
 HEAD_FILE = "linear_head.safetensors"
 CHUNK = 4096  # images of one batch when heads are only applied
@@ -74,7 +75,7 @@ def run(config: LinearConfig) -> None:
             facts = protocol(config, subject, network, train, val, world)
             if network.name == "pretrained":
                 save_head(config.subject.output_dir / HEAD_FILE, probe, facts, train.classes)
-            record_result(
+            write_result(
                 config.subject.output_dir, f"{name}{network.suffix}", metrics, facts,
                 grid=[
                     asdict(choice) | {"holdout_top1": top1}

@@ -122,6 +122,11 @@ def plain(value: Any) -> str:
     return json.dumps(value)
 
 
+def moment(time: Any) -> str:
+    """``2026-01-02T03:04:05+00:00``, always UTC, -> ``2026-01-02 03:04:05``."""
+    return str(time).replace("T", " ").removesuffix("+00:00")
+
+
 def fold(title: str, content: str) -> str:
     """Content that a click opens."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"

@@ -14,9 +14,9 @@ from typing import Any
 from xcit_dino.errors import InputError
 from xcit_dino.eval import report_accuracy, report_origin, report_training
 from xcit_dino.eval.config import ReportConfig
-from xcit_dino.eval.page import chips, document, navigation, plain, section
+from xcit_dino.eval.page import chips, document, moment, navigation, plain, section
 from xcit_dino.eval.report_training import spans
-from xcit_dino.eval.runs import EVALUATIONS, Run, read_runs
+from xcit_dino.eval.runs import Run, read_runs
 from xcit_dino.train.provenance import now, write_atomic
 
 Section = tuple[str, str, str]
@@ -24,34 +24,18 @@ Section = tuple[str, str, str]
 
 
 def run(config: ReportConfig) -> None:
-    """Write the page, and the final accuracies for TensorBoard.
+    """Write the page.
 
     Raises:
         InputError: a folder that holds no run, or nothing can be written where the page is to go.
     """
-    from xcit_dino.train.board import write_hparams
-
     runs = read_runs(config.folders)
     output = config.output or config.folders[0] / "report.html"
     try:
         write_atomic(output, page(runs, config.pictures))
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}") from error
-    if len(runs) == 1 and config.output is None and is_over(runs[0]):
-        write_hparams(runs[0].folder, runs[0].config, final_accuracies(runs[0]))
     print(f"report: {output}", flush=True)
-
-
-def is_over(run: Run) -> bool:
-    """Whether the training has ended: TensorBoard would leave the file of one that goes on for a
-    newer file in the same folder."""
-    return bool(run.results) and not (run.tries and run.tries[-1]["event"] == "start")
-
-
-def final_accuracies(run: Run) -> dict[str, float]:
-    """Top-1 of every evaluation of the trained network."""
-    found = {name: run.top1(name) for name in EVALUATIONS}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def page(runs: Sequence[Run], pictures: bool = True) -> str:
@@ -74,7 +58,7 @@ def page(runs: Sequence[Run], pictures: bool = True) -> str:
         notes(absent),
     ]
     body = [navigation(title for title, _, _ in sections), *(section(*part) for part in sections)]
-    foot = f"<footer>Written {now()} by xcit-dino. This file needs no network.</footer>"
+    foot = f"<footer>Written {moment(now())} UTC by xcit-dino. This file needs no network.</footer>"
     return document(f"{names} - xcit-dino report", "".join([*head, *body, foot]))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from xcit_dino.eval import compare
 from xcit_dino.eval.charts import number
-from xcit_dino.eval.page import bar, card, facts_table, fold, grid, table
+from xcit_dino.eval.page import bar, card, facts_table, fold, grid, moment, table
 from xcit_dino.eval.published import published, unlike
 from xcit_dino.eval.runs import (
     EVALUATIONS,
@@ -37,7 +37,7 @@ def headline_card(run: Run, evaluation: str) -> str:
     names = NETWORKS if evaluation in ("knn", "linear", "linear-dino") else TRAINED
     measured = {n: v for n in names if (v := run.top1(evaluation, n)) is not None}
     lifts = [
-        f"{top1 - value:+.1f} over {names[network].lower()}"
+        f"{round(top1, 1) - round(value, 1):+.1f} over {names[network].lower()}"
         for network, value in measured.items()
         if network in ("random", "pixels")
     ]
@@ -115,7 +115,7 @@ def all_results(run: Run) -> str:
             "" if top5 is None else f"{top5:.2f}",
             f"{entry['wall_seconds']:,.1f}" if "wall_seconds" in entry else "",
             str(entry["protocol"].get("weights") or entry["protocol"].get("network", "")),
-            str(entry.get("time", "")).replace("T", " ").removesuffix("+00:00"),
+            moment(entry.get("time", "")),
         ])  # fmt: skip
     header = ["result", "top-1, %", "top-5, %", "seconds", "weights", "time (UTC)"]
     return card(table(header, rows))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval.page import card, facts_table, fold, plain, table
+from xcit_dino.eval.page import card, facts_table, fold, moment, plain, table
 from xcit_dino.eval.report_training import spans
 from xcit_dino.eval.runs import Run
 from xcit_dino.eval.train_config import DistillConfig, FinetuneConfig
@@ -42,7 +42,7 @@ def restarts(run: Run) -> str:
             str(number), f"{span.start['step']:,}", f"{span.end.get('step', 0):,}",
             clock(span.seconds), str(span.start.get("processes", "")),
             str(span.start.get("host", "")), str(span.start.get("commit", "")),
-            str(span.start.get("time", "")).replace("T", " ").removesuffix("+00:00"),
+            moment(span.start.get("time", "")),
             str(span.end.get("reason", "")),
         ]
         for number, span in enumerate(spans(run), 1)

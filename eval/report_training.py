@@ -18,7 +18,7 @@ from xcit_dino.train.metrics import Line
 PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is folded away
     "Learning and health": (
         ("Loss = teacher entropy + KL", "nats", ("loss", "teacher_entropy", "kl")),
-        ("k-NN of the teacher, a fixed subset", "%", ("knn_top1", "knn_top5")),
+        ("k-NN of the teacher, a fixed subset", "% top-1", ("knn_top1", "knn_other_top1")),
         ("Validation", "%", ("val_top1", "val_ema_top1")),
         ("Teacher's answers, 0 is collapse", "share", ("information", "mean_entropy")),
         ("Spread of features, 1 is even", "", ("feature_std",)),
@@ -40,9 +40,11 @@ PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is
     ),
 }
 NO_CURVES = {"step", "epoch", "time", "freeze_last_layer"}
-TITLES = {"knn_top1": "top-1", "knn_top5": "top-5", "val_top1": "last weights",
-          "val_ema_top1": "averaged weights", "teacher_entropy": "teacher entropy",
-          "mean_entropy": "entropy of their mean"}  # fmt: skip
+TITLES = {
+    "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of their mean",
+    "knn_top1": "its own data", "knn_other_top1": "the other data",
+    "val_top1": "last weights", "val_ema_top1": "averaged weights",
+}  # fmt: skip
 
 
 def curves(runs: Sequence[Run]) -> str:

@@ -15,11 +15,12 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.eval.features import evaluating, normalise
 from xcit_dino.eval.linear import top_hits
+from xcit_dino.eval.results import write_result
 from xcit_dino.eval.supervised_data import LabelledData
 from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.train import dist
 from xcit_dino.train.config import options
-from xcit_dino.train.provenance import file_checksum, record_result
+from xcit_dino.train.provenance import file_checksum
 
 Results = dict[str, dict[str, float]]
 OF_THE_MACHINE = frozenset(  # options that are no part of a protocol
@@ -88,7 +89,7 @@ def record(
     }
     weights = file_checksum(checkpoint)
     for which, metrics in results.items():
-        record_result(
+        write_result(
             config.run.output_dir,
             f"{name}/{which}" if which else name,
             metrics,

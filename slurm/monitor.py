@@ -6,26 +6,23 @@ launcher, and never touches the run.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import clock
-from xcit_dino.train.config import read_yaml, within
-from xcit_dino.train.metrics import METRICS, Line, read_tries
+from xcit_dino.slurm.runstate import State, moment
+from xcit_dino.train.config import within
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-RECENT = 20  # lines of metrics from which speed and the time that is left are reckoned
 SILENCE = 600.0  # seconds without news that are pointed out
 VALUES = {  # metric -> (name, format)
     "loss": ("loss", ".3f"), "teacher_entropy": ("teacher entropy", ".2f"), "kl": ("KL", ".3f"),
@@ -76,103 +73,6 @@ def run(config: WatchConfig) -> None:
                 return
             time.sleep(config.every)
             state.look()
-
-
-@dataclass
-class State:
-    """What is known of a run; :meth:`look` reads what is new."""
-
-    folder: Path
-    lines: list[Line] = field(default_factory=list)
-    """Of ``metrics.jsonl``."""
-    tries: list[Line] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    stages: list[str] = field(default_factory=list)
-    """A line a stage of the launcher."""
-    unfinished: bool = False
-    """Whether the launcher has a stage that will go on."""
-    position: int = 0
-
-    def look(self) -> None:
-        """Read what has been written since."""
-        self.tries = read_tries(self.folder)
-        config = self.folder / "config.yaml"
-        self.options = self.options or (read_yaml(config) if config.is_file() else {})
-        new = self.new_lines()  # which may empty what there was
-        self.lines += new
-        self.look_at_stages()
-
-    def new_lines(self) -> list[Line]:
-        """Whole lines that were added; all, when a restart has written the file anew."""
-        path = self.folder / METRICS
-        if not path.is_file():
-            return []
-        with open(path, "rb") as file:
-            if path.stat().st_size < self.position:
-                self.lines, self.position = [], 0
-            file.seek(self.position)
-            whole = file.read().rpartition(b"\n")[0]
-        self.position += len(whole) + bool(whole)
-        lines = [parsed(text) for text in whole.split(b"\n") if text]
-        return [line for line in lines if "step" in line]
-
-    def look_at_stages(self) -> None:
-        """States of the launcher's stages, where the launcher started this run."""
-        from xcit_dino.slurm import record
-
-        if not (record.folder(self.folder) / "launch.json").is_file():
-            return
-        known = [record.load(self.folder, s) for s in record.read_launch(self.folder)["stages"]]
-        self.unfinished = not all(stage.finished for stage in known)
-        self.stages = [f"{k.stage} {k.state}{f' ({k.reason})' if k.reason else ''}" for k in known]
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will come."""
-        ended = bool(self.tries) and self.tries[-1]["event"] == "end"
-        return ended and not self.unfinished
-
-    @property
-    def total(self) -> int:
-        """Steps of the whole run; 0 where it is not known."""
-        return next((t["total_steps"] for t in self.tries[::-1] if "total_steps" in t), 0)
-
-    def newest(self, name: str) -> float | None:
-        """The last value of a metric."""
-        return next((line[name] for line in reversed(self.lines) if name in line), None)
-
-    def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric."""
-        return [(line["step"], line[name]) for line in self.lines if name in line]
-
-    def alarms(self) -> list[str]:
-        """Kinds of collapse that are reported and not over."""
-        found = {n: v for line in self.lines for n, v in line.items() if n.startswith("alarm_")}
-        return [name.removeprefix("alarm_").replace("_", " ") for name, on in found.items() if on]
-
-    def steps_a_second(self) -> float:
-        """Of late; 0 where it cannot be said."""
-        timed = [line for line in self.lines[-RECENT:] if "loss" in line and "time" in line]
-        if len(timed) < 2:
-            return 0.0
-        seconds = moment(timed[-1]) - moment(timed[0])
-        return (timed[-1]["step"] - timed[0]["step"]) / seconds if seconds > 0 else 0.0
-
-
-def parsed(text: bytes) -> Line:
-    """A line of JSON; what is damaged is no line."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}
-
-
-def moment(line: Line) -> float:
-    """The time of a line, in seconds."""
-    return datetime.fromisoformat(line["time"]).timestamp()
-
-
-# -- the view --------------------------------------------------------------------------------------
 
 
 def view(state: State, width: int) -> RenderableType:

@@ -46,7 +46,8 @@ def log_path(run: Path, job_id: str, rank: int, kind: str) -> Path:
 
 
 class Tail:
-    """Iterating gives the whole lines that were added to a file since the last time."""
+    """Iterating gives the whole lines that were added to a file since the last time; all of them
+    when it has become shorter."""
 
     def __init__(self, path: Path):
         self.path, self.position = path, 0
@@ -55,6 +56,8 @@ class Tail:
         if not self.path.is_file():
             return
         with open(self.path, "rb") as file:
+            if self.path.stat().st_size < self.position:
+                self.position = 0
             file.seek(self.position)
             content = file.read()
         whole = content.rpartition(b"\n")[0]

@@ -12,13 +12,12 @@ from xcit_dino.eval.charts import (
     MOST_POINTS,
     WIDTH,
     line_chart,
-    matrix,
     number,
-    point_map,
     thin,
     tick_words,
     ticks,
 )
+from xcit_dino.eval.maps import matrix, point_map
 
 
 def test_ticks_are_round_and_cover():

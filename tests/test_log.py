@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 
 from xcit_dino.errors import RunError
 from xcit_dino.progress import progress
-from xcit_dino.train.board import LAYOUT, write_hparams
+from xcit_dino.train.board import HPARAMS, LAYOUT, write_hparams
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.log import RunLog, shown
 from xcit_dino.train.metrics import process_seconds, read_metrics, read_tries
@@ -108,8 +108,8 @@ def test_the_layout_comes_first_and_names_what_is_logged(tmp_path):
 def test_hyperparameters_replace_those_written_before(tmp_path):
     write_hparams(tmp_path, {"lr": 0.1, "scale": [0.1, 1]}, {"knn": 40.0})
     write_hparams(tmp_path, {"lr": 0.1, "scale": [0.1, 1]}, {"knn": 50.0})
-    assert len(list(tmp_path.glob("events.*"))) == 1
-    board = EventAccumulator(str(tmp_path)).Reload()
+    assert len(list(tmp_path.rglob("events.*"))) == 1
+    board = EventAccumulator(str(tmp_path / HPARAMS)).Reload()
     assert board.Scalars("final/knn")[0].value == 50.0
     assert "_hparams_/experiment" in board.summary_metadata
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from xcit_dino.cli import main
 from xcit_dino.slurm import record
-from xcit_dino.slurm.monitor import State, view
+from xcit_dino.slurm.monitor import view
+from xcit_dino.slurm.runstate import State
 
 
 def add(folder, name, **line):

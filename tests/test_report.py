@@ -203,16 +203,6 @@ def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
     assert "confusions, map of the features: the run does not say where its shards" in page.text
 
 
-def test_final_accuracies_for_tensorboard_once_the_run_is_over(tmp_path):
-    run = make_run(tmp_path / "run")
-    add_tries(run, last="start")
-    written(run)
-    assert not list(run.glob("events.*"))  # TensorBoard would turn away from the live file
-    add_tries(run)
-    written(run)
-    assert len(list(run.glob("events.*.hparams"))) == 1
-
-
 def test_nowhere_to_write_is_said(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
@@ -296,7 +286,8 @@ def test_shards_that_are_gone_are_said(run_folder):
 
 
 def test_thousands_of_classes_get_a_table():
-    from xcit_dino.eval.report_pictures import Images, confusions
+    from xcit_dino.eval.report_neighbours import confusions
+    from xcit_dino.eval.run_images import Images
     from xcit_dino.eval.runs import Run
 
     labels = np.arange(3000) % 1500

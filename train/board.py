@@ -10,6 +10,7 @@ import numpy as np
 
 from xcit_dino.errors import warn
 
+HPARAMS = "hparams"  # folder in the run's
 GROUPS = {  # tag prefix of a scalar; what is not named here is "eval" (knn*, val*) or "health"
     "loss": "loss",
     "lr": "schedule", "weight_decay": "schedule", "momentum_teacher": "schedule",
@@ -26,7 +27,7 @@ def _charts(**charts: str) -> dict[str, list[Any]]:
 LAYOUT = {  # the page "Custom scalars", in this order
     "First look": _charts(
         loss="loss/loss$",
-        nearest_neighbours_of_the_teacher="eval/knn_top1$ eval/knn_top5$",
+        nearest_neighbours_of_the_teacher="eval/knn_top1$ eval/knn_other_top1$",
         teacher_entropy_and_KL="health/teacher_entropy$ health/kl$",
     ),
     "Health": _charts(
@@ -99,18 +100,22 @@ def group(name: str) -> str:
 
 
 def write_hparams(folder: Path, options: dict[str, Any], accuracies: dict[str, float]) -> None:
-    """Options beside final accuracies, for the page "HParams"; in place of those written before."""
+    """Options beside final accuracies, for the page "HParams"; in place of those written before.
+
+    They lie in a folder inside the run's: of several files in one, TensorBoard reads the newest
+    only, and the training may still write its own.
+    """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
-    for old in folder.glob("events.*.hparams"):
+    for old in (folder / HPARAMS).glob("events.*"):
         old.unlink()
     plain = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in options.items()
     }
     metrics = {f"final/{name}": value for name, value in accuracies.items()}
-    with SummaryWriter(str(folder), filename_suffix=".hparams") as writer:
+    with SummaryWriter(str(folder / HPARAMS)) as writer:
         file = writer._get_file_writer()
         for summary in hparams(plain, metrics):
             file.add_summary(summary)

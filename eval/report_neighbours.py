@@ -1,0 +1,99 @@
+"""The report on single images: nearest neighbours, confusions, a map of the features."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from xcit_dino.eval import gallery
+from xcit_dino.eval.maps import matrix, point_map
+from xcit_dino.eval.page import card, grid, table, tiles
+from xcit_dino.eval.run_images import Images, picture
+
+RIGHT, WRONG, SHOWN_NEIGHBOURS = 6, 6, 8
+MATRIX_CLASSES = 40  # more are told in a table of the most frequent mistakes
+MAPPED_CLASSES, MAPPED_POINTS = 12, 1000
+PAIRS = 14
+
+
+def neighbours(images: Images) -> str:
+    """Validation images with their nearest training images."""
+    found = images.found
+    rows = gallery.examples(found, RIGHT, WRONG)
+    shown_neighbours = found.neighbours[rows, :SHOWN_NEIGHBOURS]
+    queries = images.photos(images.val, found.queries[rows].tolist())
+    bank = images.photos(images.train, shown_neighbours.ravel().tolist())
+    groups: dict[bool, list[list[str]]] = {True: [], False: []}
+    for row in rows:
+        query, label = int(found.queries[row]), int(found.labels[row])
+        if query not in queries:
+            continue
+        right = bool(found.right[row])
+        words = images.name(label)
+        if not right:
+            words += f", taken for {images.name(int(found.predicted[row]))}"
+        cells = [picture(queries[query], words, "query")]
+        for column in range(shown_neighbours.shape[1]):
+            neighbour = int(found.neighbours[row, column])
+            same = int(found.neighbour_labels[row, column])
+            if neighbour in bank:
+                caption = f"{images.name(same)} {found.similarities[row, column]:.3f}"
+                cells.append(
+                    picture(bank[neighbour], caption, "right" if same == label else "wrong")
+                )
+        groups[right].append(cells)
+    share = f"{100 * found.right.mean():.1f} % of {len(found.right):,} validation images are right."
+    parts = [f'<p class="about">{escape(share)}</p>']
+    for right, title in ((True, "Class found"), (False, "Class missed")):
+        if groups[right]:
+            parts.append(card(f"<h3>{title}</h3>{tiles(groups[right])}"))
+    return "".join(parts)
+
+
+def confusions(images: Images) -> str:
+    """Which classes are taken for which."""
+    found = images.found
+    classes = (
+        len(images.train.classes or []) or int(max(found.labels.max(), found.predicted.max())) + 1
+    )
+    rows = [
+        [images.name(a), images.name(b), f"{count:,}"]
+        for a, b, count in gallery.most_confused(found, PAIRS)
+    ]
+    pairs = card(f'<div class="texts">{table(["class", "taken for", "images"], rows)}</div>')
+    if classes > MATRIX_CLASSES:
+        return pairs + card(class_table(images, found))
+    shares = gallery.confusion(found, classes)
+    names = [images.name(label) for label in range(classes)]
+    title = "True class (rows), class found (columns), % of the row"
+    return grid([card(matrix(title, shares.tolist(), names)), pairs], "halves")
+
+
+def class_table(images: Images, found: gallery.Neighbours) -> str:
+    """Accuracy of every class that was seen, the worst first."""
+    rows = []
+    for label in np.unique(found.labels):
+        of_class = found.labels == label
+        share = 100 * found.right[of_class].mean()
+        rows.append([images.name(int(label)), f"{share:.1f}", f"{of_class.sum():,}"])
+    rows.sort(key=lambda row: float(row[1]))
+    most = 100
+    rows = rows if len(rows) <= 2 * most else rows[:most] + rows[-most:]
+    return table(["class", "k-NN top-1, %", "images"], rows)
+
+
+def embedding(images: Images) -> str:
+    """Validation features on their first two principal components."""
+    found = images.found
+    plane, shares = gallery.principal_plane(found.features)
+    rows = gallery.spread(len(plane), MAPPED_POINTS)
+    named = gallery.common_classes(found.labels, MAPPED_CLASSES)
+    names = [images.name(label) for label in named]
+    groups = [named.index(label) if label in named else -1 for label in found.labels[rows].tolist()]
+    axes = tuple(f"{axis} principal component, {100 * share:.0f} % of the variance"
+                 for axis, share in zip(("first", "second"), shares, strict=True))  # fmt: skip
+    points = [(float(x), float(y)) for x, y in plane[rows]]
+    title = f"{len(rows):,} validation images"
+    figure = point_map(title, points, groups, names, (axes[0], axes[1]))
+    return card(f'<div class="scroll wide">{figure}</div>')

@@ -1,0 +1,69 @@
+"""The images, network and features of a run, for the report's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.index import ShardIndex, resolve_split
+from xcit_dino.errors import InputError
+from xcit_dino.eval import gallery, pictures
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.page import tile
+from xcit_dino.eval.report_origin import known_options
+from xcit_dino.eval.runs import Run
+from xcit_dino.eval.subject import geometry
+
+
+class Images:
+    """What pictures are made of; read when it is first needed."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.options = known_options(run)
+        self.loader = LoaderConfig(num_workers=0, max_bad_fraction=1.0)
+
+    def index(self, split: str) -> ShardIndex:
+        """The shards of a split.
+
+        Raises:
+            InputError: they are not there (any more).
+        """
+        if not self.options.get("data_path"):
+            raise InputError("the run does not say where its shards are")
+        return ShardIndex.load(resolve_split(self.options["data_path"], split))
+
+    @cached_property
+    def train(self) -> ShardIndex:
+        return self.index("train")
+
+    @cached_property
+    def val(self) -> ShardIndex:
+        return self.index("val")
+
+    @cached_property
+    def found(self) -> gallery.Neighbours:
+        return gallery.classify(self.run.folder, self.train, self.val)
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(shorter side after resizing, side of the crop) of evaluations."""
+        trained = self.options.get("global_crops_size") or self.options.get("input_size")
+        return geometry(SubjectConfig(), trained)
+
+    def photos(self, index: ShardIndex, samples: Sequence[int]) -> dict[int, Any]:
+        """Sample number -> pixels."""
+        return pictures.photos(index, samples, *self.size, self.loader)
+
+    def name(self, label: int) -> str:
+        """The name of a class."""
+        classes = self.train.classes or self.val.classes
+        return classes[label] if classes and label < len(classes) else f"class {label}"
+
+
+def picture(pixels: pictures.Pixels, caption: str, kind: str = "") -> str:
+    """A tile of the page; small pictures are enlarged pixel by pixel, photos smoothly."""
+    smooth = "smooth" if len(pixels) > pictures.SMALL else ""
+    return tile(pictures.data_uri(pixels), caption, f"{kind} {smooth}".strip())
