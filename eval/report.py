@@ -51,7 +51,8 @@ def page(runs: Sequence[Run], pictures: bool = True) -> str:
             sections += [(title, *rest) for title, (_, *rest) in zip(titles, shown, strict=True)]
             absent += named(run, missing, runs)
     sections = [part for part in [*sections, *origins(runs)] if part[1]]
-    names = " and ".join(run.name for run in runs)
+    *others, last = (run.name for run in runs)
+    names = f"{', '.join(others)} and {last}" if others else last
     head = [
         f'<p class="eyebrow">xcit-dino report</p><h1>{escape(names)}</h1>',
         *(about_run(run, len(runs) > 1) for run in runs),

@@ -8,13 +8,14 @@ import numpy as np
 
 from xcit_dino.eval import gallery
 from xcit_dino.eval.maps import matrix, point_map
-from xcit_dino.eval.page import card, grid, table, tiles
+from xcit_dino.eval.page import card, fold, grid, table, tiles
 from xcit_dino.eval.run_images import Images, picture
 
 RIGHT, WRONG, SHOWN_NEIGHBOURS = 6, 6, 8
 MATRIX_CLASSES = 40  # more are told in a table of the most frequent mistakes
 MAPPED_CLASSES, MAPPED_POINTS = 12, 1000
 PAIRS = 14
+CLASSES_AT_AN_END = 100
 
 
 def neighbours(images: Images) -> str:
@@ -71,16 +72,18 @@ def confusions(images: Images) -> str:
 
 
 def class_table(images: Images, found: gallery.Neighbours) -> str:
-    """Accuracy of every class that was seen, the worst first."""
+    """Accuracy of every class that was seen, the worst first; of very many the two ends. Folded."""
     rows = []
     for label in np.unique(found.labels):
         of_class = found.labels == label
         share = 100 * found.right[of_class].mean()
         rows.append([images.name(int(label)), f"{share:.1f}", f"{of_class.sum():,}"])
     rows.sort(key=lambda row: float(row[1]))
-    most = 100
-    rows = rows if len(rows) <= 2 * most else rows[:most] + rows[-most:]
-    return table(["class", "k-NN top-1, %", "images"], rows)
+    title = f"All {len(rows):,} classes"
+    if len(rows) > 2 * CLASSES_AT_AN_END:
+        rows = rows[:CLASSES_AT_AN_END] + rows[-CLASSES_AT_AN_END:]
+        title = f"{title}: the {CLASSES_AT_AN_END} worst and the {CLASSES_AT_AN_END} best"
+    return fold(title, table(["class", "k-NN top-1, %", "images"], rows))
 
 
 def embedding(images: Images) -> str:

@@ -36,7 +36,10 @@ def pictures_of(run: Run, parts: Sequence[Part]) -> tuple[list[tuple[str, str, s
             shown.append((title, make(images), about))
         except Exception as reason:  # a report is written whatever is wrong with a run's files
             reasons.setdefault(str(reason), []).append(title.lower())
-    return shown, [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
+    missing = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
+    if count := len(images.unreadable):
+        missing.append(f"{count} of the photos: they cannot be read; see xcit-dino shards check")
+    return shown, missing
 
 
 def crops(images: Images) -> str:

@@ -18,7 +18,8 @@ from xcit_dino.train.metrics import Line
 PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is folded away
     "Learning and health": (
         ("Loss = teacher entropy + KL", "nats", ("loss", "teacher_entropy", "kl")),
-        ("k-NN of the teacher, a fixed subset", "% top-1", ("knn_top1", "knn_other_top1")),
+        ("k-NN of the teacher, a fixed subset", "% top-1", ("knn_top1",)),
+        ("k-NN of the teacher on the other data", "% top-1", ("knn_other_top1",)),
         ("Validation", "%", ("val_top1", "val_ema_top1")),
         ("Teacher's answers, 0 is collapse", "share", ("information", "mean_entropy")),
         ("Spread of features, 1 is even", "", ("feature_std",)),
@@ -42,7 +43,6 @@ PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is
 NO_CURVES = {"step", "epoch", "time", "freeze_last_layer"}
 TITLES = {
     "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of their mean",
-    "knn_top1": "its own data", "knn_other_top1": "the other data",
     "val_top1": "last weights", "val_ema_top1": "averaged weights",
 }  # fmt: skip
 

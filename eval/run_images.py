@@ -24,6 +24,8 @@ class Images:
         self.run = run
         self.options = known_options(run)
         self.loader = LoaderConfig(num_workers=0, max_bad_fraction=1.0)
+        self.unreadable = set[tuple[str, int]]()
+        """(checksum of the split's index, sample number) of images that could not be read."""
 
     def index(self, split: str) -> ShardIndex:
         """The shards of a split.
@@ -54,8 +56,10 @@ class Images:
         return geometry(SubjectConfig(), trained)
 
     def photos(self, index: ShardIndex, samples: Sequence[int]) -> dict[int, Any]:
-        """Sample number -> pixels."""
-        return pictures.photos(index, samples, *self.size, self.loader)
+        """Sample number -> pixels, of those that can be read."""
+        found = pictures.photos(index, samples, *self.size, self.loader)
+        self.unreadable |= {(index.checksum, n) for n in samples if n not in found}
+        return found
 
     def name(self, label: int) -> str:
         """The name of a class."""

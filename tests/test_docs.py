@@ -24,8 +24,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FOLDERS = ("xcit_dino", "data", "models", "train", "ssl", "eval", "slurm", "bench")
 OURS = ("xcit-dino ", "python slurm/launch.py", "torchrun ")
 TOPICS = (
-    "getting_started data pretraining slurm evaluation distillation weights health reliability "
-    "architecture"
+    "getting_started data pretraining slurm evaluation distillation weights health performance "
+    "reliability architecture"
 )
 TREE = ("<!-- files -->\n```\n", "```\n<!-- /files -->")
 

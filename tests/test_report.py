@@ -258,6 +258,7 @@ def test_pictures_of_a_real_run(run_folder):
     knn.run(KnnConfig(subject=run_folder.subject(), nb_knn=(20,)))
     text, page = written(run_folder.path, pictures=True)
     assert "where it looks: no checkpoint" in page.text  # and all else is there
+    assert "cannot be read" not in page.text
     for words in ("global 2", "local 8", "Class found", "taken for", "principal component"):
         assert words in page.text, words
     found = gallery.classify(run_folder.path, *indexes(run_folder))

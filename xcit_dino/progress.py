@@ -129,6 +129,7 @@ class PlainBar:
         self.start = self.done = start
         self.began = time.monotonic()
         self.next_line = self.next_state = self.began
+        self.told = -1.0  # units at the last line
         self.shown = ""
         self.state_file = os.environ.get(STATE_FILE)
 
@@ -146,7 +147,8 @@ class PlainBar:
         print(text, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        self.line()
+        if self.told != self.done:
+            self.line()
         if self.state_file:
             self.publish()
 
@@ -162,6 +164,7 @@ class PlainBar:
             os.replace(f"{self.state_file}.tmp", str(self.state_file))
 
     def line(self) -> None:
+        self.told = self.done
         seconds = time.monotonic() - self.began
         rate = (self.done - self.start) / max(seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")
