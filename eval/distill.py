@@ -8,6 +8,7 @@ augmented, mixed images, in its own normalisation and resolution, in fp32.
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.errors import InputError, suggest
-from xcit_dino.eval.subject import weights_file
+from xcit_dino.eval.subject import run_options, weights_file
 from xcit_dino.eval.supervised import (
     Method,
     build_model,
@@ -152,10 +153,23 @@ def build_teacher(
         facts["teacher_weights"] = file_checksum(path)
         if dist.is_main():
             print(f"teacher {report}", flush=True)
-    known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
-    mean, std = known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD)
-    size = config.teacher_size or known.get("input_size", (3, 0, 0))[-1]
+    mean, std, size = taught_with(network, config.teacher_path)
+    facts["teacher_size"] = size = config.teacher_size or size
     return Teacher(network, mean, std, size), facts
+
+
+def taught_with(
+    network: nn.Module, path: Path | None
+) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Normalisation (mean, std) and side of the images that a teacher learnt from: those of the
+    finetuning run that its weights come from, else those of timm's weights; side 0: not known."""
+    if path is not None:
+        folder = path if path.is_dir() else path.parent.parent  # RUN/checkpoints/FILE
+        if size := run_options(folder).get("input_size"):
+            return IMAGENET_MEAN, IMAGENET_STD, size
+    known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
+    size = known.get("input_size", (3, 0, 0))[-1]
+    return known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD), size
 
 
 def _from_timm(name: str, num_classes: int) -> nn.Module:

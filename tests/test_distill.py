@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError
-from xcit_dino.eval.distill import DistillationLoss, Teacher, build_teacher, distill
+from xcit_dino.eval.distill import DistillationLoss, Teacher, build_teacher, distill, taught_with
 from xcit_dino.eval.train_config import DistillConfig, TeacherConfig, distill_config
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.config import replace
@@ -136,6 +136,18 @@ def test_a_timm_teacher_from_a_file(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert facts["teacher"] == "resnet10t" and len(facts["teacher_weights"]) == 16
     assert build_teacher(TeacherConfig("resnet10t", tmp_path / "teacher.pth"), 12)[0].size == 176
+
+
+def test_a_teacher_finetuned_here_sees_what_it_learnt_from(tmp_path):
+    """Not what timm's own weights of that name want."""
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=12, img_size=32)
+    assert network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("input_size: 32\n")
+    for path in (run, run / "checkpoints" / "checkpoint-00000001.pth"):
+        assert taught_with(network, path) == (MEAN, STD, 32)
+    assert taught_with(network, tmp_path / "downloaded.pth") == ((0.5,) * 3, (0.5,) * 3, 224)
 
 
 @pytest.mark.parametrize(
