@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.train.config import (
     CONFIGS,
@@ -24,7 +24,6 @@ from xcit_dino.train.config import (
     pop_option,
     read_yaml,
     replace,
-    within,
 )
 
 Network = Literal["teacher", "student", "model", "model_ema"]
@@ -183,7 +182,8 @@ class TeacherConfig:
     teacher_path: Path | None = None
     """The teacher's weights: a file, or a run folder; left out: timm's own, downloaded once."""
     teacher_size: int = 0
-    """Side of the images that the teacher sees; 0: its own (timm knows it), else the student's."""
+    """Side of the images that the teacher sees; 0: its own (its run or timm knows it), else the
+    student's."""
     distillation_type: Literal["hard", "soft", "symmetric"] = "hard"
     """hard: cross-entropy with the teacher's choice. soft: KL from the teacher, over classes
     averaged (both DeiT). symmetric: mean of KL both ways (PASSL)."""
