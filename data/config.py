@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, within
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,13 +34,9 @@ class CropsConfig:
     """Width over height of a crop before it is resized to a square, from and to (torchvision)."""
 
     def __post_init__(self) -> None:
-        if self.global_crops_number < 1:
-            raise InputError("--global_crops_number must be at least 1")
-        if self.local_crops_number < 0:
-            raise InputError("--local_crops_number must not be negative")
-        for name in ("global_crops_size", "local_crops_size"):
-            if not 1 <= getattr(self, name) <= 4096:
-                raise InputError(f"--{name} must be from 1 to 4096 pixels")
+        within(self, 1, 100, "global_crops_number")
+        within(self, 0, 1000, "local_crops_number")
+        within(self, 1, 4096, "global_crops_size", "local_crops_size")
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
@@ -79,10 +75,9 @@ class AugmentConfig:
     """The channels are divided by it."""
 
     def __post_init__(self) -> None:
-        for name in ("flip_prob", "color_jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
-            value = getattr(self, name)
-            if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple) else (value,))):
-                raise InputError(f"--{name} {value}: must lie in [0, 1]")
+        within(self, 0, 1, "flip_prob", "color_jitter_prob", "gray_prob", "blur_prob")
+        within(self, 0, 1, "solarize_prob", "mean")
+        within(self, 1e-3, 1e3, "std")
         if (
             not all(0 <= s <= 1 for s in self.color_jitter[:3])
             or not 0 <= self.color_jitter[3] <= 0.5
@@ -91,8 +86,6 @@ class AugmentConfig:
         low, high = self.blur_sigma
         if not 0 < low <= high <= 100:
             raise InputError("--blur_sigma must be two radii in pixels, 0 < from <= to <= 100")
-        if not all(s > 0 for s in self.std):
-            raise InputError("--std must be positive")
 
 
 @dataclass(frozen=True)
@@ -122,15 +115,11 @@ class LoaderConfig:
     """Where JPEGs are decoded and cropped: the host's cores, or the GPU (needs CUDA)."""
 
     def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise InputError("--num_workers must not be negative; 0 loads in the training process")
-        for name in ("prefetch_factor", "shuffle_window"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise InputError("--max_bad_fraction must lie in [0, 1]")
-        if not self.cache_gb > 0:
-            raise InputError("--cache_gb must be positive")
+        within(self, 0, 4096, "num_workers")
+        within(self, 1, 1e4, "prefetch_factor")
+        within(self, 1, 1e9, "shuffle_window")
+        within(self, 0, 1, "max_bad_fraction")
+        within(self, 1e-9, 1e9, "cache_gb")
 
 
 @dataclass(frozen=True)
@@ -174,16 +163,12 @@ class MakeConfig:
     """Download a torchvision data set that --root does not hold."""
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1 or not 1e3 <= self.shard_bytes <= 1e15:
-            raise InputError("--shard_size must be at least 1 and --shard_bytes from 1e3 to 1e15")
-        if self.resize is not None and not 1 <= self.resize <= 16384:
-            raise InputError("--resize must be from 1 to 16384 pixels")
-        if not 1 <= self.quality <= 100:
-            raise InputError("--quality must be from 1 to 100")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise InputError("--num_workers must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise InputError("--seed must be from 0 to 2^63 - 1")
+        within(self, 1, 1e9, "shard_size")
+        within(self, 1e3, 1e15, "shard_bytes")
+        within(self, 1, 16384, "resize")
+        within(self, 1, 100, "quality")
+        within(self, 1, 4096, "num_workers")
+        within(self, 0, 2**63 - 1, "seed")
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
 
@@ -214,14 +199,11 @@ class CheckConfig:
     """Preflight: images a second a GPU trains on, to say what the storage must deliver."""
 
     def __post_init__(self) -> None:
-        for name in ("sample", "num_workers", "nodes", "gpus", "batch_size_per_gpu"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} must be at least 1")
-        if self.workers < 0:
-            raise InputError("--workers must not be negative")
-        if self.images_per_second is not None and not 0 < self.images_per_second < 1e9:
-            raise InputError("--images_per_second must be positive")
+        within(self, 1, 1e12, "sample")
+        within(self, 1, 4096, "num_workers")
+        within(self, 1, 1e6, "nodes", "gpus", "batch_size_per_gpu")
+        within(self, 0, 4096, "workers")
+        within(self, 1e-3, 1e9, "images_per_second")
 
 
 @dataclass(frozen=True)
@@ -240,9 +222,6 @@ class DemoConfig:
     """Another seed draws other images of the same classes."""
 
     def __post_init__(self) -> None:
-        if not 16 <= self.size <= 512:
-            raise InputError(f"--size must be from 16 to 512 pixels, got {self.size}")
-        if min(self.train, self.val) < 1:
-            raise InputError("--train and --val must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise InputError("--seed must be from 0 to 2^63 - 1")
+        within(self, 16, 512, "size")
+        within(self, 1, 1e8, "train", "val")
+        within(self, 0, 2**63 - 1, "seed")

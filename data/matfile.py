@@ -34,7 +34,7 @@ def read_mat(data: bytes, name: str) -> dict[str, Any]:
         if order is None:
             raise ValueError("no level 5 header")
         return dict(_variable(kind, body, order) for kind, body in _elements(data[128:], order))
-    except (ValueError, struct.error, zlib.error, IndexError, UnicodeDecodeError) as error:
+    except (ValueError, OverflowError, IndexError, struct.error, zlib.error) as error:
         raise InputError(f"{name} is no readable .mat file: {error}") from None
 
 
@@ -60,7 +60,7 @@ def _variable(kind: int, body: bytes, order: str) -> tuple[str, Any]:
         body = inflate.decompress(body, MAX_BYTES)
         if inflate.unconsumed_tail:
             raise ValueError("too large")
-        kind, body = next(_elements(body, order))
+        kind, body = next(_elements(body, order), (0, b""))
     if kind != MATRIX:
         raise ValueError(f"unexpected element of type {kind}")
     return _matrix(body, order, 0)

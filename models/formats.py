@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import pickle
+import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch import Tensor
 from xcit_dino.errors import InputError
 
 Tree = dict[str, Any]
+MAX_ENTRIES, MAX_DEPTH = 10**6, 32  # of nested dicts; checkpoints have thousands, in five levels
 PADDLE_NAMES = "StructuredToParameterName@@"  # an index of names that paddle.save puts beside them
 
 
@@ -37,6 +39,7 @@ def read(path: Path) -> Tree:
         raise InputError(f"{path}: no such file; name a checkpoint")
     try:
         tree = readers.get(path.suffix, _read_torch)(path)
+        _check_nesting(tree)
     except Exception as error:  # readers raise many kinds: pickle, zip, OS, EOF, value, memory
         raise InputError(
             f"{path}: not a readable file of weights, or one that holds more than tensors, so it "
@@ -114,7 +117,33 @@ def _read_paddle(path: Path) -> Any:
         return value
 
     # From memory, so that a length that the file does not have cannot reserve gigabytes.
-    return tensors(Unpickler(io.BytesIO(path.read_bytes())).load())
+    content = path.read_bytes()
+    _check_memo(content)
+    tree = Unpickler(io.BytesIO(content)).load()
+    _check_nesting(tree)
+    return tensors(tree)
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse a pickle that leaves places of its memo free: Python's unpickler makes room for all of
+    them, up to 64 GiB for a file of a few bytes."""
+    used = 0
+    for opcode, place, _ in pickletools.genops(content):
+        if opcode.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            if place is not None and place > used:
+                raise pickle.UnpicklingError(f"refused place {place} of the memo after {used}")
+            used += 1
+
+
+def _check_nesting(tree: Any) -> None:
+    """Refuse dicts that unfold to more than a checkpoint holds: a few bytes that refer to one
+    another stand for billions of entries, or go on for ever."""
+    dicts, entries, depth = [tree], 0, 0
+    while dicts := [value for value in dicts if isinstance(value, dict)]:
+        entries, depth = entries + sum(map(len, dicts)), depth + 1
+        if entries > MAX_ENTRIES or depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_ENTRIES:,} entries, or {MAX_DEPTH} levels")
+        dicts = [value for inner in dicts for value in inner.values()]
 
 
 def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:

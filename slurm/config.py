@@ -170,12 +170,13 @@ def check(launch: LaunchConfig, prefix: str = "") -> None:
         ):  # a line break would end a comment line of the script: a command would follow
             raise InputError(f"--{prefix}{name}: must not hold line breaks or control characters")
     values = dict(options(launch))
-    for name in ("nodes", "nproc", "cpus_per_task", "timeout", "array_parallelism"):
-        if values[name] is not None and values[name] < 1:
-            raise InputError(f"--{prefix}{name} {values[name]}: must be at least 1")
-    for name in ("ngpus", "max_requeues", "signal_delay"):
-        if values[name] is not None and values[name] < 0:
-            raise InputError(f"--{prefix}{name} {values[name]}: must be 0 or more")
+    for low, names in (
+        (1, ("nodes", "nproc", "cpus_per_task", "timeout", "array_parallelism")),
+        (0, ("ngpus", "max_requeues", "signal_delay")),
+    ):
+        for name in names:
+            if values[name] is not None and not low <= values[name] <= 1e7:
+                raise InputError(f"--{prefix}{name} {values[name]}: must be from {low} to 1e7")
     if launch.resources.timeout and launch.signal_delay > 30 * launch.resources.timeout:
         raise InputError(
             f"--signal_delay {launch.signal_delay}: must be at most half of --{prefix}timeout "

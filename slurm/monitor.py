@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, within
 from xcit_dino.progress import clock
 from xcit_dino.slurm.runstate import State, moment
-from xcit_dino.train.config import within
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

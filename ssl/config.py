@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.train.config import (
     CONFIGS,
@@ -18,7 +18,6 @@ from xcit_dino.train.config import (
     pop_option,
     read_yaml,
     replace,
-    within,
 )
 
 

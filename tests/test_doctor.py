@@ -217,11 +217,12 @@ def test_input_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         ShardIndex.load(tmp_path / "texts")
 
 
-def test_mutated_shards_are_reported_and_never_crash(tmp_path: Path):
+@pytest.mark.parametrize("cases", [150, pytest.param(3_000, marks=pytest.mark.faults)])
+def test_mutated_shards_are_reported_and_never_crash(cases: int, tmp_path: Path):
     folder = shards(tmp_path / "d", (0, 1, 2, 0), per_shard=4)
     index, path = ShardIndex.load(folder), folder / "shard-000000.tar"
     good, rng = path.read_bytes(), np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(cases):
         data = bytearray(good)
         at = int(rng.integers(len(data) - 10240))
         data[at : at + int(rng.integers(1, 600))] = rng.bytes(int(rng.integers(0, 600)))

@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import tempfile
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from xcit_dino.data.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.errors import InputError
+from xcit_dino.eval.config import EvaluateConfig, KnnConfig, LinearConfig
+from xcit_dino.eval.train_config import AttentionConfig, DistillConfig, FinetuneConfig
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import Schedule
 from xcit_dino.train.config import dump_yaml, option_types, options, read_yaml, replace
@@ -77,6 +81,29 @@ def test_absurd_options(name: str, value: Any) -> None:
         path = Path(folder, "config.yaml")
         path.write_text(dump_yaml(config))
         assert dict(options(replace(PretrainConfig(), read_yaml(path)))) == dict(options(config))
+
+
+COMMANDS = (
+    PretrainConfig, FinetuneConfig, DistillConfig, AttentionConfig, EvaluateConfig, KnnConfig,
+    LinearConfig, MakeConfig, CheckConfig, DemoConfig,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_numbers_beyond_all_sense_are_refused(command: Any) -> None:
+    """Each option of each command that takes numbers, alone."""
+    config, tried = command(), 0
+    for name, kind in option_types(command).items():
+        kinds = typing.get_args(kind)
+        if {int, float}.isdisjoint((kind, *kinds)):
+            continue
+        tried += 1
+        for number in (math.nan, math.inf, -math.inf, 1e30, -1e30, 10**400):
+            several = typing.get_origin(kind) is tuple
+            value = [number] * (1 if Ellipsis in kinds else len(kinds)) if several else number
+            with pytest.raises(InputError, match=name):
+                replace(config, {name: value})
+    assert tried
 
 
 yaml_text = st.one_of(

@@ -8,8 +8,10 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -457,10 +459,20 @@ def test_mat_files_are_read_as_scipy_wrote_them():
     assert synsets[5]["children"].tolist() == [[1.0, 2.0]]
 
 
-def test_damaged_mat_files_are_refused():
+def test_mat_files_with_nothing_or_infinity_inside_are_refused():
+    head = base64.b64decode(META_MAT)[:128]
+    nothing = zlib.compress(b"")
+    flags = struct.pack("<IId", 9, 8, math.inf)
+    for kind, body in ((15, nothing), (14, flags + flags + flags)):
+        with pytest.raises(InputError, match="x.mat is no readable .mat file"):
+            read_mat(head + struct.pack("<II", kind, len(body)) + body, "x.mat")
+
+
+@pytest.mark.parametrize("cases", [500, pytest.param(50_000, marks=pytest.mark.faults)])
+def test_damaged_mat_files_are_refused(cases: int):
     good = base64.b64decode(META_MAT)
     rng = np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(cases):
         data = bytearray(good)
         for at in rng.integers(0, len(data), 3):
             data[at] = rng.integers(256)
@@ -623,8 +635,9 @@ def test_truncated_archives_give_what_is_whole(tmp_path: Path, kind: str):
     assert all(files[name] == image for name, (image, _) in found.items())
 
 
-def test_mutated_sources_never_crash(tmp_path: Path):
-    """60 damaged tars, gzips and zips: packed, or refused in one line."""
+@pytest.mark.parametrize("cases", [60, pytest.param(2_000, marks=pytest.mark.faults)])
+def test_mutated_sources_never_crash(cases: int, tmp_path: Path):
+    """Damaged tars, gzips and zips: packed, or refused in one line."""
     files = class_files("", "ab", 2)
     with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
         for name, data in files.items():
@@ -632,7 +645,7 @@ def test_mutated_sources_never_crash(tmp_path: Path):
     to_tar(files, tmp_path / "tar")
     (tmp_path / "gz").write_bytes(gzip.compress((tmp_path / "tar").read_bytes(), mtime=0))
     rng = np.random.default_rng(0)
-    for number in range(60):
+    for number in range(cases):
         data = bytearray((tmp_path / ("zip", "tar", "gz")[number % 3]).read_bytes())
         for _ in range(int(rng.integers(1, 8))):
             at = int(rng.integers(len(data)))

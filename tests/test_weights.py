@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import pickle
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -344,6 +345,30 @@ def test_hostile_opcodes_of_pdparams(tmp_path: Path) -> None:
         assert torch.equal(formats.read(good)["a"], torch.ones(2, 2))  # nothing stays poisoned
 
 
+def test_pickles_that_unfold_to_gigabytes_are_refused(tmp_path: Path) -> None:
+    """Twelve bytes that make Python's unpickler take a gigabyte; dicts that hold one another."""
+    place = b"\x80\x02}r" + (2**27).to_bytes(4, "little") + b"."
+    doubled: dict[str, Any] = {}
+    for _ in range(60):
+        doubled = {"a": doubled, "b": doubled}
+    cyclic: dict[str, Any] = {}
+    cyclic["a"] = cyclic
+    deep: dict[str, Any] = {}
+    for _ in range(300):
+        deep = {"a": deep}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for suffix in (".pdparams", ".pth"):
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(place)
+        with pytest.raises(InputError):
+            formats.read(path)
+        for tree in (doubled, cyclic, deep):
+            torch.save(tree, path) if suffix == ".pth" else path.write_bytes(pickle.dumps(tree))
+            with pytest.raises(InputError, match="more than 1,000,000 entries, or 32 levels"):
+                formats.read(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pdparams", ".safetensors"])
 def test_damaged_files_are_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"whole{suffix}"
@@ -359,12 +384,16 @@ def test_damaged_files_are_refused(suffix: str, tmp_path: Path) -> None:
         formats.read(tmp_path / f"absent{suffix}")
 
 
-def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
-    path = tmp_path / "fuzzed.pdparams"
+@pytest.mark.parametrize("cases", [100, pytest.param(5_000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("suffix", [".pth", ".pdparams", ".safetensors"])
+def test_flipped_bytes_never_escape_as_another_error(
+    suffix: str, cases: int, tmp_path: Path
+) -> None:
+    path = tmp_path / f"fuzzed{suffix}"
     formats.write(path, {"a": torch.ones(3, 2), "b": torch.ones(4)}, {})
     content, generator = path.read_bytes(), np.random.default_rng(1)
     refused = 0
-    for _ in range(150):
+    for _ in range(cases):
         fuzzed = bytearray(content)
         for position in generator.integers(0, len(content), size=3):
             fuzzed[position] = generator.integers(0, 256)
@@ -373,7 +402,7 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
             formats.read(path)
         except InputError:
             refused += 1
-    assert refused > 15
+    assert refused > cases // 10
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -23,23 +23,10 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from xcit_dino.errors import InputError, suggest
+from xcit_dino.errors import InputError, suggest, within
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Config = TypeVar("Config")
-
-
-def within(config: Any, low: float, high: float, *names: str) -> None:
-    """Refuse values outside [low, high]; NaN is outside of everything.
-
-    Raises:
-        InputError: names the option and the range.
-    """
-    for name in names:
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high:
-                raise InputError(f"--{name} {number}: must be from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -20,6 +21,19 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):
     """A run was asked to stop and has saved itself: the same command goes on. Exit code 1."""
+
+
+def within(config: Any, low: float, high: float, *names: str) -> None:
+    """Refuse options outside [low, high]; NaN is outside of everything, None was not given.
+
+    Raises:
+        InputError: names the option and the range.
+    """
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number <= high:
+                raise InputError(f"--{name} {number}: must be from {low:g} to {high:g}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
