@@ -10,6 +10,7 @@ each kind of run it prints how many rang, when, and the range of each sign from 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -47,17 +48,22 @@ SICK: dict[str, dict[str, Any]] = {
     "no centring, momentum 0": {"center_momentum": 1.0, "momentum_teacher": 0.0},
 }
 SIGNS = (
-    "teacher_entropy kl information mean_entropy prototypes_used feature_std effective_rank"
+    "teacher_entropy kl information mean_entropy modes prototypes_used feature_std effective_rank"
     " center_norm"
 ).split()
 
 
 def train(folder: Path, shards: Path, steps: int, seed: int, changes: dict[str, Any]) -> list[Any]:
-    """The metrics of one run."""
+    """The metrics of one run, and in them the number of modes as the alarms compute it."""
     epochs = -(-steps * BASE["batch_size_per_gpu"] // IMAGES)
     options = {"data_path": shards, "output_dir": folder, "epochs": epochs, "seed": seed}
     pretrain(replace(PretrainConfig(), BASE | options | {"max_steps": steps} | changes))
-    return read_metrics(folder)
+    ceiling = math.log((BASE | changes)["out_dim"])
+    lines = read_metrics(folder)
+    return [
+        x | {"modes": math.exp(x["mean_entropy"] * ceiling)} if "mean_entropy" in x else x
+        for x in lines
+    ]
 
 
 def summary(name: str, runs: list[list[Any]]) -> None:

@@ -69,7 +69,8 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
 
 Line = dict[str, float]
 LOW_INFORMATION, ENOUGH_INFORMATION = 0.03, 0.06
-FEW_MODES, ENOUGH_MODES = 3.0, 5.0
+FEW_MODES, ENOUGH_MODES = 6.0, 10.0
+FEW_USED, ENOUGH_USED = 0.25, 0.4  # a micro-batch of few images has few modes in good health
 LOW_RANK, ENOUGH_RANK = 1.5, 2.0
 LOW_STD, ENOUGH_STD = 0.02, 0.04
 
@@ -87,7 +88,7 @@ class Kind(NamedTuple):
 KINDS = (
     Kind(
         "uniform",
-        lambda line: line["information"] < LOW_INFORMATION and line["modes"] > ENOUGH_MODES,
+        lambda line: line["information"] < LOW_INFORMATION and line["modes"] > FEW_MODES,
         lambda line: line["information"] > ENOUGH_INFORMATION or line["modes"] < FEW_MODES,
         "the teacher answers every image alike, over all prototypes (entropy {teacher_entropy:.2f} "
         "of ln K = {ceiling:.2f}, KL {kl:.3f}, loss {loss:.2f})",
@@ -96,8 +97,8 @@ KINDS = (
     ),
     Kind(
         "single mode",
-        lambda line: line["modes"] < FEW_MODES,
-        lambda line: line["modes"] > ENOUGH_MODES,
+        lambda line: line["modes"] < FEW_MODES and line["prototypes_used"] <= FEW_USED,
+        lambda line: line["modes"] > ENOUGH_MODES or line["prototypes_used"] > ENOUGH_USED,
         "the teacher knows {modes:.1f} answers for all images (entropy {teacher_entropy:.2f}, "
         "{prototypes_used:.0%} of prototypes used, centre {center_norm:.1f})",
         "centre: --center_momentum 0.9 (1 never centres); a lower --lr; a longer "

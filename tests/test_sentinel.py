@@ -16,7 +16,9 @@ HEALTHY = {
     "prototypes_used": 0.3, "feature_std": 0.6, "effective_rank": 8.0, "center_norm": 1.0,
 }  # fmt: skip
 UNIFORM = HEALTHY | {"information": 0.001, "mean_entropy": 1.0, "teacher_entropy": 5.54, "kl": 0.0}
-SINGLE = HEALTHY | {"information": 0.001, "mean_entropy": 0.02, "teacher_entropy": 0.0}
+SINGLE = HEALTHY | {
+    "information": 0.001, "mean_entropy": 0.02, "teacher_entropy": 0.0, "prototypes_used": 0.03,
+}  # fmt: skip
 FLAT = HEALTHY | {"effective_rank": 1.1}
 
 
@@ -94,10 +96,15 @@ def test_one_good_reading_begins_anew_and_the_margin_is_wider_on_the_way_back():
     assert alarms.on == {"uniform"}
 
 
-def test_kinds_exclude_what_is_healthy():
-    line = HEALTHY | {"modes": 80.0}
+@pytest.mark.parametrize("modes, used", [(80.0, 0.3), (20.0, 0.09), (5.0, 0.5)])
+def test_kinds_exclude_what_is_healthy(modes, used):
+    """The second as CIFAR-10 begins, the third on four images at a time."""
+    line = HEALTHY | {"modes": modes, "prototypes_used": used}
     assert not [kind.name for kind in KINDS if kind.sick(line)]
     assert all(kind.well(line) for kind in KINDS)
+
+
+def test_patience_is_an_epoch_within_bounds():
     assert (patience(10), patience(500), patience(10**6)) == (100, 500, 2000)
 
 
