@@ -172,13 +172,12 @@ class Checkpoints(AbstractContextManager):
                     return path
                 warn(f"{path} is damaged; set aside as {path.name}.damaged")
                 os.replace(path, path.with_name(path.name + ".damaged"))
-                path.with_suffix(".json").unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)
         return None
 
     def all(self) -> list[Path]:
-        """Checkpoints with their JSON beside them, oldest first."""
-        paths = sorted(p for p in self.folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
-        return [p for p in paths if p.with_suffix(".json").is_file()]
+        """Checkpoints, whole or not, oldest first."""
+        return sorted(p for p in self.folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
 
     def clean(self) -> None:
         """Remove what a killed process left half-written; for the owner of the run folder only."""
@@ -221,10 +220,10 @@ class Checkpoints(AbstractContextManager):
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """What the JSON beside a checkpoint says of it; nothing where that is damaged."""
+    """What the JSON beside a checkpoint says of it; nothing where that is damaged or gone."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
