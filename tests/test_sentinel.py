@@ -138,6 +138,5 @@ def test_runs_made_to_collapse_ring(kind, images, tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", collapse.HEALTHY)
 def test_healthy_runs_are_silent(kind, images, tmp_path):
-    for seed in range(3):
-        run = tmp_path / str(seed)
-        assert alarms_of(images, run, 300, collapse.HEALTHY[kind], seed) == set()
+    """One seed of each kind; ``bench/collapse.py`` goes through many."""
+    assert alarms_of(images, tmp_path, 300, collapse.HEALTHY[kind]) == set()
