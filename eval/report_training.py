@@ -18,8 +18,8 @@ from xcit_dino.train.metrics import Line
 PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is folded away
     "Learning and health": (
         ("Loss = teacher entropy + KL", "nats", ("loss", "teacher_entropy", "kl")),
-        ("k-NN of the teacher, a fixed subset", "% top-1", ("knn_top1",)),
-        ("k-NN of the teacher on the other data", "% top-1", ("knn_other_top1",)),
+        ("k-NN of the teacher, top-1", "%", ("knn_top1",)),
+        ("k-NN on the other data, top-1", "%", ("knn_other_top1",)),
         ("Validation", "%", ("val_top1", "val_ema_top1")),
         ("Teacher's answers, 0 is collapse", "share", ("information", "mean_entropy")),
         ("Spread of features, 1 is even", "", ("feature_std",)),

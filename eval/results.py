@@ -9,6 +9,7 @@ from xcit_dino.errors import warn
 from xcit_dino.eval.runs import EVALUATIONS, Run, read_run
 from xcit_dino.train.board import write_hparams
 from xcit_dino.train.provenance import record_result
+from xcit_dino.train.run import FREE
 
 
 def write_result(
@@ -19,8 +20,9 @@ def write_result(
     run = read_run(folder)
     if not run.config:
         return  # weights from elsewhere, which no options led to
+    telling = {name: value for name, value in run.config.items() if name not in FREE}
     try:
-        write_hparams(folder, run.config, final_accuracies(run))
+        write_hparams(folder, telling, final_accuracies(run))
     except OSError as error:
         warn(f"TensorBoard: {error}; its page of hyper-parameters lacks this result")
 

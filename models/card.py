@@ -88,7 +88,7 @@ def facts_table(
         f"{model.embed_dim} features",
         "input": f"RGB, sides in multiples of {model.patch_size}, ImageNet mean and deviation",
         "taken from": f"`{source.name}`, its {network}, SHA-256 {checksum(source)}…",
-        "trained for": " ".join(f"{tree[k]} {k}s" for k in ("epoch", "step") if k in tree),
+        "trained for": ", ".join(f"{tree[k]} {k}s" for k in ("epoch", "step") if k in tree),
         "this file": f"`{output.name}`, {output.stat().st_size / 1e6:.1f} MB, "
         f"SHA-256 {checksum(output)}…",
     }  # fmt: skip

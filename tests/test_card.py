@@ -35,7 +35,7 @@ def test_says_what_it_is(checkpoint, tmp_path):
     export(ExportConfig(checkpoint, tmp_path / "out" / "birds.safetensors"))
     text = (tmp_path / "out" / "birds.md").read_text()
     for words in (
-        "# birds", "`xcit_pico_6_p8`, the teacher", "7 epochs 100 steps", "Shards `birds`",
+        "# birds", "`xcit_pico_6_p8`, the teacher", "7 epochs, 100 steps", "Shards `birds`",
         "| epochs | 7 |", "| knn | 51.25 | 90.00 | crop 32; temperature 0.07 |",
         file_checksum(tmp_path / "out" / "birds.safetensors"),
     ):  # fmt: skip
