@@ -20,7 +20,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.slurm import record, scheduler
 from xcit_dino.slurm.config import Launch, Stage
 from xcit_dino.train.config import dump_yaml, options
-from xcit_dino.train.run import FREE, open_run
+from xcit_dino.train.run import CONFIG_FILE, FREE, check_run
 
 OFFICIAL_GPUS = 8  # dino run_with_submitit.py: GPUs of a node where nobody can be asked
 Cluster = Literal["slurm", "local", "debug"]
@@ -137,8 +137,9 @@ def check_input(launch: Launch) -> None:
                 f"--batch_size_per_gpu {values['batch_size_per_gpu']}: the global batch of {batch} "
                 f"is more than the {index.num_samples} images of {values['data_path']}; take less"
             )
-        open_run(stage.config, stage.config.run)
-    if not (launch.run / "config.yaml").is_file():
+        check_run(stage.config, stage.config.run)
+    pretrains = any(stage.name == "pretrain" for stage in launch.stages)
+    if not pretrains and not (launch.run / CONFIG_FILE).is_file():
         raise InputError(f"--output_dir {launch.run}: no run is there; put pretrain into --stages")
 
 
@@ -200,7 +201,10 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None
     """Copy the code, note what is launched, and start it (once the job ``after`` has ended)."""
     from xcit_dino.slurm import local, snapshot, submit
 
-    code = snapshot.copy_code(record.folder(launch.run) / "code")
+    try:
+        code = snapshot.copy_code(record.folder(launch.run) / "code")
+    except OSError as error:
+        raise InputError(f"--output_dir {launch.run}: {error.strerror}") from error
     if cluster == "slurm":
         submit.try_out(launch, todo, code)
     note: dict[str, Any] = {

@@ -59,8 +59,8 @@ def run(config: WatchConfig) -> None:
         raise InputError(f"{config.run}: no such run folder")
     state = State(config.run)
     state.look()
-    if not (state.lines or state.tries or state.options):
-        raise InputError(f"{config.run}: holds no run (no config.yaml, metrics.jsonl, tries.jsonl)")
+    if not (state.lines or state.tries or state.options or state.stages):
+        raise InputError(f"{config.run}: holds no run (no config.yaml, metrics.jsonl, launch)")
     console = Console()
     if config.once or not sys.stdout.isatty():
         console.print(view(state, console.width))

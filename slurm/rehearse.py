@@ -24,6 +24,7 @@ from xcit_dino.errors import InputError, RunError
 from xcit_dino.slurm import record, scheduler, status
 from xcit_dino.slurm.config import CancelConfig, Launch
 from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
+from xcit_dino.slurm.preview import preview
 from xcit_dino.slurm.stages import launch_config, read_defaults
 from xcit_dino.slurm.watch import read_state
 from xcit_dino.train.config import CONFIGS, pop_option
@@ -69,6 +70,9 @@ def run(rehearsal: Rehearsal) -> int:
     launch = resolve(rehearsal, "straight")
     cluster = choose_cluster(launch)
     launch = with_gpus(launch, cluster)
+    if launch.launch.dry_run:
+        preview(launch, cluster)
+        return 0
     if (rehearsal.folder / "interrupted").exists():
         raise InputError(f"--output_dir {rehearsal.folder}: holds an earlier rehearsal; remove it")
     make_shards(rehearsal.folder / "shards", STEPS_PER_EPOCH * global_batch(launch.stages[0]))

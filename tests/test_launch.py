@@ -32,6 +32,7 @@ from xcit_dino.slurm.config import (
     StatusConfig,
 )
 from xcit_dino.slurm.rehearse import rehearse_config
+from xcit_dino.slurm.rehearse import run as rehearse
 from xcit_dino.slurm.stages import launch_config, split_words
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import option_types
@@ -166,6 +167,13 @@ def test_a_rehearsal_goes_where_runs_go(tmp_path: Path) -> None:
     assert rehearse_config(["--output_dir", "here"]).folder == Path.cwd() / "here"
     with pytest.raises(InputError, match="unknown option --nods; did you mean nodes"):
         rehearse_config(["--nods", "2"])
+
+
+def test_a_dry_rehearsal_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--output_dir", str(tmp_path / "r"), "--ngpus", "0", "--cluster", "slurm"]
+    assert rehearse(rehearse_config([*words, "--dry_run"])) == 0
+    assert "#SBATCH --nodes=1" in capsys.readouterr().out
+    assert not (tmp_path / "r").exists()
 
 
 # -- dry run ---------------------------------------------------------------------------------------
@@ -432,6 +440,13 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         launch.refuse_busy(plan_of(run), "local")
     record.write_launch(run, note | {"pid_start": "1", "stages": {}})  # another process by now
     launch.refuse_busy(plan_of(run), "local")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    plan = plan_of(tmp_path / "file" / "run")
+    with pytest.raises(InputError, match="--output_dir .*file/run: Not a directory"):
+        launch.start(plan, list(plan.stages), "local")
 
 
 def test_status_says_why_a_stage_was_cancelled(

@@ -275,6 +275,7 @@ def test_refused(slurm: Cluster, place: Path, words: list[str], message: str) ->
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
     assert not slurm.run("squeue", "--noheader").strip()
+    assert not (run.folder / "config.yaml").exists()  # other options may be tried
 
 
 def test_names_and_folders_in_use(slurm: Cluster, place: Path) -> None:

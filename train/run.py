@@ -10,6 +10,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.train.config import RunConfig, dump_yaml, options, read_yaml, replace
 from xcit_dino.train.provenance import write_atomic
 
+CONFIG_FILE = "config.yaml"
 # These may differ between two tries of one run: they change nothing of what is learnt.
 FREE = frozenset(
     "output_dir num_workers log_every keep_checkpoints saveckp_freq checkpoint_minutes max_steps "
@@ -19,16 +20,16 @@ FREE = frozenset(
 )
 
 
-def open_run(config: Any, run: RunConfig) -> None:
-    """Make the run folder, or check that it holds this very run.
+def check_run(config: Any, run: RunConfig) -> None:
+    """Check that the run folder is free, or holds this very run.
 
     ``batch_size_per_gpu`` and ``accum_iter`` are free because the global batch is checked when the
     state is loaded; ``data_path`` because the index checksum is.
 
     Raises:
-        InputError: the folder holds another run (lists the differing options), or is read-only.
+        InputError: the folder holds another run (lists the differing options).
     """
-    path = run.output_dir / "config.yaml"
+    path = run.output_dir / CONFIG_FILE
     if path.is_file():
         before = replace(config, read_yaml(path), source=str(path))
         changed = {
@@ -42,8 +43,17 @@ def open_run(config: Any, run: RunConfig) -> None:
                 f"--output_dir {run.output_dir} holds a run with other options ({words}); choose "
                 f"another folder, or allow it with --may_change {' '.join(changed)}"
             )
+
+
+def open_run(config: Any, run: RunConfig) -> None:
+    """Make the run folder, or find this very run in it; its config is there afterwards.
+
+    Raises:
+        InputError: the folder holds another run (see :func:`check_run`), or is read-only.
+    """
+    check_run(config, run)
     try:
-        write_atomic(path, dump_yaml(config))
+        write_atomic(run.output_dir / CONFIG_FILE, dump_yaml(config))
     except OSError as error:
         raise InputError(f"--output_dir {run.output_dir}: {error.strerror}") from error
 
