@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
-from bench.step import peak_bytes, timed
+from bench.measure import peak_bytes, timed
 from xcit_dino.eval.charts import line_chart
 from xcit_dino.models.zoo import create_model
 

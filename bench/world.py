@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
-from bench.step import NOW, Views, crops
+from bench.contestants import NOW, Views, crops
 from xcit_dino.data.batch import Batch
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step

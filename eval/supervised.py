@@ -216,7 +216,7 @@ def train(
             every = config.validation.eval_every
             if into_epoch == 0 and every and epoch % every == 0 and not finished:
                 log.write(state.step, shown(accuracies(trainer.networks, config, data.val, world)))
-            stopping = vote.result() or state.step == run.max_steps
+            stopping = vote.result() == stop.STOP or state.step == run.max_steps
             waited = time.monotonic() - saved_at
             late = 0 < 60 * run.checkpoint_minutes < waited
             if world.is_main and (into_epoch == 0 or stopping or late):

@@ -29,6 +29,9 @@ def dino_cross_entropy(
     targets_GBK: Tensor,
     temperature: float,
     chunk: int | None = None,
+    *,
+    local: bool = False,
+    num_views: int | None = None,
 ) -> Tensor:
     """Mean of ``H(target g of an image, softmax(student's view v / temperature))`` over all images
     and all pairs (g, v) but those of a view with itself (dino ``main_dino.py:DINOLoss``).
@@ -37,14 +40,20 @@ def dino_cross_entropy(
     last layer; targets_GBK: probabilities; chunk: prototypes at a time, by default as many as a
     cache or 64 MB hold. Matrix products are in autocast's dtype, everything else in float32 (or
     float64); nothing waits for the device.
+
+    Of an image's ``num_views`` the rows may be some only: the global ones first, or with ``local``
+    none of these. What they add to the mean over all pairs is then returned.
     """
     kind = z_RZ.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else z_RZ.dtype
     if chunk is None:
         chunk = max(256, SCORES_AT_ONCE.get(kind, 2**24) // len(z_RZ))
+    num_global, batch, _ = targets_GBK.shape
+    own = 0 if local else num_global
+    terms = num_global * batch * ((num_views or len(z_RZ) // batch) - 1)
     loss = _CrossEntropy.apply(
-        z_RZ, weight_v_KZ, weight_g_K1, targets_GBK, temperature, chunk, dtype
+        z_RZ, weight_v_KZ, weight_g_K1, targets_GBK, temperature, chunk, dtype, own, terms
     )
     assert isinstance(loss, Tensor)
     return loss
@@ -52,12 +61,16 @@ def dino_cross_entropy(
 
 class _CrossEntropy(torch.autograd.Function):
     """For one student's row the pairs share its normaliser, and the targets add up:
-    ``sum_g H(q_g, p_v) = n_v * logsumexp(s_v) - <sum_g q_g, s_v>`` with n_v targets for view v."""
+    ``sum_g H(q_g, p_v) = n_v * logsumexp(s_v) - <sum_g q_g, s_v>`` with n_v targets for view v.
+
+    own: how many of the first views are global ones, each with a target of its own that it is not
+    compared with; terms: what the sum is divided by.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, z_RZ: Tensor, v_KZ: Tensor, g_K1: Tensor, targets_GBK: Tensor,
-        temperature: float, chunk: int, dtype: torch.dtype,
+        temperature: float, chunk: int, dtype: torch.dtype, own: int, terms: int,
     ) -> Tensor:  # fmt: skip
         num_global, batch, _ = targets_GBK.shape
         scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
@@ -73,20 +86,18 @@ class _CrossEntropy(torch.autograd.Function):
             total_BC = targets_GBC.sum(0)
             normaliser_R = torch.logaddexp(normaliser_R, scores_VBC.logsumexp(-1).flatten())
             agreement += (total_BC * scores_VBC.sum(0)).sum()
-            agreement -= (targets_GBC * scores_VBC[:num_global]).sum()
-        # how many targets a row has: a global view is not compared with its own
-        teachers_R = torch.full_like(normaliser_R, num_global)
-        teachers_R[: num_global * batch] -= 1
-        terms = num_global * (len(z_RZ) - batch)
+            agreement -= (targets_GBC[:own] * scores_VBC[:own]).sum()
+        teachers_R = torch.full_like(normaliser_R, num_global)  # how many targets a row has
+        teachers_R[: own * batch] -= 1
         ctx.save_for_backward(z_RZ, v_KZ, g_K1, targets_GBK, normaliser_R - teachers_R.log())
-        ctx.arguments = temperature, chunk, dtype, terms, kept
+        ctx.arguments = temperature, chunk, dtype, own, terms, kept
         return ((teachers_R * normaliser_R).sum() - agreement) / terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z_RZ, v_KZ, g_K1, targets_GBK, shift_R = ctx.saved_tensors
-        temperature, chunk, dtype, terms, kept = ctx.arguments
-        num_global, batch, _ = targets_GBK.shape
+        temperature, chunk, dtype, own, terms, kept = ctx.arguments
+        batch = targets_GBK.shape[1]
         scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
         grad_z_RZ, grad_v_KZ = torch.zeros_like(z_RZ), torch.empty_like(v_KZ)
         grad_g_K1 = torch.empty_like(g_K1)
@@ -97,7 +108,7 @@ class _CrossEntropy(torch.autograd.Function):
             grad_VBC = grad_RC.unflatten(0, (-1, batch))
             targets_GBC = targets_GBK[:, :, part]
             grad_VBC -= targets_GBC.sum(0)
-            grad_VBC[:num_global] += targets_GBC
+            grad_VBC[:own] += targets_GBC[:own]
             # here, not at the end: fp16 needs the scaler's factor before it rounds
             grad_RC *= scores.factor_K[part] * (grad_loss / terms)
             grad = grad_RC.to(dtype)
@@ -108,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
             away_C1 = along_C1 / scores.length_K1[part].square()
             torch.addcmul(pull_CZ, v_CZ, away_C1, value=-1, out=grad_v_KZ[part])
             torch.div(along_C1, g_K1[part], out=grad_g_K1[part])
-        return grad_z_RZ, grad_v_KZ, grad_g_K1, None, None, None, None
+        return grad_z_RZ, grad_v_KZ, grad_g_K1, *[None] * 6
 
 
 class _Scores:

@@ -39,14 +39,24 @@ class DinoLoss(nn.Module):
         probabilities = (teacher_VBK - self.center).div_(temperature).softmax(dim=-1)
         return probabilities.unflatten(0, (num_global, -1))
 
-    def forward(self, student_VBZ: Tensor, prototypes: Prototypes, targets_GBK: Tensor) -> Tensor:
+    def forward(
+        self,
+        student_VBZ: Tensor,
+        prototypes: Prototypes,
+        targets_GBK: Tensor,
+        *,
+        local: bool = False,
+        num_views: int | None = None,
+    ) -> Tensor:
         """Mean cross-entropy over all pairs (teacher's global view g, student's other view v).
 
-        student_VBZ: the student's bottleneck (V*B, Z); prototypes: the student's last layer.
+        student_VBZ: the student's bottleneck (V*B, Z); prototypes: the student's last layer; local,
+        num_views: where these are not all views of an image, see :func:`dino_cross_entropy`.
         """
         return dino_cross_entropy(
-            student_VBZ, prototypes.weight_v, prototypes.weight_g, targets_GBK, self.student_temp
-        )
+            student_VBZ, prototypes.weight_v, prototypes.weight_g, targets_GBK, self.student_temp,
+            local=local, num_views=num_views,
+        )  # fmt: skip
 
     @torch.no_grad()
     def update_center(self) -> None:

@@ -25,6 +25,7 @@ from xcit_dino.data.storage import open_source, read_key
 from xcit_dino.errors import RunError, warn
 from xcit_dino.train import dist
 from xcit_dino.train.hostcopy import first_nonfinite
+from xcit_dino.train.sharding import local
 from xcit_dino.train.state import Checkpoints
 
 MAX_ROLLBACKS = 3  # with the learning rate at an eighth, it is not the learning rate
@@ -200,5 +201,5 @@ def gradients(modules: dict[str, nn.Module]) -> list[str]:
     return [
         f"the gradient of {name}"
         for name, parameter in reversed(named)
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
+        if parameter.grad is not None and not local(parameter.grad).isfinite().all()
     ]

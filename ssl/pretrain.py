@@ -26,7 +26,7 @@ from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
 from xcit_dino.ssl.schedule import Hyperparameters, Schedule
 from xcit_dino.ssl.trainer import Trainer, set_up
-from xcit_dino.train import compiler, dist, memory, optim, stop
+from xcit_dino.train import compiler, dist, memory, optim, sharding, stop
 from xcit_dino.train.config import dump_yaml
 from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
@@ -54,9 +54,10 @@ def train_step(
     signs = []
 
     for micro, batch in enumerate(batches):
-        with trainer.exchanging(last_micro=micro == len(batches) - 1):
-            loss, targets, features = forward(trainer, batch, now, trainer.parallel)
-            state.scaler.scale(loss / len(batches)).backward()
+        views = trainer.views(batch)
+        targets, features = teach(trainer, views[0], now)
+        last = micro == len(batches) - 1
+        loss = learn(trainer, views, targets, exchange=last, share=1 / len(batches))
         signs.append(sentinel.health(loss, targets, features))
 
     state.scaler.unscale_(state.optimizer)
@@ -75,20 +76,37 @@ def train_step(
     }
 
 
-def forward(
-    trainer: Trainer, batch: Batch, now: Hyperparameters, student: nn.Module
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Teacher, student and loss of a micro-batch: loss, targets (G, B, K), the teacher's features
-    (G*B, D)."""
-    teacher, dino_loss = trainer.teacher, trainer.loss
-    # global, then local, each (V*B, 3, S, S)
-    views = [group for group in trainer.augment(batch) if len(group)]
-    with autocast(trainer.world.device, trainer.dtype):
-        with torch.no_grad():  # only the global views pass through the teacher
-            features = teacher.backbone(views[0])
-            targets = dino_loss.targets(teacher.head(features), now.teacher_temp)
-        loss = dino_loss(student(views), trainer.student.head.last_layer, targets)
-    return loss, targets, features
+def teach(trainer: Trainer, global_views: Tensor, now: Hyperparameters) -> tuple[Tensor, Tensor]:
+    """The teacher on the global views (G*B, 3, S, S), without gradients: targets (G, B, K) and its
+    features (G*B, D)."""
+    teacher = trainer.teacher
+    with torch.no_grad(), autocast(trainer.world.device, trainer.dtype):
+        features = teacher.backbone(global_views)
+        return trainer.loss.targets(teacher.head(features), now.teacher_temp), features
+
+
+def learn(
+    trainer: Trainer, views: list[Tensor], targets: Tensor, *, exchange: bool, share: float = 1.0
+) -> Tensor:
+    """The student on all views, loss and backward pass; the loss.
+
+    With ``--group_backward`` the global views go all the way back before the local ones begin, so
+    that the activations of one group are there at a time: their losses and gradients add up.
+
+    exchange: the ranks exchange gradients in (the last of) these backward passes; share: of the
+    step's loss.
+    """
+    groups = [[group] for group in views] if trainer.config.speed.group_backward else [views]
+    num_views = sum(map(len, views)) // targets.shape[1]
+    losses = []
+    for number, group in enumerate(groups, start=1):
+        with trainer.exchanging(exchange and number == len(groups)):
+            with autocast(trainer.world.device, trainer.dtype):
+                z, last_layer = trainer.parallel(group), trainer.student.head.last_layer
+                loss = trainer.loss(z, last_layer, targets, local=number > 1, num_views=num_views)
+            trainer.state.scaler.scale(loss * share).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def seed_drop_path(seed: int, step: int, rank: int) -> None:
@@ -212,9 +230,10 @@ def go_on(
     saved_at = time.monotonic()
     with RunLog(run, state.step, schedule.total_steps, state.global_batch) as log:
         if evaluate is not None and state.step == 0 and config.start.init_from is not None:
-            log.write(0, evaluate(trainer.teacher.backbone, 0))  # before they change
+            log.write(0, evaluate(trainer.evaluated(), 0))  # before they change
         for batches in steady(loader, state) if state.step < schedule.total_steps else ():
-            vote.cast()
+            overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
+            vote.cast(overdue)
             now = schedule(state.step, state.rollbacks)
             with memory.explained(state, run):
                 metrics = train_step(trainer, batches, now)
@@ -225,16 +244,18 @@ def go_on(
             epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
             if evaluate is not None and into_epoch == 0:
                 with compiler.eager():
-                    found = evaluate(trainer.teacher.backbone, epoch)
+                    found = evaluate(trainer.evaluated(), epoch)
                 log.write(state.step, found)
                 state.best_knn = max(state.best_knn, found.get("knn_top1", 0.0))
             finished = state.step == schedule.total_steps
-            stopping = vote.result() or state.step == run.max_steps
-            waited = time.monotonic() - saved_at
-            late = 0 < 60 * run.checkpoint_minutes < waited and not skips.in_a_row
-            if world.is_main and (into_epoch == 0 or stopping or late):
-                permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
-                checkpoints.save(state.state_dict() | described(config, epoch), permanent)
+            wish = vote.result()
+            stopping = wish == stop.STOP or state.step == run.max_steps
+            late = wish == stop.SAVE and not skips.in_a_row
+            if into_epoch == 0 or stopping or late:
+                whole = sharding.whole(state.state_dict())
+                if world.is_main:
+                    permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
+                    checkpoints.save(whole | described(config, epoch), permanent)
                 saved_at = time.monotonic()
             watchdog.beat(state.step)
             if finished or stopping:
@@ -248,9 +269,11 @@ def passes(trainer: Trainer, schedule: Schedule, step: int, batches: Sequence[Ba
     now, rows = schedule(step - 1), trainer.loss.rows
     losses = []
     for batch in batches:
-        loss, _, _ = forward(trainer, batch, now, trainer.student)
-        trainer.state.scaler.scale(loss / len(batches)).backward()
-        losses.append(loss.detach())
+        views = trainer.views(batch)
+        targets, _ = teach(trainer, views[0], now)
+        # shards have no gradient before it is exchanged; else it is to stay on its rank
+        exchange = trainer.sharded
+        losses.append(learn(trainer, views, targets, exchange=exchange, share=1 / len(batches)))
     trainer.loss.rows = rows  # the centre has counted them
     return torch.stack(losses).sum()
 

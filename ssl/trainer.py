@@ -7,14 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.augment import Augment
+from xcit_dino.data.batch import Batch
+from xcit_dino.models.zoo import create_model
 from xcit_dino.ssl import dino
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
-from xcit_dino.train import compiler, dist, optim, syncbn
+from xcit_dino.train import compiler, dist, optim, sharding, syncbn
 from xcit_dino.train.run import fingerprint
 from xcit_dino.train.state import TrainState
 
@@ -31,13 +33,34 @@ class Trainer:
     augment: Augment
     dtype: torch.dtype
     state: TrainState
-    parallel: nn.Module  # the student, in DistributedDataParallel where there are several ranks
+    parallel: nn.Module  # the student; in DistributedDataParallel where several ranks have it whole
 
-    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, with the last micro-batch."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
+    def views(self, batch: Batch) -> list[Tensor]:
+        """Augmented crops: the global ones, (G*B, 3, S, S), and the local ones if there are any."""
+        return [group for group in self.augment(batch) if len(group)]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has a part of the networks only."""
+        return self.config.speed.fsdp and self.world.size > 1
+
+    def exchanging(self, exchange: bool) -> AbstractContextManager[None]:
+        """Whether the ranks exchange gradients in the backward pass within: once a step."""
+        if self.sharded:
+            self.parallel.set_requires_gradient_sync(exchange)  # type: ignore[operator]
+        elif isinstance(self.parallel, DistributedDataParallel) and not exchange:
             return self.parallel.no_sync()
         return nullcontext()
+
+    def evaluated(self) -> nn.Module:
+        """The teacher's backbone for evaluations: whole on every rank, for each calls it as often
+        as it has images. All ranks have to ask."""
+        backbone = self.teacher.backbone
+        if not self.sharded:
+            return backbone
+        copy = create_model(self.config.model.arch, num_classes=0).requires_grad_(False)
+        copy.load_state_dict(sharding.whole(backbone.state_dict(), everywhere=True))
+        return copy.to(self.world.device).train()
 
 
 def set_up(
@@ -58,6 +81,19 @@ def set_up(
     student.to(device).train()
     teacher.to(device).train()
     loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
+    if config.speed.grad_checkpointing:
+        compiler.checkpoint_blocks(student.backbone)
+    for net in (student, teacher):
+        compiler.compile_blocks(net.backbone, config.speed.compile, device)
+    parallel: nn.Module = student
+    if world.size > 1 and config.speed.fsdp:
+        sharding.shard(student, teacher, device)
+    elif world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
+        parallel = DistributedDataParallel(
+            student, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: no matter
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     state = TrainState(
         {"student": student, "teacher": teacher, "loss": loss.to(device)},
         optim.adamw(student),
@@ -66,16 +102,6 @@ def set_up(
         global_batch=global_batch,
         config=fingerprint(config),
     )
-    if config.speed.grad_checkpointing:
-        compiler.checkpoint_blocks(student.backbone)
-    for net in (student, teacher):
-        compiler.compile_blocks(net.backbone, config.speed.compile, device)
-    parallel: nn.Module = student
-    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
-        parallel = DistributedDataParallel(
-            student, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: no matter
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    sharding.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
     return Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)

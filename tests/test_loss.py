@@ -34,7 +34,7 @@ def test_values_gradients_and_centre_equal_the_double_loop(views, chunk, monkeyp
     """Prototypes included; the last chunk is a smaller one."""
     monkeypatch.setattr(
         "xcit_dino.ssl.loss.dino_cross_entropy",
-        lambda *args: dino_cross_entropy(*args, chunk=chunk),
+        lambda *args, **kwargs: dino_cross_entropy(*args, **kwargs, chunk=chunk),
     )
     ours, plain = DinoLoss(K).double(), PlainLoss(K, views, 0.1, 0.9).double()
     layer, plain_layer = prototypes()
@@ -58,6 +58,21 @@ def test_gradients_equal_finite_differences():
     z = bottleneck(3)
     arguments = (z, layer.weight_v, layer.weight_g, targets, 0.1, 10)
     assert torch.autograd.gradcheck(dino_cross_entropy, arguments)
+
+
+@pytest.mark.parametrize("views", [3, 12])
+def test_global_and_local_views_apart_add_up_to_the_whole(views):
+    layer, _ = prototypes()
+    targets = torch.randn(2, B, K, dtype=torch.float64).softmax(-1)
+    z, loss_fn = bottleneck(views), DinoLoss(K)
+    inputs = (z, layer.weight_v, layer.weight_g)
+    whole = loss_fn(z, layer, targets)
+    want = torch.autograd.grad(whole, inputs)
+    one = loss_fn(z[: 2 * B], layer, targets, num_views=views)
+    two = loss_fn(z[2 * B :], layer, targets, local=True, num_views=views)
+    torch.testing.assert_close(one + two, whole, rtol=1e-12, atol=0)
+    got = torch.autograd.grad(one + two, inputs)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
 
 
 def test_a_loss_scale_and_micro_batches_go_through():

@@ -14,7 +14,7 @@ from xcit_dino.data.demo import make
 from xcit_dino.data.loader import Batch
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
-from xcit_dino.ssl.pretrain import pretrain, train_step
+from xcit_dino.ssl.pretrain import learn, pretrain, seed_drop_path, teach, train_step
 from xcit_dino.ssl.schedule import Hyperparameters
 from xcit_dino.ssl.trainer import set_up
 from xcit_dino.train import dist, stop
@@ -140,6 +140,84 @@ def test_two_micro_batches_average_their_gradients():
     torch.testing.assert_close(one["loss"], two["loss"])
     torch.testing.assert_close(one["grad_norm"], two["grad_norm"], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(whole.loss.center, halves.loss.center)
+
+
+def micro_batch(seed, locals_=2, dtype=torch.float64):
+    torch.manual_seed(seed)
+    sizes = ((2, 32), (locals_, 16))
+    return batch_of(*(torch.randn(n, 4, 3, side, side, dtype=dtype) for n, side in sizes))
+
+
+def learnt(trainer, batches, now):
+    """Loss, gradients and batch-norm statistics of a step's passes."""
+    seed_drop_path(0, 0, 0)
+    losses = []
+    for batch in batches:
+        views = trainer.views(batch)
+        targets, _ = teach(trainer, views[0], now)
+        losses.append(learn(trainer, views, targets, exchange=False, share=1 / len(batches)))
+    gradients = {n: p.grad for n, p in trainer.student.named_parameters() if p.requires_grad}
+    return torch.stack(losses), gradients, dict(trainer.student.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("micros", "locals_", "again"), [(1, 2, False), (3, 5, True), (1, 0, False)]
+)
+def test_backward_of_each_crop_group_gives_the_same_gradients(micros, locals_, again):
+    """With drop-path, batch-norm and, in the second case, activations computed again."""
+    options = TINY | {"drop_path_rate": 0.3, "grad_checkpointing": again, "norm_last_layer": False}
+    now = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False)
+    batches = [micro_batch(seed, locals_) for seed in range(micros)]
+    one, parts = (
+        trainer_for(replace(PretrainConfig(), options | {"group_backward": group}), torch.float64)
+        for group in (False, True)
+    )
+    for got, want in zip(learnt(parts, batches, now), learnt(one, batches, now), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    for trainer in (one, parts):
+        trainer.student.zero_grad()
+        train_step(trainer, batches, now)
+    for got, want in zip(parts.student.parameters(), one.student.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(parts.loss.center, one.loss.center)
+
+
+class Kept:
+    """Bytes that autograd keeps for backward passes, now and at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def hooks(self):
+        kept = self
+
+        class Saved:
+            def __init__(self, tensor):
+                self.tensor, self.bytes = tensor, tensor.numel() * tensor.element_size()
+                kept.now += self.bytes
+                kept.most = max(kept.most, kept.now)
+
+            def __del__(self):
+                kept.now -= self.bytes
+
+        return torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor)
+
+
+def test_backward_of_each_crop_group_keeps_half_the_activations():
+    """2 x 32 and 8 x 16 pixels squared: two groups of equal size."""
+    now, kept = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False), {}
+    for group in (False, True):
+        trainer = trainer_for(replace(PretrainConfig(), TINY | {"group_backward": group}))
+        counter = kept[group] = Kept()
+        with counter.hooks():
+            train_step(trainer, [micro_batch(0, 8, torch.float32)], now)
+        assert counter.now == 0
+    assert kept[True].most < 0.6 * kept[False].most
+
+
+def test_backward_of_each_crop_group_is_refused_where_the_head_has_batch_norm():
+    with pytest.raises(InputError, match="--group_backward: the head's batch-norm"):
+        replace(PretrainConfig(), {"group_backward": True, "use_bn_in_head": True})
 
 
 def test_drop_path_depends_on_the_step_and_not_on_what_ran_before():

@@ -138,36 +138,36 @@ def sleep_with_the_interpreters_lock(seconds: int) -> None:
 
 def spoil(first: int, last: int, ranks: tuple[int, ...], until_rollbacks: int) -> None:
     """Infinite pixels in the views of some steps (from 1), while the run was rolled back less."""
-    from xcit_dino.ssl import pretrain
+    from xcit_dino.ssl.trainer import Trainer
 
-    inner = pretrain.forward
+    inner = Trainer.views
 
-    def forward(trainer: Any, batch: Any, *rest: Any) -> Any:
-        augment = trainer.augment
+    def views(trainer: Any, batch: Any) -> Any:
         steps = first <= batch.step + 1 <= last and trainer.state.rollbacks < until_rollbacks
-        if steps and trainer.world.rank in ranks:
-            trainer.augment = lambda batch: [views * float("inf") for views in augment(batch)]
-        try:
-            return inner(trainer, batch, *rest)
-        finally:
-            trainer.augment = augment
+        factor = float("inf") if steps and trainer.world.rank in ranks else 1.0
+        return [group * factor for group in inner(trainer, batch)]
 
-    pretrain.forward = forward
+    Trainer.views = views
 
 
 def spoil_gradients(first: int, last: int) -> None:
     """Infinite gradients in some steps, all else finite, as with too large a loss scale."""
-    from xcit_dino.ssl import pretrain
+    from xcit_dino.ssl.loss import DinoLoss
+    from xcit_dino.ssl.trainer import Trainer
 
-    inner = pretrain.forward
+    inner_views, inner_loss, steps = Trainer.views, DinoLoss.forward, [0]
 
-    def forward(trainer: Any, batch: Any, *rest: Any) -> Any:
-        loss, *others = inner(trainer, batch, *rest)
-        if first <= batch.step + 1 <= last and loss.requires_grad:
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss, *others
+    def views(trainer: Any, batch: Any) -> Any:
+        steps.append(batch.step + 1)
+        return inner_views(trainer, batch)
 
-    pretrain.forward = forward
+    def loss(module: Any, *args: Any, **options: Any) -> Any:
+        found = inner_loss(module, *args, **options)
+        if first <= steps[-1] <= last:
+            found.register_hook(lambda gradient: gradient * float("inf"))
+        return found
+
+    Trainer.views, DinoLoss.forward = views, loss
 
 
 def die_in_write(number: int) -> None:

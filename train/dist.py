@@ -112,9 +112,13 @@ def from_main(compute: Callable[[], T]) -> T:
     return box[0]
 
 
-def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks, in place; every rank gets it."""
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; every rank gets it."""
     if world_size() > 1:
         dist.all_reduce(tensor)
-        tensor /= world_size()
     return tensor
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over ranks, in place; every rank gets it."""
+    return all_reduce_sum(tensor).div_(world_size())

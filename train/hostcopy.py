@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from xcit_dino.train.sharding import all_finite
+
 
 class HostCopy:
     """A copy of a state's tensors in host memory, which is used again for the next copy.
@@ -98,7 +100,7 @@ def first_nonfinite(value: Any, place: str = "") -> str | None:
     if isinstance(value, dict):
         found = (first_nonfinite(inner, f"{place}.{key}") for key, inner in value.items())
         return next(filter(None, found), None)
-    if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+    if isinstance(value, Tensor) and value.is_floating_point() and not all_finite(value):
         return place.removeprefix(".")
     return None
 

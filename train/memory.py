@@ -12,6 +12,7 @@ from torch import Tensor
 from xcit_dino.errors import RunError
 from xcit_dino.train import dist
 from xcit_dino.train.config import RunConfig
+from xcit_dino.train.sharding import local
 from xcit_dino.train.state import TrainState
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, CPU, Windows
@@ -63,7 +64,8 @@ def lasting_bytes(state: TrainState) -> int:
     ]
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
     moments = moments or trained * 2  # before the first step: Adam will keep two of each
-    return sum(t.numel() * t.element_size() for t in [*tensors, *moments, *trained])
+    here = [local(tensor) for tensor in (*tensors, *moments, *trained)]
+    return sum(t.numel() * t.element_size() for t in here)
 
 
 def peak_bytes() -> int:

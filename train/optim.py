@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from xcit_dino.train.dist import all_reduce_sum
+from xcit_dino.train.sharding import is_shard, local
+
 NO_DECAY = ("temperature", "cls_token")
 
 
@@ -43,7 +46,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         Norms before clipping, one a parameter that has a gradient. Nothing waits for the device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = any(map(is_shard, gradients))
+    gradients = [local(gradient) for gradient in gradients]
     norms = torch.stack(torch._foreach_norm(gradients))
+    if sharded:
+        norms = all_reduce_sum(norms.square()).sqrt()
     if limit:
         factors = (limit / (norms + 1e-6)).clamp_(max=1.0)
         torch._foreach_mul_(gradients, list(factors.unbind()))
@@ -56,7 +63,8 @@ def update_ema(target: nn.Module, source: nn.Module, momentum: float) -> None:
 
     DINO's teacher keeps batch-norm statistics of its own (``main_dino.py`` copies parameters only).
     """
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1.0 - momentum)
+    targets, sources = ([local(p) for p in net.parameters()] for net in (target, source))
+    torch._foreach_lerp_(targets, sources, 1.0 - momentum)
 
 
 def step_unless_nonfinite(

@@ -16,7 +16,7 @@ FREE = frozenset(
     "output_dir num_workers log_every keep_checkpoints saveckp_freq checkpoint_minutes max_steps "
     "may_change device cache_dir batch_size_per_gpu accum_iter data_path knn_every eval_every "
     "on_collapse on_nonfinite max_skipped on_stall watchdog_minutes "
-    "compile grad_checkpointing".split()
+    "compile grad_checkpointing group_backward fsdp".split()
 )
 
 

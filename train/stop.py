@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a job listens for signals before it spends seconds on impor
     import torch.distributed as dist
 
 TOGETHER = 0.5  # seconds
+SAVE, STOP = 1, 2  # what a rank can wish for; who stops saves, too
 _reason: str | None = None
 
 
@@ -56,7 +57,7 @@ def install(*signals: signal.Signals) -> None:
 
 
 class Vote:
-    """All ranks' flags, combined while the step runs.
+    """All ranks' wishes, combined while the step runs: the greatest one counts.
 
     ``cast`` starts the all-reduce at the beginning of a step and ``result`` reads it at the end, so
     that agreeing costs no waiting. It runs on CPU tensors (gloo) and never touches the GPU.
@@ -68,16 +69,17 @@ class Vote:
         self.flag = torch.zeros((), dtype=torch.int32)
         self.work: dist.Work | None = None
 
-    def cast(self) -> None:
+    def cast(self, save: bool = False) -> None:
+        """Begin; ``save``: a checkpoint is overdue on this rank."""
         import torch.distributed as dist
 
-        self.flag.fill_(int(_reason is not None))
+        self.flag.fill_(STOP if _reason is not None else SAVE if save else 0)
         if dist.is_initialized():
             self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
 
-    def result(self) -> bool:
-        """Whether any rank had been asked to stop when it called :meth:`cast`."""
+    def result(self) -> int:
+        """STOP, SAVE or 0, on all ranks alike: the wishes of when :meth:`cast` was called."""
         if self.work is not None:
             self.work.wait()
             self.work = None
-        return bool(self.flag)
+        return int(self.flag)
