@@ -93,6 +93,7 @@ def whole(line: str) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # no launcher defaults of the user's
+    (tmp_path / "configs").symlink_to(ROOT / "configs")  # as in the checkout
     monkeypatch.chdir(tmp_path)
     for line in filter(whole, commands(page)):
         words = shlex.split(line, comments=True)
