@@ -48,47 +48,24 @@ def train_augmented(
 ) -> Probe:
     """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO. The
     choice is made on centre crops of the held-out images."""
-    model, device = network.model.to(world.device), world.device
-    dtype = resolve_precision(config.subject.precision, device)
-    options = loader_config(config.subject)
-    batch_size = config.subject.batch_size_per_gpu * world.size
-    plan = Plan.of(train, options, seed=config.seed, batch_size=batch_size)
-    crops = CropsConfig(
-        global_crops_number=1,
-        global_crops_size=subject.crop,
-        global_crops_scale=SCALE,
-        local_crops_number=0,
-    )
+    device = world.device
+    loader = crop_loader(train, subject, config, world)
+    plan = loader.plan
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
-    with torch.inference_mode():
-        shapes = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
-    dims = {name: block.shape[1] for name, block in shapes.items()}
-    selection, final = (
-        Heads(choices, dims, num_classes, batch_size, config.seed, device) for _ in range(2)
-    )
+    selection, final = two_grids(network, subject, choices, num_classes, config, plan, device)
 
-    facts = network.facts | asdict(config) | {"index": train.checksum, "batch": batch_size}
+    facts = network.facts | asdict(config) | {"index": train.checksum, "batch": plan.batch_size}
     saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True, default=str))
     changing = selection.state() + final.state()
-    start = saved.load_into(changing) * plan.steps_per_epoch
-    loader = CropLoader(
-        train, plan, crops, options, rank=world.rank, world_size=world.size, start_step=start,
-        device=device, labelled=True,
-    )  # fmt: skip
+    start = loader.start_step = saved.load_into(changing) * plan.steps_per_epoch
     steps = config.epochs * plan.steps_per_epoch
     with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():
         for (batch,) in islice(loader, steps - start):
-            images = normalise(flipped(batch, config.seed), device)
-            with autocast(device, dtype):
-                blocks = blocks_of(model, images)
             everyone = gathered(
-                {name: block.float() for name, block in blocks.items()}
-                | {
-                    "labels": batch.labels.to(device),
-                    "held out": held_out[batch.sources].to(device),
-                }
+                features_of(batch, network, config, device)
+                | {"labels": batch.labels.to(device), "out": held_out[batch.sources].to(device)}
             )
-            labels, out = everyone.pop("labels"), everyone.pop("held out")
+            labels, out = everyone.pop("labels"), everyone.pop("out")
             factor = cosine(batch.epoch / config.epochs)
             final.step(everyone, labels, factor)
             if len(kept := torch.nonzero(~out).squeeze(1)):
@@ -103,6 +80,59 @@ def train_augmented(
         scores = selection.judge(judged(network, train, subject, config, device, rows))
     chosen = best(scores)
     return Probe(choices, scores, chosen, *final.head(chosen))
+
+
+def crop_loader(
+    train: ShardIndex, subject: Subject, config: LinearConfig, world: dist.World
+) -> CropLoader:
+    """RandomResizedCrops of all labelled images, one of each in every epoch, not flipped yet."""
+    options, size = loader_config(config.subject), config.subject.batch_size_per_gpu * world.size
+    crops = CropsConfig(
+        global_crops_number=1,
+        global_crops_size=subject.crop,
+        global_crops_scale=SCALE,
+        local_crops_number=0,
+    )
+    return CropLoader(
+        train,
+        Plan.of(train, options, seed=config.seed, batch_size=size),
+        crops,
+        options,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        labelled=True,
+    )
+
+
+def two_grids(
+    network: Network,
+    subject: Subject,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    plan: Plan,
+    device: torch.device,
+) -> tuple[Heads, Heads]:
+    """Untrained heads twice: to choose by, and to report."""
+    with torch.inference_mode():
+        image = torch.zeros(1, 3, subject.crop, subject.crop, device=device)
+        blocks = blocks_of(network.model.to(device), image)
+    dims = {name: block.shape[1] for name, block in blocks.items()}
+    selection, final = (
+        Heads(choices, dims, num_classes, plan.batch_size, config.seed, device) for _ in range(2)
+    )
+    return selection, final
+
+
+def features_of(
+    batch: Batch, network: Network, config: LinearConfig, device: torch.device
+) -> Blocks:
+    """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
+    dtype = resolve_precision(config.subject.precision, device)
+    with autocast(device, dtype):
+        blocks = blocks_of(network.model, normalise(flipped(batch, config.seed), device))
+    return {name: block.float() for name, block in blocks.items()}
 
 
 def state_file(config: LinearConfig, network: Network) -> Path:

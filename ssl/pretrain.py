@@ -135,14 +135,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
     index = ShardIndex.load(resolve_split(config.loader.data_path, "train"))
     global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
-    plan = Plan(
-        index.counts,
-        seed=run.seed,
-        checksum=index.checksum,
-        batch_size=global_batch,
-        window=config.loader.shuffle_window,
-        last_batch=config.loader.last_batch,
-    )
+    plan = Plan.of(index, config.loader, seed=run.seed, batch_size=global_batch)
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)
     dist.from_main(lambda: open_run(config, run))
     if config.loader.shard_url is None:
