@@ -1,6 +1,6 @@
-"""The linear probe side by side with DINO's: what a grid of learning rates costs, what it finds.
+"""What a grid of learning rates costs, in the linear probe and in DINO's.
 
-    python bench/linear.py RUN [--epochs 100] [--repeats 3] [--seconds 30] [--accuracy_epochs 10]
+    python bench/linear.py RUN [--epochs 100] [--repeats 3] [--seconds 30]
 
 RUN is a pretraining run. First the time of the command ``xcit-dino linear``, features cached, with
 one learning rate and with 13, alternately. Then that of DINO's ``eval_linear.py`` written plainly:
@@ -8,17 +8,13 @@ augmented images through the frozen backbone in every epoch, for one learning ra
 for some seconds, and multiplied by what is left of its epochs and by 13 runs.
 
 Seconds are by the clock and of the processor; the latter say on a busy machine what the clock would
-say on a quiet one. With ``--accuracy_epochs`` both are trained for that many epochs and their best
-accuracies compared. With one seed, 13 official runs see the same crops, and the backbone learns
-nothing: so the plain loop trains its 13 classifiers, each with an optimiser of its own, in one
-pass.
+say on a quiet one. What the heads find is compared in ``bench/linear_accuracy.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import resource
 import shutil
@@ -68,9 +64,17 @@ class Images(Dataset):
         return self.transform(image), int(self.index.labels[number])
 
 
-def loader(subject: Subject, split: str) -> DataLoader:
-    """The official transforms, at the size of the run."""
-    augment = [transforms.RandomResizedCrop(subject.crop), transforms.RandomHorizontalFlip()]
+def loader(
+    subject: Subject,
+    split: str,
+    interpolation: transforms.InterpolationMode = transforms.InterpolationMode.BILINEAR,
+) -> DataLoader:
+    """The official transforms, at the size of the run. interpolation: of the random crops,
+    torchvision's default as in the official code."""
+    augment = [
+        transforms.RandomResizedCrop(subject.crop, interpolation=interpolation),
+        transforms.RandomHorizontalFlip(),
+    ]
     center = [transforms.Resize(subject.resize, BICUBIC), transforms.CenterCrop(subject.crop)]
     common = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     transform = transforms.Compose((augment if split == "train" else center) + common)
@@ -129,35 +133,12 @@ def official_seconds(subject: Subject, model: nn.Module, seconds: float) -> tupl
     return images, np.array([clock, now()[1] - busy])
 
 
-def official_accuracy(subject: Subject, model: nn.Module, epochs: int) -> list[float]:
-    """Top-1 in percent of the 13 official classifiers after the last epoch."""
-    torch.manual_seed(0)
-    heads = classifiers(model.embed_dim, num_classes(subject), LRS)  # type: ignore[arg-type]
-    schedules = [
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs) for _, optimizer in heads
-    ]
-    images = loader(subject, "train")
-    for epoch in range(epochs):
-        for _ in official_epoch(model, images, heads):
-            pass
-        for schedule in schedules:
-            schedule.step()
-        print(f"official epoch {epoch + 1} of {epochs}", file=sys.stderr, flush=True)
-    right, count = torch.zeros(len(heads)), 0
-    with torch.no_grad():
-        for batch, targets in loader(subject, "val"):
-            features = model(batch)
-            right += torch.tensor([(h(features).argmax(1) == targets).sum() for h, _ in heads])
-            count += len(targets)
-    return (100 * right / count).tolist()
-
-
 def num_classes(subject: Subject) -> int:
     return int(subject.index("train").labels.max()) + 1
 
 
-def command(folder: Path, subject: Subject, *options: str) -> tuple[Seconds, dict]:
-    """(seconds, entry of results.json) of the command ``xcit-dino linear``, start included."""
+def command(folder: Path, subject: Subject, *options: str) -> Seconds:
+    """Seconds of the command ``xcit-dino linear``, start included."""
     words = [
         "--output_dir", folder, "--arch", subject.arch, "--data_path", subject.data_path,
         "--pretrained_weights", subject.weights, "--crop_size", subject.crop,
@@ -171,9 +152,8 @@ def command(folder: Path, subject: Subject, *options: str) -> tuple[Seconds, dic
         stderr=subprocess.DEVNULL,
     )
     seconds = now() - began
-    (entry,) = json.loads((folder / "results.json").read_text()).values()
     (folder / "results.json").unlink()
-    return seconds, entry
+    return seconds
 
 
 def main() -> None:
@@ -184,29 +164,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--accuracy_epochs", type=int, default=0)
     args = parser.parse_args()
     subject = resolve(SubjectConfig(output_dir=args.run, device="cpu"))
     model = pretrained(subject).model
     folder = Path(tempfile.mkdtemp())
-    dino_grid = ("--layers", "cls", "--weight_decays", "0")
-    times(args, subject, model, folder, dino_grid)
-    if args.accuracy_epochs:
-        accuracies(args.accuracy_epochs, subject, model, folder, dino_grid)
+    times(args, subject, model, folder)
     shutil.rmtree(folder)
 
 
-def times(
-    args: argparse.Namespace,
-    subject: Subject,
-    model: nn.Module,
-    folder: Path,
-    dino_grid: tuple[str, ...],
-) -> None:
+def times(args: argparse.Namespace, subject: Subject, model: nn.Module, folder: Path) -> None:
     """Measure and print seconds."""
     epochs = ("--epochs", str(args.epochs))
+    dino_grid = ("--layers", "cls", "--weight_decays", "0")
     first, again = (
-        command(folder, subject, "--epochs", "1", "--lrs", "0.1", *dino_grid)[0] for _ in range(2)
+        command(folder, subject, "--epochs", "1", "--lrs", "0.1", *dino_grid) for _ in range(2)
     )
     features = first - again
     grids = {
@@ -218,7 +189,7 @@ def times(
     seconds: dict[str, list[Seconds]] = {name: [] for name in grids}
     for _ in range(args.repeats):
         for name, options in grids.items():
-            seconds[name].append(command(folder, subject, *epochs, *options)[0])
+            seconds[name].append(command(folder, subject, *epochs, *options))
     median = {name: np.median(values, axis=0) for name, values in seconds.items()}
     images, part = official_seconds(subject, model, args.seconds)
     whole = part / images * subject.index("train").num_samples * args.epochs
@@ -240,22 +211,6 @@ def times(
     }
     for name, (clock, busy) in ratios.items():
         print(f"{name:<64}{clock:10.2f}{busy:12.2f}")
-
-
-def accuracies(
-    epochs: int, subject: Subject, model: nn.Module, folder: Path, dino_grid: tuple[str, ...]
-) -> None:
-    """Measure and print top-1."""
-    official = official_accuracy(subject, model, epochs)
-    best = max(range(len(LRS)), key=official.__getitem__)
-    print(f"{epochs} epochs; top-1 in percent")
-    print(f"official, best of 13 on the validation set: {official[best]:.2f} (lr {LRS[best]:g})")
-    for protocol in ("dino", "cached"):
-        options = ("--protocol", protocol, "--epochs", str(epochs), *dino_grid)
-        seconds, entry = command(folder, subject, *options)
-        found = f"{entry['metrics']['top1']:.2f} (lr {entry['chosen']['lr']:g})"
-        clock, busy = seconds
-        print(f"--protocol {protocol}: {found}, {clock:.0f} s by the clock, {busy:.0f} s processor")
 
 
 if __name__ == "__main__":
