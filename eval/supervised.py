@@ -204,7 +204,8 @@ def train(
         RunLog(run, state.step, schedule.total_steps, global_batch, method.name) as log,
     ):
         dist.from_main(checkpoints.clean)
-        for batches in steady(loader, state) if state.step < schedule.total_steps else ():
+        last_step = run.last_step(schedule.total_steps)
+        for batches in steady(loader, state) if state.step < last_step else ():
             vote.cast()
             now = schedule(state.step)
             with memory.explained(state, run):
@@ -216,7 +217,7 @@ def train(
             every = config.validation.eval_every
             if into_epoch == 0 and every and epoch % every == 0 and not finished:
                 log.write(state.step, shown(accuracies(trainer.networks, config, data.val, world)))
-            stopping = vote.result() == stop.STOP or state.step == run.max_steps
+            stopping = vote.result() == stop.STOP or state.step == last_step
             waited = time.monotonic() - saved_at
             late = 0 < 60 * run.checkpoint_minutes < waited
             if world.is_main and (into_epoch == 0 or stopping or late):
@@ -226,7 +227,7 @@ def train(
                 newest = checkpoints.save(state.state_dict() | about | text, permanent)
                 saved_at = time.monotonic()
             watchdog.beat(state.step)
-            if finished or stopping:
+            if stopping:
                 break
         dist.from_main(checkpoints.wait)
         if state.step == schedule.total_steps:

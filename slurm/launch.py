@@ -78,26 +78,24 @@ def choose_cluster(launch: Launch) -> Cluster:
 
 
 def with_gpus(launch: Launch, cluster: Cluster) -> Launch:
-    """``--ngpus`` left out becomes the number of GPUs of a node."""
+    """``--ngpus`` left out becomes the number of GPUs of a node.
 
-    def fixed(stage: Stage) -> Stage:
-        asked = stage.resources
-        there = available_gpus(cluster, asked.partition, launch.launch.dry_run)
-        if asked.ngpus is None:
-            return replace(
-                stage, resources=replace(asked, ngpus=OFFICIAL_GPUS if there is None else there)
-            )
-        if there is not None and asked.ngpus > there:
-            if (
-                stage is not launch.stages[0]
-            ):  # a later stage asks for a GPU only where there are some
-                return replace(stage, resources=replace(asked, ngpus=there))
-            raise InputError(
-                f"--ngpus {asked.ngpus}: a node has {there}; ask for fewer, or for more --nodes"
-            )
-        return stage
-
-    return replace(launch, stages=tuple(fixed(stage) for stage in launch.stages))
+    Raises:
+        InputError: the first stage asks for more than there are.
+    """
+    stages = []
+    for stage in launch.stages:
+        wanted = stage.resources.ngpus
+        there = available_gpus(cluster, stage.resources.partition, launch.launch.dry_run)
+        if wanted is None:
+            wanted = OFFICIAL_GPUS if there is None else there
+        elif there is not None and wanted > there:
+            if not stages:
+                remedy = "take fewer, or more --nodes" if there else "leave it out to use CPUs"
+                raise InputError(f"--ngpus {wanted}: a node has {there or 'none'}; {remedy}")
+            wanted = there  # a later stage asks for a GPU only where there are some
+        stages.append(replace(stage, resources=replace(stage.resources, ngpus=wanted)))
+    return replace(launch, stages=tuple(stages))
 
 
 def available_gpus(cluster: Cluster, partition: str | None, dry_run: bool) -> int | None:

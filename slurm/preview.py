@@ -63,9 +63,11 @@ def training_facts(stage: Stage) -> dict[str, Any]:
     except (InputError, OSError, KeyError, ValueError) as error:
         return facts | {"images": f"unknown ({error})"}
     steps = samples // batch + (config.loader.last_batch == "wrap" and samples % batch > 0)
+    few = "; fewer images than a global batch: lower --batch_size_per_gpu" if not steps else ""
     return facts | {
         "images": f"{samples} in {counted(shards, 'shard')}",
-        "steps per epoch": f"{steps}, {steps * config.run.epochs} in {config.run.epochs} epochs",
+        "steps per epoch": f"{steps}, {steps * config.run.epochs} in {config.run.epochs} epochs"
+        + few,
         "images per rank": f"{steps * images_per_step} an epoch",
     }
 
@@ -76,5 +78,7 @@ def count_images(data_path: Path | None) -> tuple[int, int]:
         raise InputError("--data_path is not given")
     place = data_path / "train" / "index.json"
     place = place if place.is_file() else data_path / "index.json"
+    if not place.is_file():
+        raise InputError(f"--data_path {data_path}: no index.json is there, seen from this machine")
     index = json.loads(place.read_text())
     return int(index["samples"]), len(index["shards"])

@@ -224,7 +224,8 @@ def go_on(
     with RunLog(run, state.step, schedule.total_steps, state.global_batch) as log:
         if evaluate is not None and state.step == 0 and config.start.init_from is not None:
             log.write(0, evaluate(trainer.evaluated(), 0))  # before they change
-        for batches in steady(loader, state) if state.step < schedule.total_steps else ():
+        last_step = run.last_step(schedule.total_steps)
+        for batches in steady(loader, state) if state.step < last_step else ():
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             vote.cast(overdue)
             now = schedule(state.step, state.rollbacks)
@@ -240,9 +241,8 @@ def go_on(
                     found = evaluate(trainer.evaluated(), epoch)
                 log.write(state.step, found)
                 state.best_knn = max(state.best_knn, found.get("knn_top1", 0.0))
-            finished = state.step == schedule.total_steps
             wish = vote.result()
-            stopping = wish == stop.STOP or state.step == run.max_steps
+            stopping = wish == stop.STOP or state.step == last_step
             late = wish == stop.SAVE and not skips.in_a_row
             if into_epoch == 0 or stopping or late:
                 whole = sharding.whole(state.state_dict())
@@ -251,7 +251,7 @@ def go_on(
                     checkpoints.save(whole | described(config, epoch), permanent)
                 saved_at = time.monotonic()
             watchdog.beat(state.step)
-            if finished or stopping:
+            if stopping:
                 break
         dist.from_main(checkpoints.wait)
 

@@ -154,6 +154,21 @@ def test_bad_options_get_one_line(words: list[str], message: str) -> None:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [(2, "a node has 2; take fewer, or more --nodes"), (0, "a node has none; leave it out")],
+)
+def test_more_gpus_than_there_are(there: int, message: str, monkeypatch) -> None:
+    """Refused for the first stage; a later one takes what there is."""
+    monkeypatch.setattr(local, "visible_gpus", lambda: list(range(there)))
+    asked = launch_config([*ARCH, "--stages", "pretrain,knn", "--ngpus", "8"])
+    with pytest.raises(InputError, match=f"--ngpus 8: {message}"):
+        launch.with_gpus(asked, "local")
+    asked = launch_config([*ARCH, "--stages", "pretrain,knn", "--knn.ngpus", "8"])
+    found = launch.with_gpus(asked, "local").stages
+    assert [stage.resources.ngpus for stage in found] == [there, there]
+
+
 def test_a_misspelt_command_gets_the_nearest_one() -> None:
     with pytest.raises(InputError, match="no command 'launch stauts'; did you mean status?"):
         launch_config(["stauts", "runs/a"])
@@ -222,6 +237,17 @@ def test_dry_run_says_what_follows(shards: Path, tmp_path: Path) -> None:
 def test_dry_run_without_data_still_shows_the_script() -> None:
     stage = launch_config([*ARCH, "--ngpus", "1"]).stages[0]
     assert preview.training_facts(stage)["images"] == "unknown (--data_path is not given)"
+    elsewhere = launch_config([*ARCH, "--ngpus", "1", "--data_path", "/elsewhere"]).stages[0]
+    found = preview.training_facts(elsewhere)["images"]
+    assert found == (
+        "unknown (--data_path /elsewhere: no index.json is there, seen from this machine)"
+    )
+
+
+def test_dry_run_says_when_there_are_fewer_images_than_a_global_batch(shards: Path) -> None:
+    words = [*ARCH, "--ngpus", "8", "--data_path", str(shards)]
+    steps = preview.training_facts(launch_config(words).stages[0])["steps per epoch"]
+    assert "fewer images than a global batch: lower --batch_size_per_gpu" in steps
 
 
 # -- the script ------------------------------------------------------------------------------------

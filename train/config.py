@@ -96,6 +96,10 @@ class RunConfig:
         within(self, 0, 2**31, "seed")
         within(self, 0, 1e12, "checkpoint_minutes", "watchdog_minutes", "max_steps")
 
+    def last_step(self, total_steps: int) -> int:
+        """The optimiser step after which training stops, at the latest ``total_steps``."""
+        return min(total_steps, self.max_steps or total_steps)
+
 
 # -- flat view: option name -> value
 
