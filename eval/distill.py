@@ -30,6 +30,7 @@ from xcit_dino.eval.train_config import DistillConfig, TeacherConfig
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.train import dist, stop
+from xcit_dino.train.config import replace
 from xcit_dino.train.provenance import file_checksum
 
 
@@ -54,6 +55,8 @@ def distill(config: DistillConfig) -> None:
     teacher, about = build_teacher(
         config.teacher, data.num_classes, load=not started(run.output_dir)
     )
+    # into the run's options, so that a run whose teacher has moved away does not go on with another
+    config = replace(config, {"teacher_size": teacher.size})
     teacher.to(world.device)
     loss = DistillationLoss(teacher, config.teacher)
     method = Method("distill", "Student", loss, facts | about, {"Teacher": teacher.network})

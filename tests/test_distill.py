@@ -1,6 +1,7 @@
 """Distillation: losses against the formulas, the teacher's images, whole runs, extraction."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -206,6 +207,24 @@ def test_a_run_resumes_extracts_and_needs_its_teachers_file_no_more(
     assert results["distill/ema"]["protocol"]["network"] == "model_ema"
     other = json.loads((whole / "results.json").read_text())
     assert results["distill"]["metrics"] == other["distill"]["metrics"]
+
+
+def test_a_run_does_not_go_on_with_another_view_of_its_teacher(demo_shards, teacher_file, tmp_path):
+    """The teacher learnt from 16 pixels; its run is deleted before the student's is done."""
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    (teacher / "checkpoints").mkdir(parents=True)
+    (teacher / "config.yaml").write_text("input_size: 16\n")
+    path = teacher / "checkpoints" / "checkpoint-00000001.pth"
+    path.write_bytes(teacher_file.read_bytes())
+    for steps in (1, 2):
+        distill(tiny(demo_shards, run, path, max_steps=steps))
+    shutil.rmtree(teacher)
+    with pytest.raises(InputError, match="other options .teacher_size 16 -> 0"):
+        distill(tiny(demo_shards, run, path))
+    distill(tiny(demo_shards, run, path, teacher_size=16))
+    assert (
+        json.loads((run / "results.json").read_text())["distill"]["protocol"]["teacher_size"] == 16
+    )
 
 
 def test_recipes():
