@@ -27,6 +27,7 @@ from xcit_dino.slurm.config import (
 )
 from xcit_dino.train.config import (
     RunConfig,
+    absolute,
     option_types,
     options,
     parse,
@@ -253,21 +254,6 @@ def partition(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], l
             target = chosen if word[2:].partition("=")[0].replace("-", "_") in names else others
         target.append(word)
     return chosen, others
-
-
-def absolute(config: Any) -> Any:
-    """The same config with absolute paths: a job may start in another folder."""
-
-    def fixed(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(fixed(item) for item in value)
-        return Path(os.path.abspath(value)) if isinstance(value, Path) else value
-
-    values = {name: fixed(value) for name, value in options(config)}
-    folder = values.get("data_path")
-    if isinstance(folder, str) and "://" not in folder:  # evaluations take a URL too
-        values["data_path"] = os.path.abspath(folder)
-    return replace(config, values)
 
 
 def load(path: str) -> Any:

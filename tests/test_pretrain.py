@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.demo import make
 from xcit_dino.data.loader import Batch
 from xcit_dino.errors import InputError, Stopped
+from xcit_dino.eval.subject import run_options
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
 from xcit_dino.ssl.pretrain import learn, pretrain, seed_drop_path, teach, train_step
 from xcit_dino.ssl.schedule import Hyperparameters
@@ -277,6 +280,16 @@ def test_a_finished_run_is_left_alone(shards, uninterrupted, tmp_path):
     before = copy.deepcopy(weights(uninterrupted))
     pretrain(tiny(shards, uninterrupted))
     assert before.keys() == weights(uninterrupted).keys() and len(logged(uninterrupted)) == 10
+
+
+def test_a_run_with_relative_paths_goes_on_from_another_folder(shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(shards.parent)
+    here = os.path.relpath(tmp_path)
+    pretrain(tiny(Path(shards.name), Path(here, "run"), max_steps=1))
+    monkeypatch.chdir(tmp_path)
+    assert run_options(Path("run"))["data_path"] == str(shards)
+    pretrain(tiny(shards, Path("run"), max_steps=2))
+    assert load_checkpoint(newest_checkpoint(tmp_path / "run"))["step"] == 2
 
 
 def test_a_signal_saves_and_says_how_to_go_on(shards, uninterrupted, tmp_path):

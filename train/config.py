@@ -146,6 +146,22 @@ def replace(config: Config, values: dict[str, Any], source: str = "the override"
     return dataclasses.replace(typing.cast(Any, config), **changed)
 
 
+def absolute(config: Config) -> Config:
+    """The same config with absolute paths: a job, or the next command, may start in another
+    folder."""
+
+    def fixed(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(fixed(item) for item in value)
+        return Path(os.path.abspath(value)) if isinstance(value, Path) else value
+
+    values = {name: fixed(value) for name, value in options(config)}
+    for name in ("data_path", "knn_data_path"):  # evaluations take a URL too
+        if isinstance(folder := values.get(name), str) and "://" not in folder:
+            values[name] = os.path.abspath(folder)
+    return replace(config, values)
+
+
 def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
     """Check a YAML value against its type; numbers in text pass: YAML reads ``1e-6`` as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)

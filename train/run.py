@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from xcit_dino.errors import InputError
-from xcit_dino.train.config import RunConfig, dump_yaml, options, read_yaml, replace
+from xcit_dino.train.config import RunConfig, absolute, dump_yaml, options, read_yaml, replace
 from xcit_dino.train.provenance import write_atomic
 
 CONFIG_FILE = "config.yaml"
@@ -31,10 +31,10 @@ def check_run(config: Any, run: RunConfig) -> None:
     """
     path = run.output_dir / CONFIG_FILE
     if path.is_file():
-        before = replace(config, read_yaml(path), source=str(path))
+        before = options(absolute(replace(config, read_yaml(path), source=str(path))))
         changed = {
             name: (old, value)
-            for (name, old), (_, value) in zip(options(before), options(config), strict=True)
+            for (name, old), (_, value) in zip(before, options(absolute(config)), strict=True)
             if old != value and name not in FREE and name not in run.may_change
         }
         if changed:
@@ -53,12 +53,13 @@ def open_run(config: Any, run: RunConfig) -> None:
     """
     check_run(config, run)
     try:
-        write_atomic(run.output_dir / CONFIG_FILE, dump_yaml(config))
+        write_atomic(run.output_dir / CONFIG_FILE, dump_yaml(absolute(config)))
     except OSError as error:
         raise InputError(f"--output_dir {run.output_dir}: {error.strerror}") from error
 
 
 def fingerprint(config: Any) -> str:
     """Checksum of the options that bear on what is learnt."""
-    bearing = {name: str(value) for name, value in options(config) if name not in FREE}
+    given = options(absolute(config))
+    bearing = {name: str(value) for name, value in given if name not in FREE}
     return hashlib.sha256(json.dumps(bearing, sort_keys=True).encode()).hexdigest()[:16]
