@@ -109,9 +109,16 @@ def recipe(options: dict[str, Any]) -> str:
     if not options:
         return "The checkpoint does not say."
     rows = [f"| {name} | {plain(options[name])} |" for name in RECIPE if name in options]
-    every = yaml.safe_dump(options, sort_keys=False).strip()
+    every = yaml.safe_dump(
+        {name: without_folder(value) for name, value in options.items()}, sort_keys=False
+    ).strip()
     fold = f"<details><summary>All options</summary>\n\n```yaml\n{every}\n```\n\n</details>"
     return "\n".join(["| option | value |", "|---|---|", *rows, "", fold])
+
+
+def without_folder(value: Any) -> Any:
+    """An absolute path's last part: readers of a card need not know the author's folders."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def matching(source: Path, results: Path | None) -> dict[str, Any]:
