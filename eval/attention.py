@@ -21,13 +21,14 @@ from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_he
 from xcit_dino.errors import InputError
 from xcit_dino.eval import video
 from xcit_dino.eval.features import normalise
-from xcit_dino.eval.subject import run_options, weights_file
+from xcit_dino.eval.subject import run_options
 from xcit_dino.eval.train_config import AttentionConfig
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.progress import track
 from xcit_dino.train import dist
+from xcit_dino.train.state import weights_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 ANIMATED = (".gif", ".webp")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.errors import InputError, suggest
-from xcit_dino.eval.subject import run_options, weights_file
+from xcit_dino.eval.subject import run_options
 from xcit_dino.eval.supervised import (
     Method,
     build_model,
@@ -32,6 +32,7 @@ from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.train import dist, stop
 from xcit_dino.train.config import replace
 from xcit_dino.train.provenance import file_checksum
+from xcit_dino.train.state import weights_file
 
 
 def main(config: DistillConfig) -> None:

@@ -20,7 +20,7 @@ from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.train import dist
 from xcit_dino.train.config import read_yaml
 from xcit_dino.train.provenance import file_checksum
-from xcit_dino.train.state import newest_checkpoint
+from xcit_dino.train.state import newest_checkpoint, weights_file
 
 RANDOM_SEED = 0  # of the randomly initialised baseline
 PIXELS = 32  # raw pixels are averaged to at most this side
@@ -96,20 +96,6 @@ def resolve(config: SubjectConfig) -> Subject:
     return Subject(
         canonical_name(arch), weights, config.checkpoint_key, str(data_path), resize, crop
     )
-
-
-def weights_file(path: Path, option: str) -> Path:
-    """A weights file, or the newest checkpoint of a run folder.
-
-    Raises:
-        InputError: neither.
-    """
-    found = newest_checkpoint(path) if path.is_dir() else path
-    if found is None:
-        raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
-    if not found.is_file():
-        raise InputError(f"{option} {path}: no such file")
-    return found
 
 
 def run_options(folder: Path) -> dict[str, Any]:

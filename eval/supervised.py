@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import Stopped
-from xcit_dino.eval.subject import weights_file
 from xcit_dino.eval.supervised_data import DeviceAugment, HostAugment, LabelledData, plan_of
 from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, adamw, set_hyperparameters
 from xcit_dino.eval.train_config import FinetuneConfig, StartConfig
@@ -38,7 +37,7 @@ from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
 from xcit_dino.train.provenance import file_checksum, read_results
 from xcit_dino.train.run import fingerprint, open_run
-from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
+from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint, weights_file
 from xcit_dino.train.steady import steady
 from xcit_dino.train.watchdog import Watchdog
 

@@ -74,8 +74,9 @@ class StartConfig:
     """Where pretraining starts."""
 
     init_from: Path | None = None
-    """A full DINO checkpoint, official or ours, to go on from, on these data and with schedules
-    from their beginning: student, teacher, head and centre are taken. Left out: new weights."""
+    """A full DINO checkpoint, official or ours (a run folder: its newest), to go on from, on these
+    data and with schedules from their beginning: student, teacher, head and centre are taken. Left
+    out: new weights."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
 from xcit_dino.train.run import open_run
-from xcit_dino.train.state import Checkpoints, load_checkpoint
+from xcit_dino.train.state import Checkpoints, load_checkpoint, weights_file
 from xcit_dino.train.steady import check_shards, steady
 from xcit_dino.train.watchdog import Watchdog
 
@@ -184,9 +184,8 @@ def resume(trainer: Trainer, checkpoints: Checkpoints) -> None:
     if (newest := checkpoints.newest()) is not None:
         trainer.state.load_state_dict(load_checkpoint(newest))
     elif config.start.init_from is not None:
-        taken = load_pretraining(
-            config.start.init_from, trainer.student, trainer.teacher, trainer.loss.center
-        )
+        source = weights_file(config.start.init_from, "--init_from")
+        taken = load_pretraining(source, trainer.student, trainer.teacher, trainer.loss.center)
         if trainer.world.is_main:
             print(taken, flush=True)
 

@@ -110,8 +110,7 @@ def test_going_on_from_a_checkpoint_watches_old_and_new_data(demo_shards, tmp_pa
     old, new = tmp_path / "old", tmp_path / "new"
     shared = TINY | {"data_path": demo_shards, "knn_every": 1}
     online.pretrain(replace(PretrainConfig(), shared | {"output_dir": old}))
-    start = newest_checkpoint(old)
-    options = {"init_from": start, "knn_data_path": str(demo_shards), "output_dir": new}
+    options = {"init_from": old, "knn_data_path": str(demo_shards), "output_dir": new}
     online.pretrain(replace(PretrainConfig(), shared | options | {"seed": 1}))
     assert "took student and teacher" in capsys.readouterr().out
     before = [line for line in read_metrics(old) if "knn_top1" in line][-1]

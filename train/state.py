@@ -233,6 +233,20 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     return Checkpoints(run_folder).newest()
 
 
+def weights_file(path: Path, option: str) -> Path:
+    """A weights file, or the newest checkpoint of a run folder.
+
+    Raises:
+        InputError: neither.
+    """
+    found = newest_checkpoint(path) if path.is_dir() else path
+    if found is None:
+        raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
+    if not found.is_file():
+        raise InputError(f"{option} {path}: no such file")
+    return found
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a training checkpoint without executing anything in it.
 
