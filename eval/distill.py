@@ -18,14 +18,9 @@ from torch import Tensor, nn
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.eval.subject import run_options
-from xcit_dino.eval.supervised import (
-    Method,
-    build_model,
-    soft_cross_entropy,
-    started,
-    train,
-)
+from xcit_dino.eval.supervised import soft_cross_entropy, train
 from xcit_dino.eval.supervised_data import open_data
+from xcit_dino.eval.supervised_trainer import Method, build_model, started
 from xcit_dino.eval.train_config import DistillConfig, TeacherConfig
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import create_model, list_models

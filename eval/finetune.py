@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import signal
 
-from xcit_dino.eval.supervised import Method, build_model, soft_cross_entropy, train
+from xcit_dino.eval.supervised import soft_cross_entropy, train
 from xcit_dino.eval.supervised_data import open_data
+from xcit_dino.eval.supervised_trainer import Method, build_model
 from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.train import dist, stop
 

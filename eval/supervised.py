@@ -9,82 +9,31 @@ instead of every epoch, and the averaged weights are validated too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from timm.loss import SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3  # pyright: ignore
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import Stopped
-from xcit_dino.eval.supervised_data import DeviceAugment, HostAugment, LabelledData, plan_of
-from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, adamw, set_hyperparameters
-from xcit_dino.eval.train_config import FinetuneConfig, StartConfig
+from xcit_dino.eval.supervised_data import HostAugment, LabelledData, plan_of
+from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, set_hyperparameters
+from xcit_dino.eval.supervised_trainer import Method, Trainer, set_up
+from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.eval.validation import accuracies, record
-from xcit_dino.models.weights import load_backbone
-from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.ssl.pretrain import seed_drop_path
-from xcit_dino.train import dist, memory, optim, stop, syncbn
+from xcit_dino.train import dist, memory, optim, stop
 from xcit_dino.train.config import dump_yaml
 from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
-from xcit_dino.train.precision import autocast, resolve_precision
-from xcit_dino.train.provenance import file_checksum, read_results
-from xcit_dino.train.run import fingerprint, open_run
-from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint, weights_file
+from xcit_dino.train.precision import autocast
+from xcit_dino.train.provenance import read_results
+from xcit_dino.train.run import open_run
+from xcit_dino.train.state import Checkpoints, load_checkpoint
 from xcit_dino.train.steady import steady
 from xcit_dino.train.watchdog import Watchdog
-
-Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
-
-
-@dataclass
-class Method:
-    """What tells finetuning and distillation apart."""
-
-    name: str
-    """Of the command, and of its results."""
-    network: str
-    """What the trained network is called in checkpoints."""
-    criterion: Criterion
-    facts: dict[str, Any]
-    """Of the start and the teacher; they go into the protocol."""
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    """Other networks for the checkpoints."""
-
-
-@dataclass
-class Trainer:
-    """What a step works with."""
-
-    config: FinetuneConfig
-    world: dist.World
-    model: nn.Module
-    average: ModelEmaV3 | None
-    criterion: Criterion
-    augment: Callable[[Batch], tuple[Tensor, Tensor]]
-    dtype: torch.dtype
-    state: TrainState
-    parallel: nn.Module  # the model, in DistributedDataParallel where there are several ranks
-
-    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, with the last micro-batch."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
-            return self.parallel.no_sync()
-        return nullcontext()
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """What is validated: ``""`` the trained network, ``"ema"`` its moving average."""
-        average = {} if self.average is None else {"ema": self.average.module}
-        return {"": self.model} | average
 
 
 def train_step(
@@ -139,46 +88,10 @@ def train(
         RunError: gradients are no numbers any more.
     """
     run = config.run
-    dtype = resolve_precision(run.precision, world.device)
     global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
     plan = plan_of(config, data.train, global_batch)
     steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as there are
     schedule = Schedule(config, steps_per_epoch, global_batch)
-    retouch = HostAugment(config.regularization, run.seed)
-    augment = DeviceAugment(config, data.num_classes, world)
-    dist.from_main(lambda: open_run(config, run))
-
-    # -- network, its average, optimiser
-    if world.size > 1:
-        syncbn.convert(model)
-    model.to(world.device).train()
-    decay = config.regularization.model_ema_decay
-    average = ModelEmaV3(model, decay=decay) if decay else None
-    averages = {} if average is None else {"model_ema": average.module}
-    state = TrainState(
-        {method.network: model, **averages, **method.modules},
-        adamw(model, config.regularization.layer_decay),
-        torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
-        data=data.train.checksum,
-        global_batch=global_batch,
-        config=fingerprint(config),
-    )
-
-    # -- resume
-    checkpoints = Checkpoints(run.output_dir, keep=run.keep_checkpoints)
-    facts = method.facts
-    if (newest := checkpoints.newest()) is not None:
-        saved = load_checkpoint(newest)
-        state.load_state_dict(saved)
-        facts = saved["facts"]
-    parallel: nn.Module = model
-    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    trainer = Trainer(
-        config, world, model, average, method.criterion, augment, dtype, state, parallel
-    )
-    if state.step == schedule.total_steps and method.name in read_results(run.output_dir):
-        return
     loader = CropLoader(
         data.train,
         plan,
@@ -189,21 +102,50 @@ def train(
         accum=run.accum_iter,
         device=world.device,
         run_folder=run.output_dir,
-        retouch=retouch,
+        retouch=HostAugment(config.regularization, run.seed),
         labelled=True,
     )
+    dist.from_main(lambda: open_run(config, run))
 
-    # -- the loop
-    vote = stop.Vote()
-    saved_at = time.monotonic()
+    trainer = set_up(config, method, model, data, world)
+    state = trainer.state
     with (
         held(run.output_dir),
-        checkpoints,
+        Checkpoints(run.output_dir, keep=run.keep_checkpoints) as checkpoints,
         Watchdog(run.output_dir, run.watchdog_minutes, run.on_stall == "abort") as watchdog,
-        RunLog(run, state.step, schedule.total_steps, global_batch, method.name) as log,
     ):
         dist.from_main(checkpoints.clean)
-        last_step = run.last_step(schedule.total_steps)
+        if (newest := checkpoints.newest()) is not None:
+            saved = load_checkpoint(newest)
+            state.load_state_dict(saved)
+            method.facts = saved["facts"]
+        if state.step < schedule.total_steps or method.name not in read_results(run.output_dir):
+            go_on(trainer, method, loader, schedule, checkpoints, watchdog, data)
+    dist.barrier()
+    if (reason := stop.requested()) and state.step < schedule.total_steps:
+        stop.clear()  # heeded; a request made before the loop began was kept until here
+        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
+
+
+def go_on(
+    trainer: Trainer,
+    method: Method,
+    loader: CropLoader,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
+    data: LabelledData,
+) -> None:
+    """Step after step until the run is to stop, or the last one; then the results.
+
+    Raises:
+        RunError: see :func:`train`.
+    """
+    config, state, run, world = trainer.config, trainer.state, trainer.config.run, trainer.world
+    last_step = run.last_step(schedule.total_steps)
+    vote = stop.Vote()
+    saved_at = time.monotonic()
+    with RunLog(run, state.step, schedule.total_steps, state.global_batch, method.name) as log:
         for batches in steady(loader, state) if state.step < last_step else ():
             vote.cast()
             now = schedule(state.step)
@@ -211,19 +153,16 @@ def train(
                 metrics = train_step(trainer, batches, now)
             log.step(state.step, metrics, asdict(now), loader.wait_seconds)
 
-            epoch, into_epoch = divmod(state.step, steps_per_epoch)
-            finished = state.step == schedule.total_steps
+            epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
             every = config.validation.eval_every
+            finished = state.step == schedule.total_steps
             if into_epoch == 0 and every and epoch % every == 0 and not finished:
                 log.write(state.step, shown(accuracies(trainer.networks, config, data.val, world)))
             stopping = vote.result() == stop.STOP or state.step == last_step
-            waited = time.monotonic() - saved_at
-            late = 0 < 60 * run.checkpoint_minutes < waited
+            late = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             if world.is_main and (into_epoch == 0 or stopping or late):
                 permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
-                about = {"epoch": epoch, "arch": config.model.arch, "facts": facts}
-                text = {"config": dump_yaml(config)}
-                newest = checkpoints.save(state.state_dict() | about | text, permanent)
+                checkpoints.save(state.state_dict() | described(config, method, epoch), permanent)
                 saved_at = time.monotonic()
             watchdog.beat(state.step)
             if stopping:
@@ -232,13 +171,16 @@ def train(
         if state.step == schedule.total_steps:
             results = accuracies(trainer.networks, config, data.val, world)
             log.write(state.step, shown(results))
+            newest = checkpoints.newest()
             if world.is_main:
                 assert newest is not None
-                record(method.name, method.network, config, data, results, facts, newest)
-    dist.barrier()
-    if (reason := stop.requested()) and state.step < schedule.total_steps:
-        stop.clear()  # heeded; a request made before the loop began was kept until here
-        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
+                record(method.name, method.network, config, data, results, method.facts, newest)
+
+
+def described(config: FinetuneConfig, method: Method, epoch: int) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its state."""
+    about = {"epoch": epoch, "arch": config.model.arch, "facts": method.facts}
+    return about | {"config": dump_yaml(config)}
 
 
 def shown(results: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -248,33 +190,3 @@ def shown(results: dict[str, dict[str, float]]) -> dict[str, float]:
         for network, metrics in results.items()
         for name, value in metrics.items()
     }
-
-
-# -- the start
-
-
-def started(folder: Path) -> bool:
-    """Whether a run folder holds a whole checkpoint, which then has all weights needed."""
-    return Checkpoints(folder).newest() is not None
-
-
-def build_model(
-    model: ModelConfig, start: StartConfig, num_classes: int, run_folder: Path, seed: int
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A classifier with the weights to start from, and where those come from.
-
-    Raises:
-        InputError: no such weights, of another architecture, or for another number of classes.
-    """
-    torch.manual_seed(seed)
-    network = create_model(model.arch, num_classes=num_classes, drop_path_rate=model.drop_path_rate)
-    if start.pretrained_weights is None or started(run_folder):
-        return network, {"start": "scratch"}
-    path = weights_file(start.pretrained_weights, "--pretrained_weights")
-    report = load_backbone(
-        path, network, start.checkpoint_key, head="new" if start.new_head else "auto"
-    )
-    if dist.is_main():
-        print(report, flush=True)
-    facts = {"start": report.network, "start_weights": file_checksum(path), "head": report.head}
-    return network, facts

@@ -20,6 +20,7 @@ from xcit_dino.eval.config import EvaluateConfig, SubjectConfig
 from xcit_dino.eval.finetune import finetune
 from xcit_dino.eval.supervised_data import DeviceAugment, HostAugment
 from xcit_dino.eval.supervised_optim import Schedule, parameter_groups
+from xcit_dino.eval.supervised_trainer import build_model
 from xcit_dino.eval.train_config import FinetuneConfig, finetune_config
 from xcit_dino.eval.validation import accuracies
 from xcit_dino.models.zoo import create_model
@@ -320,7 +321,7 @@ def test_starts_from_a_run_of_pretraining(run_folder, tmp_path):
     assert config.model.arch == "xcit_pico_6_p8" and config.loader.data_path == run_folder.data
     assert config.run.output_dir == run_folder.path / "finetune"
     start = replace(config, {"pretrained_weights": run_folder.weights}).start
-    model, facts = supervised.build_model(config.model, start, 12, tmp_path / "none", 0)
+    model, facts = build_model(config.model, start, 12, tmp_path / "none", 0)
     expected = torch.load(run_folder.weights)["teacher"]["backbone.blocks.0.attn.qkv.weight"]
     assert torch.equal(model.state_dict()["blocks.0.attn.qkv.weight"], expected)
     assert facts["start"] == "teacher" and facts["head"] == "new"

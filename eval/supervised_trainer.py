@@ -1,0 +1,124 @@
+"""What a supervised step works with, and how it is made ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3  # pyright: ignore
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from xcit_dino.data.loader import Batch
+from xcit_dino.eval.supervised_data import DeviceAugment, LabelledData
+from xcit_dino.eval.supervised_optim import adamw
+from xcit_dino.eval.train_config import FinetuneConfig, StartConfig
+from xcit_dino.models.weights import load_backbone
+from xcit_dino.models.zoo import ModelConfig, create_model
+from xcit_dino.train import dist, syncbn
+from xcit_dino.train.precision import resolve_precision
+from xcit_dino.train.provenance import file_checksum
+from xcit_dino.train.run import fingerprint
+from xcit_dino.train.state import Checkpoints, TrainState, weights_file
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
+
+
+@dataclass
+class Method:
+    """What tells finetuning and distillation apart."""
+
+    name: str
+    """Of the command, and of its results."""
+    network: str
+    """What the trained network is called in checkpoints."""
+    criterion: Criterion
+    facts: dict[str, Any]
+    """Of the start and the teacher; they go into the protocol."""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    """Other networks for the checkpoints."""
+
+
+@dataclass
+class Trainer:
+    """What a step works with."""
+
+    config: FinetuneConfig
+    world: dist.World
+    model: nn.Module
+    average: ModelEmaV3 | None
+    criterion: Criterion
+    augment: Callable[[Batch], tuple[Tensor, Tensor]]
+    dtype: torch.dtype
+    state: TrainState
+    parallel: nn.Module  # the model, in DistributedDataParallel where there are several ranks
+
+    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What is validated: ``""`` the trained network, ``"ema"`` its moving average."""
+        average = {} if self.average is None else {"ema": self.average.module}
+        return {"": self.model} | average
+
+
+def set_up(
+    config: FinetuneConfig, method: Method, model: nn.Module, data: LabelledData, world: dist.World
+) -> Trainer:
+    """The network on its device, its moving average, the optimiser, and the state of all of it."""
+    run, decay = config.run, config.regularization.model_ema_decay
+    dtype = resolve_precision(run.precision, world.device)
+    if world.size > 1:
+        syncbn.convert(model)
+    model.to(world.device).train()
+    average = ModelEmaV3(model, decay=decay) if decay else None
+    averages = {} if average is None else {"model_ema": average.module}
+    state = TrainState(
+        {method.network: model, **averages, **method.modules},
+        adamw(model, config.regularization.layer_decay),
+        torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
+        data=data.train.checksum,
+        global_batch=run.batch_size_per_gpu * run.accum_iter * world.size,
+        config=fingerprint(config),
+    )
+    parallel: nn.Module = model
+    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    augment = DeviceAugment(config, data.num_classes, world)
+    return Trainer(config, world, model, average, method.criterion, augment, dtype, state, parallel)
+
+
+def started(folder: Path) -> bool:
+    """Whether a run folder holds a whole checkpoint, which then has all weights needed."""
+    return Checkpoints(folder).newest() is not None
+
+
+def build_model(
+    model: ModelConfig, start: StartConfig, num_classes: int, run_folder: Path, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier with the weights to start from, and where those come from.
+
+    Raises:
+        InputError: no such weights, of another architecture, or for another number of classes.
+    """
+    torch.manual_seed(seed)
+    network = create_model(model.arch, num_classes=num_classes, drop_path_rate=model.drop_path_rate)
+    if start.pretrained_weights is None or started(run_folder):
+        return network, {"start": "scratch"}
+    path = weights_file(start.pretrained_weights, "--pretrained_weights")
+    report = load_backbone(
+        path, network, start.checkpoint_key, head="new" if start.new_head else "auto"
+    )
+    if dist.is_main():
+        print(report, flush=True)
+    facts = {"start": report.network, "start_weights": file_checksum(path), "head": report.head}
+    return network, facts
