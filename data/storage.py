@@ -9,10 +9,12 @@ cache. Requests that fail are repeated (remote.py) before the sample counts as u
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -30,6 +32,7 @@ from xcit_dino.data.remote import (
 from xcit_dino.data.tarscan import BLOCK
 from xcit_dino.errors import InputError
 
+JSON_BYTES = 4096  # before and behind an image: where the facts of it lie, header included
 MAX_OPEN = 128  # files a process keeps open
 MAX_BYTES = 1 << 28  # no photograph is larger; an index that says so is damaged or hostile
 REQUESTS = 16  # of a worker under way at once: hides the latency of a distant store
@@ -86,6 +89,36 @@ def read_key(source: Source, shard: int, offset: int) -> str:
     """The key of the sample whose image lies at ``offset``; "" where its header is unreadable."""
     header = source.read_many([(shard, max(offset - BLOCK, 0), BLOCK)])[0]
     return "" if isinstance(header, Unreadable) else key_of(header)
+
+
+def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, str]:
+    """A sample's key, and the file that it was packed from: the ``source`` in the ``.json`` beside
+    its image; "" for what the shard does not say."""
+    shard, offset, size = index.locate(sample)
+    start, behind = max(offset - BLOCK - JSON_BYTES, 0), offset + -(-size // BLOCK) * BLOCK
+    end = min(behind + JSON_BYTES, int(index.shard_bytes[shard]))
+    places = [(shard, start, offset - start), (shard, behind, max(end - behind, 0))]
+    before, after = source.read_many(places)
+    if isinstance(before, Unreadable):
+        return "", ""
+    key = key_of(before[-BLOCK:])
+    facts = {}
+    for data in (before, after):
+        if not isinstance(data, Unreadable):
+            facts |= _facts_in(data, f"{key}.json".encode())
+    return key, str(facts.get("source", ""))
+
+
+def _facts_in(blocks: bytes, name: bytes) -> dict[str, Any]:
+    """What the JSON file of that name says, where a part of a tar holds it whole."""
+    for start in range(0, len(blocks), BLOCK):
+        header = blocks[start : start + BLOCK]
+        if header.startswith(name + b"\0"):
+            with suppress(ValueError):
+                size = int(header[124:136].strip(b"\0 "), 8)
+                facts = json.loads(blocks[start + BLOCK :][:size])
+                return facts if isinstance(facts, dict) else {}
+    return {}
 
 
 class LocalSource:

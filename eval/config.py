@@ -129,6 +129,26 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class EmbedConfig:
+    """Features of all images of a split, labelled or not, for search, clustering, deduplication:
+    features.npy, images.csv and a picture of nearest neighbours."""
+
+    dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DST]")] = None
+    """Folder to write; left out: embeddings/SPLIT in the run folder."""
+    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    split: Literal["train", "val"] = "train"
+    """Which shards of --data_path; one set of shards without train/ and val/ is train."""
+    examples: int = 8
+    """Images shown with their nearest neighbours; 0 draws no picture."""
+    seed: int = 0
+    """Which images are shown."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 100, "examples")
+        within(self, 0, 2**31, "seed")
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """One self-contained HTML page of one or more runs."""
 

@@ -34,7 +34,7 @@ from xcit_dino.train import dist
 from xcit_dino.train.precision import autocast, resolve_precision
 from xcit_dino.train.provenance import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
     "cls": ("cls",),
     "cls+patch": ("cls", "patch"),
@@ -45,7 +45,7 @@ LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
 
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of the readable images of a split, in index order."""
+    """Features and labels of the readable, labelled images of a split, in index order."""
 
     blocks: dict[str, np.ndarray]
     """Block name -> float32 [N, D], memory-mapped."""
@@ -53,7 +53,7 @@ class Features:
     """int64 [N]."""
     num_classes: int
     unreadable: int
-    """Images left out because they could not be decoded."""
+    """Images left out because they could not be decoded or have no label."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -143,7 +143,20 @@ def extract(
     config: SubjectConfig,
     world: dist.World,
 ) -> Features:
-    """Features of a split: from the run folder's cache, or computed by all ranks and put there."""
+    """Features and labels of a split, for an accuracy; see :func:`extracted`."""
+    return _open(extracted(network, index, split, subject, config, world), index)
+
+
+def extracted(
+    network: Network,
+    index: ShardIndex,
+    split: str,
+    subject: Subject,
+    config: SubjectConfig,
+    world: dist.World,
+) -> Path:
+    """The folder with the features of all readable images of a split, labelled or not: from the run
+    folder's cache, or computed by all ranks and put there."""
     dtype = resolve_precision(config.precision, world.device)
     facts = network.facts | {
         "format": FORMAT,
@@ -165,7 +178,7 @@ def extract(
                 if old != target:
                     shutil.rmtree(old)
         dist.barrier()
-    return _open(target, index)
+    return target
 
 
 def _compute(
@@ -194,8 +207,9 @@ def _compute(
         mine = np.arange(first, last)
         label = f"features {network.name} {split}"
         for blocks, samples in output_batches(
-            partial(blocks_of, model), index, subject, config, device, dtype, mine, label
-        ):
+            partial(blocks_of, model), index, subject, config, device, dtype, mine, label,
+            labelled=False,
+        ):  # fmt: skip
             for name, block in blocks.items():
                 rows[name].write(samples, block.cpu().numpy())
             rows["seen"].write(samples, np.ones(len(samples), np.uint8))
@@ -213,12 +227,14 @@ def output_batches(
     dtype: torch.dtype,
     samples: np.ndarray,
     label: str,
+    labelled: bool = True,
 ) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
     """What a function of normalised images gives (as float32, on the device), and the sample
-    numbers: the readable ones of ``samples``, a batch at a time, with a progress bar."""
+    numbers: the readable ones of ``samples``, those with a label unless ``labelled`` is false, a
+    batch at a time, with a progress bar."""
     loader = ImageLoader(
         index, loader_config(config), resize=subject.resize, crop=subject.crop,
-        batch_size=config.batch_size_per_gpu, indices=samples, labelled=True,
+        batch_size=config.batch_size_per_gpu, indices=samples, labelled=labelled,
     )  # fmt: skip
     with progress(label, len(samples), "images") as bar:
         for images, _, numbers in loader:
@@ -230,10 +246,10 @@ def output_batches(
 
 def _open(folder: Path, index: ShardIndex) -> Features:
     blocks = {p.stem: np.load(p, mmap_mode="c") for p in sorted(folder.glob("*.npy"))}
-    seen, labels = blocks.pop("seen"), np.asarray(index.labels, dtype=np.int64)
-    unreadable = int(len(seen) - seen.sum())
+    labels = np.asarray(index.labels, dtype=np.int64)
+    kept = np.flatnonzero(blocks.pop("seen") & (labels >= 0))
+    unreadable = len(labels) - len(kept)
     if unreadable:
-        kept = np.flatnonzero(seen)
         blocks = {name: block[kept] for name, block in blocks.items()}
         labels = labels[kept]
     return Features(blocks, labels, num_classes_of(index), unreadable)

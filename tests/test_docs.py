@@ -192,7 +192,7 @@ TINY = (
     "--head_hidden_dim 32 --head_bottleneck_dim 16 --global_crops_size 32 --local_crops_size 16 "
     "--local_crops_number 2 --num_workers 0 --device cpu --precision fp32 --log_every 1"
 ).split()
-SMALL = {"knn": ["--nb_knn", "10", "20"], "linear": ["--epochs", "3"]}
+SMALL = {"knn": ["--nb_knn", "10", "20"], "linear": ["--epochs", "3"], "embed": []}
 ON_CPU = ["--num_workers", "0", "--device", "cpu"]
 
 
@@ -205,7 +205,7 @@ def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
     photographs(tmp_path / "photos")
     block = (ROOT / "README.md").read_text().split("## Your own images")[1].split("```")[1]
     ours = [line for line in block.strip().splitlines() if line.startswith(OURS)]
-    assert len(ours) == 7
+    assert len(ours) == 8
     for line in ours:
         words = [str(Path(word).expanduser()) for word in shlex.split(line, comments=True)]
         if words[0] == "python":

@@ -63,6 +63,9 @@ COMMANDS = {
         "eval.attention:run",
         "class-attention maps over photos",
     ),
+    "embed": Command(
+        "eval.config:EmbedConfig", "eval.embed:run", "features of images, labelled or not"
+    ),
     "watch": Command("slurm.monitor:WatchConfig", "slurm.monitor:run", "a run's progress, live"),
     "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
     "report compare": Command(

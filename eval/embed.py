@@ -1,0 +1,136 @@
+"""``xcit-dino embed``: the features of a split's images, in files that other tools read.
+
+``DST/features.npy`` float32 [N, D], row by row the class token of an image (not normalised);
+``DST/images.csv`` which image each row is; ``DST/neighbours.png`` some images, each followed by
+those most similar to it. With ``--baselines`` the features and the picture also for a randomly
+initialised network and for raw pixels. No labels are needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.storage import open_source, read_origin
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import EmbedConfig
+from xcit_dino.eval.features import extracted, loader_config
+from xcit_dino.eval.knn import Search
+from xcit_dino.eval.pictures import Pixels, mosaic, photos
+from xcit_dino.eval.subject import Subject, networks, resolve
+from xcit_dino.progress import track
+from xcit_dino.train import dist
+
+NEIGHBOURS = 8
+COPIED_ROWS = 1 << 16
+GAP = 16  # pixels between an image and its neighbours
+
+
+def run(config: EmbedConfig) -> None:
+    """Write the folder, whole or not at all.
+
+    Raises:
+        InputError: no weights or shards, or none of the images can be read.
+    """
+    world = dist.init(config.subject.device)
+    subject = resolve(config.subject)
+    index = subject.index(config.split)
+    if not index.num_samples:
+        raise InputError(f"--data_path {index.root}: holds no images")
+    dst = config.dst or config.subject.output_dir / "embeddings" / config.split
+    unfinished = dst.with_name(f".{dst.name}.tmp")
+    if world.is_main:
+        check_replaceable(dst)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    for network in networks(config.subject, subject):
+        folder = extracted(network, index, config.split, subject, config.subject, world)
+        samples = np.flatnonzero(np.load(folder / "seen.npy"))
+        if not len(samples):
+            raise InputError(f"--data_path {index.root}: none of the images can be read")
+        if not world.is_main:
+            continue
+        ending = network.suffix.replace("/", "-")
+        features = copied(folder / "cls.npy", samples, unfinished / f"features{ending}.npy")
+        if config.examples:
+            picture = neighbours(index, samples, features, subject, config)
+            Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
+        if not ending:
+            write_names(index, samples, unfinished / "images.csv", config)
+        print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
+    if world.is_main:
+        shutil.rmtree(dst, ignore_errors=True)
+        os.replace(unfinished, dst)
+        print(f"features: {dst}", flush=True)
+    dist.barrier()
+
+
+def check_replaceable(dst: Path) -> None:
+    """Only a folder that this command has written gives way.
+
+    Raises:
+        InputError: something else is there.
+    """
+    empty = not dst.exists() or (dst.is_dir() and not any(dst.iterdir()))
+    if not empty and not (dst / "images.csv").is_file():
+        raise InputError(f"{dst}: holds something else; choose another folder")
+
+
+def copied(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:
+    """Some rows of an ``.npy`` file in a file of their own; memory-mapped."""
+    table = np.load(source, mmap_mode="r")
+    shape = (len(rows), table.shape[1])
+    result = np.lib.format.open_memmap(target, "w+", table.dtype, shape)
+    for first in range(0, len(rows), COPIED_ROWS):
+        part = slice(first, first + COPIED_ROWS)
+        result[part] = table[rows[part]]
+    result.flush()
+    return result
+
+
+def write_names(index: ShardIndex, samples: np.ndarray, path: Path, config: EmbedConfig) -> None:
+    """A line an image: row, sample number, shard, key, the file that it was packed from, label,
+    class."""
+    source = open_source(index, loader_config(config.subject))
+    classes = index.classes or []
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", "sample", "shard", "key", "source", "label", "class"))
+        for row, sample in enumerate(track(samples.tolist(), "names", len(samples), "images")):
+            shard, label = index.locate(sample)[0], int(index.labels[sample])
+            known = (label, classes[label] if label < len(classes) else "") if label >= 0 else ""
+            origin = read_origin(source, index, sample)
+            writer.writerow((row, sample, index.shards[shard], *origin, *(known or ("", ""))))
+
+
+def neighbours(
+    index: ShardIndex,
+    samples: np.ndarray,
+    features: np.ndarray,
+    subject: Subject,
+    config: EmbedConfig,
+) -> Pixels:
+    """Some images on the left, each followed by the most similar others, the nearest first."""
+    count = min(config.examples, len(samples))
+    chosen = np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
+    nearest = Search(features)(features[chosen], min(NEIGHBOURS + 1, len(samples)))[1]
+    rows = [
+        [query, *(n for n in others if n != query)][: NEIGHBOURS + 1]
+        for query, others in zip(chosen.tolist(), nearest.tolist(), strict=True)
+    ]
+    numbers = [[int(samples[n]) for n in row] for row in rows]
+    pixels = photos(
+        index, sum(numbers, []), subject.resize, subject.crop, loader_config(config.subject)
+    )
+    tiles = [[pixels[number] for number in row] for row in numbers]
+    queries = mosaic([row[:1] for row in tiles])
+    if len(samples) == 1:
+        return queries
+    gap = np.full((len(queries), GAP, 3), 255, np.uint8)
+    return np.hstack((queries, gap, mosaic([row[1:] for row in tiles])))
