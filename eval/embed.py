@@ -21,7 +21,7 @@ from xcit_dino.data.storage import open_source, read_origin
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.features import extracted, loader_config
-from xcit_dino.eval.knn import Search
+from xcit_dino.eval.gallery import nearest_others
 from xcit_dino.eval.pictures import Pixels, mosaic, photos
 from xcit_dino.eval.subject import Subject, networks, resolve
 from xcit_dino.progress import track
@@ -119,16 +119,11 @@ def neighbours(
     """Some images on the left, each followed by the most similar others, the nearest first."""
     count = min(config.examples, len(samples))
     chosen = np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
-    nearest = Search(features)(features[chosen], min(NEIGHBOURS + 1, len(samples)))[1]
-    rows = [
-        [query, *(n for n in others if n != query)][: NEIGHBOURS + 1]
-        for query, others in zip(chosen.tolist(), nearest.tolist(), strict=True)
-    ]
-    numbers = [[int(samples[n]) for n in row] for row in rows]
-    pixels = photos(
-        index, sum(numbers, []), subject.resize, subject.crop, loader_config(config.subject)
-    )
-    tiles = [[pixels[number] for number in row] for row in numbers]
+    nearest, _ = nearest_others(features, chosen, NEIGHBOURS)
+    numbers = samples[np.column_stack((chosen, nearest))]
+    options = loader_config(config.subject)
+    pixels = photos(index, numbers.ravel().tolist(), subject.resize, subject.crop, options)
+    tiles = [[pixels[number] for number in row] for row in numbers.tolist()]
     queries = mosaic([row[:1] for row in tiles])
     if len(samples) == 1:
         return queries

@@ -59,7 +59,9 @@ def cached(run_folder: Path, split: str, index: ShardIndex) -> tuple[np.ndarray,
             seen = np.flatnonzero(np.load(folder / "seen.npy"))
             return np.load(folder / "cls.npy", mmap_mode="c"), seen
     what = (
-        "those kept are of other shards" if folders else "none are kept; xcit-dino knn makes them"
+        "those kept are of other shards"
+        if folders
+        else "none are kept; xcit-dino knn makes them (embed, where there are no labels)"
     )
     raise InputError(f"features of the {split} images: {what}")
 
@@ -87,6 +89,26 @@ def classify(run_folder: Path, train: ShardIndex, val: ShardIndex) -> Neighbours
     return Neighbours(
         chosen, features, labels, predicted, similarities, neighbours, neighbour_labels
     )
+
+
+def nearest_others(
+    features: np.ndarray, rows: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar other rows of some rows of a table, and their cosines, the nearest first.
+
+    Args:
+        features: float [N, D], not normalised.
+        rows: int64 [Q].
+        count: k, cut to N - 1.
+
+    Returns:
+        int64 [Q, k] and float32 [Q, k].
+    """
+    similarities, found = Search(features)(features[rows], min(count + 1, len(features)))
+    others = found != rows[:, None]
+    others[others.all(1), -1] = False  # more than k copies of it hide the row itself
+    shape = (len(rows), found.shape[1] - 1)
+    return found[others].reshape(shape), similarities[others].reshape(shape)
 
 
 def spread(count: int, most: int) -> np.ndarray:

@@ -19,7 +19,9 @@ CLASSES_AT_AN_END = 100
 
 
 def neighbours(images: Images) -> str:
-    """Validation images with their nearest training images."""
+    """Validation images with their nearest training images; without labels see :func:`alike`."""
+    if images.train.labels.max() < 0:
+        return alike(images)
     found = images.found
     rows = gallery.examples(found, RIGHT, WRONG)
     shown_neighbours = found.neighbours[rows, :SHOWN_NEIGHBOURS]
@@ -50,6 +52,23 @@ def neighbours(images: Images) -> str:
         if groups[right]:
             parts.append(card(f"<h3>{title}</h3>{tiles(groups[right])}"))
     return "".join(parts)
+
+
+def alike(images: Images) -> str:
+    """Training images with the others most like them."""
+    features, samples = gallery.cached(images.run.folder, "train", images.train)
+    features = features if len(samples) == len(features) else features[samples]
+    rows = gallery.spread(len(samples), RIGHT + WRONG)
+    nearest, cosines = gallery.nearest_others(features, rows, SHOWN_NEIGHBOURS)
+    numbers = samples[np.column_stack((rows, nearest))]
+    photos = images.photos(images.train, numbers.ravel().tolist())
+    shown = []
+    for (query, *others), values in zip(numbers.tolist(), cosines.tolist(), strict=True):
+        if query in photos:
+            known = [(n, cosine) for n, cosine in zip(others, values, strict=True) if n in photos]
+            neighbours = [picture(photos[n], f"{cosine:.3f}") for n, cosine in known]
+            shown.append([picture(photos[query], "", "query"), *neighbours])
+    return card(tiles(shown))
 
 
 def confusions(images: Images) -> str:

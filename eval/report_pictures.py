@@ -107,8 +107,8 @@ PARTS: tuple[Part, ...] = (
     ),
     (
         "Nearest neighbours",
-        "Validation images and the training images most like them, with the cosine. A solid frame "
-        "marks the same class, a dashed one another.",
+        "Validation images (without labels: training images) and the training images most like "
+        "them, with the cosine. A solid frame marks the same class, a dashed one another.",
         neighbours,
     ),
     ("Confusions", "Which classes k-NN (k = 20) takes for which.", confusions),

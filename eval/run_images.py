@@ -47,6 +47,13 @@ class Images:
 
     @cached_property
     def found(self) -> gallery.Neighbours:
+        """Classified validation images.
+
+        Raises:
+            InputError: see :func:`gallery.classify`.
+        """
+        if self.train.labels.max() < 0:
+            raise InputError("the images have no labels")
         return gallery.classify(self.run.folder, self.train, self.val)
 
     @cached_property

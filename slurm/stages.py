@@ -36,7 +36,7 @@ from xcit_dino.train.config import (
     replace,
 )
 
-STAGES = ("pretrain", "knn", "linear", "evaluate", "finetune", "distill", "report")
+STAGES = ("pretrain", "embed", "knn", "linear", "evaluate", "finetune", "distill", "report")
 ENTRIES = {  # the `main` of these commands would take over the job's signals
     "pretrain": "xcit_dino.eval.online:pretrain",
     "finetune": "xcit_dino.eval.finetune:finetune",

@@ -16,6 +16,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import embed, features
 from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.features import extract
+from xcit_dino.eval.gallery import nearest_others
 from xcit_dino.eval.subject import pretrained, resolve
 from xcit_dino.train.dist import init as cpu_world
 
@@ -111,3 +112,30 @@ def test_another_folder_is_not_replaced(run_folder, tmp_path):
     with pytest.raises(InputError, match="mine: holds something else"):
         embed.run(EmbedConfig(tmp_path / "mine", run_folder.subject()))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_nearest_others_by_brute_force_copies_included():
+    numbers = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    numbers[10:25] = numbers[3]
+    rows = np.array([0, 3, 24, 39])
+    found, cosines = nearest_others(numbers, rows, 5)
+    unit = numbers / np.linalg.norm(numbers, axis=1, keepdims=True)
+    similar = unit[rows] @ unit.T
+    similar[range(len(rows)), rows] = -2
+    np.testing.assert_allclose(cosines, -np.sort(-similar, 1)[:, :5], atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(similar, found, 1), cosines, atol=1e-6)
+    assert nearest_others(numbers[:3], np.arange(3), 5)[0].shape == (3, 2)
+
+
+def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabelled):
+    config = run_folder.path / "config.yaml"
+    config.write_text(config.read_text().replace(str(run_folder.data), str(unlabelled)))
+    where = ["--output_dir", str(run_folder.path)]
+    weights = ["--pretrained_weights", str(run_folder.weights), "--num_workers", "0"]
+    shown = []
+    for words in (["report"], ["embed", *weights], ["report"]):
+        assert main([*words, *where]) == 0
+        page = run_folder.path / "report.html"
+        shown.append("<h2>Nearest neighbours" in page.read_text() if page.is_file() else False)
+    assert shown == [False, False, True]
+    assert "embed, where there are no labels" not in page.read_text()

@@ -63,10 +63,21 @@ def test_words_go_where_they_belong() -> None:
 
 
 def test_one_line_configures_all_stages(tmp_path: Path) -> None:
-    words = [*ARCH, "--output_dir", str(tmp_path / "run"), "--stages", "knn,pretrain,report"]
-    words += ["--nodes", "2", "--ngpus", "4", "--partition", "gpu", "--knn.nb_knn", "5"]
+    words = [*ARCH, "--output_dir", str(tmp_path / "run"), "--stages", "knn,pretrain,report,embed"]
+    words += [
+        "--embed.split",
+        "val",
+        "--nodes",
+        "2",
+        "--ngpus",
+        "4",
+        "--partition",
+        "gpu",
+        "--knn.nb_knn",
+        "5",
+    ]
     plan = launch_config([*words, "--knn.partition", "short", "--knn.timeout", "30"])
-    pretrain, knn, report = plan.stages
+    pretrain, embed, knn, report = plan.stages
     assert (pretrain.resources.nodes, pretrain.num_tasks, pretrain.resources.timeout) == (
         2,
         8,
@@ -75,7 +86,7 @@ def test_one_line_configures_all_stages(tmp_path: Path) -> None:
     assert (knn.resources.nodes, knn.num_tasks, knn.resources.timeout) == (1, 1, 30)
     assert (knn.resources.partition, report.resources.partition) == ("short", "gpu")
     assert report.resources.ngpus == 0
-    assert knn.config.nb_knn == (5,)
+    assert knn.config.nb_knn == (5,) and embed.config.split == "val"
     assert knn.config.subject.output_dir == pretrain.config.run.output_dir == tmp_path / "run"
 
 
