@@ -30,8 +30,6 @@ def run(launch: Launch) -> int:
     """Launch the stages; returns the exit code (0 also when jobs are merely queued)."""
     cluster = choose_cluster(launch)
     runs = [with_gpus(one, cluster) for one in (launch, *launch.others)]
-    if cluster != "slurm" and any(stage.resources.nodes > 1 for stage in launch.stages):
-        raise InputError("--nodes: one machine is one node; give --cluster slurm, or --nodes 1")
     if launch.launch.dry_run:
         from xcit_dino.slurm.preview import preview
 
@@ -65,15 +63,31 @@ def start_runs(runs: list[Launch], cluster: Cluster) -> Iterator[int]:
 
 
 def choose_cluster(launch: Launch) -> Cluster:
-    """``auto`` resolved: SLURM where it answers, else this machine."""
-    wanted = launch.launch.cluster
-    if wanted in ("local", "debug") or (wanted == "slurm" and launch.launch.dry_run):
+    """``auto`` resolved: SLURM where it answers, else this machine.
+
+    A dry run asks nobody where SLURM was named, or where several nodes are asked for.
+
+    Raises:
+        InputError: several nodes on one machine, or SLURM does not answer.
+    """
+    wanted, dry_run = launch.launch.cluster, launch.launch.dry_run
+    nodes = max(stage.resources.nodes for stage in launch.stages)
+    if wanted in ("local", "debug"):
+        if nodes > 1:
+            raise InputError(f"--nodes {nodes}: one machine is one node; give --cluster slurm")
         return wanted
+    if dry_run and (wanted == "slurm" or nodes > 1):
+        return "slurm"
     silent = scheduler.answers()
     if silent is None:
         return "slurm"
     if wanted == "slurm":
         raise InputError(f"--cluster slurm: SLURM does not answer ({silent}); use --cluster local")
+    if nodes > 1:
+        raise InputError(
+            f"--nodes {nodes}: one machine is one node, and SLURM does not answer here ({silent}); "
+            "log in to the cluster, or leave --nodes out"
+        )
     return "local"
 
 

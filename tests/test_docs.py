@@ -209,7 +209,7 @@ def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
     for line in ours:
         words = [str(Path(word).expanduser()) for word in shlex.split(line, comments=True)]
         if words[0] == "python":
-            assert main(["launch", *words[2:], "--cluster", "slurm", "--dry_run"]) == 0
+            assert main(["launch", *words[2:], "--dry_run"]) == 0
             assert "--nodes=4" in capsys.readouterr().out
             data = words[words.index("--data_path") + 1]
             run = ["--output_dir", "runs/xcit_small_12_p8", "--data_path", data]

@@ -21,7 +21,7 @@ from xcit_dino.data.demo import make
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError
-from xcit_dino.slurm import launch, local, preview, record, snapshot, status, submit
+from xcit_dino.slurm import launch, local, preview, record, scheduler, snapshot, status, submit
 from xcit_dino.slurm.config import (
     CancelConfig,
     Launch,
@@ -178,6 +178,25 @@ def test_more_gpus_than_there_are(there: int, message: str, monkeypatch) -> None
     asked = launch_config([*ARCH, "--stages", "pretrain,knn", "--knn.ngpus", "8"])
     found = launch.with_gpus(asked, "local").stages
     assert [stage.resources.ngpus for stage in found] == [there, there]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--nodes 2: one machine is one node, and SLURM does not answer here (no sbatch)"),
+        (["--cluster", "local"], "--nodes 2: one machine is one node; give --cluster slurm"),
+        (["--cluster", "slurm"], "--cluster slurm: SLURM does not answer (no sbatch)"),
+    ],
+)
+def test_several_nodes_need_slurm(words: list[str], message: str, monkeypatch) -> None:
+    """To run; a dry run shows what SLURM would get."""
+    monkeypatch.setattr(scheduler, "answers", lambda: "no sbatch")
+    asked = [*ARCH, "--nodes", "2", *words]
+    with pytest.raises(InputError) as error:
+        launch.choose_cluster(launch_config(asked))
+    assert message in str(error.value)
+    if "local" not in words:
+        assert launch.choose_cluster(launch_config([*asked, "--dry_run"])) == "slurm"
 
 
 def test_a_misspelt_command_gets_the_nearest_one() -> None:
