@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from xcit_dino.eval.subject import Subject, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train import dist
 
+WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv")
 NEIGHBOURS = 8
 COPIED_ROWS = 1 << 16
 GAP = 16  # pixels between an image and its neighbours
@@ -44,11 +46,9 @@ def run(config: EmbedConfig) -> None:
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")
     dst = config.dst or config.subject.output_dir / "embeddings" / config.split
+    dst = Path(os.path.abspath(dst))
     unfinished = dst.with_name(f".{dst.name}.tmp")
-    if world.is_main:
-        check_replaceable(dst)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    dist.from_main(lambda: begin(dst, unfinished))
     for network in networks(config.subject, subject):
         folder = extracted(network, index, config.split, subject, config.subject, world)
         samples = np.flatnonzero(np.load(folder / "seen.npy"))
@@ -71,15 +71,23 @@ def run(config: EmbedConfig) -> None:
     dist.barrier()
 
 
-def check_replaceable(dst: Path) -> None:
-    """Only a folder that this command has written gives way.
+def begin(dst: Path, unfinished: Path) -> None:
+    """Make the folder to write into, which is to take the place of ``dst``: nothing may be there
+    but what this command has written.
 
     Raises:
-        InputError: something else is there.
+        InputError: something else is there, or it cannot be written.
     """
-    empty = not dst.exists() or (dst.is_dir() and not any(dst.iterdir()))
-    if not empty and not (dst / "images.csv").is_file():
-        raise InputError(f"{dst}: holds something else; choose another folder")
+    try:
+        there = {path.name for path in dst.iterdir()} if dst.exists() else set()
+        other = sorted(name for name in there if not WRITTEN.fullmatch(name))
+        if other or (there and "features.npy" not in there):
+            named = (*other, *sorted(there))[0]
+            raise InputError(f"{dst}: holds {named}, not of embed; choose a folder of its own")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{dst}: {error.strerror}; choose another folder") from error
 
 
 def copied(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:
@@ -123,7 +131,8 @@ def neighbours(
     numbers = samples[np.column_stack((chosen, nearest))]
     options = loader_config(config.subject)
     pixels = photos(index, numbers.ravel().tolist(), subject.resize, subject.crop, options)
-    tiles = [[pixels[number] for number in row] for row in numbers.tolist()]
+    known = [[n for n in row if n in pixels] for row in numbers.tolist() if row[0] in pixels]
+    tiles = [[pixels[n] for n in row] for row in known]
     queries = mosaic([row[:1] for row in tiles])
     if len(samples) == 1:
         return queries

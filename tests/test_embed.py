@@ -109,9 +109,12 @@ def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch
 def test_another_folder_is_not_replaced(run_folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(InputError, match="mine: holds something else"):
+    (tmp_path / "mine" / "images.csv").write_text("y")
+    with pytest.raises(InputError, match="mine: holds thesis.tex, not of embed"):
         embed.run(EmbedConfig(tmp_path / "mine", run_folder.subject()))
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert len(list((tmp_path / "mine").iterdir())) == 2
+    with pytest.raises(InputError, match="thesis.tex: Not a directory"):
+        embed.run(EmbedConfig(tmp_path / "mine" / "thesis.tex", run_folder.subject()))
 
 
 def test_nearest_others_by_brute_force_copies_included():
