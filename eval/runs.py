@@ -125,7 +125,8 @@ def missing(run: Run) -> list[str]:
     if not run.metrics:
         words.append("curves: no metrics.jsonl")
     if not run.results:
-        words.append(f"accuracies: nothing evaluated yet; xcit-dino knn --output_dir {run.folder}")
+        command = f"xcit-dino knn --output_dir {run.folder}"
+        words.append(f"accuracies: nothing evaluated yet; where there are labels: {command}")
     if run.tries and run.tries[-1]["event"] == "start":
         total = run.tries[-1].get("total_steps", "?")
         at = run.metrics[-1] if run.metrics else run.tries[-1]
