@@ -65,6 +65,7 @@ class Watchdog(AbstractContextManager):
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
+            self._arm()  # here, for the thread may not get that far before a hang
             self.thread.start()
         return self
 
@@ -85,10 +86,7 @@ class Watchdog(AbstractContextManager):
     def _watch(self) -> None:
         reported = None  # the step after which it hung
         while not self.leaving.wait(min(5.0, self.seconds / 10)):
-            # for a hang that keeps Python's own lock, and so this thread too, from getting on
-            faulthandler.dump_traceback_later(
-                2 * self.seconds, exit=self.abort, file=sys.__stderr__ or sys.stderr
-            )
+            self._arm()
             silent = time.monotonic() - self.at
             if silent > self.seconds and reported != self.step:
                 reported = self.step
@@ -96,6 +94,13 @@ class Watchdog(AbstractContextManager):
             if self.abort and silent > 2 * self.seconds and self.phase() != "evaluation":
                 warn(f"rank {dist.rank()} ends itself: no step for {silent:.0f} s")
                 os._exit(1)
+
+    def _arm(self) -> None:
+        """A timer outside of Python, put off again and again: it goes off in a hang that keeps
+        Python's own lock, and so the watching thread too, from getting on."""
+        faulthandler.dump_traceback_later(
+            2 * self.seconds, exit=self.abort, file=sys.__stderr__ or sys.stderr
+        )
 
     def _report(self, silent: float) -> None:
         """Write down where this rank is, then say what is known of all."""
