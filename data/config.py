@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xcit_dino.errors import InputError, within
+from xcit_dino.paths import Location
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -94,7 +95,7 @@ class LoaderConfig:
 
     data_path: Path | None = None
     """Folder of shards with their index (``xcit-dino shards make`` writes one)."""
-    shard_url: str | None = None
+    shard_url: Location | None = None
     """Where the shards lie if not beside their index: http(s)://, s3:// or gs:// and a folder, or
     ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output."""
     num_workers: int = 10
@@ -126,7 +127,7 @@ class LoaderConfig:
 class MakeConfig:
     """``xcit-dino shards make SRC DST``: images from anywhere into WebDataset shards."""
 
-    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
+    src: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
     """Folder, tar, tar.gz or zip of images (in class folders, or flat); a .csv or .jsonl of
     path,label; the ILSVRC2012 archives or the folder that holds them; or the name of a torchvision
     data set: cifar10, cifar100, imagenette, flowers102."""
@@ -177,7 +178,7 @@ class MakeConfig:
 class CheckConfig:
     """``xcit-dino shards check DST``: the doctor; it also indexes shards that have no index."""
 
-    dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
+    dst: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder of shards, or of train/ and val/."""
     sample: int | None = None
     """Decode that many images, spread evenly, instead of all."""

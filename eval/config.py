@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xcit_dino.errors import InputError, within
+from xcit_dino.paths import Location
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SubjectConfig:
     """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
     arch: str | None = None
     """Model name; left out: the run's."""
-    data_path: str | None = None
+    data_path: Location | None = None
     """Folder (or URL) that holds the shards of train and val; left out: the run's."""
     cache_dir: Path | None = None
     """Local folder for copies of remote shards."""

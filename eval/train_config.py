@@ -22,6 +22,7 @@ from xcit_dino.train.config import (
     RunConfig,
     parse,
     pop_option,
+    pop_path,
     read_yaml,
     replace,
 )
@@ -277,12 +278,11 @@ def recipe_path(kind: str, arch: str) -> Path | None:
 
 def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str) -> Config:
     """Defaults, then what a run folder to start from says, then the recipe, then the flags."""
-    file, argv = pop_option(argv, "config")
-    weights = pop_option(argv, "pretrained_weights")[0]
-    folder = Path(weights) if weights else None
+    file, argv = pop_path(argv, "config")
+    folder = pop_path(argv, "pretrained_weights")[0]
     known = _run_options(folder)
     arch = pop_option(argv, "arch")[0] or known.get("arch") or base.model.arch
-    path = Path(file) if file else recipe_path(kind, arch)
+    path = file or recipe_path(kind, arch)
     config = replace(base, known, source=f"{folder}/config.yaml")
     if path is None:
         config = replace(config, {"arch": arch})

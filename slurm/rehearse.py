@@ -27,7 +27,7 @@ from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
 from xcit_dino.slurm.preview import preview
 from xcit_dino.slurm.stages import launch_config, read_defaults
 from xcit_dino.slurm.watch import read_state
-from xcit_dino.train.config import CONFIGS, pop_option
+from xcit_dino.train.config import CONFIGS, pop_path
 
 RECIPE = CONFIGS / "rehearsal.yaml"
 STEPS_PER_EPOCH = 10
@@ -45,10 +45,10 @@ class Rehearsal:
 
 def rehearse_config(argv: Sequence[str], prog: str = "xcit-dino launch rehearse") -> Rehearsal:
     """The options of ``launch``, for two runs below ``--output_dir`` (runs/rehearsal)."""
-    folder, rest = pop_option(argv, "output_dir")
-    shared = pop_option(argv, "shared_dir")[0]
-    shared = shared or read_defaults(pop_option(argv, "launch_defaults")[0]).shared_dir
-    place = Path(folder or Path(shared or "runs") / "rehearsal")
+    folder, rest = pop_path(argv, "output_dir")
+    shared = pop_path(argv, "shared_dir")[0]
+    shared = shared or read_defaults(pop_path(argv, "launch_defaults")[0]).shared_dir
+    place = folder or (shared or Path("runs")) / "rehearsal"
     rehearsal = Rehearsal(Path(os.path.abspath(place)), tuple(rest))
     resolve(rehearsal, "straight")  # says what is wrong with the options, and prints --help
     return rehearsal

@@ -32,6 +32,7 @@ from xcit_dino.train.config import (
     options,
     parse,
     pop_option,
+    pop_path,
     read_yaml,
     replace,
 )
@@ -75,7 +76,7 @@ def refuse_words(argv: Sequence[str]) -> None:
 
 def one_run(argv: Sequence[str], prog: str) -> Launch:
     """A command line without regard to --seeds."""
-    defaults, argv = pop_option(argv, "launch_defaults")
+    defaults, argv = pop_path(argv, "launch_defaults")
     base = read_defaults(defaults)
     if {"-h", "--help"} & set(argv):
         parse(base, ["--help"], prog, HELP)
@@ -112,10 +113,10 @@ HELP = (
 )
 
 
-def read_defaults(path: str | None) -> LaunchConfig:
+def read_defaults(path: Path | None) -> LaunchConfig:
     """The user's defaults; a file that was named must exist."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    file = Path(path) if path else home / "xcit-dino" / "slurm.yaml"
+    file = path or home / "xcit-dino" / "slurm.yaml"
     if not path and not file.is_file():
         return LaunchConfig()
     return replace(LaunchConfig(), read_yaml(file), source=str(file))

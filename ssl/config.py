@@ -10,12 +10,14 @@ from typing import Literal
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
+from xcit_dino.paths import Location
 from xcit_dino.train.config import (
     CONFIGS,
     OptimConfig,
     RunConfig,
     parse,
     pop_option,
+    pop_path,
     read_yaml,
     replace,
 )
@@ -86,7 +88,7 @@ class OnlineConfig:
     knn_every: int = 10
     """Epochs between k-NN evaluations of the teacher; 0 switches them off. They need labels and a
     validation split, and are left out, with a word, where there are none."""
-    knn_data_path: str | None = None
+    knn_data_path: Location | None = None
     """Other shards whose k-NN is logged too, as knn_other_top1 and knn_other_top5: with
     --init_from, those that the weights come from show what is forgotten."""
 
@@ -171,9 +173,9 @@ def pretrain_config(argv: Sequence[str], prog: str = "xcit-dino pretrain") -> Pr
     Raises:
         InputError: unknown model, file, option or value, in one line.
     """
-    file, argv = pop_option(argv, "config")
+    file, argv = pop_path(argv, "config")
     arch, _ = pop_option(argv, "arch")
-    path = Path(file) if file else recipe_path(arch or ModelConfig().arch)
+    path = file or recipe_path(arch or ModelConfig().arch)
     recipe = replace(PretrainConfig(), read_yaml(path), source=str(path))
     about = f"Pretrain a backbone with DINO. Defaults below: {path} (another with --config FILE)."
     config = parse(recipe, argv, prog, about)

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from xcit_dino.errors import InputError, suggest, within
+from xcit_dino.paths import LOCATION, expand
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 Config = TypeVar("Config")
@@ -163,10 +164,12 @@ def absolute(config: Config) -> Config:
 
 
 def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
-    """Check a YAML value against its type; numbers in text pass: YAML reads ``1e-6`` as text."""
+    """Check a value against its type, and open ``~`` in paths; numbers in text pass: YAML reads
+    ``1e-6`` as text."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return _coerce(value, args[0], name, source)
+        inner = _coerce(value, args[0], name, source)
+        return expand(inner) if LOCATION in args else inner
     if origin is Literal:
         if value in args:
             return value
@@ -190,8 +193,10 @@ def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
     elif kind is type(None):
         if value is None:
             return None
-    elif kind in (str, Path) and isinstance(value, str | Path):
-        return kind(value)
+    elif kind is Path and isinstance(value, str | Path):
+        return Path(expand(str(value)))
+    elif kind is str and isinstance(value, str | Path):
+        return str(value)
     expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
     raise InputError(f"{source}: {name} must be {expected}, got {brief(value)}")
 
@@ -263,7 +268,7 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
+            config = tyro.cli(
                 type(default),
                 args=argv,
                 default=default,
@@ -276,6 +281,7 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
         if stop.code in (0, None):
             raise
         raise InputError(f"{_reason(errors.getvalue())} (see {prog} --help)") from None
+    return replace(config, dict(options(config)))  # opens ~ in paths
 
 
 def _reason(printed: str) -> str:
@@ -324,6 +330,12 @@ def _normalised(argv: Sequence[str], types: dict[str, Any]) -> Iterator[str]:
             pending = types.get(name) is bool
     if pending:
         yield "True"
+
+
+def pop_path(argv: Sequence[str], name: str) -> tuple[Path | None, list[str]]:
+    """:func:`pop_option` of an option that is a path, its ``~`` opened."""
+    value, rest = pop_option(argv, name)
+    return (None if value is None else Path(expand(value))), rest
 
 
 def pop_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:

@@ -1,0 +1,31 @@
+"""Paths as users write them in options and recipes."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from xcit_dino.errors import InputError
+
+LOCATION = "location"
+Location = Annotated[str, LOCATION]
+"""Type of an option that takes a folder, a file or a URL; a plain path is a ``Path``."""
+
+
+def expand(text: str) -> str:
+    """A path with its leading ``~`` or ``~user`` replaced by that home folder.
+
+    A shell does so at the beginning of a word alone: ``--output_dir=~/run`` and a path in YAML
+    arrive here unopened.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    opened = os.path.expanduser(text)
+    if opened.startswith("~"):
+        user = opened.partition("/")[0]
+        raise InputError(
+            f"{text}: no user {user[1:]!r} on this machine; write the home folder out, or the "
+            f"absolute path ({os.path.abspath(text)}) of a folder that is really called {user}"
+        )
+    return opened
