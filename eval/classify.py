@@ -41,6 +41,7 @@ def run(config: EvaluateConfig) -> None:
     else:
         metrics, facts = head_accuracy(config, config.head, subject, val, num_classes, world)
     if world.is_main:
+        print(f"top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}", flush=True)
         write_result(
             config.subject.output_dir,
             "evaluate" if config.head is None else "evaluate/head",
@@ -56,7 +57,6 @@ def run(config: EvaluateConfig) -> None:
             weights_file=subject.weights.name,
             wall_seconds=round(time.monotonic() - began, 2),
         )
-        print(f"top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}", flush=True)
     dist.barrier()
 
 

@@ -15,13 +15,19 @@ from typing import Any
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import CompareConfig
 from xcit_dino.eval.page import plain
-from xcit_dino.eval.runs import Run, in_order, read_runs, title_of
+from xcit_dino.eval.runs import Run, bare, headline, in_order, read_runs, title_of
 
 # What is compared, as opposed to how it is measured: these may differ.
 SUBJECT = frozenset(
-    "arch network weights seed start start_weights head recipe.arch recipe.seed "
+    "arch weights seed start start_weights head recipe.arch recipe.seed "
     "recipe.drop_path_rate".split()
 )
+# A file of one network does not say whether it is a teacher or a student, but is no average of a
+# finetuning's weights.
+UNSAID, NOT_UNSAID = "model", "model_ema"
+# What a baseline (random weights, raw pixels) has of its own.
+OF_BASELINES = frozenset("network side features layers".split())
+Entry = dict[str, Any]
 CHECKSUM = re.compile("[0-9a-f]{32,}")
 SHOWN = 60  # characters of a differing value
 
@@ -38,6 +44,8 @@ class Ranking:
     """Field of the protocol -> its values, one for each run that has the evaluation."""
     error: float | None
     """Standard error of a difference in points, from the number of validation images."""
+    networks: tuple[str, ...] = ()
+    """Which network of its file was measured in each run, where they are called differently."""
 
     @property
     def best(self) -> int | None:
@@ -58,7 +66,8 @@ class Ranking:
             return "measured once"
         lead = found[0] - found[1]
         error = f" ± {self.error:.1f}" if self.error is not None else ""
-        return f"lead {lead:.2f}{error} points" if lead else "equal"
+        named = f" (network {versus(self.networks)})" if self.networks else ""
+        return f"lead {lead:.2f}{error} points{named}" if lead else f"equal{named}"
 
 
 def versus(values: Iterable[Any]) -> str:
@@ -102,36 +111,92 @@ def run(config: CompareConfig) -> None:
 
 
 def rank(runs: Sequence[Run]) -> list[Ranking]:
-    """Every evaluation that a run has, the known ones first."""
-    names = {name for run in runs for name in run.results}
-    return [ranking_of(name, runs) for name in in_order(names)]
+    """Every evaluation that a run has, the known ones first: the newest results of one protocol
+    beside each other, for each protocol that two runs share; then the newest ones that are in none
+    of these."""
+    names = dict.fromkeys(bare(key) for run in runs for key in in_order(run.results))
+    return [ranking for name in in_order(names) for ranking in rankings_of(name, runs)]
 
 
-def ranking_of(name: str, runs: Sequence[Run]) -> Ranking:
+def rankings_of(name: str, runs: Sequence[Run]) -> list[Ranking]:
     """One evaluation of several runs."""
-    evaluation, _, network = name.partition("/")
-    there = [entry for run in runs if (entry := run.results.get(name)) is not None]
-    top1 = [run.top1(evaluation, network) for run in runs]
+    rows: list[list[Entry | None]] = []
+    for number, run in enumerate(runs):
+        for entry in run.entries(name):
+            row = next((r for r in rows if not unlike(first(r), entry)), None)
+            if row is None:
+                rows.append(row := [None] * len(runs))
+            row[number] = row[number] or entry  # the newest comes first
+    shared = [row for row in rows if len(runs) - row.count(None) > 1]
+    newest = [next(iter(run.entries(name)), None) for run in runs]
+    if any(entry is not None and not any(entry in row for row in shared) for entry in newest):
+        shared.append(newest)
+    hints = differences([first(row)["protocol"] for row in shared]) if len(shared) > 1 else {}
+    return [ranking_of(name, row, hints) for row in shared]
+
+
+def unlike(a: Entry, b: Entry) -> dict[str, list[Any]]:
+    """Fields of two results' protocols that keep them from being compared."""
+    return differences([a["protocol"], b["protocol"]])
+
+
+def first(row: Sequence[Entry | None]) -> Entry:
+    """The first result that is there."""
+    return next(entry for entry in row if entry is not None)
+
+
+def ranking_of(name: str, row: Sequence[Entry | None], hints: Iterable[str]) -> Ranking:
+    """Results of several runs; hints: fields that tell the protocol from others of the name."""
+    there = [entry for entry in row if entry is not None]
+    top1 = [None if entry is None else headline(entry["metrics"]) for entry in row]
     found = [value for value in top1 if value is not None]
     images = there[0]["protocol"].get("val_images")
     error = None
     if images and found:
         variances = [value * (100 - value) / images for value in sorted(found)[-2:]]
         error = math.sqrt(sum(variances))
-    different = differences([entry["protocol"] for entry in there])
-    return Ranking(name, title_of(name, there[0]["metrics"]), top1, different, error)
+    protocols = [flattened(entry["protocol"]) for entry in there]
+    different = differences(protocols)
+    title = title_of(name, there[0]["metrics"])
+    if hints and not different:
+        facts = (f"{hint} {versus([protocols[0].get(hint)])}" for hint in hints)
+        title = f"{title} ({', '.join(facts)})"
+    networks = tuple(str(protocol.get("network")) for protocol in protocols)
+    same = len(set(networks)) == 1
+    return Ranking(name, title, top1, different, error, () if same else networks)
 
 
-def differences(protocols: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Field -> values of every field of the protocols that is not the subject and not equal."""
+def differences(
+    protocols: Sequence[dict[str, Any]], but: frozenset[str] = frozenset()
+) -> dict[str, list[Any]]:
+    """Field -> values of every field of the protocols that is not the subject (or in ``but``) and
+    not equal."""
     flat = [flattened(protocol) for protocol in protocols]
     names = dict.fromkeys(name for protocol in flat for name in protocol)
     values = {name: [protocol.get(name) for protocol in flat] for name in names}
     return {
         name: found
         for name, found in values.items()
-        if name not in SUBJECT and any(value != found[0] for value in found)
+        if name not in SUBJECT | but and not alike(name, found)
     }
+
+
+def alike(name: str, values: Sequence[Any]) -> bool:
+    """Whether the values of a field do not keep results from being compared."""
+    if name != "network" or NOT_UNSAID in values:
+        return all(value == values[0] for value in values)
+    return len({value for value in values if value != UNSAID}) < 2
+
+
+def baseline(run: Run, entry: Entry, name: str) -> Entry | None:
+    """The newest result of a baseline (``knn/random``) that was measured as ``entry`` was."""
+    found = run.entries(name)
+    return next((b for b in found if not unlike_baseline(entry, b)), None)
+
+
+def unlike_baseline(entry: Entry, other: Entry) -> dict[str, list[Any]]:
+    """Fields of the protocol that keep a baseline from standing beside a result."""
+    return differences([entry["protocol"], other["protocol"]], OF_BASELINES)
 
 
 def flattened(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,8 @@ def run(config: KnnConfig) -> None:
         queries = extract(network, val, "val", subject, config.subject, world)
         metrics = evaluate(bank, queries, config.nb_knn, config.temperature, num_classes, world)
         if world.is_main:
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+            print(f"k-NN, {network.name}: {shown}", flush=True)
             write_result(
                 config.subject.output_dir,
                 f"knn{network.suffix}",
@@ -60,8 +62,6 @@ def run(config: KnnConfig) -> None:
                 weights_file=subject.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-            print(f"k-NN, {network.name}: {shown}", flush=True)
     dist.barrier()
 
 
@@ -85,7 +85,7 @@ def protocol(
     """Everything that two k-NN accuracies must share to be compared."""
     return network.facts | {
         "evaluation": "knn",
-        "nb_knn": list(config.nb_knn),
+        "nb_knn": sorted(set(config.nb_knn)),
         "temperature": config.temperature,
         "resize": subject.resize,
         "crop": subject.crop,

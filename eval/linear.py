@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from xcit_dino.data.files import locked
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.eval.augmented import state_file, train_augmented
 from xcit_dino.eval.config import LinearConfig
@@ -36,9 +38,10 @@ from xcit_dino.eval.heads import (
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, Subject, networks, resolve
+from xcit_dino.models import formats
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
-from xcit_dino.train.provenance import write_atomic
+from xcit_dino.train.provenance import LOCK, digest, write_atomic
 
 HEAD_FILE = "linear_head.safetensors"
 CHUNK = 4096  # images of one batch when heads are only applied
@@ -73,8 +76,7 @@ def run(config: LinearConfig) -> None:
         metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
             facts = protocol(config, subject, network, train, val, world)
-            if network.name == "pretrained":
-                save_head(config.subject.output_dir / HEAD_FILE, probe, facts, train.classes)
+            tell(network, probe.choice, metrics, config)
             write_result(
                 config.subject.output_dir, f"{name}{network.suffix}", metrics, facts,
                 grid=[
@@ -85,8 +87,9 @@ def run(config: LinearConfig) -> None:
                 weights_file=subject.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
+            if network.name == "pretrained":
+                save_head(config.subject.output_dir / HEAD_FILE, probe, facts, train.classes)
             state_file(config, network).unlink(missing_ok=True)
-            tell(network, probe.choice, metrics, config)
     dist.barrier()
 
 
@@ -195,8 +198,10 @@ def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str] | None) -> None:
-    """``weight`` (C, D) and ``bias`` (C,) as safetensors; metadata: layers, protocol, class
-    names."""
+    """``weight`` (C, D) and ``bias`` (C,) as safetensors; metadata: layers, protocol, class names.
+
+    As in results.json, the head of another protocol moves to ``linear_head@DIGEST.safetensors``.
+    """
     from safetensors.torch import save
 
     tensors = {"weight": probe.weight.cpu().contiguous(), "bias": probe.bias.cpu().contiguous()}
@@ -205,7 +210,20 @@ def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str
         "protocol": json.dumps(facts),
         "classes": json.dumps(classes),
     }
-    write_atomic(path, save(tensors, metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent / LOCK):
+        if before := protocol_of(path):
+            path.rename(path.with_stem(f"{path.stem}@{digest(json.loads(before))}"))
+        path.with_stem(f"{path.stem}@{digest(facts)}").unlink(missing_ok=True)
+        write_atomic(path, save(tensors, metadata))
+
+
+def protocol_of(path: Path) -> str:
+    """The protocol of a saved head, as JSON; empty where there is none."""
+    try:
+        return formats.metadata(path).get("protocol", "")
+    except (OSError, SafetensorError):
+        return ""
 
 
 def protocol(
@@ -225,8 +243,8 @@ def protocol(
         "batch": config.subject.batch_size_per_gpu * world.size
         if dino
         else config.probe_batch_size,
-        "lrs": list(config.lrs),
-        "weight_decays": list(config.weight_decays),
+        "lrs": sorted(config.lrs),
+        "weight_decays": sorted(config.weight_decays),
         "layers": list(config.layers),
         "chosen_on": f"{100 * config.holdout:g} % of the training images, held out",
         "resize": subject.resize,

@@ -16,6 +16,7 @@ from xcit_dino.eval.runs import (
     NETWORKS,
     TRAINED,
     Run,
+    bare,
     headline,
     in_order,
     ks_of,
@@ -29,13 +30,14 @@ def headlines(run: Run) -> str:
 
 
 def headline_card(run: Run, evaluation: str) -> str:
-    """One evaluation; '' where it was not made."""
+    """The newest result of one evaluation, beside what was measured by the same protocol; '' where
+    it was not made."""
     entry = run.entry(evaluation)
     top1 = run.top1(evaluation)
     if entry is None or top1 is None:
         return ""
     names = NETWORKS if evaluation in ("knn", "linear", "linear-dino") else TRAINED
-    measured = {n: v for n in names if (v := run.top1(evaluation, n)) is not None}
+    measured, unlike = beside(run, evaluation, entry, names)
     lifts = [
         f"{round(top1, 1) - round(value, 1):+.1f} over {names[network].lower()}"
         for network, value in measured.items()
@@ -43,13 +45,31 @@ def headline_card(run: Run, evaluation: str) -> str:
     ]
     beaten = all(top1 > value for network, value in measured.items() if network != "")
     bars = "".join(bar(names[n], value, not n) for n, value in measured.items())
+    words = "".join(f'<p class="how">{escape(w)}</p>' for w in (*unlike, in_short(run, entry)))
     return card(
         f'<p class="kind">{escape(title_of(evaluation, entry["metrics"]))}, top-1</p>'
         f'<p class="headline">{top1:.1f}<small> %</small></p>'
         f'<p class="lift{"" if lifts and beaten else " none"}">'
-        f"{escape(', '.join(lifts)) or '&nbsp;'}</p>{bars}"
-        f'<p class="how">{escape(in_short(run, entry))}</p>'
+        f"{escape(', '.join(lifts)) or '&nbsp;'}</p>{bars}{words}"
     )
+
+
+def beside(
+    run: Run, evaluation: str, entry: dict[str, Any], names: dict[str, str]
+) -> tuple[dict[str, float], list[str]]:
+    """(network -> top-1 of those measured by the same protocol, a sentence for each of the
+    others)."""
+    measured, unlike = {}, []
+    for network, title in names.items():
+        name = f"{evaluation}/{network}"
+        other = compare.baseline(run, entry, name) if network else entry
+        if other is not None:
+            measured[network] = headline(other["metrics"])
+        elif others := run.entries(name):
+            fields = compare.unlike_baseline(entry, others[0])
+            words = (f"{field} {compare.versus(values)}" for field, values in fields.items())
+            unlike.append(f"{title}: measured by another protocol ({'; '.join(words)})")
+    return {network: value for network, value in measured.items() if value is not None}, unlike
 
 
 def in_short(run: Run, entry: dict[str, Any]) -> str:
@@ -57,6 +77,7 @@ def in_short(run: Run, entry: dict[str, Any]) -> str:
     protocol = entry["protocol"]
     images = val_images(run, entry)
     facts = [
+        f"the {protocol['network']}" if protocol.get("network") else None,
         f"T = {protocol['temperature']}" if "temperature" in protocol else None,
         f"{protocol['epochs']} epochs" if "epochs" in protocol else None,
         f"lr {entry['chosen']['lr']:g} chosen on held-out training images"
@@ -116,9 +137,20 @@ def all_results(run: Run) -> str:
             f"{entry['wall_seconds']:,.1f}" if "wall_seconds" in entry else "",
             str(entry["protocol"].get("weights") or entry["protocol"].get("network", "")),
             moment(entry.get("time", "")),
+            unlike_newest(run, name),
         ])  # fmt: skip
-    header = ["result", "top-1, %", "top-5, %", "seconds", "weights", "time (UTC)"]
+    header = ["result", "top-1, %", "top-5, %", "seconds", "weights", "time (UTC)", "differs in"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return card(table(header, rows))
+
+
+def unlike_newest(run: Run, key: str) -> str:
+    """How an older result's protocol differs from that of the newest of its name."""
+    newest = run.results.get(bare(key), run.results[key])
+    ours, theirs = (compare.flattened(e["protocol"]) for e in (run.results[key], newest))
+    names = [n for n in dict.fromkeys([*ours, *theirs]) if ours.get(n) != theirs.get(n)]
+    return "; ".join(f"{name} {compare.versus([ours.get(name)])}" for name in names)
 
 
 def knn_table(runs: Sequence[Run]) -> str:
@@ -131,8 +163,10 @@ def knn_table(runs: Sequence[Run]) -> str:
         for name, entry in ordered(run.results):
             metrics = entry["metrics"]
             if ks := ks_of(metrics):
-                network = name.partition("/")[2]
+                network = bare(name).partition("/")[2]
                 title = NETWORKS.get(network, network)
+                if unlike := unlike_newest(run, name):
+                    title = f"{title} ({unlike})"
                 cells = [
                     f"{metrics[f'top1_k{k}']:.2f} / {metrics.get(f'top5_k{k}', 0):.2f}"
                     if k in ks

@@ -23,7 +23,7 @@ def origin(run: Run) -> str:
     measured = [line for line in run.tries if line["event"] == "start"]
     measured += list(run.results.values())
     commits = dict.fromkeys(str(fact["commit"]) for fact in measured if "commit" in fact)
-    newest = measured[-1] if measured else {}
+    newest = max(measured, key=lambda fact: str(fact.get("time", "")), default={})
     protocols = [entry["protocol"] for entry in run.results.values()]
     facts: dict[str, Any] = {"folder": str(run.folder), "commit": list(commits)}
     for split in ("train", "val"):

@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.errors import warn
+from xcit_dino.data.files import locked
+from xcit_dino.errors import InputError, RunError, warn
 from xcit_dino.eval.runs import EVALUATIONS, Run, read_run
 from xcit_dino.train.board import write_hparams
-from xcit_dino.train.provenance import record_result
+from xcit_dino.train.provenance import LOCK, record_result
 from xcit_dino.train.run import FREE
+
+
+def check_writable(folder: Path, remedy: str) -> None:
+    """Refuse, before any work, a folder that results cannot be written to; makes nothing.
+
+    Raises:
+        InputError: names the folder and the remedy.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise InputError(f"--output_dir {folder}: cannot be written to; {remedy}")
 
 
 def write_result(
     folder: Path, name: str, metrics: dict[str, float], protocol: dict[str, Any], **facts: Any
 ) -> None:
-    """Keep one evaluation of a run; the arguments are those of ``record_result``."""
-    record_result(folder, name, metrics, protocol, **facts)
+    """Keep one evaluation of a run; the arguments are those of ``record_result``. It is printed
+    first, so that it is not lost where it cannot be kept.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        record_result(folder, name, metrics, protocol, **facts)
+    except OSError as error:
+        raise RunError(
+            f"the result above is not stored, as {folder} cannot be written ({error.strerror}); "
+            "mend that, or name another folder with --output_dir, and run the command again"
+        ) from error
     run = read_run(folder)
     if not run.config:
         return  # weights from elsewhere, which no options led to
     telling = {name: value for name, value in run.config.items() if name not in FREE}
     try:
-        write_hparams(folder, telling, final_accuracies(run))
+        with locked(folder / LOCK):
+            write_hparams(folder, telling, final_accuracies(read_run(folder)))
     except OSError as error:
         warn(f"TensorBoard: {error}; its page of hyper-parameters lacks this result")
 
 
 def final_accuracies(run: Run) -> dict[str, float]:
-    """Top-1 of every evaluation of the trained network."""
+    """Top-1 of the newest result of every evaluation of the trained network."""
     found = {name: run.top1(name) for name in EVALUATIONS}
     return {name: value for name, value in found.items() if value is not None}

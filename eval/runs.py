@@ -36,7 +36,8 @@ class Run:
     metrics: list[Line]
     tries: list[Line]
     results: dict[str, Any]
-    """Entries of ``results.json``, with those of the finetuning and distillation inside."""
+    """Entries of ``results.json``, with those of the finetuning and distillation inside; the newest
+    of a name under that name, those of other protocols under ``NAME@DIGEST``."""
     absent: list[str] = field(default_factory=list)
     """What a reader would miss, in words."""
     label: str = ""
@@ -54,8 +55,14 @@ class Run:
         return "finetune" if "input_size" in self.config else "pretrain"
 
     def entry(self, evaluation: str, network: str = "") -> dict[str, Any] | None:
-        """One entry of the results."""
+        """The newest result of an evaluation."""
         return self.results.get(f"{evaluation}/{network}" if network else evaluation)
+
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """All results of a name (``knn``, ``knn/random``), the newest first."""
+        older = [entry for key, entry in self.results.items() if key.startswith(f"{name}@")]
+        older.sort(key=lambda entry: str(entry.get("time", "")), reverse=True)
+        return ([self.results[name]] if name in self.results else []) + older
 
     def top1(self, evaluation: str, network: str = "") -> float | None:
         """Headline accuracy in percent, or None where it was not measured."""
@@ -144,10 +151,15 @@ def in_order(names: Iterable[str]) -> list[str]:
     known = list(EVALUATIONS)
 
     def place(name: str) -> tuple[int, str]:
-        evaluation = name.partition("/")[0]
+        evaluation = bare(name).partition("/")[0]
         return (known.index(evaluation) if evaluation in known else len(known), name)
 
     return sorted(names, key=place)
+
+
+def bare(key: str) -> str:
+    """``knn/random@1a2b3c4d`` -> ``knn/random``: the name of a result of whatever protocol."""
+    return key.partition("@")[0]
 
 
 def headline(metrics: dict[str, float]) -> float | None:
@@ -172,7 +184,7 @@ def headline_k(metrics: dict[str, float]) -> int:
 
 def title_of(name: str, metrics: dict[str, float]) -> str:
     """``knn/random`` -> ``k-NN, k = 20: random weights``."""
-    evaluation, _, network = name.partition("/")
+    evaluation, _, network = bare(name).partition("/")
     title = EVALUATIONS.get(evaluation, evaluation)
     if ks_of(metrics):
         title += f", k = {headline_k(metrics)}"

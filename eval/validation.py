@@ -89,6 +89,8 @@ def record(
     }
     weights = file_checksum(checkpoint)
     for which, metrics in results.items():
+        shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+        print(f"{name}{' (averaged weights)' if which else ''}: {shown}", flush=True)
         write_result(
             config.run.output_dir,
             f"{name}/{which}" if which else name,
@@ -96,5 +98,3 @@ def record(
             protocol | {"network": f"model_{which}" if which else network, "weights": weights},
             weights_file=checkpoint.name,
         )
-        shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
-        print(f"{name}{' (averaged weights)' if which else ''}: {shown}", flush=True)

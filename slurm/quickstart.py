@@ -59,7 +59,8 @@ def show(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from xcit_dino.eval.runs import EVALUATIONS, NETWORKS, read_run
+    from xcit_dino.eval.compare import baseline
+    from xcit_dino.eval.runs import EVALUATIONS, NETWORKS, headline, read_run
 
     run = read_run(folder)
     images = run.results["knn"]["protocol"]["val_images"]
@@ -67,7 +68,9 @@ def show(folder: Path) -> None:
     for title in ("", *NETWORKS.values(), "Lift"):
         table.add_column(title, justify="right" if title else "left")
     for evaluation in ("knn", "linear"):
-        ours, *baselines = (run.top1(evaluation, network) or 0.0 for network in NETWORKS)
+        entry = run.results[evaluation]
+        found = [baseline(run, entry, f"{evaluation}/{network}") for network in NETWORKS if network]
+        ours, *baselines = (headline(e["metrics"]) or 0.0 if e else 0.0 for e in (entry, *found))
         others = [f"{value:.1f}" for value in baselines]
         lift = f"{ours - max(baselines):+.1f}"
         table.add_row(EVALUATIONS[evaluation], f"[bold]{ours:.1f}[/]", *others, lift)

@@ -66,3 +66,32 @@ def test_nothing_in_common_and_too_few_runs(tmp_path, capsys):
     assert main(["report", "compare", str(a)]) == 2
     assert main(["report", "compare"]) == 2
     assert "two run folders" in capsys.readouterr().err
+
+
+def test_an_averaged_network_is_not_ranked_against_a_raw_one(tmp_path, capsys):
+    a = make(tmp_path / "a", 48.8, network="model")
+    b = make(tmp_path / "b", 12.0, network="model_ema")
+    assert main(["report", "compare", str(a), str(b)]) == 2
+    said = capsys.readouterr()
+    assert "network model / model_ema" in " ".join(said.out.split()) and "lead" not in said.out
+    assert differences([{"network": "teacher"}, {"network": "student"}])
+
+
+def test_a_file_that_does_not_say_which_network_it_holds_is_ranked_with_a_word(tmp_path):
+    a = make(tmp_path / "a", 50.0, network="teacher")
+    b = make(tmp_path / "b", 60.0, network="model")
+    (ranking,) = rank([read_run(a), read_run(b)])
+    assert ranking.best == 1
+    assert ranking.verdict == "lead 10.00 ± 0.7 points (network teacher / model)"
+
+
+def test_results_of_one_protocol_find_each_other(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, top1, crop in ((a, 50.0, 224), (a, 55.0, 96), (b, 58.0, 96), (b, 60.0, 224)):
+        make(folder, top1, crop=crop)
+    wide, narrow = rank([read_run(a), read_run(b)])
+    assert (narrow.title, narrow.top1) == ("k-NN, k = 20 (crop 224)", [50.0, 60.0])
+    assert (wide.title, wide.top1) == ("k-NN, k = 20 (crop 96)", [55.0, 58.0])
+    make(b, 70.0, crop=32)
+    *_, newest = rank([read_run(a), read_run(b)])
+    assert newest.differences == {"crop": [96, 32]}, "a newest one without a partner is said"

@@ -12,9 +12,11 @@ import torch
 from bench import knn as bench
 from xcit_dino.errors import InputError
 from xcit_dino.eval import knn
+from xcit_dino.eval.compare import baseline
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.knn import Search, check_ks, knn_hits, vote_ranks
+from xcit_dino.eval.runs import read_run
 from xcit_dino.train.dist import World
 
 ONE = World(0, 1, torch.device("cpu"))
@@ -133,10 +135,13 @@ def test_run_writes_results_with_their_protocol(run_folder):
     assert protocol["resize"] == protocol["crop"] == 32 and protocol["network"] == "teacher"
     assert protocol["train_images"] == 96 and len(protocol["weights"]) == 16
     assert {"commit", "versions", "hardware", "wall_seconds"} <= set(results["knn"])
+    run = read_run(run_folder.path)
+    for network in ("random", "pixels"):
+        assert baseline(run, results["knn"], f"knn/{network}") == results[f"knn/{network}"]
     before = results["knn"]["metrics"]
     knn.run(KnnConfig(run_folder.subject(), nb_knn=(5, 1)))
     results = json.loads((run_folder.path / "results.json").read_text())
-    assert results["knn"]["metrics"] == before
+    assert results["knn"]["metrics"] == before and "knn@" not in "".join(results)
 
 
 def test_unlabelled_images_are_refused(run_folder, unlabelled):

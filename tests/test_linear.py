@@ -16,6 +16,7 @@ from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.heads import Choice, Heads, best, cosine, grid, hold_out
 from xcit_dino.eval.linear import accuracy, top_hits, train_cached
+from xcit_dino.train.provenance import digest
 
 CPU = torch.device("cpu")
 
@@ -143,6 +144,12 @@ def test_run_cached(run_folder):
     linear.run(LinearConfig(run_folder.subject(), epochs=3, lrs=(0.01, 0.1, 1.0)))
     again = json.loads((run_folder.path / "results.json").read_text())["linear"]
     assert again["metrics"] == entry["metrics"]
+    linear.run(LinearConfig(run_folder.subject(), epochs=2, lrs=(0.01, 0.1, 1.0)))
+    earlier = linear.HEAD_FILE.replace(".", f"@{digest(entry['protocol'])}.")
+    for name, epochs in ((linear.HEAD_FILE, 2), (earlier, 3)):  # another protocol, another head
+        with safe_open(run_folder.path / name, "pt") as file:
+            assert json.loads(file.metadata()["protocol"])["epochs"] == epochs
+    assert len(list(run_folder.path.glob("linear_head*"))) == 2
 
 
 def test_run_dino(run_folder):

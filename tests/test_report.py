@@ -111,6 +111,20 @@ def test_shows_what_was_measured(tmp_path):
     assert "images a second, median115" in page.text and "time waiting for data2.0 %" in page.text
 
 
+def test_a_lift_is_over_a_baseline_of_the_same_protocol_only(tmp_path):
+    run = make_run(tmp_path / "run")
+    same = {"nb_knn": [10, 20], "temperature": 0.07, "val_images": 100, "val_index": "v"}
+    metrics = {f"top{n}_k{k}": 70.0 for n in (1, 5) for k in (10, 20)}
+    record_result(run, "knn", metrics, same | {"crop": 64, "network": "teacher"})
+    _, page = written(run)
+    assert "70.0" in page.text and "over random weights" not in page.text
+    assert "Random weights: measured by another protocol (crop 64 / absent)" in page.text
+    assert "crop absent" in page.text, "the earlier result is in the table, and what it differs in"
+    others = {"network": "random", "seed": 0}
+    record_result(run, "knn/random", metrics | {"top1_k20": 45.0}, same | {"crop": 64} | others)
+    assert "+25.0 over random weights" in written(run)[1].text
+
+
 def test_nothing_is_loaded_and_only_the_named_script_runs(tmp_path):
     text, page = written(make_run(tmp_path / "run"))
     assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.commit import commit
+from xcit_dino.data.files import locked
+from xcit_dino.errors import InputError, warn
 
+RESULTS = "results.json"
+LOCK = ".results.lock"
 LIBRARIES = (
     "torch",
     "torchvision",
@@ -29,7 +33,7 @@ LIBRARIES = (
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: temporary name, flush, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -93,7 +97,12 @@ def cpu_name() -> str:
 def record_result(
     folder: Path, name: str, metrics: dict[str, float], protocol: dict[str, Any], **facts: Any
 ) -> None:
-    """Put one evaluation into a run's ``results.json``, in place of one of the same name.
+    """Put one evaluation into a run's ``results.json``; commands that end at once wait for each
+    other.
+
+    The newest result of a name stands under that name. One of another protocol (other weights,
+    another network, crop, k ...) is not lost: it moves to ``NAME@DIGEST``, DIGEST being that of its
+    protocol. One of the same protocol is replaced.
 
     Args:
         folder: the run folder.
@@ -103,13 +112,45 @@ def record_result(
         protocol: every choice that makes two numbers comparable (k, temperature, crop, network,
             data checksum).
         facts: weights' checksum, wall seconds, and the like.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
-    results = read_results(folder)
-    results[name] = {"metrics": metrics, "protocol": protocol, **facts, **provenance()}
-    write_atomic(folder / "results.json", json.dumps(results, indent=1, sort_keys=True) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK):
+        try:
+            results = read_results(folder)
+        except InputError as error:
+            os.replace(folder / RESULTS, folder / f"{RESULTS}.damaged")
+            warn(f"{error}; set aside as {RESULTS}.damaged")
+            results = {}
+        if (before := results.pop(name, None)) is not None:
+            protocol_before = before.get("protocol") if isinstance(before, dict) else before
+            results[f"{name}@{digest(protocol_before)}"] = before
+        results.pop(f"{name}@{digest(protocol)}", None)
+        results[name] = {"metrics": metrics, "protocol": protocol, **facts, **provenance()}
+        write_atomic(folder / RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """``name -> entry`` of a run folder's ``results.json``; empty where there is none."""
-    path = folder / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """``name -> entry`` of a run folder's ``results.json``; empty where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / RESULTS
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{path}: is damaged ({error}); move it away") from error
+    if not isinstance(results, dict):
+        raise InputError(f"{path}: is damaged (no table of results); move it away")
+    return results
+
+
+def digest(protocol: Any) -> str:
+    """Eight hex digits that stand for a protocol."""
+    text = json.dumps(protocol, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
