@@ -60,7 +60,7 @@ class LaunchConfig:
     seeds: tuple[int, ...] = ()
     """One run for each seed, in a folder of its own: RUN-seed0, RUN-seed1 ..."""
     array_parallelism: int = 4
-    """How many runs of --seeds go on at a time."""
+    """How many runs of --seeds go on at a time on SLURM; one machine runs one after the other."""
     job_name: str | None = None
     """Name of the jobs. Left out: the run folder's."""
     shared_dir: Path | None = None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -69,7 +70,8 @@ class StageJob:
             print(f"stopped: {reason}", file=sys.stderr, flush=True)
             leave_group()
         except Exception as error:
-            here.say(error=f"{type(error).__name__}: {first_line(error)}", code=1)
+            words = f"{type(error).__name__}: {first_line(error)}"
+            here.say(error=words, where=place_of(error), code=1)
             raise
 
 
@@ -170,6 +172,14 @@ def own_gpu(local_rank: int) -> int:
 def first_line(error: BaseException) -> str:
     """The beginning of an error's text, on one line."""
     return " ".join(str(error).split())[:300]
+
+
+def place_of(error: BaseException) -> str:
+    """An error's kind and the lines of code that led to it, ``KeyError loop.py:12 step.py:34``: the
+    same each time where the code is at fault, unlike the text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = (f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    return " ".join([type(error).__name__, *places])
 
 
 # -- around the ranks, in the job's script ---------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,26 +40,45 @@ def run(launch: Launch) -> int:
     for one in runs:
         check_input(one)
         refuse_busy(one, cluster)
-    return max(start_runs(runs, cluster))
+    return (submit_runs if cluster == "slurm" else run_here)(runs, cluster)
 
 
-def start_runs(runs: list[Launch], cluster: Cluster) -> Iterator[int]:
-    """Start what is not done yet, several at a time on SLURM, one here; gives exit codes."""
+def submit_runs(runs: list[Launch], cluster: Cluster) -> int:
+    """Submit what is not done yet; each run waits for the one ``array_parallelism`` before it."""
     last_jobs: list[str | None] = []
     for number, one in enumerate(runs):
         todo = unfinished(one)
         if not todo:
-            print(f"{one.run}: all stages are done; nothing to run")
             last_jobs.append(None)
-            yield 0
             continue
         earlier = number - one.launch.array_parallelism
-        after = last_jobs[earlier] if earlier >= 0 else None
-        code = start(one, todo, cluster, after)
-        yield code
-        if code:
-            return
+        start(one, todo, cluster, last_jobs[earlier] if earlier >= 0 else None)
         last_jobs.append(record.read_launch(one.run)["stages"][todo[-1].name]["job_id"] or None)
+    return 0
+
+
+def run_here(runs: list[Launch], cluster: Cluster) -> int:
+    """Run what is not done yet, one run after the other; returns the greatest exit code.
+
+    A run that fails or is cancelled does not keep those behind it from running, as on SLURM; a
+    signal to the launcher itself ends all.
+    """
+    from xcit_dino.slurm import local
+
+    waiting = [(one, todo) for one in runs if (todo := unfinished(one))]
+    codes = [prepare(one, todo, cluster) for one, todo in waiting]  # so `launch status` knows all
+    worst = 0
+    for number, (one, todo) in enumerate(waiting):
+        if record.cancelled(one.run):
+            print(f"{one.run}: cancelled before it started")
+            continue
+        code = local.run_stages(one, todo, codes[number], inside=cluster == "debug")
+        worst = max(worst, code)
+        if code > 128:
+            for other, _ in waiting[number + 1 :]:
+                print(f"{other.run}: not started; the same command starts it", file=sys.stderr)
+            break
+    return worst
 
 
 def choose_cluster(launch: Launch) -> Cluster:
@@ -190,6 +209,7 @@ def unfinished(launch: Launch) -> list[Stage]:
         if known.state != "done" or differs(known.config, dump(stage.config)):
             return list(launch.stages[number:])
         print(f"{stage.name}: done already")
+    print(f"{launch.run}: all stages are done; nothing to run")
     return []
 
 
@@ -210,8 +230,26 @@ def dump(config: Any) -> dict[str, Any]:
 
 
 def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None = None) -> int:
-    """Copy the code, note what is launched, and start it (once the job ``after`` has ended)."""
-    from xcit_dino.slurm import local, snapshot, submit
+    """Start one run (once the job ``after`` has ended); returns the exit code."""
+    from xcit_dino.slurm import local, submit
+
+    code = prepare(launch, todo, cluster)
+    if cluster != "slurm":
+        return local.run_stages(launch, todo, code, inside=cluster == "debug")
+    note = record.read_launch(launch.run)
+    for name, job_id in submit.submit(launch, todo, code, after).items():
+        note["stages"][name]["job_id"] = job_id
+    record.write_launch(launch.run, note)
+    return told(launch, note)
+
+
+def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
+    """Copy the code and note what is launched; returns the folder of the copy.
+
+    Raises:
+        InputError: the run folder cannot be written, or SLURM refuses a stage.
+    """
+    from xcit_dino.slurm import snapshot, submit
 
     try:
         code = snapshot.copy_code(record.folder(launch.run) / "code")
@@ -219,6 +257,7 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None
         raise InputError(f"--output_dir {launch.run}: {error.strerror}") from error
     if cluster == "slurm":
         submit.try_out(launch, todo, code)
+    stages = {stage.name: {"job_id": "", "config": dump(stage.config)} for stage in todo}
     note: dict[str, Any] = {
         "cluster": cluster,
         "host": socket.gethostname(),
@@ -228,26 +267,23 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None
         "max_requeues": launch.launch.max_requeues,
         "argv": sys.argv,
         "needs": needs(launch),
-        "stages": {stage.name: {"job_id": "", "config": dump(stage.config)} for stage in todo},
+        "stages": stages,
+        "earlier": record.earlier_stages(launch.run, stages),
     }
     record.allow(launch.run)
     record.write_launch(launch.run, note)
     for stage in todo:
         record.save(launch.run, record.Record(stage.name))
-    if cluster == "slurm":
-        for name, job_id in submit.submit(launch, todo, code, after).items():
-            note["stages"][name]["job_id"] = job_id
-        record.write_launch(launch.run, note)
-        return told(launch, note)
-    return local.run_stages(launch, todo, code, inside=cluster == "debug")
+    return code
 
 
 def needs(launch: Launch) -> list[str]:
-    """Files that every node has to see: the index of the training data."""
-    from xcit_dino.data.index import resolve_split
+    """Files that every node has to see: the index of the training data, where it is a file."""
+    from xcit_dino.data.index import is_url, resolve_split
 
     given = (dict(options(stage.config)).get("data_path") for stage in launch.stages)
-    return [f"{resolve_split(path, 'train')}/index.json" for path in set(filter(None, given))]
+    folders = (str(path) for path in sorted({str(path) for path in given if path}))
+    return [f"{resolve_split(f, 'train')}/index.json" for f in folders if not is_url(f)]
 
 
 def told(launch: Launch, note: dict[str, Any]) -> int:

@@ -23,14 +23,21 @@ from submitit.core.utils import JobPaths, environment_variables
 from submitit.local import local
 from submitit.local.debug import DebugExecutor
 
+from xcit_dino.errors import InputError
 from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import record, watch
-from xcit_dino.slurm.config import Launch, Stage
+from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.slurm.job import SIGNALS, job_of
 from xcit_dino.slurm.preview import counted
 
 GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
 FOREVER = 10**7  # minutes
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by the launcher, to the ranks
+OUTER = ("SLURM", "SUBMITIT_", "SRUN_", "SBATCH_", "PMI_", "PMIX_", "TORCHELASTIC_", "TORCHRUN_")
+TORCHRUN = frozenset(
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME ROLE_RANK "
+    "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+)
 
 
 class Controller(local.Controller):
@@ -136,16 +143,48 @@ def executor(launch: Launch, stage: Stage) -> Executor:
 
 
 def run_stages(launch: Launch, stages: list[Stage], code: Path, inside: bool) -> int:
-    """Run stages one after the other, in this process where ``inside``; returns the exit code."""
-    for stage in stages:
-        print(
-            f"{stage.name}: {counted(stage.num_tasks, 'process')}, run folder {launch.run}",
-            flush=True,
-        )
-        ended = (run_inside if inside else run_stage)(launch, stage, code)
+    """Run stages one after the other, in this process where ``inside``; returns the exit code,
+    which is 128 + the signal's number where one ended the launcher."""
+    heard: list[signal.Signals] = []
+    for number, stage in enumerate(stages):
+        processes = counted(stage.num_tasks, "process")
+        print(f"{stage.name}: {processes}, run folder {launch.run}{origin(launch, stage)}")
+        sys.stdout.flush()
+        with without_outer_job():
+            ended = run_inside(launch, stage) if inside else run_stage(launch, stage, code, heard)
         if ended.state != "done":
             return told(launch, ended)
+        if heard and (behind := stages[number + 1 :]):
+            names = ", ".join(stage.name for stage in behind)
+            print(
+                f"{heard[0].name}: not started: {names}; the same command goes on", file=sys.stderr
+            )
+            return 128 + heard[0]
     return 0
+
+
+@contextmanager
+def without_outer_job() -> Iterator[None]:
+    """Hide what an allocation, an ``srun`` or a torchrun around this command left in the
+    environment: these processes are not that job's, and its ranks, restarts and cores not theirs.
+    """
+    outer = {k: v for k, v in os.environ.items() if k in TORCHRUN or k.startswith(OUTER)}
+    outer.pop("SUBMITIT_LOG_LEVEL", None)
+    if outer:
+        print(f"environment of an outer job ignored: {', '.join(sorted(outer))}", file=sys.stderr)
+    for name in outer:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(outer)
+
+
+def origin(launch: Launch, stage: Stage) -> str:
+    """``", goes on from checkpoint-00000120.pth"`` where a training stage finds one."""
+    note = record.read_launch(launch.run)
+    newest = record.newest_checkpoint(launch.run, stage.name, note)
+    return f", goes on from {newest}" if newest and stage.name in RESUMES else ""
 
 
 def told(launch: Launch, ended: record.Record) -> int:
@@ -155,10 +194,11 @@ def told(launch: Launch, ended: record.Record) -> int:
         print(f"xcit-dino: {ended.stage}: {ended.reason}  (log: {log})", file=sys.stderr)
         return 2 if ended.bad_input else 1
     print(f"xcit-dino: {ended.stage} {ended.state}: {ended.reason}", file=sys.stderr)
-    return 130 if ended.reason.startswith(signal.SIGINT.name) else 1
+    by_signal = (128 + n for n in PASSED_ON if ended.reason.startswith(n.name))
+    return next(by_signal, 1) if ended.state == "stopped" else 1
 
 
-def run_inside(launch: Launch, stage: Stage, code: Path) -> record.Record:
+def run_inside(launch: Launch, stage: Stage) -> record.Record:
     """Run one stage in this process, for a debugger: no log, no restart, no copy of the code."""
     attempt = record.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
     job = job_of(launch, stage)
@@ -178,8 +218,14 @@ def run_inside(launch: Launch, stage: Stage, code: Path) -> record.Record:
     return record.finish(launch.run, stage.name, exit_code)
 
 
-def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
-    """Run one stage to its end, again after a failure or a time limit, as SLURM would."""
+def run_stage(
+    launch: Launch, stage: Stage, code: Path, heard: list[signal.Signals]
+) -> record.Record:
+    """Run one stage to its end, again after a failure or a time limit, as SLURM would.
+
+    Args:
+        heard: takes the signals that come to the launcher; after one, nothing starts again.
+    """
     progress = record.progress_file(launch.run, stage.name)
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
@@ -188,19 +234,30 @@ def run_stage(launch: Launch, stage: Stage, code: Path) -> record.Record:
         STATE_FILE: str(progress),
     }
     while True:
-        attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())
+        try:
+            attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())
+        except InputError:  # cancelled in between
+            return record.load(launch.run, stage.name)
         with environment_variables(**environment):
             started = executor(launch, stage).submit(job_of(launch, stage))
         attempt.job_id = started.job_id
         record.save(launch.run, attempt)
         process = cast(local.LocalJob[None], started)._process
         assert process is not None
-        with passing_on_signals(process):
+        with passing_on_signals(process, heard):
             watch.show(launch.run, stage.name, started.job_id, partial(runs, process))
         ended = record.finish(launch.run, stage.name, process.wait())
+        if heard and ended.state == "requeued":
+            if not ended.reason.startswith(heard[0].name):
+                ended.reason = f"{heard[0].name}; {ended.reason}"
+            ended.state = "stopped"
+            record.save(launch.run, ended)
         if ended.state != "requeued":
             return ended
-        print(f"{stage.name}: starting again after {ended.reason}", file=sys.stderr)
+        print(
+            f"{stage.name}: starting again after {ended.reason}{origin(launch, stage)}",
+            file=sys.stderr,
+        )
 
 
 def runs(process: subprocess.Popen[bytes]) -> bool:
@@ -209,16 +266,18 @@ def runs(process: subprocess.Popen[bytes]) -> bool:
 
 
 @contextmanager
-def passing_on_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def passing_on_signals(
+    process: subprocess.Popen[bytes], heard: list[signal.Signals]
+) -> Iterator[None]:
     """Ctrl-C and the like go to the ranks, which save themselves; the launcher waits for them."""
 
     def handler(number: int, frame: FrameType | None) -> None:
+        heard.append(signal.Signals(number))
         if number == signal.SIGINT:
             print("\nsaving and leaving; Ctrl-C again leaves at once", file=sys.stderr)
         process.send_signal(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, handler) for number in PASSED_ON}
     try:
         yield
     finally:

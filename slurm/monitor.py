@@ -16,6 +16,7 @@ import tyro
 
 from xcit_dino.errors import InputError, within
 from xcit_dino.progress import clock
+from xcit_dino.slurm import record
 from xcit_dino.slurm.runstate import State, moment
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def run(config: WatchConfig) -> None:
     from rich.console import Console
     from rich.live import Live
 
+    if seeds := record.seed_runs(config.run):
+        raise InputError(f"{config.run}: holds no run; watch one of {', '.join(map(str, seeds))}")
     if not config.run.is_dir():
         raise InputError(f"{config.run}: no such run folder")
     state = State(config.run)

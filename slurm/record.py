@@ -8,12 +8,15 @@ and :func:`finish` after it. The ranks in between leave words of their own, a fi
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +48,7 @@ class Record:
     ended: str = ""
     reason: str = ""  # of the state, in words
     bad_input: bool = False  # the failure is the user's to mend
-    failed_at: str = ""  # the error of the last failure, and the newest checkpoint then
+    failed_at: str = ""  # where the code failed last, and the newest checkpoint then
     config: dict[str, Any] = field(default_factory=dict)  # of the stage when it was done
 
     @property
@@ -90,7 +93,8 @@ def leave_word(run: Path, job_id: str, restart: int, rank: int | str, **word: An
 
     ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``done``: rank 0 is
     through with the stage (srun's exit code is no proof: it is 0 when a node dies); ``error`` and
-    ``code``: it failed, ``final`` where a restart cannot help; ``port``: where the ranks met.
+    ``code``: it failed, ``where`` in the code, ``final`` where a restart cannot help; ``port``:
+    where the ranks met.
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -113,10 +117,11 @@ def heard(run: Path, record: Record) -> str:
 def failure(run: Path, record: Record) -> str:
     """Why an attempt failed, naming rank and host: what failed first, the others only follow."""
     died = first_death(run, record)
-    if died and "xited with exit code" not in died:
-        return died.replace(
+    if killed(run, record):
+        reason = died.replace(
             OUR_SIGNAL, "told to save itself before it had started (raise --timeout)"
         )
+        return f"{reason}{last_seen(run, record.stage)}"
     errors = [w for w in words(run, record.job_id, record.restart) if "error" in w]
     if not errors:
         return died
@@ -124,6 +129,12 @@ def failure(run: Path, record: Record) -> str:
     if first["rank"] == SCRIPT:
         return first["error"]
     return f"rank {first['rank']} on {first['host']}: {first['error']}"
+
+
+def killed(run: Path, record: Record) -> bool:
+    """Whether an attempt was ended from outside: a signal, or a node that died."""
+    died = first_death(run, record)
+    return bool(died) and "xited with exit code" not in died
 
 
 def first_death(run: Path, record: Record) -> str:
@@ -158,7 +169,7 @@ def begin(run: Path, stage: str, job_id: str, restart: int, hosts: str) -> Recor
     record, max_requeues = load(run, stage), read_launch(run)["max_requeues"]
     if record.state == "running" and not heard(run, record):
         record.failures += 1
-        record.reason = f"the job ended without a word on {record.hosts}"
+        record.reason = f"the job ended without a word on {record.hosts}{last_seen(run, stage)}"
     record.job_id, record.restart, record.hosts = job_id, restart, hosts
     if cancelled(run):
         record.state, record.reason, record.ended = "cancelled", "by `launch cancel`", now()
@@ -197,35 +208,75 @@ def finish(run: Path, stage: str, code: int) -> Record:
     elif first_death(run, record).endswith(TERMINATED):
         record.state, record.reason = "requeued", "ended by the scheduler before it could save"
     else:
-        judge_failure(run, record, said, code, launch["max_requeues"])
+        judge_failure(run, record, said, code, launch)
     save(run, record)
     return record
 
 
 def judge_failure(
-    run: Path, record: Record, said: list[dict[str, Any]], code: int, max_requeues: int
+    run: Path, record: Record, said: list[dict[str, Any]], code: int, launch: dict[str, Any]
 ) -> None:
     """Count a failure; the run starts again unless that cannot help."""
     record.failures += 1
     record.reason = failure(run, record) or f"exit code {code}, and not a word"
     record.bad_input = any(w.get("code") == 2 for w in said)
-    newest = max((path.name for path in run.glob("checkpoints/*.pth")), default="")
-    error = next((w["error"] for w in said if "error" in w and w["rank"] != SCRIPT), "")
-    failed_at = f"{error} | {newest}"
     final = any(w.get("final") for w in said)
-    if error and failed_at == record.failed_at:  # a mistake in the code comes back each time
+    place = "" if killed(run, record) else place_of_failure(said, code)
+    failed_at = place and f"{place} | {newest_checkpoint(run, record.stage, launch)}"
+    if failed_at and failed_at == record.failed_at:  # a mistake in the code comes back each time
         final, record.reason = True, f"{record.reason} (twice at the same place)"
     record.failed_at = failed_at
-    again = not final and record.failures <= max_requeues
+    again = not final and record.failures <= launch["max_requeues"]
     record.state = "requeued" if again else "failed"
+
+
+def place_of_failure(said: list[dict[str, Any]], code: int) -> str:
+    """Where the code failed, comparable between attempts: texts hold process ids, ports and times.
+
+    '' where it was not the code: SLURM started no processes, or a signal ended them all.
+    """
+    errors = [w for w in said if "error" in w]
+    if errors:
+        first = errors[0]
+        return "" if first["rank"] == SCRIPT else first.get("where") or first["error"]
+    return f"exit code {code}" if 0 <= code < 128 else ""
+
+
+def newest_checkpoint(run: Path, stage: str, launch: dict[str, Any]) -> str:
+    """Name of the newest checkpoint of a stage, in the folder that this stage trains in; or ''."""
+    folder = Path(launch["stages"][stage]["config"].get("output_dir") or run)
+    return max((path.name for path in folder.glob("checkpoints/checkpoint-*.pth")), default="")
+
+
+def last_seen(run: Path, stage: str) -> str:
+    """``", last seen alive at 2026-11-28 20:03:11 (pretraining 120/400 steps)"``: what the progress
+    bar of an attempt said last; '' where it had not begun."""
+    try:
+        state = json.loads(progress_file(run, stage).read_text())
+    except (OSError, ValueError):
+        return ""
+    moment = datetime.fromtimestamp(state["time"]).isoformat(" ", "seconds")
+    done = f"{state['done']:,.0f}/{state['total']:,.0f} {state['unit']}".rstrip()
+    return f", last seen alive at {moment} ({state['label']} {done})"
 
 
 # -- the launch ------------------------------------------------------------------------------------
 
 
 def write_launch(run: Path, launch: dict[str, Any]) -> None:
-    """Keep what was launched: cluster, host, code, stages with job ids and configs."""
+    """Keep what was launched: cluster, host, code, stages with job ids and configs; and in
+    ``earlier`` the stages of launches before this one."""
     write_atomic(folder(run) / "launch.json", json.dumps(launch, indent=1) + "\n")
+
+
+def is_launched(run: Path) -> bool:
+    """Whether anything was launched in a folder."""
+    return (folder(run) / "launch.json").is_file()
+
+
+def seed_of(run: Path) -> str:
+    """What follows ``-seed`` in a run folder's name."""
+    return run.name.rpartition("-seed")[2]
 
 
 def read_launch(run: Path) -> dict[str, Any]:
@@ -234,10 +285,34 @@ def read_launch(run: Path) -> dict[str, Any]:
     Raises:
         InputError: nothing was.
     """
-    path = folder(run) / "launch.json"
-    if not path.is_file():
-        raise InputError(f"{run}: not a run folder of the launcher (it has no launch/launch.json)")
-    return json.loads(path.read_text())
+    if not is_launched(run):
+        seeds = ", ".join(map(str, seed_runs(run)))
+        raise InputError(
+            f"{run}: not a run folder of the launcher (it has no launch/launch.json)"
+            + (f"; there are {seeds}" if seeds else "")
+        )
+    return json.loads((folder(run) / "launch.json").read_text())
+
+
+def earlier_stages(run: Path, todo: Iterable[str]) -> dict[str, Any]:
+    """Stages that launches before this one have begun, other than those in ``todo``."""
+    if not is_launched(run):
+        return {}
+    known = all_stages(read_launch(run))
+    return {k: v for k, v in known.items() if k not in todo and load(run, k).attempts}
+
+
+def all_stages(launch: dict[str, Any]) -> dict[str, Any]:
+    """Stages of this launch and, before them, of those before it."""
+    return launch.get("earlier", {}) | launch["stages"]
+
+
+def seed_runs(run: Path) -> list[Path]:
+    """The runs ``RUN-seed0``, ``RUN-seed1`` ... of ``--seeds``, where ``run`` itself is none."""
+    if is_launched(run):
+        return []
+    found = (p for p in run.parent.glob(f"{glob.escape(run.name)}-seed*") if is_launched(p))
+    return sorted((p for p in found if seed_of(p).isdigit()), key=lambda p: int(seed_of(p)))
 
 
 def cancel(run: Path) -> None:

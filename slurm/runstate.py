@@ -47,9 +47,10 @@ class State:
 
     def look_at_stages(self) -> None:
         """States of the launcher's stages, where the launcher started this run."""
-        if not (record.folder(self.folder) / "launch.json").is_file():
+        if not record.is_launched(self.folder):
             return
-        known = [record.load(self.folder, s) for s in record.read_launch(self.folder)["stages"]]
+        stages = record.all_stages(record.read_launch(self.folder))
+        known = [record.load(self.folder, stage) for stage in stages]
         self.unfinished = not all(stage.finished for stage in known)
         self.stages = [f"{k.stage} {k.state}{f' ({k.reason})' if k.reason else ''}" for k in known]
 

@@ -23,7 +23,7 @@ STALE = 60.0  # seconds without news of a stage after which their age is shown
 
 def owner(run: Path) -> str:
     """Who is at work in a run folder, in words; '' when nobody is."""
-    if not (record.folder(run) / "launch.json").is_file():
+    if not record.is_launched(run):
         return ""
     launch = record.read_launch(run)
     if launch["cluster"] == "slurm":
@@ -50,25 +50,32 @@ def local_owner(launch: dict[str, Any]) -> bool:
 
 
 def status(config: StatusConfig) -> None:
-    """Print a table with a row a stage, and below it how far those stages are that have begun."""
+    """Print a table with a row a stage, and below it how far those stages are that have begun; of
+    each run where ``--seeds`` made several."""
+    for run in record.seed_runs(config.run) or [config.run]:
+        show_status(run)
+
+
+def show_status(run: Path) -> None:
+    """Print the table of one run: stages of earlier launches first."""
     from rich.console import Console
     from rich.table import Table
 
-    launch = record.read_launch(config.run)
+    launch = record.read_launch(run)
     jobs = queue(launch)
     table = Table(box=None)
     for column in ("stage", "state", "job", "nodes", "restarts", "failures"):
         table.add_column(column, overflow="fold")
     before, lines = None, []
-    for stage in launch["stages"]:
-        row = describe(config.run, stage, launch, jobs, before)
+    for stage in record.all_stages(launch):
+        row = describe(run, stage, launch, jobs, before)
         if progress := row.pop("progress"):
             lines.append(f"{stage}: {progress}")
         table.add_row(*row.values())
-        before = row
-    print(f"{config.run} ({launch['cluster']})", flush=True)
+        before = row if stage in launch["stages"] else None
+    print(f"{run} ({launch['cluster']})", flush=True)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
-    print(*lines, f"next stage: {next_stage(config.run, launch) or 'none'}", sep="\n")
+    print(*lines, f"next stage: {next_stage(run, launch) or 'none'}", sep="\n")
 
 
 def state(run: Path, stage: str) -> str:
@@ -82,7 +89,7 @@ def describe(
 ) -> dict[str, str]:
     """One row of the table; ``before`` is the row of the stage that this one waits for."""
     known = record.load(run, stage)
-    job_id = launch["stages"][stage]["job_id"] or known.job_id
+    job_id = record.all_stages(launch)[stage]["job_id"] or known.job_id
     job = jobs.get(job_id)
     state, reason = known.state, known.reason
     if job is not None:
@@ -90,6 +97,8 @@ def describe(
             job["state"], job["state"].lower()
         )
         reason = job["reason"].replace("(None)", "") if job["state"] == "PENDING" else ""
+    elif known.state == "waiting" and record.cancelled(run):
+        state, reason = "cancelled", "by `launch cancel`"
     elif not known.finished and not local_owner(launch):
         state, reason = unsaid(run, known, before)
     if state == "running":
@@ -113,7 +122,9 @@ def unsaid(run: Path, known: record.Record, before: dict[str, str] | None) -> tu
     if known.state == "waiting" and before and not before["state"].startswith("done"):
         return "cancelled", f"{before['stage']} is {before['state']}"
     state = scheduler.job_state(known.job_id).lower() if known.job_id else ""
-    return state or "lost", f"left without a word on {known.hosts or 'any node'}; launch it again"
+    seen = record.last_seen(run, known.stage) if known.began else ""
+    where = known.hosts or "any node"
+    return state or "lost", f"left without a word on {where}{seen}; launch it again"
 
 
 def progress(run: Path, stage: str) -> str:
@@ -140,7 +151,7 @@ def outcome(run: Path, stage: str, launch: dict[str, Any], known: record.Record)
     seconds = datetime.fromisoformat(known.ended) - datetime.fromisoformat(known.began)
     parts = [f"took {clock(seconds.total_seconds())}"]
     if known.state == "done":
-        folder = Path(launch["stages"][stage]["config"].get("output_dir", run))
+        folder = Path(record.all_stages(launch)[stage]["config"].get("output_dir", run))
         metrics = read_results(folder).get(stage, {}).get("metrics", {})
         last = watch.read_state(record.progress_file(run, stage)) or {"shown": ""}
         parts += [f"{name} {value:.2f}" for name, value in metrics.items()] or [last["shown"]]
@@ -159,7 +170,7 @@ def next_stage(run: Path, launch: dict[str, Any]) -> str:
 def logs(config: LogsConfig) -> None:
     """Print a rank's log, of the stage that began last unless told otherwise."""
     launch = record.read_launch(config.run)
-    records = {stage: record.load(config.run, stage) for stage in launch["stages"]}
+    records = {stage: record.load(config.run, stage) for stage in record.all_stages(launch)}
     begun = {stage: known for stage, known in records.items() if known.job_id}
     stage = config.stage or next(reversed(begun), None)
     if stage is None or stage not in begun:
@@ -185,14 +196,25 @@ def logs(config: LogsConfig) -> None:
 
 
 def cancel(config: CancelConfig) -> None:
-    """End the run's jobs; the stage that goes on is told to save itself first."""
-    launch = record.read_launch(config.run)
-    who = owner(config.run)
-    record.cancel(config.run)
+    """End the jobs of a run, or of all runs of ``--seeds``; the stage that goes on is told to save
+    itself first."""
+    for run in reversed(record.seed_runs(config.run) or [config.run]):  # those that wait first
+        cancel_run(run)
+
+
+def cancel_run(run: Path) -> None:
+    """End one run's jobs; other runs of the same launcher are left alone."""
+    launch = record.read_launch(run)
+    who = owner(run)
+    record.cancel(run)
     if launch["cluster"] == "slurm":
         scheduler.cancel(list(reversed(queue(launch))))
-    elif who:
+    elif who and all(record.load(run, stage).state == "waiting" for stage in launch["stages"]):
+        who = f"{run}, which had not started"
+    elif who and not all(record.load(run, stage).finished for stage in launch["stages"]):
         os.kill(launch["pid"], signal.SIGTERM)
+    elif who:
+        who = ""  # done; the launcher is at work on another run
     elif launch["host"] != socket.gethostname():
-        raise InputError(f"{config.run}: its processes are on {launch['host']}; cancel it there")
-    print(f"cancelled {who}" if who else f"{config.run}: nothing is running")
+        raise InputError(f"{run}: its processes are on {launch['host']}; cancel it there")
+    print(f"cancelled {who}" if who else f"{run}: nothing is running")

@@ -28,14 +28,18 @@ class StandinConfig:
     """Duration of a step."""
     save_seconds: float = 0.0
     """Duration of saving, when told to stop; ``saving`` is there from its beginning."""
+    show_environment: bool = False
+    """Write the names of all environment variables to ``environment``."""
     fail: str = ""
-    """``always``, ``once``, ``input``: how it fails at step 2."""
+    """How it fails at step 2: ``always``, ``once``, ``pid`` (always, in other words), ``input``."""
 
 
 def train(config: StandinConfig) -> None:
     """Count steps, one line each in ``steps``."""
     place = config.output_dir / "step"
     step = int(place.read_text()) if place.is_file() else 0
+    if config.show_environment:
+        (config.output_dir / "environment").write_text("\n".join(os.environ))
     while step < config.steps:
         time.sleep(config.seconds)
         step += 1
@@ -56,7 +60,9 @@ def fail(config: StandinConfig, step: int) -> None:
     if step != 2 or not config.fail or (config.fail == "once" and marker.exists()):
         return
     marker.touch()
-    raise InputError("--x: wrong") if config.fail == "input" else RuntimeError("went wrong")
+    if config.fail == "input":
+        raise InputError("--x: wrong")
+    raise RuntimeError(f"went wrong in {os.getpid()}" if config.fail == "pid" else "went wrong")
 
 
 def plan_of(run: Path, **options: object) -> Launch:
@@ -73,5 +79,7 @@ def start(plan: Launch) -> int:
 
 
 if __name__ == "__main__":
-    pairs = (word.split("=") for word in sys.argv[2:])
-    sys.exit(start(plan_of(Path(sys.argv[1]), **{name: eval(value) for name, value in pairs})))
+    folders = [Path(word) for word in sys.argv[1:] if "=" not in word]
+    given = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
+    plans = [plan_of(f, **{name: eval(value) for name, value in given.items()}) for f in folders]
+    sys.exit(launch.run_here(plans, "local"))

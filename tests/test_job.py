@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -138,6 +140,77 @@ def test_the_same_error_counts_again_once_the_run_got_on(run: Path) -> None:
     begin(run, 2)
     record.leave_word(run, "9", 2, 0, error="OSError: disk", code=1)
     assert record.finish(run, STAGE, 1).state == "failed"
+
+
+def fail_at(run: Path, restart: int, error: str, where: str, *srun: str) -> record.Record:
+    begin(run, restart)
+    record.leave_word(run, "9", restart, 0, error=error, where=where, code=1)
+    srun_says(run, *srun)
+    return record.finish(run, STAGE, 1)
+
+
+def test_a_mistake_is_known_again_by_its_line_of_code(run: Path) -> None:
+    first = fail_at(run, 0, "OSError: .head.30922.tmp", "OSError loop.py:3 save.py:9")
+    assert first.state == "requeued"
+    again = fail_at(run, 1, "OSError: .head.31007.tmp", "OSError loop.py:3 save.py:9")
+    assert again.state == "failed" and "twice at the same place" in again.reason
+
+
+def test_the_same_words_of_another_line_are_another_mistake(run: Path) -> None:
+    for restart, where in enumerate(("OSError loop.py:3", "OSError loop.py:4")):
+        assert fail_at(run, restart, "OSError: disk", where).state == "requeued"
+
+
+def test_ranks_left_alone_by_a_killed_one_are_no_mistake_of_the_code(run: Path) -> None:
+    """Machines may well fail twice between two checkpoints."""
+    died = "srun: error: node2: task 1: Killed"
+    for restart in range(2):
+        ended = fail_at(run, restart, "RuntimeError: closed", "RuntimeError dist.py:7", died)
+        assert ended.state == "requeued"
+
+
+def test_the_same_exit_code_without_a_word_twice_is_the_end(run: Path) -> None:
+    """Such as an import that fails before the job's own code runs."""
+    states = []
+    for restart in range(2):
+        begin(run, restart)
+        states.append(record.finish(run, STAGE, 1).state)
+    assert states == ["requeued", "failed"]
+
+
+def test_a_finetuning_gets_on_in_its_own_folder(run: Path) -> None:
+    folder = run / "finetune" / "checkpoints"
+    folder.mkdir(parents=True)
+    stages = {STAGE: {"job_id": "9", "config": {"output_dir": str(folder.parent)}}}
+    record.write_launch(run, {"max_requeues": 5, "stages": stages})
+    for restart in range(2):
+        assert fail_at(run, restart, "OSError: disk", "OSError loop.py:3").state == "requeued"
+        (folder / f"checkpoint-{restart:08d}.pth").touch()
+
+
+def test_an_error_s_place_is_its_kind_and_its_lines() -> None:
+    def places(text: str) -> str:
+        try:
+            raise OSError(text)
+        except OSError as error:
+            return job.place_of(error)
+
+    assert places("a 1") == places("b 2")
+    assert re.fullmatch(r"OSError test_job\.py:\d+", places("a"))
+
+
+def test_a_killed_attempt_was_last_seen(run: Path) -> None:
+    begin(run, 0)
+    bar = {"label": "pretraining", "unit": "steps", "start": 0, "done": 12, "total": 69}
+    bar |= {"time": time.mktime((2026, 1, 1, 10, 2, 3, 0, 0, -1))}
+    record.progress_file(run, STAGE).write_text(json.dumps(bar))
+    srun_says(run, "srun: error: node2: task 1: Killed")
+    seen = "last seen alive at 2026-01-01 10:02:03 (pretraining 12/69 steps)"
+    assert record.finish(run, STAGE, 137).reason == f"node2: task 1: Killed, {seen}"
+    begin(run, 1)
+    record.progress_file(run, STAGE).write_text(json.dumps(bar))
+    begin(run, 2)  # the node died with the script
+    assert record.load(run, STAGE).failures == 2
 
 
 def test_bad_input_does_not_start_again(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -21,7 +22,17 @@ from xcit_dino.data.demo import make
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError
-from xcit_dino.slurm import launch, local, preview, record, scheduler, snapshot, status, submit
+from xcit_dino.slurm import (
+    launch,
+    local,
+    monitor,
+    preview,
+    record,
+    scheduler,
+    snapshot,
+    status,
+    submit,
+)
 from xcit_dino.slurm.config import (
     CancelConfig,
     Launch,
@@ -31,6 +42,7 @@ from xcit_dino.slurm.config import (
     Stage,
     StatusConfig,
 )
+from xcit_dino.slurm.monitor import WatchConfig
 from xcit_dino.slurm.rehearse import rehearse_config
 from xcit_dino.slurm.rehearse import run as rehearse
 from xcit_dino.slurm.stages import launch_config, split_words
@@ -367,6 +379,34 @@ def test_the_same_mistake_twice_is_the_end(run: Path, capfd: pytest.CaptureFixtu
     assert "went wrong" in shown.err and "submitit" not in shown.out
 
 
+def test_the_same_mistake_in_other_words_is_the_end(run: Path) -> None:
+    """Process ids, ports and times in a text differ each time; the line of code does not."""
+    assert start(plan_of(run, fail="pid")) == 1
+    known = record.load(run, "pretrain")
+    assert (known.state, known.attempts) == ("failed", 2)
+    assert "went wrong in " in known.reason and "(twice at the same place)" in known.reason
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's own
+def test_an_outer_job_has_no_part_in_a_local_run(
+    run: Path, cluster: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run inside an allocation, an srun or a torchrun is a run of its own."""
+    outer = {"SLURM_RESTART_COUNT": "3", "SLURM_CPUS_PER_TASK": "3", "SLURMD_NODENAME": "n7"}
+    outer |= {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "nowhere"}
+    outer |= {"SUBMITIT_EXECUTOR": "slurm", "TORCHELASTIC_RESTART_COUNT": "2", "SLURM_NTASKS": "8"}
+    for name, value in outer.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_of(run, show_environment=True)
+    assert launch.start(plan, list(plan.stages), cluster) == 0  # type: ignore[arg-type]
+    assert record.load(run, "pretrain").attempts == 1
+    left = set((run / "environment").read_text().split())
+    assert not left & (set(outer) - {"SUBMITIT_EXECUTOR"})  # submitit's local one sets this itself
+    assert "environment of an outer job ignored: " in capfd.readouterr().err
+    assert os.environ["SLURM_RESTART_COUNT"] == "3"
+
+
 def test_bad_input_found_by_a_job_is_one_line(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert start(plan_of(run, fail="input")) == 2
     known = record.load(run, "pretrain")
@@ -437,6 +477,87 @@ def test_ctrl_c_saves_and_leaves(run: Path) -> None:
     assert status.owner(run) == ""
 
 
+def test_a_signal_to_the_launcher_starts_nothing_again(run: Path) -> None:
+    """As of ``kill`` or of a service manager; `launch cancel` marks the run besides."""
+    process = in_background(run, "steps=100", "seconds=0.1")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    known = record.load(run, "pretrain")
+    assert (known.state, known.attempts) == ("stopped", 1)
+    assert known.reason.startswith("SIGTERM after step")
+
+
+def test_a_restart_says_from_where(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "checkpoint-00000007.pth").touch()
+    assert start(plan_of(run, fail="once")) == 0
+    shown = capfd.readouterr()
+    assert "goes on from checkpoint-00000007.pth" in shown.out
+    assert "went wrong, goes on from checkpoint-00000007.pth" in shown.err
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> list[Path]:
+    """Run folders as ``--seeds 0 1`` names them."""
+    folders = [tmp_path / f"many-seed{seed}" for seed in (0, 1)]
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_cancelling_one_seed_lets_the_next_one_run(seeds: list[Path]) -> None:
+    process = in_background(seeds[0], str(seeds[1]), "steps=30", "seconds=0.1")
+    status.cancel(CancelConfig(seeds[0]))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert [record.load(one, "pretrain").state for one in seeds] == ["cancelled", "done"]
+
+
+def test_all_seeds_are_shown_and_cancelled_by_their_common_name(
+    seeds: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = in_background(seeds[0], str(seeds[1]), "steps=100", "seconds=0.1")
+    name = seeds[0].with_name("many")
+    status.status(StatusConfig(name))
+    shown = capsys.readouterr().out
+    assert f"{seeds[0]} (local)" in shown and f"{seeds[1]} (local)" in shown
+    assert "running" in shown and "waiting" in shown
+    for command, config in ((status.logs, LogsConfig(name)), (monitor.run, WatchConfig(name))):
+        with pytest.raises(InputError, match=f"{seeds[0]}, {seeds[1]}"):
+            command(config)
+    status.cancel(CancelConfig(name))
+    assert f"cancelled {seeds[1]}, which had not started" in capsys.readouterr().out
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert record.load(seeds[0], "pretrain").state == "cancelled"
+    assert not (seeds[1] / "steps").exists()
+    status.status(StatusConfig(name))
+    assert capsys.readouterr().out.count("cancelled: by `launch cancel`") == 2
+
+
+def test_a_seed_that_waits_is_cancelled_alone(seeds: list[Path]) -> None:
+    process = in_background(seeds[0], str(seeds[1]), "steps=20", "seconds=0.1")
+    status.cancel(CancelConfig(seeds[1]))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert record.load(seeds[0], "pretrain").state == "done"
+    assert not (seeds[1] / "steps").exists()
+
+
+def test_ctrl_c_ends_all_seeds_and_says_so(seeds: list[Path]) -> None:
+    process = in_background(seeds[0], str(seeds[1]), "steps=100", "seconds=0.1")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"{seeds[1]}: not started; the same command starts it" in err
+
+
+def test_a_seed_that_fails_lets_the_next_one_run(seeds: list[Path]) -> None:
+    assert launch.run_here([plan_of(one, fail="always") for one in seeds], "local") == 1
+    assert [record.load(one, "pretrain").attempts for one in seeds] == [2, 2]
+
+
 def test_cancel_saves_and_ends(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = in_background(run, "steps=100", "seconds=0.1")
     status.cancel(CancelConfig(run))
@@ -503,6 +624,42 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "file" / "run")
     with pytest.raises(InputError, match="--output_dir .*file/run: Not a directory"):
         launch.start(plan, list(plan.stages), "local")
+
+
+def test_status_keeps_stages_of_earlier_launches(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = plan_of(run)
+    assert start(first) == 0
+    evaluation = dataclasses.replace(first.stages[0], name="knn")
+    second = dataclasses.replace(first, stages=(evaluation,))
+    assert start(second) == 0
+    capsys.readouterr()
+    status.status(StatusConfig(run))
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in shown[2:4]] == [["pretrain", "done"], ["knn", "done"]]
+    status.logs(LogsConfig(run, stage="pretrain"))
+    launch.prepare(first, list(first.stages), "local")  # and again, the other way round
+    assert list(record.all_stages(record.read_launch(run))) == ["knn", "pretrain"]
+
+
+def test_status_says_when_a_lost_job_was_last_seen(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {"pretrain": {"job_id": "", "config": {}}}
+    note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
+    record.write_launch(run, note)
+    known = record.Record(
+        "pretrain", state="running", hosts="n1", began="2026-01-01T10:00:00+00:00"
+    )
+    record.save(run, known)
+    bar = {"label": "pretraining", "unit": "steps", "start": 0, "done": 100, "total": 200}
+    bar |= {"time": time.mktime((2026, 1, 1, 10, 2, 3, 0, 0, -1)), "seconds": 1, "shown": ""}
+    record.progress_file(run, "pretrain").write_text(json.dumps(bar))
+    status.status(StatusConfig(run))
+    shown = " ".join(capsys.readouterr().out.split())
+    seen = "last seen alive at 2026-01-01 10:02:03 (pretraining 100/200 steps)"
+    assert f"left without a word on n1, {seen}; launch it again" in shown
 
 
 def test_status_says_why_a_stage_was_cancelled(
