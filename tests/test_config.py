@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import tyro
 
 from xcit_dino.errors import InputError
 from xcit_dino.train.config import (
@@ -121,3 +122,38 @@ def test_every_option_is_listed_once():
 
 def test_differing():
     assert differing(Both(), replace(Both(), {"lr": 1.0})) == {"lr": (0.0005, 1.0)}
+
+
+@dataclass(frozen=True)
+class Positions:
+    src: tyro.conf.Positional[Path] = tyro.MISSING
+    more: tyro.conf.Positional[tuple[int, ...]] = ()
+    name: str | None = "x"
+
+
+def test_options_without_a_flag_take_the_words_left_over():
+    config = parse(Positions(), ["a", "--name", "None", "1", "2"], "test")
+    assert config == Positions(Path("a"), (1, 2), None)
+    with pytest.raises(InputError, match=r"^SRC is missing \(see test --help\)$"):
+        parse(Positions(), ["--name", "y"], "test")
+    with pytest.raises(InputError, match="'stray' belongs to no option"):
+        flags("--epochs", "3", "stray")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--epochs", "many"], "--epochs many: must be int (see test --help)"),
+        (["--epochs"], "--epochs needs a value (see test --help)"),
+        (["--sizes", "1"], "--sizes 1: must be tuple[int, int] (see test --help)"),
+        (
+            ["--shape", "dsk"],
+            "--shape dsk: must be one of disk, ring; did you mean disk? (see test --help)",
+        ),
+        (["--fast", "maybe"], "--fast maybe: must be bool (see test --help)"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(argv, message):
+    with pytest.raises(InputError) as error:
+        flags(*argv)
+    assert str(error.value) == message

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
-import re
 import reprlib
+import sys
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
+import tyro
 import yaml
 
 from xcit_dino.errors import InputError, suggest, within
 from xcit_dino.paths import LOCATION, expand
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BOOLEANS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+UNIONS = (typing.Union, types.UnionType)
 Config = TypeVar("Config")
 
 
@@ -143,7 +146,13 @@ def replace(config: Config, values: dict[str, Any], source: str = "the override"
             if inner:
                 changed[field.name] = replace(value, inner, source)
         elif field.name in values:
-            changed[field.name] = _coerce(values[field.name], known[field.name], field.name, source)
+            given = values[field.name]
+            try:
+                changed[field.name] = _coerce(given, known[field.name])
+            except _Mismatch as expected:
+                raise InputError(
+                    f"{source}: {field.name} must be {expected}, got {brief(given)}"
+                ) from None
     return dataclasses.replace(typing.cast(Any, config), **changed)
 
 
@@ -163,25 +172,34 @@ def absolute(config: Config) -> Config:
     return replace(config, values)
 
 
-def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
+class _Mismatch(ValueError):
+    """A value of another type; the message names the type that is expected."""
+
+
+def _coerce(value: Any, kind: Any) -> Any:
     """Check a value against its type, and open ``~`` in paths; numbers in text pass: YAML reads
-    ``1e-6`` as text."""
+    ``1e-6`` as text.
+
+    Raises:
+        _Mismatch: another type.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        inner = _coerce(value, args[0], name, source)
+        inner = _coerce(value, args[0])
         return expand(inner) if LOCATION in args else inner
     if origin is Literal:
         if value in args:
             return value
-    elif origin is tuple and isinstance(value, list | tuple):
+        raise _Mismatch(f"one of {', '.join(map(str, args))}{suggest(str(value)[:80], args)}")
+    if origin is tuple and isinstance(value, list | tuple):
         if Ellipsis in args:
-            return tuple(_coerce(v, args[0], name, source) for v in value)
+            return tuple(_coerce(v, args[0]) for v in value)
         if len(args) == len(value):
-            return tuple(_coerce(v, k, name, source) for v, k in zip(value, args, strict=True))
-    elif origin in (typing.Union, getattr(__import__("types"), "UnionType", None)):
+            return tuple(_coerce(v, k) for v, k in zip(value, args, strict=True))
+    elif origin in UNIONS:
         for choice in args:
-            with contextlib.suppress(InputError):
-                return _coerce(value, choice, name, source)
+            with contextlib.suppress(_Mismatch):
+                return _coerce(value, choice)
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -197,8 +215,7 @@ def _coerce(value: Any, kind: Any, name: str, source: str) -> Any:
         return Path(expand(str(value)))
     elif kind is str and isinstance(value, str | Path):
         return str(value)
-    expected = getattr(kind, "__name__", None) or str(kind).replace("typing.", "")
-    raise InputError(f"{source}: {name} must be {expected}, got {brief(value)}")
+    raise _Mismatch(getattr(kind, "__name__", None) or str(kind).replace("typing.", ""))
 
 
 def brief(value: Any) -> str:
@@ -261,75 +278,112 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
         InputError: an unknown flag or a value of the wrong kind, in one line.
         SystemExit: after ``--help``.
     """
-    import tyro
-
-    types = option_types(type(default))
-    argv = list(_normalised(argv, types))
-    errors = io.StringIO()
+    if "-h" in argv or "--help" in argv:
+        _print_help(default, prog, description)
+    kinds = option_types(type(default))
     try:
-        with contextlib.redirect_stderr(errors):
-            config = tyro.cli(
-                type(default),
-                args=argv,
-                default=default,
-                prog=prog,
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise InputError(f"{_reason(errors.getvalue())} (see {prog} --help)") from None
-    return replace(config, dict(options(config)))  # opens ~ in paths
+        given = {name: _from_words(name, words, kinds[name]) for name, words in _split(argv, kinds)}
+        for name, value in options(default):
+            if value is tyro.MISSING and name not in given:
+                positional = tyro.conf.Positional in typing.get_args(kinds[name])
+                raise InputError(f"{name.upper() if positional else f'--{name}'} is missing")
+    except InputError as error:
+        raise InputError(f"{error} (see {prog} --help)") from None
+    return replace(default, given)
 
 
-def _reason(printed: str) -> str:
-    """What is wrong, out of the box that tyro prints: without frame, headings and help text."""
-    words = " ".join(re.sub(r"[│╭╮╰╯─┌┐└┘]+", " ", printed).split())
-    words = re.sub(
-        r"^(Value error|Parsing error|Missing argument|Invalid choice) (Error parsing \w+: )?",
-        "",
-        words,
+def _print_help(default: Any, prog: str, description: str) -> NoReturn:
+    """Every option with its type, default and docstring, section by section."""
+    tyro.cli(
+        type(default),
+        args=["--help"],
+        default=default,
+        prog=prog,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        use_underscores=True,
     )
-    return re.sub(r" (Argument|For full) helptext.*", "", words)
+    raise SystemExit(0)
 
 
-def _normalised(argv: Sequence[str], types: dict[str, Any]) -> Iterator[str]:
-    """Underscored flag names, checked against the known ones, and booleans as tyro reads them."""
-    flags = {"help"} | set(types)
-    booleans = {
-        "true": "True",
-        "false": "False",
-        "1": "True",
-        "0": "False",
-        "yes": "True",
-        "no": "False",
-    }
-    pending = False  # the last flag was a boolean that still waits for its value
-    for word in argv:
-        is_flag = word.startswith("--") and len(word) > 2
-        if pending:
-            pending = False
-            if is_flag:
-                yield "True"  # a bare --flag means true
-            else:
-                yield booleans.get(word.lower(), word)
-                continue
-        if not is_flag:
-            yield word
+def _split(argv: Sequence[str], kinds: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """``(option, its words)`` of a command line; options without a flag take the words left over,
+    in order.
+
+    Raises:
+        InputError: an unknown flag, or words that belong to no option.
+    """
+    words, free = list(argv), []
+    while words:
+        word = words.pop(0)
+        if not _is_flag(word):
+            free.append(word)
             continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name not in flags:
-            raise InputError(f"unknown option --{name}{suggest(name, flags)}")
-        yield f"--{name}"
-        if equals:
-            yield booleans.get(value.lower(), value) if types.get(name) is bool else value
-        else:
-            pending = types.get(name) is bool
-    if pending:
-        yield "True"
+        flag, equals, value = word[2:].partition("=")
+        name = flag.replace("-", "_")
+        if name not in kinds:
+            raise InputError(f"unknown option --{name}{suggest(name, kinds)}")
+        given = [value] if equals else []
+        while not equals and words and len(given) < _most_words(kinds[name]):
+            if _is_flag(words[0]):
+                break
+            given.append(words.pop(0))
+        yield name, given
+    for name, kind in kinds.items():
+        if free and tyro.conf.Positional in typing.get_args(kind):
+            count = _most_words(kind)
+            yield name, free[:count]
+            free = free[count:]
+    if free:
+        raise InputError(f"{free[0]!r} belongs to no option")
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") and len(word) > 2
+
+
+def _plain(kind: Any) -> tuple[Any, bool]:
+    """(a type without its annotations, whether None is allowed beside it)."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return _plain(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in UNIONS and type(None) in typing.get_args(kind):
+        return _plain(next(k for k in typing.get_args(kind) if k is not type(None)))[0], True
+    return kind, False
+
+
+def _most_words(kind: Any) -> int:
+    """How many words of a command line an option of this type takes."""
+    args = typing.get_args(_plain(kind)[0])
+    if typing.get_origin(_plain(kind)[0]) is not tuple:
+        return 1
+    return sys.maxsize if Ellipsis in args else len(args)
+
+
+def _from_words(name: str, words: list[str], kind: Any) -> Any:
+    """The value that the words of a command line stand for.
+
+    Raises:
+        InputError: none, or words that are no such value.
+    """
+    plain, optional = _plain(kind)
+    if optional and words == ["None"]:
+        return None
+    if plain is bool and not words:
+        return True
+    if typing.get_origin(plain) is tuple:
+        value: Any = words
+    elif not words:
+        raise InputError(f"--{name} needs a value")
+    elif plain is bool:
+        value = BOOLEANS.get(words[0].lower(), words[0])
+    elif typing.get_origin(plain) is Literal:
+        value = {str(choice): choice for choice in typing.get_args(plain)}.get(words[0], words[0])
+    else:
+        value = words[0]
+    try:
+        return _coerce(value, kind)
+    except _Mismatch as expected:
+        raise InputError(f"--{name} {' '.join(words)}: must be {expected}") from None
 
 
 def pop_path(argv: Sequence[str], name: str) -> tuple[Path | None, list[str]]:
