@@ -97,7 +97,9 @@ def our_work(args: argparse.Namespace, precision: str, batch_size: int) -> Work:
         with autocast(trainer.world.device, trainer.dtype):
             with torch.no_grad():
                 targets = loss_fn.targets(
-                    teacher.head(features[: GLOBAL_CROPS * batch_size]), NOW.teacher_temp
+                    teacher.head(features[: GLOBAL_CROPS * batch_size]),
+                    NOW.teacher_temp,
+                    GLOBAL_CROPS,
                 )
             loss = loss_fn(student.head.bottleneck(features), student.head.last_layer, targets)
         loss.backward()
@@ -157,7 +159,9 @@ def check_equality(args: argparse.Namespace) -> str:
     views = [view for group in groups for view in group]
     with torch.no_grad():
         targets = trainer.loss.targets(
-            trainer.teacher.head(trainer.teacher.backbone(groups[0].flatten(0, 1))), 0.04
+            trainer.teacher.head(trainer.teacher.backbone(groups[0].flatten(0, 1))),
+            0.04,
+            GLOBAL_CROPS,
         )
         teacher_output = teacher(views[:GLOBAL_CROPS])
     z = trainer.student([group.flatten(0, 1) for group in groups])

@@ -68,18 +68,28 @@ class PlainNet(nn.Module):
 
 
 class PlainLoss(nn.Module):
-    """DINOLoss: one term a (teacher view, other student view) pair."""
+    """DINOLoss: one term a (teacher view, other student view) pair; official code has 2 global
+    crops."""
 
-    def __init__(self, out_dim: int, num_crops: int, student_temp: float, center_momentum: float):
+    def __init__(
+        self,
+        out_dim: int,
+        num_crops: int,
+        student_temp: float,
+        center_momentum: float,
+        num_global: int = 2,
+    ):
         super().__init__()
         self.num_crops = num_crops
+        self.num_global = num_global
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def forward(self, student_output: Tensor, teacher_output: Tensor, temperature: float) -> Tensor:
         student = (student_output / self.student_temp).chunk(self.num_crops)
-        teacher = F.softmax((teacher_output - self.center) / temperature, dim=-1).detach().chunk(2)
+        teacher = F.softmax((teacher_output - self.center) / temperature, dim=-1)
+        teacher = teacher.detach().chunk(self.num_global)
         total, terms = student_output.new_zeros(()), 0
         for iq, q in enumerate(teacher):
             for v in range(len(student)):
@@ -130,14 +140,14 @@ def plain_step(
     autocast: torch.autocast | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> float:
-    """One step over float views (B, C, H, W), the two global ones first; returns the loss."""
+    """One step over float views (B, C, H, W), the global ones first; returns the loss."""
     for i, group in enumerate(optimizer.param_groups):
         group["lr"] = lr
         if i == 0:
             group["weight_decay"] = weight_decay
     with autocast or torch.autocast(views[0].device.type, enabled=False):
         with torch.no_grad():
-            teacher_output = teacher(list(views[:2]))
+            teacher_output = teacher(list(views[: loss_fn.num_global]))
         student_output = student(list(views))
         loss = loss_fn(student_output, teacher_output, teacher_temp)
     if not math.isfinite(loss.item()):

@@ -59,7 +59,7 @@ def train_step(
         losses.append({"loss": loss.detach()})
 
     state.scaler.unscale_(state.optimizer)
-    norms = optim.clip_gradients(trainer.model.parameters(), config.optim.clip_grad)
+    norms = optim.clip_gradients(trainer.model.parameters(), config.optim.clip_grad, together=True)
     skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
     state.optimizer.zero_grad(set_to_none=True)
     if trainer.average is not None:

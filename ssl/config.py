@@ -98,10 +98,12 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """How a step is computed; none of it changes what is learnt beyond rounding."""
+    """How a step is computed; beyond rounding, and the masks of drop-path under --compile, none of
+    it changes what is learnt."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks. auto: on GPUs, falling back to eager where it fails."""
+    """torch.compile of the blocks. auto: on GPUs, falling back to eager where it fails. Compiled
+    blocks draw other drop-path masks than eager ones, from the same seed."""
     grad_checkpointing: bool = False
     """Compute the student's activations again in the backward pass: less memory, more time."""
     group_backward: bool = False
@@ -147,6 +149,11 @@ class PretrainConfig:
             raise InputError(
                 "--group_backward: the head's batch-norm needs all crops at once; leave out one of "
                 "--group_backward and --use_bn_in_head"
+            )
+        if self.crops.num_crops == 1:
+            raise InputError(
+                "--global_crops_number 1 --local_crops_number 0: with one view of an image there "
+                "is nothing to compare; take --global_crops_number 2, or some local crops"
             )
         if self.model.arch.startswith(TIMM_PREFIX):
             return  # timm checks its own sizes

@@ -32,7 +32,7 @@ class DinoLoss(nn.Module):
         self.rows = 0
 
     @torch.no_grad()
-    def targets(self, teacher_VBK: Tensor, temperature: float, num_global: int = 2) -> Tensor:
+    def targets(self, teacher_VBK: Tensor, temperature: float, num_global: int) -> Tensor:
         """Teacher's scores (G*B, K) -> probabilities (G, B, K); counted for the centre."""
         self.batch_sum += teacher_VBK.sum(0)
         self.rows += len(teacher_VBK)

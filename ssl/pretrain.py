@@ -82,7 +82,9 @@ def teach(trainer: Trainer, global_views: Tensor, now: Hyperparameters) -> tuple
     teacher = trainer.teacher
     with torch.no_grad(), autocast(trainer.world.device, trainer.dtype):
         features = teacher.backbone(global_views)
-        return trainer.loss.targets(teacher.head(features), now.teacher_temp), features
+        scores = teacher.head(features)
+        num_global = trainer.config.crops.global_crops_number
+        return trainer.loss.targets(scores, now.teacher_temp, num_global), features
 
 
 def learn(
@@ -96,6 +98,8 @@ def learn(
     exchange: the ranks exchange gradients in (the last of) these backward passes; share: of the
     step's loss.
     """
+    if len({group.shape[-1] for group in views}) == 1:
+        views = [torch.cat(views)]  # one size, one pass: batch-norm sees all, as in main_dino.py
     groups = [[group] for group in views] if trainer.config.speed.group_backward else [views]
     num_views = sum(map(len, views)) // targets.shape[1]
     losses = []
@@ -110,8 +114,11 @@ def learn(
 
 
 def seed_drop_path(seed: int, step: int, rank: int) -> None:
-    """Give drop-path, the one user of torch's generator, numbers that depend on nothing else."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    """Give drop-path, the one user of torch's generator, numbers that depend on nothing else.
+
+    torch takes 64 bits, which seeds from some hundred millions on would overflow.
+    """
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)
 
 
 def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
@@ -218,11 +225,14 @@ def go_on(
         config.head.out_dim,
         sentinel.patience(schedule.steps_per_epoch),
         stop=config.health.on_collapse == "stop",
+        views=config.crops.global_crops_number,
+        images=run.batch_size_per_gpu,
     )
     saved_at = time.monotonic()
     with RunLog(run, state.step, schedule.total_steps, state.global_batch) as log:
         if evaluate is not None and state.step == 0 and config.start.init_from is not None:
-            log.write(0, evaluate(trainer.evaluated(), 0))  # before they change
+            with compiler.eager():
+                log.write(0, evaluate(trainer.evaluated(), 0))  # before they change
         last_step = run.last_step(schedule.total_steps)
         for batches in steady(loader, state) if state.step < last_step else ():
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at

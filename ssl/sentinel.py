@@ -33,7 +33,8 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
 
     ``teacher_entropy``: mean entropy of the teacher's answers, nats, 0 to ln K.
     ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
-    ``information``: what the answers say of the images, nats, as a share of ln min(N, K).
+    ``information``: what the answers say of the images, nats, as a share of ln min(N, K); 0 where
+    there is one row.
     ``mean_entropy``: entropy of the mean answer as a share of ln K; 0 is a single mode.
     ``prototypes_used``: share of prototypes that are some image's first choice in this batch.
     ``feature_std``: mean deviation of a dimension of the unit-length features, times sqrt(D): 1 is
@@ -43,7 +44,7 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
     """
     answers_NK = targets_GBK.flatten(0, 1)
     rows, prototypes = answers_NK.shape
-    possible = min(rows, prototypes)
+    possible = max(min(rows, prototypes), 2)
     entropy = torch.special.entr(answers_NK).sum(-1).mean()
     mean_entropy = torch.special.entr(answers_NK.mean(0)).sum()
     used = torch.zeros(prototypes, device=loss.device)
@@ -73,6 +74,7 @@ FEW_MODES, ENOUGH_MODES = 6.0, 10.0
 FEW_USED, ENOUGH_USED = 0.25, 0.4  # a micro-batch of few images has few modes in good health
 LOW_RANK, ENOUGH_RANK = 1.5, 2.0
 LOW_STD, ENOUGH_STD = 0.02, 0.04
+FEW_IMAGES = 4  # fewer lie along one direction, and have as many modes, in the best of health
 
 
 class Kind(NamedTuple):
@@ -97,8 +99,8 @@ KINDS = (
     ),
     Kind(
         "single mode",
-        lambda line: line["modes"] < FEW_MODES and line["prototypes_used"] <= FEW_USED,
-        lambda line: line["modes"] > ENOUGH_MODES or line["prototypes_used"] > ENOUGH_USED,
+        lambda line: line["modes"] < FEW_MODES and line["used"] <= FEW_USED,
+        lambda line: line["modes"] > ENOUGH_MODES or line["used"] > ENOUGH_USED,
         "the teacher knows {modes:.1f} answers for all images (entropy {teacher_entropy:.2f}, "
         "{prototypes_used:.0%} of prototypes used, centre {center_norm:.1f})",
         "centre: --center_momentum 0.9 (1 never centres); a lower --lr; a longer "
@@ -123,10 +125,22 @@ class Alarms:
         prototypes: K.
         patience: steps.
         stop: whether an alarm ends the run.
+        views, images: G and B of a micro-batch. Views of an image get one answer in good health,
+            so the share of prototypes used is judged as if there were two. No alarm is raised from
+            fewer than ``FEW_IMAGES``, which is said.
     """
 
-    def __init__(self, prototypes: int, patience: int, stop: bool):
+    def __init__(
+        self, prototypes: int, patience: int, stop: bool, *, views: int = 2, images: int = 64
+    ):
         self.ceiling = math.log(prototypes)
+        self.as_two = min(views * images, prototypes) / min(2 * images, prototypes)
+        self.blind = images < FEW_IMAGES
+        if self.blind and dist.is_main():
+            warn(
+                f"no alarms for collapse: --batch_size_per_gpu {images} is too few images to judge "
+                f"by; take {FEW_IMAGES} or more"
+            )
         self.patience, self.stop = patience, stop
         self.on: set[str] = set()
         self.since: dict[str, int] = {}  # kinds about to change, and since which step
@@ -140,8 +154,13 @@ class Alarms:
         Raises:
             RunError: an alarm, where the run is to stop.
         """
+        if self.blind:
+            return {}
         changed = {}
-        line = line | {"modes": math.exp(line["mean_entropy"] * self.ceiling)}
+        line = line | {
+            "modes": math.exp(line["mean_entropy"] * self.ceiling),
+            "used": line["prototypes_used"] * self.as_two,
+        }
         for kind in KINDS:
             turns = kind.well if kind.name in self.on else kind.sick
             if not turns(line):

@@ -298,6 +298,26 @@ def test_the_average_is_the_formula(demo_shards, tmp_path, monkeypatch):
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
+def test_the_norm_of_all_gradients_is_clipped(demo_shards, tmp_path, monkeypatch):
+    """As timm's NativeScaler does for DeiT and XCiT; pretraining clips each parameter's."""
+    inner, norms = supervised.optim.step_unless_nonfinite, []
+
+    def step(optimizer, *rest):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return inner(optimizer, *rest)
+
+    monkeypatch.setattr(supervised.optim, "step_unless_nonfinite", step)
+    finetune(tiny(demo_shards, tmp_path, clip_grad=0.01, max_steps=2))
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [300_000_000, 2**31])
+def test_large_seeds(seed, demo_shards, tmp_path):
+    finetune(tiny(demo_shards, tmp_path, seed=seed, max_steps=1))
+    assert newest_checkpoint(tmp_path).name == "checkpoint-00000001.pth"
+
+
 def test_learns(demo_shards, tmp_path):
     options = {
         "epochs": 8,

@@ -41,7 +41,7 @@ def test_values_gradients_and_centre_equal_the_double_loop(views, chunk, monkeyp
     for step in range(3):  # the centre moves
         z, teacher = bottleneck(views, step), 3 * layer(bottleneck(2, 100 + step)).detach()
         inputs = (z, layer.weight_v, layer.weight_g)
-        got = ours(z, layer, ours.targets(teacher, TEMP))
+        got = ours(z, layer, ours.targets(teacher, TEMP, 2))
         grads = torch.autograd.grad(got, inputs)
         ours.update_center()
         want = plain(plain_layer(z), teacher, TEMP)
@@ -120,9 +120,9 @@ def test_as_close_to_float64_as_the_plain_version_is(dtype):
 def test_two_micro_batches_make_one_centre_update():
     whole, halves = DinoLoss(K), DinoLoss(K)
     teacher = torch.randn(2 * B, K)
-    whole.targets(teacher, TEMP), whole.update_center()
+    whole.targets(teacher, TEMP, 2), whole.update_center()
     for half in (teacher[:4], teacher[4:]):
-        halves.targets(half, TEMP)
+        halves.targets(half, TEMP, 2)
     halves.update_center()
     torch.testing.assert_close(whole.center, halves.center)
 

@@ -59,6 +59,16 @@ def test_clipping_equals_a_loop_over_parameters(limit):
         torch.testing.assert_close(p.grad, q.grad)
 
 
+@pytest.mark.parametrize("limit", [0.5, 3.0, 100.0])
+def test_clipping_together_equals_torchs(limit):
+    ours, theirs = with_gradients(scale=4.0), with_gradients(scale=4.0)
+    norms = clip_gradients(ours.parameters(), limit, together=True)
+    total = nn.utils.clip_grad_norm_(theirs.parameters(), limit)
+    torch.testing.assert_close(norms.norm(), total)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 def test_clipping_off_leaves_gradients_alone():
     net = with_gradients(scale=50.0)
     before = net.linear.weight.grad.clone()

@@ -96,11 +96,21 @@ def plain_copy(net, config):
     return PlainNet(backbone, plain).double().train()
 
 
-@pytest.mark.parametrize(("freeze", "norm_last"), [(True, False), (False, False), (False, True)])
-def test_three_steps_equal_the_plain_step(freeze, norm_last):
+@pytest.mark.parametrize(
+    ("freeze", "norm_last", "local_side", "group_backward"),
+    [
+        (True, False, 16, False),
+        (False, False, 16, False),
+        (False, True, 16, True),
+        (False, False, 32, False),  # one size: batch-norm sees all crops at once
+        (False, False, 32, True),
+    ],
+)
+def test_three_steps_equal_the_plain_step(freeze, norm_last, local_side, group_backward):
     """Clipping is off: it goes by parameter, and timm splits a qkv into three (test_optim.py)."""
     options = {"arch": "xcit_nano_12_p8", "drop_path_rate": 0.0, "norm_last_layer": norm_last}
-    config = replace(PretrainConfig(), TINY | options | {"clip_grad": 0.0})
+    options |= {"clip_grad": 0.0, "group_backward": group_backward}
+    config = replace(PretrainConfig(), TINY | options)
     ours = trainer_for(config, torch.float64)  # so that only real differences show
     student, teacher = (plain_copy(net, config) for net in (ours.student, ours.teacher))
     loss_fn = PlainLoss(config.head.out_dim, 4, 0.1, 0.9).double()
@@ -109,7 +119,7 @@ def test_three_steps_equal_the_plain_step(freeze, norm_last):
     torch.manual_seed(1)
     for _ in range(3):
         global_crops = torch.randn(2, 4, 3, 32, 32).double()
-        local_crops = torch.randn(2, 4, 3, 16, 16).double()
+        local_crops = torch.randn(2, 4, 3, local_side, local_side).double()
         metrics = train_step(ours, [batch_of(global_crops, local_crops)], now)
         want = plain_step(
             student, teacher, loss_fn, optimizer, [*global_crops, *local_crops],
@@ -315,6 +325,24 @@ def test_the_callback_gets_the_teacher_at_epoch_ends(shards, tmp_path):
     pretrain(tiny(shards, tmp_path), evaluate=evaluate)
     assert seen == [1, 2]
     assert [x["knn"] for x in logged(tmp_path) if "knn" in x] == [12.5, 12.5]
+
+
+def test_nothing_compiled_runs_in_any_evaluation(shards, uninterrupted, tmp_path):
+    """The one before the first step of --init_from included."""
+    stances = {}
+
+    def evaluate(_backbone, epoch):
+        stances[epoch] = torch._dynamo.eval_frame._stance.stance
+        return {}
+
+    pretrain(tiny(shards, tmp_path, init_from=uninterrupted, epochs=1), evaluate=evaluate)
+    assert stances == {0: "force_eager", 1: "force_eager"}
+
+
+@pytest.mark.parametrize("seed", [300_000_000, 2**31])
+def test_large_seeds(seed, shards, tmp_path):
+    pretrain(tiny(shards, tmp_path, seed=seed, max_steps=1))
+    assert load_checkpoint(newest_checkpoint(tmp_path))["step"] == 1
 
 
 @pytest.mark.parametrize(

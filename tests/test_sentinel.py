@@ -99,9 +99,32 @@ def test_one_good_reading_begins_anew_and_the_margin_is_wider_on_the_way_back():
 @pytest.mark.parametrize("modes, used", [(80.0, 0.3), (20.0, 0.09), (5.0, 0.5)])
 def test_kinds_exclude_what_is_healthy(modes, used):
     """The second as CIFAR-10 begins, the third on four images at a time."""
-    line = HEALTHY | {"modes": modes, "prototypes_used": used}
+    line = HEALTHY | {"modes": modes, "used": used}
     assert not [kind.name for kind in KINDS if kind.sick(line)]
     assert all(kind.well(line) for kind in KINDS)
+
+
+@pytest.mark.parametrize("views", [1, 2, 4, 8])
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 8])
+def test_few_images_and_any_number_of_views_that_agree_ring_no_alarm(views, images, capsys):
+    """A perfect teacher: each image has an answer of its own, the same for all of its views."""
+    answers = torch.eye(64)[:images].expand(views, -1, -1)
+    features = torch.eye(16)[:images].repeat(views, 1)
+    signs = {k: float(v) for k, v in health(torch.tensor(0.0), answers, features).items()}
+    alarms = Alarms(64, patience=1, stop=True, views=views, images=images)
+    assert all(math.isfinite(value) for value in signs.values())
+    assert not alarms.observe(0, HEALTHY | signs) and not alarms.observe(10, HEALTHY | signs)
+    assert ("--batch_size_per_gpu" in capsys.readouterr().err) == (images < 4)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_a_single_mode_rings_for_any_number_of_views(views):
+    answers = torch.eye(64)[[3] * 8].expand(views, -1, -1)
+    signs = health(torch.tensor(0.0), answers, torch.randn(8 * views, 16))
+    alarms = Alarms(64, patience=1, stop=False, views=views, images=8)
+    line = HEALTHY | {k: float(v) for k, v in signs.items()}
+    alarms.observe(0, line)
+    assert alarms.observe(10, line) == {"alarm_single_mode": 1.0}
 
 
 def test_patience_is_an_epoch_within_bounds():

@@ -50,7 +50,8 @@ class OptimConfig:
     weight_decay_end: float = 0.4
     """Weight decay at the end (cosine)."""
     clip_grad: float = 3.0
-    """Largest gradient norm of each parameter; 0 switches clipping off."""
+    """Largest gradient norm: of each parameter in pretraining (as DINO), of all together in
+    finetuning and distillation (as DeiT and XCiT); 0 switches clipping off."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay", "weight_decay_end")

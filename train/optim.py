@@ -39,8 +39,12 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale down each gradient whose norm exceeds ``limit`` (dino ``utils.clip_gradients``).
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float, *, together: bool = False
+) -> Tensor:
+    """Scale down each gradient whose norm exceeds ``limit`` (dino ``utils.clip_gradients``), or
+    ``together`` all of them by one factor where the norm of all does (torch ``clip_grad_norm_``, as
+    DeiT and XCiT have it). A limit of 0 changes nothing.
 
     Returns:
         Norms before clipping, one a parameter that has a gradient. Nothing waits for the device.
@@ -52,7 +56,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     if sharded:
         norms = all_reduce_sum(norms.square()).sqrt()
     if limit:
-        factors = (limit / (norms + 1e-6)).clamp_(max=1.0)
+        size = norms.norm().expand_as(norms) if together else norms
+        factors = (limit / (size + 1e-6)).clamp_(max=1.0)
         torch._foreach_mul_(gradients, list(factors.unbind()))
     return norms
 

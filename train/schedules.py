@@ -12,10 +12,13 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
 
 
 def linear(step: int, total: int, start: float, end: float) -> float:
-    """A straight line from ``start`` (step 0) to ``end`` (step ``total - 1``), then constant."""
-    if step >= total - 1:
+    """A straight line from ``start`` (step 0) to ``end`` (step ``total - 1``), then constant.
+
+    One step is ``start``, as in numpy's ``linspace``.
+    """
+    if step >= max(total - 1, min(total, 1)):
         return end
-    return start + (end - start) * step / (total - 1)
+    return start + (end - start) * step / max(total - 1, 1)
 
 
 def warmup_cosine(
