@@ -145,7 +145,7 @@ def test_options_without_a_flag_take_the_words_left_over():
     [
         (["--epochs", "many"], "--epochs many: must be int (see test --help)"),
         (["--epochs"], "--epochs needs a value (see test --help)"),
-        (["--sizes", "1"], "--sizes 1: must be tuple[int, int] (see test --help)"),
+        (["--sizes", "1"], "--sizes 1: must be 2 values (see test --help)"),
         (
             ["--shape", "dsk"],
             "--shape dsk: must be one of disk, ring; did you mean disk? (see test --help)",

@@ -197,6 +197,7 @@ def _coerce(value: Any, kind: Any) -> Any:
             return tuple(_coerce(v, args[0]) for v in value)
         if len(args) == len(value):
             return tuple(_coerce(v, k) for v, k in zip(value, args, strict=True))
+        raise _Mismatch(f"{len(args)} values")
     elif origin in UNIONS:
         for choice in args:
             with contextlib.suppress(_Mismatch):
