@@ -50,14 +50,14 @@ def run(config: EmbedConfig) -> None:
     unfinished = dst.with_name(f".{dst.name}.tmp")
     dist.from_main(lambda: begin(dst, unfinished))
     for network in networks(config.subject, subject):
-        folder = extracted(network, index, config.split, subject, config.subject, world)
-        samples = np.flatnonzero(np.load(folder / "seen.npy"))
+        cache = extracted(network, index, config.split, subject, config.subject, world)
+        samples = np.flatnonzero(np.load(cache.path / "seen.npy"))
         if not len(samples):
             raise InputError(f"--data_path {index.root}: none of the images can be read")
         if not world.is_main:
             continue
         ending = network.suffix.replace("/", "-")
-        features = copied(folder / "cls.npy", samples, unfinished / f"features{ending}.npy")
+        features = copied(cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy")
         if config.examples:
             picture = neighbours(index, samples, features, subject, config)
             Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")

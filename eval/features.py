@@ -3,7 +3,7 @@
 They lie in ``RUN/features/NETWORK-SPLIT-KEY/``: one float32 ``.npy`` a *block* (``cls``, ``patch``,
 ``cls2``), ``seen.npy`` (0 where the image could not be read) and ``meta.json``. KEY is a hash of
 everything that bears on them (weights, network, index checksum, geometry, precision). Every rank
-writes its own rows; the folder gets its name when all are done.
+writes its own rows; the folder gets its name when all are done (``eval/feature_cache.py``).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.feature_cache import CachedFeatures
 from xcit_dino.eval.subject import Network, Subject
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
 from xcit_dino.train.precision import autocast, resolve_precision
-from xcit_dino.train.provenance import write_atomic
 
 FORMAT = 2
 LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
@@ -54,6 +54,8 @@ class Features:
     num_classes: int
     unreadable: int
     """Images left out because they could not be decoded or have no label."""
+    cache: CachedFeatures | None = None
+    """Keeps other commands from removing the files."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -154,7 +156,7 @@ def extracted(
     subject: Subject,
     config: SubjectConfig,
     world: dist.World,
-) -> Path:
+) -> CachedFeatures:
     """The folder with the features of all readable images of a split, labelled or not: from the run
     folder's cache, or computed by all ranks and put there."""
     dtype = resolve_precision(config.precision, world.device)
@@ -167,18 +169,17 @@ def extracted(
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = config.output_dir / "features"
-    target = folder / f"{network.name}-{split}-{key}"
-    if not target.is_dir():
-        unfinished = folder / f".{target.name}.tmp"
-        _compute(network, index, split, subject, config, world, dtype, unfinished)
+    cache = CachedFeatures(folder / f"{network.name}-{split}-{key}")
+    while cache.claim():
+        try:
+            _compute(network, index, split, subject, config, world, dtype, cache.unfinished)
+        except BaseException:
+            cache.abandon()
+            raise
         if world.is_main:
-            write_atomic(unfinished / "meta.json", json.dumps(facts, indent=1) + "\n")
-            os.replace(unfinished, target)
-            for old in folder.glob(f"{network.name}-{split}-*"):  # of other weights or options
-                if old != target:
-                    shutil.rmtree(old)
+            cache.publish(facts)
         dist.barrier()
-    return target
+    return cache
 
 
 def _compute(
@@ -244,15 +245,15 @@ def output_batches(
             bar.advance(len(numbers))
 
 
-def _open(folder: Path, index: ShardIndex) -> Features:
-    blocks = {p.stem: np.load(p, mmap_mode="c") for p in sorted(folder.glob("*.npy"))}
+def _open(cache: CachedFeatures, index: ShardIndex) -> Features:
+    blocks = {p.stem: np.load(p, mmap_mode="c") for p in sorted(cache.path.glob("*.npy"))}
     labels = np.asarray(index.labels, dtype=np.int64)
     kept = np.flatnonzero(blocks.pop("seen") & (labels >= 0))
     unreadable = len(labels) - len(kept)
     if unreadable:
         blocks = {name: block[kept] for name, block in blocks.items()}
         labels = labels[kept]
-    return Features(blocks, labels, num_classes_of(index), unreadable)
+    return Features(blocks, labels, num_classes_of(index), unreadable, cache)
 
 
 class Rows:

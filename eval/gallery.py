@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,19 +48,26 @@ class Neighbours:
         return self.predicted == self.labels
 
 
-def cached(run_folder: Path, split: str, index: ShardIndex) -> tuple[np.ndarray, np.ndarray]:
-    """Class tokens [N, D] of the readable images of a split, and their sample numbers [N].
+def cached(
+    run_folder: Path, split: str, index: ShardIndex, like: dict[str, Any] | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Class tokens [N, D] of the readable images of a split, their sample numbers [N], and what
+    they were computed from.
+
+    like: these facts of the other split have to be the same (weights, geometry ...).
 
     Raises:
-        InputError: ``knn`` has left none, or they are of other shards.
+        InputError: ``knn`` has left none, or they are of other shards or weights.
     """
-    folders = sorted((run_folder / "features").glob(f"pretrained-{split}-*"))
-    for folder in folders:
-        if json.loads((folder / "meta.json").read_text())["index"] == index.checksum:
+    folders = list((run_folder / "features").glob(f"pretrained-{split}-*"))
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        facts = json.loads((folder / "meta.json").read_text())
+        same = like is None or {**facts, "index": ""} == {**like, "index": ""}
+        if facts["index"] == index.checksum and same:
             seen = np.flatnonzero(np.load(folder / "seen.npy"))
-            return np.load(folder / "cls.npy", mmap_mode="c"), seen
+            return np.load(folder / "cls.npy", mmap_mode="c"), seen, facts
     what = (
-        "those kept are of other shards"
+        "those kept are of other shards or weights"
         if folders
         else "none are kept; xcit-dino knn makes them (embed, where there are no labels)"
     )
@@ -75,8 +83,8 @@ def classify(run_folder: Path, train: ShardIndex, val: ShardIndex) -> Neighbours
     """
     if min(train.labels.min(), val.labels.min()) < 0:
         raise InputError("images without labels")
-    bank, bank_samples = cached(run_folder, "train", train)
-    table, val_samples = cached(run_folder, "val", val)
+    table, val_samples, facts = cached(run_folder, "val", val)
+    bank, bank_samples, _ = cached(run_folder, "train", train, like=facts)
     chosen = val_samples[spread(len(val_samples), MOST_QUERIES)]
     features = unit_rows(table[chosen])
     bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]

@@ -56,7 +56,7 @@ def neighbours(images: Images) -> str:
 
 def alike(images: Images) -> str:
     """Training images with the others most like them."""
-    features, samples = gallery.cached(images.run.folder, "train", images.train)
+    features, samples, _ = gallery.cached(images.run.folder, "train", images.train)
     features = features if len(samples) == len(features) else features[samples]
     rows = gallery.spread(len(samples), RIGHT + WRONG)
     nearest, cosines = gallery.nearest_others(features, rows, SHOWN_NEIGHBOURS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import platform
 import shutil
 import threading
 from pathlib import Path
@@ -20,7 +21,7 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.loader import CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError
-from xcit_dino.eval import features
+from xcit_dino.eval import feature_cache, features
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.features import Rows, extract, num_classes_of
 from xcit_dino.eval.subject import Pixels, geometry, networks, pretrained, random_network, resolve
@@ -73,7 +74,7 @@ def test_cached_until_something_changes(run_folder, monkeypatch):
     other = dataclasses.replace(network, facts=network.facts | {"weights": "0" * 16})
     extract(other, index, "val", subject, config, ONE)
     assert len(calls) == 2
-    folders = [path.name for path in (run_folder.path / "features").iterdir()]
+    folders = [path.name for path in (run_folder.path / "features").glob("[!.]*")]
     assert len(folders) == 1, "features of earlier weights take no room"
 
 
@@ -89,7 +90,8 @@ def test_an_interrupted_extraction_leaves_nothing_under_its_name(run_folder, mon
         patch.setattr(features.Rows, "write", fail)
         with pytest.raises(KeyboardInterrupt):
             extract(network, subject.index("val"), "val", subject, config, ONE)
-    assert not list((run_folder.path / "features").glob("[!.]*"))
+    left = [path.name for path in (run_folder.path / "features").iterdir()]
+    assert len(left) == 1 and left[0].endswith(".lock")
     assert len(extract(network, subject.index("val"), "val", subject, config, ONE)) == 48
 
 
@@ -101,8 +103,18 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
     network = dataclasses.replace(pretrained(subject), model=Pixels(), facts={"network": "pixels"})
     alone = extract(network, index, "val", subject, config, ONE)
     expected = np.array(alone.blocks["cls"])
-    gate = threading.Barrier(3)
+    gate, box = threading.Barrier(3), {}
+
+    def from_main(compute):
+        if threading.current_thread().name == "0":
+            box["value"] = compute()
+        gate.wait()
+        value = box["value"]
+        gate.wait()
+        return value
+
     monkeypatch.setattr(features.dist, "barrier", gate.wait)
+    monkeypatch.setattr(features.dist, "from_main", from_main)
     other = run_folder.subject(batch_size_per_gpu=7, output_dir=run_folder.path / "three")
     found = {}
 
@@ -110,13 +122,70 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
         world = World(rank, 3, torch.device("cpu"))
         found[rank] = extract(network, index, "val", subject, other, world)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for rank in range(3):
         np.testing.assert_array_equal(found[rank].blocks["cls"], expected)
+
+
+def test_two_commands_at_once_compute_features_once(run_folder, monkeypatch):
+    """The second (a thread) waits for the first, which is held up, and takes its features."""
+    config = run_folder.subject()
+    subject = resolve(config)
+    index, network = subject.index("val"), pretrained(subject)
+    calls, found, release = [], {}, threading.Event()
+    compute = features._compute
+
+    def held_up(*arguments):
+        calls.append(1)
+        release.wait(10)
+        compute(*arguments)
+
+    def work(number: int) -> None:
+        found[number] = extract(network, index, "val", subject, config, ONE)
+
+    monkeypatch.setattr(features, "_compute", held_up)
+    monkeypatch.setattr(feature_cache, "POLL", 0.01)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    np.testing.assert_array_equal(found[0].blocks["cls"], found[1].blocks["cls"])
+
+
+def test_features_that_are_read_are_not_removed(run_folder):
+    config = run_folder.subject()
+    subject = resolve(config)
+    index, network = subject.index("val"), pretrained(subject)
+
+    def kept(crop: int) -> set[str]:
+        at = dataclasses.replace(subject, crop=crop)
+        features = extract(network, index, "val", at, config, ONE)
+        assert features.cache is not None
+        used.append(features)
+        return {path.name for path in (run_folder.path / "features").glob("[!.]*")}
+
+    used: list[features.Features] = []
+    assert len(kept(24)) == 1 and len(kept(16)) == 2
+    used.clear()
+    assert len(kept(8)) == 1
+
+
+def test_what_a_killed_extraction_left_is_removed(run_folder):
+    config = run_folder.subject()
+    subject = resolve(config)
+    node, folder = platform.node(), run_folder.path / "features"
+    dead, live = (folder / f".pretrained-val-{n}.{node}.{pid}.tmp" for n, pid in
+                  (("0", 2**22 + 1), ("1", 1)))  # fmt: skip
+    dead.mkdir(parents=True), live.mkdir()
+    extract(pretrained(subject), subject.index("val"), "val", subject, config, ONE)
+    assert live.is_dir() and not dead.exists()
 
 
 def test_unreadable_images_are_left_out(run_folder, tmp_path):

@@ -1,0 +1,106 @@
+"""The cache of features: each set is computed once, by one command, and not removed while another
+command reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+import weakref
+from pathlib import Path
+from typing import Any, Literal
+
+from xcit_dino.data.files import FileLock
+from xcit_dino.errors import RunError
+from xcit_dino.train import dist
+from xcit_dino.train.provenance import write_atomic
+
+POLL = 0.5  # seconds between two looks at features that another command computes
+
+
+class CachedFeatures:
+    """One folder of features, ``RUN/features/NETWORK-SPLIT-KEY``, and this process's lock on it.
+
+    The lock is held alone while the features are computed, and shared as long as this object lives.
+    All ranks make one; rank 0 holds the lock for them.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.unfinished = Path(dist.from_main(lambda: str(_unfinished(path))))
+        self.lock = FileLock(_lock_of(path))
+        weakref.finalize(self, self.lock.release)
+
+    def claim(self) -> bool:
+        """Wait until the features are there, or are to be computed by these ranks: then true.
+
+        Raises:
+            RunError: the folder cannot be written.
+        """
+        said = False
+        while (state := dist.from_main(self._look)) == "busy":
+            if dist.is_main() and not said:
+                said = True
+                print(f"{self.path.name}: another command computes it; waiting", flush=True)
+            time.sleep(POLL)
+        return state == "absent"
+
+    def _look(self) -> Literal["there", "absent", "busy"]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.lock.take(shared=True, wait=False):
+                if self.path.is_dir():
+                    return "there"
+                self.lock.release()
+            if self.lock.take(wait=False):
+                if not self.path.is_dir():
+                    return "absent"
+                self.lock.release()
+        except OSError as error:
+            raise RunError(
+                f"{self.path.parent}: {error.strerror}; free it, or name another folder with "
+                "--output_dir"
+            ) from error
+        return "busy"
+
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Give what was computed its name, and the lock back; of earlier weights or options,
+        remove what nobody reads."""
+        write_atomic(self.unfinished / "meta.json", json.dumps(facts, indent=1) + "\n")
+        if not self.path.is_dir():  # it is, where a file system has no locks
+            os.replace(self.unfinished, self.path)
+        self._drop_others()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Remove what is unfinished, and give the lock back."""
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.lock.release()
+
+    def _drop_others(self) -> None:
+        prefix = self.path.name.rpartition("-")[0]
+        for old in self.path.parent.glob(f"{prefix}-*"):
+            if old != self.path:
+                _drop(old, old)
+        for left in self.path.parent.glob(f".{prefix}-*.{platform.node()}.*.tmp"):
+            if not Path("/proc", left.name.split(".")[-2]).exists():  # its process was killed
+                _drop(self.path.with_name(left.name.split(".")[1]), left)
+
+
+def _drop(target: Path, folder: Path) -> None:
+    """Remove a folder of the cache unless somebody holds the lock of ``target``."""
+    lock = FileLock(_lock_of(target))
+    if lock.take(wait=False):
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
