@@ -156,6 +156,11 @@ OURS = {
     "array",
     "chdir",
 }
+OWN = {  # what sbatch calls them: where the launcher has an option of its own
+    **{name: name for name in "nodes mem partition account qos constraint exclude comment".split()},
+    **{"time": "timeout", "cpus_per_task": "cpus_per_task", "gpus_per_node": "ngpus"},
+    **{"ntasks": "ngpus", "ntasks_per_node": "ngpus"},
+}
 
 
 def check(launch: LaunchConfig, prefix: str = "") -> None:
@@ -201,7 +206,9 @@ def slurm_option(pair: str) -> tuple[str, str | bool]:
     if not equals or not key.replace("_", "").isalnum() or not key.isascii():
         raise InputError(f"--slurm {pair!r}: write KEY=VALUE, with KEY a long option of sbatch")
     if key in OURS:
-        raise InputError(f"--slurm {key}: the launcher sets this one itself")
+        raise InputError(f"--slurm {key}: the launcher sets this one itself; leave it out")
+    if key in OWN:
+        raise InputError(f"--slurm {key}: give --{OWN[key]} instead")
     return key, True if value.lower() == "true" else value
 
 

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
 from xcit_dino.slurm import record, scheduler
 from xcit_dino.slurm.config import Launch, Stage
+from xcit_dino.slurm.preview import preview, without_effect
 from xcit_dino.train.config import dump_yaml, options
 from xcit_dino.train.run import CONFIG_FILE, FREE, check_run
 
@@ -31,12 +32,12 @@ def run(launch: Launch) -> int:
     cluster = choose_cluster(launch)
     runs = [with_gpus(one, cluster) for one in (launch, *launch.others)]
     if launch.launch.dry_run:
-        from xcit_dino.slurm.preview import preview
-
         preview(runs[0], cluster)
         for other in runs[1:]:
             print(f"and the same in {other.run}")
         return 0
+    for line in without_effect(runs[0], cluster):
+        warn(line)
     for one in runs:
         check_input(one)
         refuse_busy(one, cluster)
@@ -122,13 +123,38 @@ def with_gpus(launch: Launch, cluster: Cluster) -> Launch:
         there = available_gpus(cluster, stage.resources.partition, launch.launch.dry_run)
         if wanted is None:
             wanted = OFFICIAL_GPUS if there is None else there
+            wanted = min(wanted, 1) if cluster == "debug" else wanted
         elif there is not None and wanted > there:
             if not stages:
-                remedy = "take fewer, or more --nodes" if there else "leave it out to use CPUs"
+                more = "take fewer, or more --nodes" if cluster == "slurm" else "take fewer"
+                remedy = more if there else "leave it out to use CPUs"
                 raise InputError(f"--ngpus {wanted}: a node has {there or 'none'}; {remedy}")
-            wanted = there  # a later stage asks for a GPU only where there are some
+            if wanted > 1:  # 1 is the default, and means one where there are some
+                warn(f"--{stage.name}.ngpus {wanted}: a node has {there or 'none'}; takes {there}")
+            wanted = there
         stages.append(replace(stage, resources=replace(stage.resources, ngpus=wanted)))
+        refuse_processes(stages[-1], cluster)
     return replace(launch, stages=tuple(stages))
+
+
+def refuse_processes(stage: Stage, cluster: Cluster) -> None:
+    """Refuse numbers of processes that would not be had.
+
+    Raises:
+        InputError: names the option.
+    """
+    ngpus, nproc = stage.resources.ngpus, stage.resources.nproc
+    if ngpus and nproc > 1:
+        raise InputError(
+            f"--nproc {nproc}: with GPUs, each has one process; leave --nproc out, or give "
+            "--ngpus 0 for processes on CPUs"
+        )
+    if cluster == "debug" and stage.num_tasks > 1:
+        name, number = ("ngpus", 1) if ngpus else ("nproc", 1)
+        raise InputError(
+            f"--{name} {ngpus or nproc}: --cluster debug is one process; give --{name} {number}, "
+            "or --cluster local"
+        )
 
 
 def available_gpus(cluster: Cluster, partition: str | None, dry_run: bool) -> int | None:

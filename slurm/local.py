@@ -233,6 +233,8 @@ def run_stage(
         "SUBMITIT_LOG_LEVEL": "WARNING",
         STATE_FILE: str(progress),
     }
+    if cores := stage.resources.cpus_per_task:
+        environment["OMP_NUM_THREADS"] = str(cores)
     while True:
         try:
             attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())

@@ -8,18 +8,22 @@ from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.slurm import record
-from xcit_dino.slurm.config import Launch, Stage
-from xcit_dino.train.config import dump_yaml
+from xcit_dino.slurm.config import Launch, LaunchConfig, Stage
+from xcit_dino.train.config import dump_yaml, options
 
 
 def preview(launch: Launch, cluster: str) -> None:
     """Print the run, each stage's resources and script, and the resolved recipe."""
     print(f"run folder      {launch.run}\ncluster         {cluster}")
+    for line in without_effect(launch, cluster):
+        print(f"WARNING         {line}")
     for stage in launch.stages:
         print(f"\n== {stage.name}: {resources(stage)}")
-        if stage.name == "pretrain":
-            for name, value in training_facts(stage).items():
-                print(f"{name:<26}{value}")
+        facts = (
+            training_facts(stage) if stage.name == "pretrain" else neighbour_facts(launch, stage)
+        )
+        for name, value in facts.items():
+            print(f"{name:<26}{value}")
         print(f"\n-- options\n{dump_yaml(stage.config)}", end="")
         if cluster == "slurm":
             from xcit_dino.slurm.submit import script
@@ -72,13 +76,56 @@ def training_facts(stage: Stage) -> dict[str, Any]:
     }
 
 
-def count_images(data_path: Path | None) -> tuple[int, int]:
+def neighbour_facts(launch: Launch, stage: Stage) -> dict[str, str]:
+    """Numbers of neighbours that the training set is too small for: they are left out."""
+    values = dict(options(stage.config))
+    if "nb_knn" not in values:
+        return {}
+    run = dict(options(launch.stages[0].config))
+    data_path = values["data_path"] or (run.get("data_path") if launch.stages[0] != stage else None)
+    try:
+        images = count_images(data_path)[0]
+    except (InputError, OSError, KeyError, ValueError):
+        return {}
+    large = ", ".join(str(k) for k in values["nb_knn"] if k > images)
+    if not large:
+        return {}
+    return {"--knn.nb_knn": f"{large} left out: the training split has only {images} images"}
+
+
+def count_images(data_path: Path | str | None) -> tuple[int, int]:
     """(images, shards) of the training set, from its index alone: importing numpy is slow."""
     if data_path is None:
         raise InputError("--data_path is not given")
-    place = data_path / "train" / "index.json"
-    place = place if place.is_file() else data_path / "index.json"
+    if "://" in str(data_path):
+        raise InputError(f"{data_path} is read when the run starts, not by a dry run")
+    folder = Path(data_path)
+    place = folder / "train" / "index.json"
+    place = place if place.is_file() else folder / "index.json"
     if not place.is_file():
-        raise InputError(f"--data_path {data_path}: no index.json is there, seen from this machine")
+        raise InputError(f"--data_path {folder}: no index.json is there, seen from this machine")
     index = json.loads(place.read_text())
     return int(index["samples"]), len(index["shards"])
+
+
+ON_SLURM_ONLY = (
+    "partition", "account", "qos", "constraint", "exclude", "comment", "mem", "slurm", "job_name",
+)  # fmt: skip
+IN_DEBUG_NEITHER = ("cpus_per_task", "timeout", "setup", "max_requeues")
+
+
+def without_effect(launch: Launch, cluster: str) -> list[str]:
+    """Lines that name the given options which this kind of launch has no use for."""
+    if cluster == "slurm":
+        return []
+    names = {*ON_SLURM_ONLY, *(IN_DEBUG_NEITHER if cluster == "debug" else ())}
+    if launch.others:
+        names.add("array_parallelism")
+    if cluster == "debug" or not any(stage.resources.timeout for stage in launch.stages):
+        names.add("signal_delay")
+    plain, general = dict(options(LaunchConfig())), dict(options(launch.launch))
+    given = [f"--{name}" for name in general if name in names and general[name] != plain[name]]
+    for stage in launch.stages:
+        own = dict(options(stage.resources)).items()
+        given += [f"--{stage.name}.{k}" for k, v in own if k in names and v != general[k]]
+    return [f"without effect on a {cluster} run: {', '.join(given)}"] if given else []

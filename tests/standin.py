@@ -29,7 +29,7 @@ class StandinConfig:
     save_seconds: float = 0.0
     """Duration of saving, when told to stop; ``saving`` is there from its beginning."""
     show_environment: bool = False
-    """Write the names of all environment variables to ``environment``."""
+    """Write the environment variables to ``environment``, a line each."""
     fail: str = ""
     """How it fails at step 2: ``always``, ``once``, ``pid`` (always, in other words), ``input``."""
 
@@ -39,7 +39,9 @@ def train(config: StandinConfig) -> None:
     place = config.output_dir / "step"
     step = int(place.read_text()) if place.is_file() else 0
     if config.show_environment:
-        (config.output_dir / "environment").write_text("\n".join(os.environ))
+        (config.output_dir / "environment").write_text(
+            "\n".join(f"{name}={value}" for name, value in os.environ.items())
+        )
     while step < config.steps:
         time.sleep(config.seconds)
         step += 1

@@ -164,6 +164,8 @@ def test_users_defaults_give_way_to_the_command_line(tmp_path: Path) -> None:
         (["--slurm", "qos"], "--slurm 'qos': write KEY=VALUE"),
         (["--slurm", "a b=c"], "write KEY=VALUE"),
         (["--slurm", "signal=TERM"], "--slurm signal: the launcher sets this one itself"),
+        (["--slurm", "time=60"], "--slurm time: give --timeout instead"),
+        (["--slurm", "ntasks-per-node=2"], "--slurm ntasks_per_node: give --ngpus instead"),
         (["--comment", "a\nrm -rf /"], "--comment: must not hold line breaks"),
         (["--setup", "a\nb"], "--setup: must not hold line breaks"),
         (["--timeout", "2", "--signal_delay", "90"], "--signal_delay 90: must be at most half"),
@@ -179,10 +181,10 @@ def test_bad_options_get_one_line(words: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("there", "message"),
-    [(2, "a node has 2; take fewer, or more --nodes"), (0, "a node has none; leave it out")],
+    [(2, "a node has 2; take fewer$"), (0, "a node has none; leave it out to use CPUs$")],
 )
-def test_more_gpus_than_there_are(there: int, message: str, monkeypatch) -> None:
-    """Refused for the first stage; a later one takes what there is."""
+def test_more_gpus_than_there_are(there: int, message: str, monkeypatch, capsys) -> None:
+    """Refused for the first stage; a later one takes what there is, and says so."""
     monkeypatch.setattr(local, "visible_gpus", lambda: list(range(there)))
     asked = launch_config([*ARCH, "--stages", "pretrain,knn", "--ngpus", "8"])
     with pytest.raises(InputError, match=f"--ngpus 8: {message}"):
@@ -190,6 +192,7 @@ def test_more_gpus_than_there_are(there: int, message: str, monkeypatch) -> None
     asked = launch_config([*ARCH, "--stages", "pretrain,knn", "--knn.ngpus", "8"])
     found = launch.with_gpus(asked, "local").stages
     assert [stage.resources.ngpus for stage in found] == [there, there]
+    assert f"--knn.ngpus 8: a node has {there or 'none'}; takes {there}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -284,6 +287,35 @@ def test_dry_run_without_data_still_shows_the_script() -> None:
     assert found == (
         "unknown (--data_path /elsewhere: no index.json is there, seen from this machine)"
     )
+
+
+def test_dry_run_leaves_shards_behind_a_url_unread() -> None:
+    for url in ("s3://bucket/shards", "http://host/shards"):
+        with pytest.raises(InputError, match=f"{url} is read when the run starts"):
+            preview.count_images(url)
+
+
+def test_nodes_are_asked_for_files_and_not_for_urls(shards: Path, monkeypatch) -> None:
+    from xcit_dino.data import index
+
+    monkeypatch.setattr(index, "_has_index", lambda root: True)
+    words = [*ARCH, "--stages", "pretrain,knn", "--data_path", str(shards)]
+    plan = launch_config([*words, "--knn.data_path", "s3://bucket/shards"])
+    assert launch.needs(plan) == [f"{shards}/train/index.json"]
+    assert launch.needs(dataclasses.replace(plan, stages=plan.stages[1:])) == []
+
+
+def test_dry_run_names_more_neighbours_than_images(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ShardIndex.load(shards / "train").num_samples
+    words = [*ARCH, "--ngpus", "0", "--data_path", str(shards), "--stages", "pretrain,knn"]
+    preview.preview(launch_config(words), "local")
+    assert f"100, 200 left out: the training split has only {images} images" in (
+        capsys.readouterr().out
+    )
+    preview.preview(launch_config([*words, "--knn.nb_knn", "5"]), "local")
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_dry_run_says_when_there_are_fewer_images_than_a_global_batch(shards: Path) -> None:
@@ -401,7 +433,7 @@ def test_an_outer_job_has_no_part_in_a_local_run(
     plan = plan_of(run, show_environment=True)
     assert launch.start(plan, list(plan.stages), cluster) == 0  # type: ignore[arg-type]
     assert record.load(run, "pretrain").attempts == 1
-    left = set((run / "environment").read_text().split())
+    left = {line.partition("=")[0] for line in (run / "environment").read_text().splitlines()}
     assert not left & (set(outer) - {"SUBMITIT_EXECUTOR"})  # submitit's local one sets this itself
     assert "environment of an outer job ignored: " in capfd.readouterr().err
     assert os.environ["SLURM_RESTART_COUNT"] == "3"
