@@ -97,7 +97,8 @@ class LoaderConfig:
     """Folder of shards with their index (``xcit-dino shards make`` writes one)."""
     shard_url: Location | None = None
     """Where the shards lie if not beside their index: http(s)://, s3:// or gs:// and a folder, or
-    ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output."""
+    ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output.
+    Recipes from elsewhere may hold one, and it is run."""
     num_workers: int = 10
     """Processes that decode and crop; 0 does it in the training process."""
     prefetch_factor: int = 2
@@ -134,10 +135,19 @@ class MakeConfig:
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder for the shards. Sources with train and val parts fill DST/train and DST/val."""
     split: str | None = None
-    """Pack everything into DST/SPLIT (train, val, ...) instead of what the folder names say."""
+    """Pack a source of one split into DST/SPLIT (train, val, ...), whatever its name."""
+    splits: tuple[str, ...] = ()
+    """Which folders are the splits: none (all are classes), or SPLIT=FOLDER ..., such as
+    train=Training val=Testing; images elsewhere are left out. A * stands for any folder and stays
+    in the names: train=*/train for CLASS/train/x.jpg. By default names such as train, Testing,
+    seg_train, valid or dev say it."""
     labels: Path | None = None
     """Labels of a flat source: the ILSVRC2012 devkit, LOC_val_solution.csv, any CSV, TSV or JSONL
-    of name,label, or a text file with one label a line in the order of the file names."""
+    of name,label, or a text file with one label a line in the order of the file names. folders:
+    the folders' names, even where there is only one; none: no labels, whatever the folders."""
+    label_column: str | None = None
+    """Column of a list that holds the label: its name, or its number from 1 where there is no
+    header. Needed where several columns could be."""
     label_map: Path | None = None
     """Which classes, and their numbers: a text file of class names (line number = label), or JSON
     {"class name": number}. Classes that it does not name are left out: so a subset is packed."""
@@ -148,6 +158,10 @@ class MakeConfig:
     resize: int | None = None
     """Shrink images whose shorter side is longer than this to it (bicubic), as JPEG; smaller
     images and all without this option stay as they are, byte for byte."""
+    bits: int | None = None
+    """How many bits the values of 16-bit images really use (8 to 16, such as 12): these are stored
+    as 8-bit PNG with all their contrast. By default they stay as they are, and the upper 8 of 16
+    bits are used."""
     quality: int = 90
     """JPEG quality of resized images (4:2:0 chroma below 90, full chroma from 90 on)."""
     shuffle: bool = True
@@ -167,11 +181,16 @@ class MakeConfig:
         within(self, 1, 1e9, "shard_size")
         within(self, 1e3, 1e15, "shard_bytes")
         within(self, 1, 16384, "resize")
+        within(self, 8, 16, "bits")
         within(self, 1, 100, "quality")
         within(self, 1, 4096, "num_workers")
         within(self, 0, 2**63 - 1, "seed")
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
+        if self.quality != 90 and self.resize is None:
+            raise InputError("--quality: no image is encoded again without --resize")
+        if self.seed and not self.shuffle:
+            raise InputError("--seed: nothing is random with --shuffle false")
 
 
 @dataclass(frozen=True)
@@ -205,6 +224,11 @@ class CheckConfig:
         within(self, 1, 1e6, "nodes", "gpus", "batch_size_per_gpu")
         within(self, 0, 4096, "workers")
         within(self, 1e-3, 1e9, "images_per_second")
+        if self.nodes is None and self.gpus is None:
+            defaults = {"workers": 10, "batch_size_per_gpu": 64, "images_per_second": None}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise InputError(f"--{name}: is for the preflight; add --nodes or --gpus")
 
 
 @dataclass(frozen=True)

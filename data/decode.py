@@ -5,8 +5,11 @@
   for a plain JPEG.
 - EXIF orientation is honoured, unlike torchvision's ImageFolder, which trains on sideways
   photographs; for images without the tag (ImageNet's, nearly all) nothing differs.
-- Alpha is dropped and animations give their first frame, as with Pillow's ``convert("RGB")``;
-  16-bit images keep their upper 8 bits (Pillow's convert would clip them to white).
+- Alpha is dropped and animations give their first frame, as with Pillow's ``convert("RGB")``.
+- Images of 16 bits keep their upper 8 (Pillow's convert would clip them to white), TIFFs that say
+  12 bits the upper 8 of these; white-is-zero is inverted. How many bits the values use is noted
+  (:class:`Deep`), because cameras of 10 or 12 bits store them in the lower ones. Integers that are
+  signed or of 32 bits and floating-point pixels have no known range and are refused.
 - Dimensions are checked before any pixel is decoded.
 """
 
@@ -17,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import simplejpeg
@@ -42,6 +45,33 @@ ROTATIONS = {  # EXIF orientation -> upright
 Pixels = NDArray[np.uint8]
 
 
+class Deep(NamedTuple):
+    """Images of 16 bits a channel among those decoded."""
+
+    images: int = 0
+    bits: int = 0
+    """How many of the 16 bits the largest value of all uses."""
+
+    def __add__(self, other: Any) -> Deep:  # type: ignore[override]
+        return Deep(self.images + other[0], max(self.bits, other[1]))
+
+    def lines(self, packed_with: int | None = None) -> list[str]:
+        """What to say of them, a line or none."""
+        if packed_with is not None:
+            known = f"{self.images:,} images of 16 bits stored as 8-bit PNG"
+            return [known] if self.images else ["WARNING: --bits: no image has 16 bits"]
+        if not self.images:
+            return []
+        if self.bits >= 16:
+            return [f"{self.images:,} images have 16 bits, of which the upper 8 are used"]
+        levels = 1 << max(self.bits - 8, 0)
+        remain = f"{levels:,} grey level{'s' * (levels > 1)} remain"
+        return [
+            f"WARNING: {self.images:,} images have 16 bits, but no value uses more than "
+            f"{self.bits}: {remain}; pack the originals with --bits {max(self.bits, 8)}"
+        ]
+
+
 class BadImage(Exception):
     """The image cannot be used; the message is the reason."""
 
@@ -54,6 +84,8 @@ class Header:
     width: int
     orientation: int = 1
     pillow: Image.Image | None = None  # decode with Pillow; None: with simplejpeg
+    deep: bool = False
+    """16 bits a channel."""
 
 
 def read_header(raw: bytes) -> Header:
@@ -85,6 +117,8 @@ def decode(raw: bytes, header: Header, scratch: Scratch, reduce: int = 1) -> Pix
     """
     if header.pillow is not None:
         pixels = _pillow_decode(header.pillow)
+        if header.deep:
+            scratch.deep += Deep(1, _used_bits(header.pillow, pixels))
     else:
         pixels = _jpeg_decode(raw, header, scratch, reduce)
     if header.orientation > 1:
@@ -99,6 +133,8 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
+        self.deep = Deep()
+        """The images of 16 bits that were decoded so far."""
 
     def get(self, size: int) -> Pixels:
         """At least ``size`` bytes."""
@@ -135,7 +171,7 @@ def _pillow_header(raw: bytes) -> Header:
     orientation = _orientation(image)
     if orientation >= 5:
         height, width = width, height
-    return Header(height, width, orientation, image)
+    return Header(height, width, orientation, image, _is_deep(raw, image))
 
 
 def _jpeg_orientation(raw: bytes) -> int:
@@ -182,12 +218,72 @@ def _pillow_decode(image: Image.Image) -> Pixels:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 of which 16 are in use
-        upper = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(upper).convert("RGB")
     if image.mode == "F":
-        raise BadImage("floating-point pixels have no known range")
+        raise BadImage("floating-point pixels have no known range; convert them to 8 or 16 bits")
+    if image.mode == "I" and image.format == "TIFF":
+        raise BadImage(
+            "integers that are signed or of 32 bits have no known range; convert them to 8 or 16 "
+            "bits without sign"
+        )
+    if image.mode.startswith("I"):
+        return Image.fromarray(_upper_bits(image, _stored_bits(image))).convert("RGB")
     return image.convert("RGB")
+
+
+def _upper_bits(image: Image.Image, bits: int) -> Pixels:
+    """The upper 8 of ``bits`` bits of a grey image, black at 0 [H, W]."""
+    values = np.asarray(image).astype(np.int32)
+    if _tag(image, 262) == 0:  # PhotometricInterpretation: white is zero
+        values = (1 << bits) - 1 - values
+    return (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
+
+
+def rescaled(header: Header, bits: int, scratch: Scratch) -> bytes:
+    """An image of 16 bits whose values use ``bits`` of them, as 8-bit PNG, upright.
+
+    Raises:
+        BadImage: damaged, in colour, or with larger values, which would be clipped.
+    """
+    image = header.pillow
+    assert image is not None
+    if not image.mode.startswith("I"):
+        raise BadImage(f"16 bits in colour: --bits {bits} rescales grey images only")
+    pixels = decode(b"", header, scratch)  # says what is wrong with it, and notes its bits
+    if (used := _used_bits(image, pixels)) > bits:
+        raise BadImage(f"values of {used} bits, more than --bits {bits}")
+    grey = Image.fromarray(_upper_bits(image, bits))
+    if header.orientation > 1:
+        grey = grey.transpose(ROTATIONS[header.orientation])
+    buffer = io.BytesIO()
+    grey.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _used_bits(image: Image.Image, pixels: Pixels) -> int:
+    """How many bits the largest value uses; of images in colour, of which Pillow gives the upper
+    byte only, at least that many."""
+    if image.mode.startswith("I"):
+        return int(np.asarray(image).max()).bit_length()
+    return 8 + int(pixels.max()).bit_length()
+
+
+def _is_deep(raw: bytes, image: Image.Image) -> bool:
+    """16 bits a channel in PNG or TIFF; PGM and PPM say what their largest value means."""
+    if image.format == "PNG":
+        return raw[24:25] == b"\x10"
+    bits = _tag(image, 258)
+    return (bits if isinstance(bits, int) else max(bits or (0,))) == 16
+
+
+def _stored_bits(image: Image.Image) -> int:
+    bits = _tag(image, 258)
+    return bits if isinstance(bits, int) and 8 <= bits < 16 else 16
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    """A tag of a TIFF; one value where it has one."""
+    value = image.tag_v2.get(number) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 @contextmanager

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
+from xcit_dino.data.archives import compressed, compressed_in, decompression
 from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.examine import Finding, examine
 from xcit_dino.data.files import write_atomically
 from xcit_dino.data.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.indexwriter import ShardPart, write_index
 from xcit_dino.data.parallel import Advance, map_processes, num_cores
+from xcit_dino.data.shardjob import PLAN, QUARANTINE
 from xcit_dino.data.shardscan import scan_shard
+from xcit_dino.data.splitnames import SPLITS, split_folders, split_of
+from xcit_dino.data.tables import read_text
 from xcit_dino.errors import InputError
 from xcit_dino.progress import progress
 
@@ -40,7 +44,10 @@ def check(config: CheckConfig) -> int:
             "index.*.npy can then be copied beside them"
         )
     problems = 0
-    for folder in _folders(Path(config.dst)):
+    folders = _folders(Path(config.dst))
+    if config.hash and not config.rebuild and all((f / INDEX).exists() for f in folders):
+        raise InputError("--hash: the shards have an index already; add --rebuild")
+    for folder in folders:
         try:
             if config.rebuild or not (folder / INDEX).exists():
                 build_index(folder, config)
@@ -50,24 +57,61 @@ def check(config: CheckConfig) -> int:
         finding = examine(index, config.sample, config.num_workers)
         problems += len(finding.bad)
         _report(index, finding)
-        if (config.nodes is not None or config.gpus is not None) and folder.name != "val":
+        is_train = split_of(folder.name)[0] not in ("val", "test")
+        if (config.nodes is not None or config.gpus is not None) and is_train:
             for line in preflight(index.num_samples, int(index.sizes.mean()), finding, config):
                 print(line)
     return 1 if problems else 0
 
 
 def _folders(dst: Path) -> list[Path]:
+    """The folders of shards below ``dst``, one a split."""
     if not dst.is_dir():
         raise InputError(f"{dst}: no such folder")
-    splits = [dst / split for split in ("train", "val") if (dst / split).is_dir()]
-    inside = [folder for folder in splits if (folder / INDEX).exists() or _tars(folder)]
-    if inside and not (dst / INDEX).exists():
-        return inside
-    if not (dst / INDEX).exists() and not _tars(dst):
+    if (dst / INDEX).exists():
+        return [dst]
+    below = sorted(path for path in dst.iterdir() if path.is_dir() and _holds_shards(path))
+    known = split_folders(path.name for path in below)
+    loose = [name for name in _tars(dst) if "/" not in name]
+    if known and not loose:
+        for path in below:
+            if path.name in known:
+                _say_split(path, known)
+            else:
+                print(f"left out: {path} holds shards and is not called like a split")
+        return [path for path in below if path.name in known]
+    if packed := compressed_in(dst):
+        raise InputError(
+            f"{packed[0]} is compressed, and shards are read at any place; decompress them: "
+            f"{decompression(dst, packed[0])}"
+        )
+    if not _tars(dst):
         raise InputError(
             f"{dst} holds no shards (*.tar); make some: xcit-dino shards make SRC {dst}"
         )
+    names = {name: split_of(name.removesuffix(".tar"))[0] for name in _tars(dst)}
+    if len(splits := sorted(set(filter(None, names.values())))) > 1:
+        example = next(name for name, split in names.items() if split == splits[0])
+        raise InputError(
+            f"{dst} holds shards of {' and '.join(splits)} together, by their names ({example}); "
+            f"move each into a folder of its own, {dst}/train and {dst}/val, or every image would "
+            "be a training image"
+        )
     return [dst]
+
+
+def _holds_shards(folder: Path) -> bool:
+    return (folder / INDEX).exists() or bool(_tars(folder))
+
+
+def _say_split(folder: Path, known: dict[str, str]) -> None:
+    """Which split a folder serves as, where its name is another one."""
+    split = known[folder.name]
+    others = [name for name, other in known.items() if other == "val"]
+    if split == "test" and others:
+        print(f"split: {folder} is used by no command, because {others[0]} is the validation set")
+    elif folder.name not in SPLITS:
+        print(f"split: {folder} serves as {'val' if split == 'test' else split}")
 
 
 def _tars(folder: Path) -> list[str]:
@@ -85,7 +129,14 @@ def build_index(folder: Path, config: CheckConfig) -> None:
     Class names are kept if an earlier index or a ``classes.txt`` (one a line) says them.
     """
     names, classes = _tars(folder), _classes(folder)
-    tasks = [(str(folder), name, config.hash) for name in names]
+    for name in names:
+        if compressed(folder / name):
+            command = decompression(folder, folder / name)
+            raise InputError(
+                f"{folder / name} is compressed, and shards are read at any place; decompress "
+                f"them: {command}"
+            )
+    tasks = [(str(folder), name, config.hash or _hashed(folder)) for name in names]
     with progress(f"Index {folder.name}", len(names), "shards") as bar:
         write_index(folder, map_processes(_index_shard, tasks, config.num_workers, bar), classes)
     if not ShardIndex.load(folder).num_samples:
@@ -105,9 +156,17 @@ def _classes(folder: Path) -> list[str] | None:
         classes = json.loads((folder / INDEX).read_bytes())["classes"]
         if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
             return classes
-    with contextlib.suppress(OSError):
-        return (folder / "classes.txt").read_text().splitlines()
-    return None
+    if not (folder / "classes.txt").exists():
+        return None
+    return read_text(folder / "classes.txt").rstrip().splitlines()
+
+
+def _hashed(folder: Path) -> bool:
+    """The index that is there has checksums, which a new one should not lose."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        shards = json.loads((folder / INDEX).read_bytes())["shards"]
+        return bool(shards) and all(shard["sha256"] for shard in shards)
+    return False
 
 
 # ---------------------------------------------------------------------------- the report
@@ -124,6 +183,8 @@ def _report(index: ShardIndex, finding: Finding) -> None:
         table.add_row(name, escape(value))
     console = Console()
     console.print(table)
+    for line in [*_packing_notes(Path(index.root)), *finding.deep.lines()]:
+        console.print(escape(f"  {line}"), soft_wrap=True)
     for item in finding.bad[:SHOWN]:
         line = escape(f"  {item['shard']} {item['key']}: {item['reason']}")
         console.print(line, style="red", soft_wrap=True)
@@ -134,6 +195,17 @@ def _report(index: ShardIndex, finding: Finding) -> None:
     else:
         where = _write_report(report, finding)
         console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}", soft_wrap=True)
+
+
+def _packing_notes(folder: Path) -> list[str]:
+    """What ``shards make`` renamed or left out when it packed these shards."""
+    notes: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        notes = [str(line) for line in json.loads((folder / PLAN).read_bytes())["notes"]]
+    with contextlib.suppress(OSError):
+        count = (folder / QUARANTINE).read_bytes().count(b"\n")
+        notes.append(f"left out: {count:,} unusable, listed in {folder / QUARANTINE}")
+    return notes
 
 
 def _write_report(path: Path, finding: Finding) -> str:
@@ -161,6 +233,8 @@ def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
     yield "decoded", f"{finding.decoded:,} images, {rate:,.0f} a second a core"
     yield "duplicate keys", _duplicates(finding)
     yield "labels", _balance(index)
+    if passed := [f"{n:,} {kind}" for kind, n in finding.passed.most_common() if kind != ".json"]:
+        yield "not read", ", ".join(passed[:6])
     yield "problems", f"{len(finding.bad):,}" if finding.bad else "none"
     yield "index", index.checksum[:16]
 
@@ -178,8 +252,10 @@ def _balance(index: ShardIndex) -> str:
         return "none"
     num_classes = len(index.classes) if index.classes else len(counts)
     counts = np.pad(counts, (0, max(0, num_classes - len(counts))))
+    empty = int((counts == 0).sum())
+    without = f", {empty:,} of them without images" if empty else ""
     return (
-        f"{num_classes:,} classes of {counts.min():,} to {counts.max():,} images "
+        f"{num_classes:,} classes of {counts.min():,} to {counts.max():,} images{without} "
         f"(median {np.median(counts):,.0f}), {(labels < 0).sum():,} images without"
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header
 from xcit_dino.data.files import file_sha256
-from xcit_dino.data.index import ARRAYS, INDEX, MAX_LABEL, ShardIndex
+from xcit_dino.data.index import ARRAYS, INDEX, MAX_LABEL, ShardIndex, printable, sparse_labels
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.shardscan import scan_samples
 from xcit_dino.data.storage import MAX_BYTES
@@ -36,6 +37,10 @@ class Finding:
     hashed: int = 0
     """Shards whose checksum was compared."""
     bad: list[dict[str, Any]] = field(default_factory=list)
+    deep: Deep = Deep()
+    """Images of 16 bits."""
+    passed: Counter[str] = field(default_factory=Counter)
+    """Members that are neither image nor label, by extension."""
     keys: list[np.ndarray] = field(default_factory=list)
     """64-bit digests of the keys, one array a shard."""
 
@@ -67,6 +72,9 @@ def examine(index: ShardIndex, sample: int | None, num_workers: int | None) -> F
     if sample is not None and sample < index.num_samples:
         chosen = np.linspace(0, index.num_samples - 1, sample).astype(np.int64)
     total = Finding(bad=_damaged_arrays(index))
+    if gaps := sparse_labels(index.labels):
+        reason = f"{gaps}; number the classes from 0 on (--label_map does, where they are packed)"
+        total.bad.append({"shard": "index.labels.npy", "key": "", "reason": reason})
     tasks = _Tasks(index, chosen)
     with progress(f"Check {Path(index.root).name}", len(chosen), "images") as bar:
         for finding in map_processes(_examine_shard, tasks, num_workers, bar):
@@ -74,6 +82,8 @@ def examine(index: ShardIndex, sample: int | None, num_workers: int | None) -> F
             total.seconds += finding.seconds
             total.hashed += finding.hashed
             total.bad += finding.bad
+            total.deep += finding.deep
+            total.passed += finding.passed
             if index.num_samples <= MAX_KEYS:
                 total.keys += finding.keys
     return total
@@ -117,7 +127,8 @@ def _examine_shard(task: _Task, advance: Advance) -> Finding:
     finding = Finding()
 
     def report(key: str, reason: str) -> None:
-        finding.bad.append({"shard": task.name, "key": key, "reason": reason})
+        bad = {"shard": task.name, "key": printable(key), "reason": printable(reason)}
+        finding.bad.append(bad)
 
     try:
         descriptor = os.open(task.path, os.O_RDONLY)
@@ -133,7 +144,7 @@ def _examine_shard(task: _Task, advance: Advance) -> Finding:
             finding.hashed = 1
             if file_sha256(Path(task.path)) != task.sha256:
                 report("", "checksum differs from the index's")
-        rows, damage = scan_samples(lambda at, n: os.pread(descriptor, n, at), size)
+        rows, damage = scan_samples(lambda at, n: os.pread(descriptor, n, at), size, finding.passed)
         for item in damage:
             report(item["key"], f"{item['reason']} at byte {item['offset']}")
         found = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
@@ -185,4 +196,5 @@ def _decode(
         except (BadImage, OSError, ValueError) as error:
             report(keys.get(offset, f"at byte {offset}"), str(error))
         advance(1)
+    finding.deep = scratch.deep
     finding.seconds = time.perf_counter() - began

@@ -31,6 +31,8 @@ class Image(NamedTuple):
     """Of the decompressed bytes, in a zip."""
     label: str | None = None
     """Class, where the source itself says it (a list of path,label)."""
+    split: str | None = None
+    """Split, where a list says it."""
 
 
 def read_image(image: Image) -> bytes:

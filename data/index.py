@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ import numpy as np
 
 from xcit_dino.data.files import write_atomically
 from xcit_dino.data.remote import Remote, Unreadable, persistent_chunks
+from xcit_dino.data.splitnames import split_folders
 from xcit_dino.errors import InputError
 
 VERSION = 1
@@ -35,6 +37,7 @@ INDEX = "index.json"
 ARRAYS = {"offsets": np.dtype("<i8"), "sizes": np.dtype("<i4"), "labels": np.dtype("<i4")}
 NPY_HEADER = 128  # bytes that NumPy writes in front of a one-dimensional array
 MAX_LABEL = (1 << 24) - 1  # more classes than that are damage, and tables of them take gigabytes
+SPARSE = 100_000  # below that many numbers, unused ones cost little
 KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]+)$")  # WebDataset: the key ends at the first dot
 
 
@@ -91,13 +94,44 @@ class ShardIndex:
         return f"{self.root.rstrip('/')}/{self.shards[shard]}"
 
 
+def sparse_labels(labels: np.ndarray) -> str | None:
+    """What is wrong with labels that take far more numbers than there are classes, or None.
+
+    A head has a row for every number from 0 to the highest: 0 and 16,000,000 would take 16,000,001.
+    """
+    highest = int(labels.max(initial=-1))
+    if highest < SPARSE:
+        return None
+    seen = np.zeros(highest + 1, bool)
+    for start in range(0, len(labels), 1 << 20):
+        part = np.asarray(labels[start : start + (1 << 20)])
+        seen[part[part >= 0]] = True
+    present = int(seen.sum())
+    if highest + 1 <= 10 * present:
+        return None
+    return f"labels go up to {highest:,}, but only {present:,} different ones occur"
+
+
 def is_url(root: str) -> bool:
     return "://" in root
 
 
+def printable(name: str) -> str:
+    """A name whose bytes are no UTF-8, in text: ``\\udce9`` for the byte 0xE9 (PEP 383).
+
+    The same function of a name of ``os.listdir`` gives the same text, so that both can be joined.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def key_of(header: bytes) -> str:
     """A sample's key from the 512 bytes in front of its image ("" when they are no tar header)."""
-    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+    return printable(raw_key(header))
+
+
+def raw_key(header: bytes) -> str:
+    """:func:`key_of` whose bytes that are no UTF-8 can be encoded again (surrogateescape)."""
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
     match = KEY.match(name)
     return match[1] if match else name
 
@@ -105,8 +139,9 @@ def key_of(header: bytes) -> str:
 def resolve_split(root: str | Path, split: str) -> str:
     """The folder or URL that holds the shards of ``split`` ("train" or "val") below ``root``.
 
-    ``root/train`` and ``root/val`` when they are there; otherwise ``root`` itself serves as the
-    training set (and never as the validation set: accuracy on one's own bank means nothing).
+    ``root/train`` and ``root/val`` when they are there, or folders of other spellings; ``test`` is
+    the validation set where there is no other. Otherwise ``root`` itself serves as the training set
+    (and never as the validation set: accuracy on one's own bank means nothing).
 
     Raises:
         InputError: nothing there, or shards without an index, with the command that makes it.
@@ -115,6 +150,8 @@ def resolve_split(root: str | Path, split: str) -> str:
     inside = f"{root.rstrip('/')}/{split}"
     if _has_index(inside):
         return inside
+    if spelled := _spelled(root, split):
+        return f"{root.rstrip('/')}/{spelled}"
     own = _has_index(root)
     if own and split == "train":
         return root
@@ -133,6 +170,30 @@ def resolve_split(root: str | Path, split: str) -> str:
         f"--data_path {root}: no {split} shards there; "
         f"make them with: xcit-dino shards make SRC {root}"
     )
+
+
+def _spelled(root: str, split: str) -> str | None:
+    """The folder of a split under another name (``Training``, ``test``), if there is one.
+
+    Raises:
+        InputError: there are several.
+    """
+    if is_url(root):
+        others = ("valid", "validation", "test") if split == "val" else ()
+        return next((name for name in others if _has_index(f"{root.rstrip('/')}/{name}")), None)
+    below = [path.name for path in Path(root).iterdir()] if Path(root).is_dir() else []
+    known = split_folders(name for name in below if _has_index(f"{root}/{name}"))
+    for wanted in (split, "test") if split == "val" else (split,):
+        names = sorted(name for name, found in known.items() if found == wanted)
+        if len(names) > 1:
+            raise InputError(
+                f"--data_path {root}: {' and '.join(names)} are both called like {split}; rename "
+                f"the one to use: mv {shlex.quote(f'{root}/{names[0]}')} "
+                f"{shlex.quote(f'{root}/{split}')}"
+            )
+        if names:
+            return names[0]
+    return None
 
 
 # ---------------------------------------------------------------------------- reading an index

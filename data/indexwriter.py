@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xcit_dino.data.decode import Deep
 from xcit_dino.data.files import file_sha256, write_atomically
 from xcit_dino.data.index import ARRAYS, INDEX, NPY_HEADER, VERSION, checksum_of
 
@@ -25,6 +26,8 @@ class ShardPart(NamedTuple):
     sizes: np.ndarray
     labels: np.ndarray
     damage: list[dict[str, Any]]
+    deep: Deep = Deep()
+    """Images of more than 8 bits."""
 
 
 def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str] | None) -> str:

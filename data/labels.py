@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import tarfile
+import unicodedata
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from xcit_dino.data.imagefile import Image
-from xcit_dino.data.index import MAX_LABEL
-from xcit_dino.data.lists import LIST_SUFFIXES, read_pairs, read_text
+from xcit_dino.data.index import MAX_LABEL, sparse_labels
+from xcit_dino.data.lists import LIST_SUFFIXES, read_list
 from xcit_dino.data.matfile import read_mat
+from xcit_dino.data.tables import read_text
 from xcit_dino.errors import InputError
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 FOUND_BESIDE = (DEVKIT, DEVKIT.removesuffix(".tar.gz"), "LOC_val_solution.csv")
+Place = tuple[str, int]
+"""File and offset of an image: what identifies it while its name is cut."""
 
 
 # ---------------------------------------------------------------------------- labels of flat images
@@ -29,42 +34,110 @@ def labels_beside(src: Path) -> Path | None:
     return next((folder / name for name in FOUND_BESIDE if (folder / name).exists()), None)
 
 
-def attach(images: Sequence[Image], path: Path) -> list[Image]:
-    """Give flat images the labels of a file: see ``--labels``.
+def is_table(path: Path) -> bool:
+    """A list of name,label, and not labels in the order of the images."""
+    if path.name == TRUTH or path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar")):
+        return False
+    return path.suffix.lower() in LIST_SUFFIXES or any(
+        label for _, label, _ in read_list(path).rows[:1]
+    )
+
+
+def in_order(images: Sequence[Image], path: Path) -> list[Image]:
+    """Give images the labels of a file that has one for each, in the order of their names.
 
     Raises:
         InputError: the file is unreadable, or its labels do not fit the images.
     """
     if path.name == TRUTH:
         path = path.parent
-    if path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        return _in_order(images, _devkit_labels(path), path)
-    if path.suffix in LIST_SUFFIXES or any(label for _, label in read_pairs(path)[:1]):
-        return _by_name(images, path)
-    return _in_order(images, read_text(path).split(), path)
-
-
-def _in_order(images: Sequence[Image], labels: Sequence[str], path: Path) -> list[Image]:
+    is_devkit = path.is_dir() or path.name.endswith((".tar.gz", ".tgz", ".tar"))
+    labels = _devkit_labels(path) if is_devkit else _lines(path)
     if len(labels) != len(images):
         raise InputError(f"{path} has {len(labels)} labels, but there are {len(images)} images")
     ordered = sorted(images, key=lambda image: image.name)
     return [image._replace(label=label) for image, label in zip(ordered, labels, strict=True)]
 
 
-def _by_name(images: Sequence[Image], path: Path) -> list[Image]:
-    # Kaggle's LOC_val_solution.csv: "ILSVRC2012_val_00000001,n01751748 111 108 441 193"
-    table = {name: label.split()[0] for name, label in read_pairs(path) if label}
-    found = []
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def by_name(
+    images: Sequence[Image], path: Path, label_column: str | None, notes: list[str]
+) -> dict[Place, str]:
+    """Labels of the images that a list names.
+
+    A row names an image if one of the two paths ends with the other, with or without the image's
+    extension; slashes and forms of Unicode do not matter.
+
+    Raises:
+        InputError: the list names none of them, or one twice with different labels, or a name
+            stands for several images.
+    """
+    table = read_list(path, label_column)
+    notes += table.notes
+    endings: dict[str, list[Image]] = defaultdict(list)
     for image in images:
-        file = PurePosixPath(image.name)
-        label = next((table[k] for k in (image.name, file.name, file.stem) if k in table), None)
-        found.append(image._replace(label=label))
-    if not any(image.label for image in found):
+        for ending in _endings(image.name):
+            endings[ending].append(image)
+    whole = {form: image for image in images for form in _forms(image.name)}
+    found: dict[Place, str] = {}
+    unknown: list[str] = []
+    for name, label, _ in table.rows:
+        key = _key(name)
+        hits = [whole[key]] if key in whole else endings.get(key, [])
+        if not hits:
+            hits = [whole[ending] for ending in _tails(key) if ending in whole][:1]
+        if not hits:
+            unknown.append(name)
+        elif len(hits) > 1:
+            raise InputError(
+                f"{path}: {name} could be {hits[0].name} or {hits[1].name}; write their paths, or "
+                "pack one split at a time, such as --splits train=FOLDER"
+            )
+        elif label:
+            place = (hits[0].path, hits[0].offset)
+            if found.setdefault(place, label) != label:
+                raise InputError(
+                    f"{path}: {name} has two labels, {found[place]} and {label}; an image has one "
+                    "class: keep one row for each image"
+                )
+    if not found:
+        first = table.rows[0][0] if table.rows else "empty"
         raise InputError(
             f"{path} names none of the images; the first one is {images[0].name}, "
-            f"the list's first is {next(iter(table), 'empty')}"
+            f"the list's first is {first}"
+            if unknown or not table.rows
+            else f"{path} has no labels; its rows are names only"
+        )
+    if unknown:
+        notes.append(
+            f"left out: {len(unknown):,} rows of {path.name} that name no image "
+            f"(the first is {unknown[0]})"
         )
     return found
+
+
+def _key(name: str) -> str:
+    name = unicodedata.normalize("NFC", name.replace("\\", "/"))
+    return name.removeprefix("./").strip("/")
+
+
+def _forms(name: str) -> set[str]:
+    """A path with and without its extension."""
+    name = _key(name)
+    stem = name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix) else name
+    return {name, stem}
+
+
+def _tails(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[n:]) for n in range(1, len(parts))]
+
+
+def _endings(name: str) -> set[str]:
+    return {tail for form in _forms(name) for tail in [form, *_tails(form)]}
 
 
 def _devkit_labels(path: Path) -> list[str]:
@@ -110,7 +183,7 @@ def read_label_map(path: Path) -> dict[str, int]:
     """
     text = read_text(path)
     if path.suffix != ".json":
-        names = [line.strip() for line in text.splitlines() if line.strip()]
+        names = [composed(line.strip()) for line in text.splitlines() if line.strip()]
         if len(set(names)) < len(names):
             raise InputError(f"{path} names a class twice")
         return {name: number for number, name in enumerate(names)}
@@ -123,4 +196,11 @@ def read_label_map(path: Path) -> dict[str, int]:
     )
     if not good or not numbers:
         raise InputError(f'{path} must be {{"class name": number from 0 on, ...}}')
-    return numbers
+    if gaps := sparse_labels(np.array(list(numbers.values()))):
+        raise InputError(f"{path}: {gaps}; number the classes from 0 on")
+    return {composed(name): number for name, number in numbers.items()}
+
+
+def composed(name: str) -> str:
+    """A class name in composed Unicode (NFC), so that macOS's spelling of a name is Linux's."""
+    return unicodedata.normalize("NFC", name)

@@ -2,88 +2,112 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from xcit_dino.data.imagefile import Image
-from xcit_dino.data.sources import Listing
+from xcit_dino.data.listing import Listing
+from xcit_dino.data.splitnames import split_of
+from xcit_dino.data.tables import Table, read_table, read_text
 from xcit_dino.errors import InputError
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
-PATH_COLUMNS = (
-    "path filepath file_path file filename file_name image image_path name imageid".split()
-)
-LABEL_COLUMNS = "label labels class class_name target category".split()
-MAX_FILE = 1 << 30
+UNLABELLED = ("", "nan")  # pandas writes nan for a gap
 
 
-def list_images(path: Path) -> Listing:
-    """The images that a CSV, TSV or JSONL names; paths count from the folder of the list.
+def list_images(path: Path, label_column: str | None = None) -> Listing:
+    """The images that a CSV, TSV, JSONL or text names; paths count from the folder of the list.
 
-    A row without a label is unlabelled. JSONL lines hold ``{"path": ..., "label": ...}``.
+    A row without a label is unlabelled. JSONL lines hold ``{"path": ..., "label": ...}``. A column
+    called ``split`` says which rows are the training and which the validation set.
+
+    Raises:
+        InputError: it cannot be read, or none of its files exists.
     """
-    listing = Listing(is_list=True)
-    for name, label in read_pairs(path):
-        file = path.parent / name
-        try:
-            size = file.stat().st_size
-        except (OSError, ValueError) as error:
-            listing.bad.append({"source": name, "reason": f"cannot be read: {error}"})
-            continue
-        listing.images.append(Image(name, str(file), size=size, label=label))
+    table = read_list(path, label_column)
+    listing = Listing(is_list=True, notes=table.notes)
+    splits = _known_splits(table, path)
+    for name, label, split in table.rows:
+        failure: Exception | None = None
+        for spelling in _spellings(name):
+            file = path.parent / spelling
+            try:
+                size = file.stat().st_size
+            except (OSError, ValueError) as error:
+                failure = error
+                continue
+            chosen = splits.get(split) if split else None
+            listing.images.append(Image(spelling, str(file), size=size, label=label, split=chosen))
+            break
+        else:
+            listing.bad.append({"source": name, "reason": f"cannot be read: {failure}"})
+    if table.rows and not listing.images:
+        raise InputError(
+            f"{path}: none of its {len(table.rows):,} files exists (the first is "
+            f"{path.parent / table.rows[0][0]}); if it only labels images, pack their folder: "
+            f"xcit-dino shards make FOLDER DST --labels {path}"
+        )
     return listing
 
 
-def read_pairs(path: Path) -> list[tuple[str, str | None]]:
-    """(name, label or None) of the rows of a list.
-
-    A header row says which columns these are; without one they are the first two.
+def read_list(path: Path, label_column: str | None = None) -> Table:
+    """The rows of a list of any kind.
 
     Raises:
-        InputError: the file cannot be read, or a row holds no name; the line is named.
+        InputError: the file cannot be read, or a line holds no name; the line is named.
     """
-    text = read_text(path)
-    if path.suffix == ".jsonl":
-        return [
-            _json_row(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), 1) if line
-        ]
-    first = text.partition("\n")[0]
-    try:
-        rows = list(csv.reader(io.StringIO(text), delimiter="\t" if "\t" in first else ","))
-    except csv.Error as error:
-        raise InputError(f"{path} is no CSV: {error}") from None
-    rows = [[cell.strip() for cell in row] for row in rows if row]
-    header = [cell.lower() for cell in rows[0]] if rows else []
-    name = next((n for n, column in enumerate(header) if column in PATH_COLUMNS), None)
-    if name is None:
-        name, label = 0, 1
-    else:
-        label = next((n for n, c in enumerate(header) if c in LABEL_COLUMNS), 0 if name else 1)
-        rows = rows[1:]
-    rows = [row for row in rows if len(row) > name]
-    return [(row[name], (row[label] or None) if len(row) > label else None) for row in rows]
+    if path.suffix.lower() != ".jsonl":
+        return read_table(path, label_column)
+    if label_column is not None:
+        raise InputError(f'--label_column {label_column}: {path} holds {{"path", "label"}} lines')
+    table = Table()
+    lines = read_text(path, table.notes).splitlines()
+    table.rows = [_json_row(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    return table
 
 
-def _json_row(line: str, place: str) -> tuple[str, str | None]:
+def _json_row(line: str, place: str) -> tuple[str, str | None, str | None]:
     try:
         row = json.loads(line)
-        label = row.get("label")
-        return str(row["path"]), None if label is None else str(label)
-    except (ValueError, KeyError, AttributeError, RecursionError):
+        name = next(row[key] for key in ("path", "file_name", "filename", "image") if key in row)
+        label, split = row.get("label"), row.get("split")
+        return (
+            str(name), None if label is None else str(label), None if split is None else str(split)
+        )  # fmt: skip
+    except (ValueError, StopIteration, AttributeError, TypeError, RecursionError):
         raise InputError(f'{place}: expected {{"path": ..., "label": ...}}') from None
 
 
-def read_text(path: Path) -> str:
-    """A text of at most 1 GiB.
+def _known_splits(table: Table, path: Path) -> dict[str, str]:
+    """``{split as the list spells it: train or val}``.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: a split column with other words.
     """
-    try:
-        if path.stat().st_size > MAX_FILE:
-            raise InputError(f"{path} is larger than 1 GiB: no list of labels")
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+    names = sorted({split for _, _, split in table.rows if split})
+    if not names:
+        return {}
+    found = {name: split_of(name)[0] for name in names}
+    if strange := [name for name, split in found.items() if not split]:
+        raise InputError(
+            f"{path}: its column of splits says {strange[0]!r}, which is none of train, val and "
+            "test; correct it, or rename the column"
+        )
+    both = {"val", "test"} <= set(found.values())
+    chosen = {n: "val" if s == "test" and not both else s for n, s in found.items()}
+    renamed = ", ".join(f"{name} -> {split}" for name, split in chosen.items())
+    table.notes.append(f"splits by the column of {path.name}: {renamed}")
+    return chosen
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A path as it is written, with the other slashes, and in the other forms of Unicode."""
+    seen = set()
+    for slashed in (name, name.replace("\\", "/")):
+        for form in (None, "NFC", "NFD"):
+            spelling = unicodedata.normalize(form, slashed) if form else slashed
+            if spelling not in seen:
+                seen.add(spelling)
+                yield spelling

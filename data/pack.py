@@ -21,22 +21,27 @@ from typing import Any
 
 import numpy as np
 
+from xcit_dino.data.archives import compressed_in, decompression, list_archive
+from xcit_dino.data.classes import Part
 from xcit_dino.data.config import MakeConfig
+from xcit_dino.data.decode import Deep
 from xcit_dino.data.files import write_atomically
 from xcit_dino.data.index import INDEX, ShardIndex
 from xcit_dino.data.indexwriter import ShardPart, write_index
 from xcit_dino.data.keyed import keyed_permutation, text_key
-from xcit_dino.data.layout import FOLDERS, SPLITS, Part, arrange
+from xcit_dino.data.labels import FOUND_BESIDE
+from xcit_dino.data.layout import arrange
+from xcit_dino.data.listing import Listing, archive_stem
 from xcit_dino.data.lists import LIST_SUFFIXES, list_images
 from xcit_dino.data.parallel import map_processes
-from xcit_dino.data.shardjob import WORK, Encoding, Shard, load_part, pack_shard
-from xcit_dino.data.sources import Listing, list_archive, list_folder
+from xcit_dino.data.shardjob import PLAN, QUARANTINE, WORK, Encoding, Shard, load_part, pack_shard
+from xcit_dino.data.sources import list_folder
+from xcit_dino.data.splitnames import SPLITS, split_folders
+from xcit_dino.data.splits import NONE
 from xcit_dino.data.torchvisionsets import list_torchvision, torchvision_names
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.progress import progress
 
-PLAN = "packing.json"  # what the shards were made of
-QUARANTINE = "quarantine.jsonl"
 GOES_ON = "the same command goes on where it stopped"
 
 
@@ -47,18 +52,23 @@ def make(config: MakeConfig) -> int:
         InputError: the source holds nothing to pack, or the folder holds something else.
     """
     if config.split is None and config.dst.name in SPLITS:  # DST says which split it is
+        if config.splits not in ((), NONE):
+            raise InputError(f"--splits: {config.dst} is one split; give the folder above it")
         config = dataclasses.replace(config, dst=config.dst.parent, split=config.dst.name)
     config.dst.mkdir(parents=True, exist_ok=True)
     with _locked(config.dst):
         work = config.dst / WORK
         listing, src = _list(config, work)
         parts = arrange(listing, config, src)
-        problems = listing.bad  # of the source as a whole: they go into the first split's list
+        # Of the source as a whole: they go into the first split's list.
+        problems, notes = listing.bad, listing.finished().notes
+        notes += [f"left out: {count:,} {what}" for what, count in listing.skipped.most_common()]
         for split, part in parts.items():
+            part.notes[:0] = notes
+            for line in part.notes:
+                print(line)
             _pack(config.dst / split, part, problems, config)
-            problems = []
-        for reason, count in listing.skipped.most_common():
-            print(f"left out: {count:,} {reason}")
+            problems, notes = [], []
         shutil.rmtree(work, ignore_errors=True)
     return 0
 
@@ -81,25 +91,40 @@ def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
     if not src.exists():
         if config.src.lower() in torchvision_names():
             root = config.root or config.dst.parent
+            if config.label_column:
+                raise InputError(f"--label_column: {config.src} comes with its labels")
             return list_torchvision(config.src.lower(), root, config.download, work), None
         raise InputError(
             f"{src}: no such folder, file or data set{suggest(config.src, torchvision_names())}"
         )
+    if config.root or config.download:
+        option = "root" if config.root else "download"
+        raise InputError(f"--{option}: {src} exists, and is no data set that torchvision downloads")
     if src.is_dir() and (src / INDEX).exists():
         raise InputError(f"{src} holds shards already; train on it with --data_path {src}")
     if src.resolve() == config.dst.resolve():
         raise InputError(f"{src}: the shards need a folder of their own; give another DST")
-    listing = (
-        list_folder(src) if src.is_dir()
-        else list_images(src) if src.suffix.lower() in LIST_SUFFIXES
-        else list_archive(src, work)
-    )  # fmt: skip
-    if listing.skipped[".cls files"]:
-        raise InputError(f"{src} holds WebDataset shards; index them: xcit-dino shards check {src}")
-    if src.is_file() and src.stem in FOLDERS:  # ILSVRC2012_img_train.tar is a train folder
-        named = [image._replace(name=f"{src.stem}/{image.name}") for image in listing.images]
-        listing.images[:] = named
+    if src.is_file() and src.suffix.lower() in (*LIST_SUFFIXES, ".txt"):
+        return list_images(src, config.label_column), src
+    if src.is_dir():
+        return _no_shards(list_folder(src, work, FOUND_BESIDE), src), src
+    listing = _no_shards(list_archive(src, work), src)
+    if split_folders([archive_stem(src.name)]):  # ILSVRC2012_img_train.tar is a train folder
+        for n, image in enumerate(listing.images):
+            listing.images[n] = image._replace(name=f"{archive_stem(src.name)}/{image.name}")
     return listing, src
+
+
+def _no_shards(listing: Listing, src: Path) -> Listing:
+    """Refuse WebDataset shards, which need an index only."""
+    if not listing.skipped[".cls files"]:
+        return listing
+    folder = src if src.is_dir() else src.parent
+    packed = compressed_in(folder)
+    first = f"decompress them ({decompression(folder, packed[0])}), then " if packed else ""
+    raise InputError(
+        f"{src} holds WebDataset shards; {first}index them: xcit-dino shards check {folder}"
+    )
 
 
 # ---------------------------------------------------------------------------- the plan
@@ -123,7 +148,7 @@ def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
             num_bytes = 0
         groups[-1].append(n)
         num_bytes += images[n].size
-    encoding = Encoding(config.resize, config.quality, config.verify)
+    encoding = Encoding(config.resize, config.quality, config.verify, config.bits)
     firsts = np.cumsum([0, *map(len, groups)])
     return [
         Shard(folder, number, int(firsts[number]), [images[n] for n in group],
@@ -134,7 +159,9 @@ def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
 
 def fingerprint(shards: list[Shard]) -> str:
     """A digest of everything that the bytes of the shards follow from, but not of where it lies."""
-    digest = hashlib.sha256(repr((1, shards[0].encoding, shards[0].classes)).encode())
+    # Options that came later count only where they are given, so that old folders stay the same.
+    how = repr(shards[0].encoding).replace(", bits=None", "")
+    digest = hashlib.sha256(f"(1, {how}, {shards[0].classes!r})".encode())
     for shard in shards:
         names = [(image.name, image.size) for image in shard.images]
         digest.update(repr((shard.first, names, shard.labels)).encode("utf-8", "backslashreplace"))
@@ -144,7 +171,7 @@ def fingerprint(shards: list[Shard]) -> str:
 def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: MakeConfig) -> None:
     """Write the shards of one split that are not there yet, then the index."""
     shards = cut(part, folder, config)
-    if not _begin(folder, fingerprint(shards)):
+    if not _begin(folder, fingerprint(shards), part.notes):
         index = ShardIndex.load(folder)
         print(f"{folder}: {index.num_samples:,} images are packed already; nothing to do")
         return
@@ -168,10 +195,14 @@ def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: Make
     bad = problems + [item for p in parts if p is not None for item in p.damage]
     _finish(folder, [p for p in parts if p is not None], part.classes, bad)
     _summary(folder, bad)
+    for line in sum((p.deep for p in parts if p is not None), Deep()).lines(config.bits):
+        print(f"  {line}")
 
 
-def _begin(folder: Path, digest: str) -> bool:
+def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
     """Prepare the folder; False if it holds the finished shards of the same plan.
+
+    What was left out or renamed is kept for ``shards check``, which says it again.
 
     Raises:
         InputError: it holds shards of another plan.
@@ -188,7 +219,7 @@ def _begin(folder: Path, digest: str) -> bool:
             f"{folder} holds shards of another source or of other options; "
             "delete them or give another DST"
         )
-    write_atomically(folder / PLAN, [json.dumps({"fingerprint": digest}).encode()])
+    write_atomically(folder / PLAN, [json.dumps({"fingerprint": digest, "notes": notes}).encode()])
     return True
 
 
@@ -207,10 +238,12 @@ def _finish(
 
 def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
     index = ShardIndex.load(folder)
+    labelled = bool((np.asarray(index.labels) >= 0).any())
     classes = f" of {len(index.classes)} classes" if index.classes else ""
+    classes = classes if labelled else " without labels"
     print(
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"
     )
     if bad:
-        print(f"  bad: {len(bad):,} files, listed in {folder / QUARANTINE}")
+        print(f"  left out: {len(bad):,} unusable, listed in {folder / QUARANTINE}")

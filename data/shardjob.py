@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header, rescaled
 from xcit_dino.data.files import write_atomically
 from xcit_dino.data.imagefile import Image, read_image
-from xcit_dino.data.index import ARRAYS
+from xcit_dino.data.index import ARRAYS, printable
 from xcit_dino.data.indexwriter import ShardPart
 from xcit_dino.data.parallel import Advance
 from xcit_dino.data.writer import SHARD_NAME, Sample, write_shard
 
 WORK = ".packing"  # finished shards' parts, until all are there
+PLAN = "packing.json"  # what the shards were made of, and what was left out or renamed
+QUARANTINE = "quarantine.jsonl"
 MAGIC = (  # what a file is, whatever its name says
     (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
     (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"RIFF", "webp"),
@@ -33,6 +35,7 @@ class Encoding:
     resize: int | None
     quality: int
     verify: bool
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,11 @@ class Shard:
 def pack_shard(shard: Shard, advance: Advance) -> None:
     """Write one shard, and beside it its part of the index, which says that it is complete."""
     bad: list[dict[str, Any]] = []
-    part = write_shard(shard.folder, shard.name, _samples(shard, bad, advance))
+    scratch = Scratch()
+    part = write_shard(shard.folder, shard.name, _samples(shard, bad, scratch, advance))
     buffer = io.BytesIO()
-    meta = {"bytes": part.bytes, "sha256": part.sha256, "damage": bad}
+    deep = list(scratch.deep)
+    meta = {"bytes": part.bytes, "sha256": part.sha256, "damage": bad, "deep": deep}
     arrays = {name: getattr(part, name) for name in ARRAYS}
     np.savez(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
     write_atomically(_part_path(shard), [buffer.getvalue()])
@@ -78,30 +83,27 @@ def load_part(shard: Shard) -> ShardPart | None:
         return None
     if size != meta["bytes"]:
         return None
-    return ShardPart(shard.name, size, meta["sha256"], **arrays, damage=meta["damage"])
+    return ShardPart(shard.name, size, meta["sha256"], **arrays, damage=meta["damage"],
+                     deep=Deep(*meta.get("deep", ())))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- one image
 
 
-def _samples(shard: Shard, bad: list[dict[str, Any]], advance: Advance) -> Iterator[Sample]:
-    scratch = Scratch()
+def _samples(
+    shard: Shard, bad: list[dict[str, Any]], scratch: Scratch, advance: Advance
+) -> Iterator[Sample]:
     for number, (image, label) in enumerate(zip(shard.images, shard.labels, strict=True)):
         try:
             data, extension, height, width = _encode(read_image(image), shard.encoding, scratch)
         except BadImage as error:
-            bad.append({"source": _clean(image.name), "reason": str(error)})
+            bad.append({"source": printable(image.name), "reason": str(error)})
         else:
-            meta = {"source": _clean(image.name), "height": height, "width": width}
+            meta = {"source": printable(image.name), "height": height, "width": width}
             if shard.classes and label >= 0:
                 meta["class"] = shard.classes[label]
             yield Sample(f"{shard.first + number:09d}", extension, data, label, meta)
         advance(1)
-
-
-def _clean(name: str) -> str:
-    """Names may be no valid text; JSON needs them to be."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _encode(raw: bytes, how: Encoding, scratch: Scratch) -> tuple[bytes, str, int, int]:
@@ -112,6 +114,9 @@ def _encode(raw: bytes, how: Encoding, scratch: Scratch) -> tuple[bytes, str, in
     """
     header = read_header(raw)
     short = min(header.height, header.width)
+    if how.bits is not None and header.deep:
+        raw = rescaled(header, how.bits, scratch)
+        header = read_header(raw)
     if how.resize is not None and short > how.resize:
         return _shrink(raw, how.resize, how.quality, scratch)
     if how.verify:

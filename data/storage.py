@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from xcit_dino.data.cache import ShardCache
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.index import ShardIndex, is_url, key_of
+from xcit_dino.data.index import ShardIndex, is_url, key_of, raw_key
 from xcit_dino.data.remote import (
     GivenUp,
     Remote,
@@ -101,12 +101,12 @@ def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, st
     before, after = source.read_many(places)
     if isinstance(before, Unreadable):
         return "", ""
-    key = key_of(before[-BLOCK:])
+    name = f"{raw_key(before[-BLOCK:])}.json".encode("utf-8", "surrogateescape")
     facts = {}
     for data in (before, after):
         if not isinstance(data, Unreadable):
-            facts |= _facts_in(data, f"{key}.json".encode())
-    return key, str(facts.get("source", ""))
+            facts |= _facts_in(data, name)
+    return key_of(before[-BLOCK:]), str(facts.get("source", ""))
 
 
 def _facts_in(blocks: bytes, name: bytes) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from xcit_dino.data.archives import list_archive
 from xcit_dino.data.imagefile import Image
+from xcit_dino.data.listing import Listing
 from xcit_dino.data.matfile import read_mat
-from xcit_dino.data.sources import Listing, list_archive, list_folder
+from xcit_dino.data.sources import list_folder
 from xcit_dino.errors import InputError, suggest
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, LoaderConfig
-from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.index import ShardIndex, sparse_labels
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
@@ -133,6 +133,12 @@ def num_classes_of(*indexes: ShardIndex) -> int:
             f"--data_path: {' and '.join(i.root for i in indexes)} name other classes; pack both "
             "with one label map"
         )
+    for index in indexes:
+        if gaps := sparse_labels(index.labels):
+            raise InputError(
+                f"--data_path {index.root}: {gaps}; number the classes from 0 on, where they are "
+                "packed with --label_map"
+            )
     highest = max(int(index.labels.max()) + 1 for index in indexes)
     return max([highest, *(len(classes) for classes in lists)])
 

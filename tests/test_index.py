@@ -206,10 +206,9 @@ def test_samples_without_an_image_are_listed():
     names = ["a.jpg", "a.txt", "b.heic", "b.json", "c.v2.png", "readme"]
     data = tar_bytes([(tarfile.TarInfo(name), b"x") for name in names])
     rows, damage = scan_samples(lambda at, n: data[at : at + n], len(data))
-    assert [key for *_, key in rows] == ["a"]
+    assert [key for *_, key in rows] == ["a", "c"]  # c as webdataset has it: its v2.png
     assert {item["key"]: item["reason"] for item in damage} == {
         "b": "no image among its members: .heic .json",
-        "c": "no image among its members: .v2.png",
     }
 
 
@@ -219,7 +218,8 @@ def test_an_unreadable_label_keeps_the_sample(label: str):
     data = tar_bytes([(tarfile.TarInfo(n), d) for n, d in pairs])
     rows, damage = scan_samples(lambda at, length: data[at : at + length], len(data))
     assert [row[2] for row in rows] == [-1, 7]
-    assert [(item["key"], item["reason"]) for item in damage] == [("0", "unreadable label")]
+    assert [item["key"] for item in damage] == ["0"]
+    assert damage[0]["reason"].startswith(f"unreadable label {label[:16]!r}: .cls holds a number")
 
 
 def hostile(kind: bytes, name: str = "evil.jpg", size: int | None = None) -> bytes:

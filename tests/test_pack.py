@@ -355,10 +355,17 @@ def listed(tmp_path: Path, text: str, name: str = "l.csv", **options: Any) -> di
 
 @pytest.mark.parametrize("text", [
     "filepath,class\n0.jpg,b\n1.jpg,a\n", "label,id,path\nb,7,0.jpg\na,8,1.jpg\n",
-    "0.jpg,b,more\n1.jpg,a\n", "\ufeffimage\tfold\tlabel\r\n0.jpg\t1\tb\r\n1.jpg\t1\ta\r\n",
+    "\ufeffimage\tfold\tlabel\r\n0.jpg\t1\tb\r\n1.jpg\t1\ta\r\n",
 ])  # fmt: skip
 def test_columns_of_lists_are_found_by_their_names(tmp_path: Path, text: str):
     assert listed(tmp_path, text) == {"0.jpg": 1, "1.jpg": 0}
+
+
+def test_several_columns_without_a_header_need_the_labels_number(tmp_path: Path):
+    text = "0.jpg,b,more\n1.jpg,a\n"
+    with pytest.raises(InputError, match="2, 3 could each be the label.*--label_column 2"):
+        listed(tmp_path, text)
+    assert listed(tmp_path, text, label_column="2") == {"0.jpg": 1, "1.jpg": 0}
 
 
 def test_numbers_in_lists_are_labels_and_never_renumbered(tmp_path: Path):
