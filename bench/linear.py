@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig, SubjectConfig
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.subject import Subject, pretrained, resolve
+from xcit_dino.train import dist
 
 LRS = LinearConfig().lrs
 BATCH = 128  # eval_linear.py
@@ -65,21 +66,21 @@ class Images(Dataset):
 
 
 def loader(
-    subject: Subject,
+    context: Context,
     split: str,
     interpolation: transforms.InterpolationMode = transforms.InterpolationMode.BILINEAR,
 ) -> DataLoader:
     """The official transforms, at the size of the run. interpolation: of the random crops,
     torchvision's default as in the official code."""
     augment = [
-        transforms.RandomResizedCrop(subject.crop, interpolation=interpolation),
+        transforms.RandomResizedCrop(context.crop, interpolation=interpolation),
         transforms.RandomHorizontalFlip(),
     ]
-    center = [transforms.Resize(subject.resize, BICUBIC), transforms.CenterCrop(subject.crop)]
-    common = [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    center = [transforms.Resize(context.resize, BICUBIC), transforms.CenterCrop(context.crop)]
+    common = [transforms.ToTensor(), transforms.Normalize(context.inputs.mean, context.inputs.std)]
     transform = transforms.Compose((augment if split == "train" else center) + common)
     return DataLoader(
-        Images(subject.index(split), transform), BATCH, shuffle=split == "train", num_workers=2
+        Images(context.index(split), transform), BATCH, shuffle=split == "train", num_workers=2
     )
 
 
@@ -114,12 +115,12 @@ def now() -> Seconds:
     return np.array([time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used)])
 
 
-def official_seconds(subject: Subject, model: nn.Module, seconds: float) -> tuple[int, Seconds]:
+def official_seconds(context: Context, model: nn.Module, seconds: float) -> tuple[int, Seconds]:
     """(images, seconds) of a part of an epoch of one official run; the clock leaves the workers'
     start out."""
-    heads = classifiers(model.embed_dim, num_classes(subject), LRS[:1])  # type: ignore[arg-type]
+    heads = classifiers(model.embed_dim, num_classes(context), LRS[:1])  # type: ignore[arg-type]
     images, busy, clock = 0, now()[1], None
-    steps = official_epoch(model, loader(subject, "train"), heads)
+    steps = official_epoch(model, loader(context, "train"), heads)
     for count in steps:
         if clock is None:
             clock = time.perf_counter()
@@ -133,16 +134,16 @@ def official_seconds(subject: Subject, model: nn.Module, seconds: float) -> tupl
     return images, np.array([clock, now()[1] - busy])
 
 
-def num_classes(subject: Subject) -> int:
-    return int(subject.index("train").labels.max()) + 1
+def num_classes(context: Context) -> int:
+    return int(context.index("train").labels.max()) + 1
 
 
-def command(folder: Path, subject: Subject, *options: str) -> Seconds:
+def command(folder: Path, subject: Subject, context: Context, *options: str) -> Seconds:
     """Seconds of the command ``xcit-dino linear``, start included."""
     words = [
-        "--output_dir", folder, "--arch", subject.arch, "--data_path", subject.data_path,
-        "--pretrained_weights", subject.weights, "--crop_size", subject.crop,
-        "--resize_size", subject.resize, "--num_workers", 2, *options,
+        "--output_dir", folder, "--arch", subject.arch, "--data_path", context.data_path,
+        "--pretrained_weights", subject.weights, "--crop_size", context.crop,
+        "--resize_size", context.resize, "--num_workers", 2, *options,
     ]  # fmt: skip
     began = now()
     subprocess.run(
@@ -165,19 +166,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0)
     args = parser.parse_args()
-    subject = resolve(SubjectConfig(output_dir=args.run, device="cpu"))
+    world = dist.World(0, 1, torch.device("cpu"))
+    subject, context = resolve(SubjectConfig(output_dir=args.run, device="cpu"), world)
     model = pretrained(subject).model
     folder = Path(tempfile.mkdtemp())
-    times(args, subject, model, folder)
+    times(args, subject, context, model, folder)
     shutil.rmtree(folder)
 
 
-def times(args: argparse.Namespace, subject: Subject, model: nn.Module, folder: Path) -> None:
+def times(
+    args: argparse.Namespace, subject: Subject, context: Context, model: nn.Module, folder: Path
+) -> None:
     """Measure and print seconds."""
     epochs = ("--epochs", str(args.epochs))
     dino_grid = ("--layers", "cls", "--weight_decays", "0")
     first, again = (
-        command(folder, subject, "--epochs", "1", "--lrs", "0.1", *dino_grid) for _ in range(2)
+        command(folder, subject, context, "--epochs", "1", "--lrs", "0.1", *dino_grid)
+        for _ in range(2)
     )
     features = first - again
     grids = {
@@ -189,10 +194,10 @@ def times(args: argparse.Namespace, subject: Subject, model: nn.Module, folder: 
     seconds: dict[str, list[Seconds]] = {name: [] for name in grids}
     for _ in range(args.repeats):
         for name, options in grids.items():
-            seconds[name].append(command(folder, subject, *epochs, *options))
+            seconds[name].append(command(folder, subject, context, *epochs, *options))
     median = {name: np.median(values, axis=0) for name, values in seconds.items()}
-    images, part = official_seconds(subject, model, args.seconds)
-    whole = part / images * subject.index("train").num_samples * args.epochs
+    images, part = official_seconds(context, model, args.seconds)
+    whole = part / images * context.index("train").num_samples * args.epochs
     one, grid, one3, grid3 = median.values()
 
     print(f"{subject.arch}, {args.epochs} epochs, {torch.get_num_threads()} threads")

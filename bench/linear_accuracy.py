@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is
 from bench.linear import BATCH, BICUBIC, LRS, classifiers, loader, num_classes
 from xcit_dino.eval.augmented import crop_loader, flipped
 from xcit_dino.eval.config import LinearConfig, SubjectConfig
-from xcit_dino.eval.features import normalise
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.heads import Choice, Heads, cosine
-from xcit_dino.eval.subject import Subject, pretrained, resolve
+from xcit_dino.eval.subject import pretrained, resolve
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
 
@@ -54,17 +54,17 @@ class Epochs:
     labels: list[Tensor]
 
 
-def their_crops(subject: Subject, interpolation: transforms.InterpolationMode) -> Iterator[Images]:
+def their_crops(context: Context, interpolation: transforms.InterpolationMode) -> Iterator[Images]:
     """torchvision's, an epoch at a time."""
     torch.manual_seed(0)
     while True:
-        yield loader(subject, "train", interpolation)
+        yield loader(context, "train", interpolation)
 
 
-def our_crops(subject: Subject, config: LinearConfig) -> Iterator[Images]:
+def our_crops(context: Context, config: LinearConfig) -> Iterator[Images]:
     """Those of ``--protocol dino``, an epoch at a time."""
-    crops = crop_loader(subject.index("train"), subject, config, dist.World(0, 1, CPU))
-    batches = ((normalise(flipped(b, config.seed), CPU), b.labels) for (b,) in crops)
+    crops = crop_loader(context.index("train"), context, config)
+    batches = ((context.normalize(flipped(b, config.seed)), b.labels) for (b,) in crops)
     while True:
         yield islice(batches, crops.plan.steps_per_epoch)
 
@@ -123,14 +123,14 @@ def main() -> None:
     options = SubjectConfig(
         output_dir=args.run, device="cpu", batch_size_per_gpu=BATCH, num_workers=2
     )
-    subject = resolve(options)
+    subject, context = resolve(options, dist.World(0, 1, CPU))
     config = LinearConfig(subject=options)
-    model, classes = pretrained(subject).model, num_classes(subject)
-    val = embedded(model, [loader(subject, "val")], "centre crops")
+    model, classes = pretrained(subject).model, num_classes(context)
+    val = embedded(model, [loader(context, "val")], "centre crops")
     kinds = {
-        "torchvision, bilinear": their_crops(subject, transforms.InterpolationMode.BILINEAR),
-        "torchvision, bicubic": their_crops(subject, BICUBIC),
-        "ours": our_crops(subject, config),
+        "torchvision, bilinear": their_crops(context, transforms.InterpolationMode.BILINEAR),
+        "torchvision, bicubic": their_crops(context, BICUBIC),
+        "ours": our_crops(context, config),
     }
     table = Table("crops", "DINO's classifiers", "ours", f"differ, lr <= {CALM:g}", "differ, all")
     for name, epochs in kinds.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -127,10 +128,25 @@ def apply(
     x = _where(params.gray, x, lambda chosen, _: grayscale(chosen).expand_as(chosen))
     x = _where(params.sigma, x, gaussian_blur)
     x = _where(params.solarize, x, lambda chosen, _: solarize(chosen))
-    mean, std = (
-        torch.tensor(value, device=x.device).view(1, 3, 1, 1) for value in (config.mean, config.std)
-    )
+    mean, std = channel_constants(config.mean, config.std, x.device)
     return x.sub_(mean).div_(std).to(dtype)
+
+
+@cache
+def channel_constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and std as float32 [1, C, 1, 1] on a device; made once, as every copy from the host's
+    memory waits for the device."""
+    with torch.inference_mode(False):  # of use in training too
+        both = torch.tensor((mean, std), device=device).view(2, 1, -1, 1, 1)
+    return both[0], both[1]
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [B, C, H, W] -> float32 on its device, ``(pixel / 255 - mean) / std``."""
+    center, scale = channel_constants(mean, std, images.device)
+    return (images.float() - 255 * center) / (255 * scale)
 
 
 # --------------------------------------------- operations on float [N, 3, H, W] with values in 0..1

@@ -9,10 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from xcit_dino.errors import InputError, within
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.paths import Location
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,8 @@ class LoaderConfig:
     shard_url: Location | None = None
     """Where the shards lie if not beside their index: http(s)://, s3:// or gs:// and a folder, or
     ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output.
-    Recipes from elsewhere may hold one, and it is run."""
+    Recipes from elsewhere may hold one, and it is run. ``{split}`` stands for train or val, and so
+    does a last part of that name."""
     num_workers: int = 10
     """Processes that decode and crop; 0 does it in the training process."""
     prefetch_factor: int = 2

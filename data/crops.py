@@ -24,7 +24,10 @@ from xcit_dino.data.keyed import keyed_uniforms
 KEEP = 1.5  # a reduced JPEG keeps this many pixels a side for each pixel of every crop
 TRIES = 10  # torchvision's RandomResizedCrop.get_params
 BOX_STREAM = 11
-_resize = torch._C._nn._upsample_bicubic2d_aa  # pyright: ignore[reportAttributeAccessIssue]
+RESIZES = {
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,  # pyright: ignore[reportAttributeAccessIssue]
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,  # pyright: ignore[reportAttributeAccessIssue]
+}
 
 
 def crop_boxes(
@@ -111,17 +114,17 @@ class Cutter:
         self._array = self._tensor.numpy()
 
 
-def resize_into(pixels: Tensor, out: Tensor) -> None:
-    """Antialiased bicubic resize of uint8 [1, 3, H, W] into ``out`` [1, 3, h, w].
+def resize_into(pixels: Tensor, out: Tensor, interpolation: str = "bicubic") -> None:
+    """Antialiased resize of uint8 [1, 3, H, W] into ``out`` [1, 3, h, w].
 
-    What ``F.interpolate(mode="bicubic", antialias=True)`` calls, with a destination; channels last
-    on both sides is its fast case.
+    What ``F.interpolate(mode=interpolation, antialias=True)`` calls, with a destination; channels
+    last on both sides is its fast case.
     """
     size = (out.shape[-2], out.shape[-1])
     if pixels.shape[-2:] == size:
         out.copy_(pixels)
     else:
-        _resize(pixels, size, False, None, None, out=out)
+        RESIZES[interpolation](pixels, size, False, None, None, out=out)
 
 
 def reduction(boxes: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
@@ -130,10 +133,12 @@ def reduction(boxes: NDArray[np.int64], sizes: NDArray[np.int64]) -> int:
     return next((factor for factor in (8, 4, 2) if shrink >= KEEP * factor), 1)
 
 
-def center_view(pixels: Pixels, resize: int | None, crop: int, out: Tensor) -> None:
+def center_view(
+    pixels: Pixels, resize: int | None, crop: int, out: Tensor, interpolation: str = "bicubic"
+) -> None:
     """Shorter side to ``resize``, then the central square of side ``crop`` into ``out``.
 
-    torchvision's Resize (bicubic, antialiased) and CenterCrop. ``resize=None`` keeps the image's
+    torchvision's Resize (antialiased) and CenterCrop. ``resize=None`` keeps the image's
     own size, and enlarges it only where it is smaller than the crop.
     """
     height, width = pixels.shape[:2]
@@ -142,7 +147,7 @@ def center_view(pixels: Pixels, resize: int | None, crop: int, out: Tensor) -> N
     sides = [target if side == short else int(target * side / short) for side in (height, width)]
     image = Cutter().cut(pixels, (0, 0, height, width))
     resized = torch.empty((1, *sides, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    resize_into(image, resized)
+    resize_into(image, resized, interpolation)
     top, left = (round((side - crop) / 2) for side in sides)
     out.copy_(resized[:, :, top : top + crop, left : left + crop])
 

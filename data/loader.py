@@ -178,6 +178,7 @@ class ImageLoader:
         config: workers, limits, where the shards are.
         resize: shorter side before the crop (256 for 224); None keeps an image's own size.
         crop: side of the central square.
+        interpolation: bicubic or bilinear.
         batch_size: of this rank; the last batch may be smaller.
         indices: sample numbers to deliver, in this order; None: all.
         rank, world_size: this rank delivers every ``world_size``-th of them.
@@ -191,6 +192,7 @@ class ImageLoader:
         *,
         resize: int | None = 256,
         crop: int = 224,
+        interpolation: str = "bicubic",
         batch_size: int = 128,
         indices: NDArray[np.int64] | None = None,
         rank: int = 0,
@@ -200,6 +202,7 @@ class ImageLoader:
     ) -> None:
         self.index, self.config, self.labelled = index, config, labelled
         self.resize, self.crop, self.batch_size = resize, crop, batch_size
+        self.interpolation = interpolation
         everything = np.arange(index.num_samples) if indices is None else np.asarray(indices)
         self.samples = everything[rank::world_size]
         self.quarantine = Quarantine(
@@ -216,7 +219,9 @@ class ImageLoader:
         in_flight = self.config.num_workers * self.config.prefetch_factor
         ring = Ring(in_flight + 2, [(1, self.batch_size, self.crop, self.crop, 3)])
         source = open_source(self.index, self.config)
-        work = ImageWork(self.index, source, ring, self.resize, self.crop, self.labelled)
+        work = ImageWork(
+            self.index, source, ring, self.resize, self.crop, self.labelled, self.interpolation
+        )
         with closing(answers(work, self._tasks(ring.num_slots), self.config, ring)) as results:
             for done in results:
                 record(self.quarantine, self.index, done)

@@ -55,7 +55,7 @@ def open_source(index: ShardIndex, config: LoaderConfig) -> LocalSource | Remote
     Raises:
         InputError: options that do not go together.
     """
-    base = (config.shard_url or index.root).rstrip("/")
+    base = (shards_at(index, config.shard_url) or index.root).rstrip("/")
     pipe = base.startswith("pipe:")
     if not pipe and not is_url(base):
         return LocalSource([f"{base}/{name}" for name in index.shards])
@@ -66,6 +66,34 @@ def open_source(index: ShardIndex, config: LoaderConfig) -> LocalSource | Remote
             raise InputError("--shard_url pipe:COMMAND needs --cache_dir for the shards it writes")
         return RemoteSource(Remote(base), index.shards)
     return CachedSource(_cache(index, config, base), max_open=2 * config.shuffle_window)
+
+
+def shards_at(index: ShardIndex, url: str | None) -> str | None:
+    """Where the shards of a split lie, given ``--shard_url``; None: beside their index.
+
+    ``{split}`` in the URL stands for the name of the index's folder, and so does a last part
+    ``train`` or ``val``. A URL without either is that of the training shards: those of val then
+    have to lie beside their index, as the names of both splits' shards are the same.
+
+    Raises:
+        InputError: it does not say where those of val lie.
+    """
+    split = index.root.rstrip("/").rpartition("/")[2]
+    if url is None or split not in ("train", "val"):
+        return url
+    if "{split}" in url:
+        return url.replace("{split}", split)
+    head, slash, last = url.rstrip("/").rpartition("/")
+    if last in ("train", "val"):
+        return f"{head}{slash}{split}"
+    if split == "train":
+        return url
+    if index.shards and not is_url(index.root) and os.path.isfile(index.path(0)):
+        return None
+    raise InputError(
+        f"--shard_url {url}: says where the shards of train lie, not those of val; write {{split}} "
+        "where train or val goes in it"
+    )
 
 
 def _cache(index: ShardIndex, config: LoaderConfig, base: str) -> ShardCache:

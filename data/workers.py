@@ -178,9 +178,11 @@ class ImageWork:
         resize: int | None,
         crop: int,
         labelled: bool = False,
+        interpolation: str = "bicubic",
     ) -> None:
         self.reading = Reading(index, source, labelled)
         self.ring, self.resize, self.crop = ring, resize, crop
+        self.interpolation = interpolation
         self.scratch = Scratch()
 
     def __getitem__(self, task: Task) -> Done:
@@ -191,7 +193,8 @@ class ImageWork:
                 if isinstance(image, Unreadable):
                     raise image
                 pixels = decode(image, read_header(image), self.scratch)
-                center_view(pixels, self.resize, self.crop, out[0, place, None])
+                view = out[0, place, None]
+                center_view(pixels, self.resize, self.crop, view, self.interpolation)
             except (Unreadable, BadImage) as reason:
                 self.reading.reject(int(task.samples[place]), reason)
                 sources[place] = -1

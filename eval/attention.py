@@ -20,8 +20,8 @@ from PIL import Image, ImageSequence
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from xcit_dino.errors import InputError
 from xcit_dino.eval import video
-from xcit_dino.eval.features import normalise
-from xcit_dino.eval.subject import run_options
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import Context, make_context, run_options, settings_of
 from xcit_dino.eval.train_config import AttentionConfig
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.xcit import XCiT
@@ -46,12 +46,12 @@ def run(config: AttentionConfig) -> None:
         InputError: no weights, no XCiT, or nothing that can be read.
     """
     files = images_in(config.src)
-    device = dist.init(config.device).device
-    model = network(config).to(device)
+    world = dist.init(config.device)
+    model, context = network(config, world)
     bad = []
     for path in track(files, "attention", len(files), "images"):
         try:
-            write_maps(model, path, config, device)
+            write_maps(model, path, config, context)
         except BadImage as reason:
             bad.append(f"{path}: {reason}")
     for line in bad:
@@ -84,18 +84,20 @@ def readable(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES + video.SUFFIXES
 
 
-def network(config: AttentionConfig) -> XCiT:
-    """The XCiT with its weights, in evaluation mode.
+def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
+    """The XCiT with its weights, on its device in evaluation mode, and how images reach it.
 
     Raises:
         InputError: arch or weights are missing, or another kind of network.
     """
     folder = config.pretrained_weights or config.output_dir
     folder = folder if folder.is_dir() else config.output_dir
-    arch = config.arch or run_options(folder).get("arch")
+    options = run_options(folder)
+    arch = config.arch or options.get("arch")
     if not arch:
         raise InputError(f"--arch: needed, as {folder} holds no config.yaml of a run")
-    model = create_model(canonical_name(arch), num_classes=0)
+    arch = canonical_name(arch)
+    model = create_model(arch, num_classes=0)
     if not isinstance(model, XCiT):
         raise InputError(f"--arch {arch}: only XCiT has class attention to show")
     if config.pretrained_weights is not None:
@@ -103,10 +105,13 @@ def network(config: AttentionConfig) -> XCiT:
     else:
         weights = weights_file(config.output_dir, "--output_dir")
     print(load_backbone(weights, model, config.checkpoint_key), flush=True)
-    return model.eval()
+    settings = settings_of(arch, weights, config.checkpoint_key, options)
+    given = SubjectConfig(config.output_dir, mean=config.mean, std=config.std)
+    context = make_context(given, settings, {}, "", world)
+    return model.to(world.device).eval(), context
 
 
-def write_maps(model: XCiT, path: Path, config: AttentionConfig, device: torch.device) -> None:
+def write_maps(model: XCiT, path: Path, config: AttentionConfig, context: Context) -> None:
     """The maps of one file; see the module's docstring.
 
     Raises:
@@ -118,10 +123,10 @@ def write_maps(model: XCiT, path: Path, config: AttentionConfig, device: torch.d
             video.writing(config.dst / f"{path.stem}.mp4", frames.rate) as maps,
         ):
             for frame in track(frames, path.name, frames.count, "frames"):
-                maps.write(pictures_of(model, frame, config, device)["all"])
+                maps.write(pictures_of(model, frame, config, context)["all"])
         return
     frames, durations = zip(*read_frames(path), strict=True)
-    pictures = [pictures_of(model, frame, config, device) for frame in frames]
+    pictures = [pictures_of(model, frame, config, context) for frame in frames]
     if len(pictures) == 1:
         for name, picture in pictures[0].items():
             save(config.dst / path.stem / f"{name}.png", [picture])
@@ -149,12 +154,12 @@ def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
 
 
 def pictures_of(
-    model: XCiT, pixels: Pixels, config: AttentionConfig, device: torch.device
+    model: XCiT, pixels: Pixels, config: AttentionConfig, context: Context
 ) -> dict[str, Pixels]:
     """``head-0`` ..., ``mean`` and ``all`` for one image [H, W, 3]; each [H', W', 3], H' and W'
     whole patches."""
     photo = aligned(pixels, config.image_size, model.patch_size)
-    maps = head_maps(model, photo, config, device)
+    maps = head_maps(model, photo, config, context)
     overlays = {f"head-{i}": overlay(photo, heat) for i, heat in enumerate(maps)}
     overlays["mean"] = overlay(photo, maps.mean(0))
     return overlays | {"all": np.concatenate([photo, *overlays.values()], 1)}
@@ -172,10 +177,10 @@ def aligned(pixels: Pixels, image_size: int, patch: int) -> Pixels:
 
 @torch.no_grad()
 def head_maps(
-    model: XCiT, photo: Pixels, config: AttentionConfig, device: torch.device
+    model: XCiT, photo: Pixels, config: AttentionConfig, context: Context
 ) -> NDArray[np.float32]:
     """The attention of each head to each patch, [h, H, W]; below the threshold 0."""
-    images = normalise(torch.tensor(photo).permute(2, 0, 1)[None], device)
+    images = context.normalize(torch.tensor(photo).permute(2, 0, 1)[None])
     maps = model.get_attention(images)[config.layer - 1, 0].float().cpu().numpy()
     return np.stack([kept(heat, config.threshold) for heat in maps]) if config.threshold else maps
 

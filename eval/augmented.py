@@ -11,10 +11,11 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,10 @@ from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.eval.config import LinearConfig
-from xcit_dino.eval.features import blocks_of, loader_config, normalise, output_batches
+from xcit_dino.eval.context import Context
+from xcit_dino.eval.features import blocks_of
 from xcit_dino.eval.heads import Blocks, Choice, Heads, Probe, best, cosine, hold_out
-from xcit_dino.eval.subject import Network, Subject
+from xcit_dino.eval.subject import Network
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
 from xcit_dino.train.precision import autocast, resolve_precision
@@ -40,29 +42,31 @@ SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
 def train_augmented(
     network: Network,
     train: ShardIndex,
-    subject: Subject,
+    context: Context,
     choices: list[Choice],
     num_classes: int,
     config: LinearConfig,
-    world: dist.World,
+    facts: dict[str, Any],
 ) -> Probe:
     """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO. The
-    choice is made on centre crops of the held-out images."""
-    device = world.device
-    loader = crop_loader(train, subject, config, world)
+    choice is made on centre crops of the held-out images.
+
+    facts: all that the heads depend on, so that an unfinished training of others is not taken up.
+    """
+    device = context.device
+    loader = crop_loader(train, context, config)
     plan = loader.plan
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
-    selection, final = two_grids(network, subject, choices, num_classes, config, plan, device)
+    selection, final = two_grids(network, context, choices, num_classes, config, plan)
 
-    facts = network.facts | asdict(config) | {"index": train.checksum, "batch": plan.batch_size}
-    saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True, default=str))
+    saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True))
     changing = selection.state() + final.state()
     start = loader.start_step = saved.load_into(changing) * plan.steps_per_epoch
     steps = config.epochs * plan.steps_per_epoch
     with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():
         for (batch,) in islice(loader, steps - start):
             everyone = gathered(
-                features_of(batch, network, config, device)
+                features_of(batch, network, context, config.seed)
                 | {"labels": batch.labels.to(device), "out": held_out[batch.sources].to(device)}
             )
             labels, out = everyone.pop("labels"), everyone.pop("out")
@@ -72,24 +76,24 @@ def train_augmented(
                 some = {name: block[kept] for name, block in everyone.items()}
                 selection.step(some, labels[kept], factor)
             bar.advance()
-            if world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
+            if context.world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
                 saved.save(changing, batch.epoch + 1)
 
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
-        scores = selection.judge(judged(network, train, subject, config, device, rows))
+        scores = selection.judge(judged(network, train, context, rows))
     chosen = best(scores)
     return Probe(choices, scores, chosen, *final.head(chosen))
 
 
-def crop_loader(
-    train: ShardIndex, subject: Subject, config: LinearConfig, world: dist.World
-) -> CropLoader:
+def crop_loader(train: ShardIndex, context: Context, config: LinearConfig) -> CropLoader:
     """RandomResizedCrops of all labelled images, one of each in every epoch, not flipped yet."""
-    options, size = loader_config(config.subject), config.subject.batch_size_per_gpu * world.size
+    world, size = context.world, context.batch_size * context.world.size
+    inherited = context.loader.decoder if world.device.type == "cuda" else "host"
+    options = replace(context.loader, decoder=config.decoder or inherited)
     crops = CropsConfig(
         global_crops_number=1,
-        global_crops_size=subject.crop,
+        global_crops_size=context.crop,
         global_crops_scale=SCALE,
         local_crops_number=0,
     )
@@ -107,17 +111,16 @@ def crop_loader(
 
 def two_grids(
     network: Network,
-    subject: Subject,
+    context: Context,
     choices: list[Choice],
     num_classes: int,
     config: LinearConfig,
     plan: Plan,
-    device: torch.device,
 ) -> tuple[Heads, Heads]:
     """Untrained heads twice: to choose by, and to report."""
+    device = context.device
     with torch.inference_mode():
-        image = torch.zeros(1, 3, subject.crop, subject.crop, device=device)
-        blocks = blocks_of(network.model.to(device), image)
+        blocks = blocks_of(network.model.to(device), context.blank())
     dims = {name: block.shape[1] for name, block in blocks.items()}
     selection, final = (
         Heads(choices, dims, num_classes, plan.batch_size, config.seed, device) for _ in range(2)
@@ -125,13 +128,10 @@ def two_grids(
     return selection, final
 
 
-def features_of(
-    batch: Batch, network: Network, config: LinearConfig, device: torch.device
-) -> Blocks:
+def features_of(batch: Batch, network: Network, context: Context, seed: int) -> Blocks:
     """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
-    dtype = resolve_precision(config.subject.precision, device)
-    with autocast(device, dtype):
-        blocks = blocks_of(network.model, normalise(flipped(batch, config.seed), device))
+    with autocast(context.device, resolve_precision(context.precision, context.device)):
+        blocks = blocks_of(network.model, context.normalize(flipped(batch, seed)))
     return {name: block.float() for name, block in blocks.items()}
 
 
@@ -153,7 +153,12 @@ class Saved:
         if not self.path.is_file():
             return 0
         state = torch.load(self.path, map_location="cpu", weights_only=True)
-        if state["key"] != self.key:
+        same = state["key"] == self.key
+        if dist.is_main():
+            what = f"goes on after epoch {state['epochs']}" if same else "begins again"
+            why = f"{self.path.name} is {'of this' if same else 'of another'} training"
+            print(f"linear probe {what}: {why}", flush=True)
+        if not same:
             return 0
         for tensor, value in zip(tensors, state["tensors"], strict=True):
             tensor.copy_(value)
@@ -175,20 +180,12 @@ def flipped(batch: Batch, seed: int) -> Tensor:
 
 
 def judged(
-    network: Network,
-    train: ShardIndex,
-    subject: Subject,
-    config: LinearConfig,
-    device: torch.device,
-    rows: np.ndarray,
+    network: Network, train: ShardIndex, context: Context, rows: np.ndarray
 ) -> Iterator[tuple[Blocks, Tensor]]:
     """Centre-crop features and labels of the held-out images, a batch at a time."""
-    dtype = resolve_precision(config.subject.precision, device)
     function = partial(blocks_of, network.model)
-    for blocks, samples in output_batches(
-        function, train, subject, config.subject, device, dtype, rows, "held-out images"
-    ):
-        labels = torch.from_numpy(train.labels[samples].astype(np.int64)).to(device)
+    for blocks, samples in context.batches(function, train, rows, "held-out images"):
+        labels = torch.from_numpy(train.labels[samples].astype(np.int64)).to(context.device)
         yield blocks, labels
 
 

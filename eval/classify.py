@@ -13,15 +13,16 @@ from torch import Tensor
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvaluateConfig
-from xcit_dino.eval.features import LAYERS, extract, num_classes_of, output_batches
+from xcit_dino.eval.context import Context
+from xcit_dino.eval.features import LAYERS, extract, num_classes_of
 from xcit_dino.eval.linear import accuracy, top_hits
+from xcit_dino.eval.ranges import Ranges, warn_constant
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, Subject, pretrained, resolve
 from xcit_dino.models import formats
 from xcit_dino.models.weights import load_backbone, load_linear
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train import dist
-from xcit_dino.train.precision import resolve_precision
 from xcit_dino.train.provenance import file_checksum
 
 
@@ -32,14 +33,14 @@ def run(config: EvaluateConfig) -> None:
         InputError: bad options, unlabelled data, or weights of another architecture or class count.
     """
     world = dist.init(config.subject.device)
-    subject = resolve(config.subject)
-    val = subject.index("val")
+    subject, context = resolve(config.subject, world)
+    val = context.index("val")
     num_classes = num_classes_of(val)
     began = time.monotonic()
     if config.head is None:
-        metrics, facts = classifier_accuracy(config, subject, val, num_classes, world)
+        metrics, facts = classifier_accuracy(subject, context, val, num_classes)
     else:
-        metrics, facts = head_accuracy(config, config.head, subject, val, num_classes, world)
+        metrics, facts = head_accuracy(config.head, subject, context, val, num_classes)
     if world.is_main:
         print(f"top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}", flush=True)
         write_result(
@@ -47,10 +48,9 @@ def run(config: EvaluateConfig) -> None:
             "evaluate" if config.head is None else "evaluate/head",
             metrics,
             facts
+            | context.protocol
             | {
                 "evaluation": "evaluate",
-                "resize": subject.resize,
-                "crop": subject.crop,
                 "precision": config.subject.precision,
                 "val_index": val.checksum,
             },
@@ -61,26 +61,29 @@ def run(config: EvaluateConfig) -> None:
 
 
 def classifier_accuracy(
-    config: EvaluateConfig, subject: Subject, val: ShardIndex, num_classes: int, world: dist.World
+    subject: Subject, context: Context, val: ShardIndex, num_classes: int
 ) -> tuple[dict[str, float], dict[str, object]]:
     """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks share the
     images."""
+    world = context.world
     model = create_model(subject.arch, num_classes=num_classes)
     report = load_backbone(subject.weights, model, subject.checkpoint_key, head="required")
     if world.is_main:
         print(report, flush=True)
     model = model.to(world.device).eval()
-    dtype = resolve_precision(config.subject.precision, world.device)
     first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
     hits = torch.zeros(3, dtype=torch.float64)  # top-1, top-5, images
+    ranges = Ranges(num_classes, world.device)
     with torch.inference_mode():
-        for outputs, samples in output_batches(
-            lambda images: {"logits": model(images)},
-            val, subject, config.subject, world.device, dtype, np.arange(first, last), "evaluate",
-        ):  # fmt: skip
+        for outputs, samples in context.batches(
+            lambda images: {"logits": model(images)}, val, np.arange(first, last), "evaluate"
+        ):
+            ranges.add(outputs["logits"])
             labels = torch.from_numpy(val.labels[samples].astype(np.int64)).to(world.device)
             hits[:2] += top_hits(outputs["logits"], labels)
             hits[2] += len(samples)
+    if ranges.constant() and world.is_main:
+        warn_constant("the classifier's outputs")
     if world.size > 1:
         torch.distributed.all_reduce(hits)
     top1, top5, count = hits.tolist()
@@ -94,19 +97,14 @@ def classifier_accuracy(
 
 
 def head_accuracy(
-    config: EvaluateConfig,
-    head: Path,
-    subject: Subject,
-    val: ShardIndex,
-    num_classes: int,
-    world: dist.World,
+    head: Path, subject: Subject, context: Context, val: ShardIndex, num_classes: int
 ) -> tuple[dict[str, float], dict[str, object]]:
     """(top1 and top5 in percent, facts) of a backbone and the head that a linear probe saved."""
     network = pretrained(subject)
     layers, weight, bias = read_head(head)
-    features = extract(network, val, "val", subject, config.subject, world)
+    features = extract(network, val, "val", context)
     check_head(head, layers, weight, network, features.blocks, num_classes)
-    metrics = accuracy(features, layers, weight.to(world.device), bias.to(world.device))
+    metrics = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
     return metrics, network.facts | {
         "head": file_checksum(head),
         "layers": layers,

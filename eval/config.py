@@ -29,13 +29,28 @@ class SubjectConfig:
     """Model name; left out: the run's."""
     data_path: Location | None = None
     """Folder (or URL) that holds the shards of train and val; left out: the run's."""
+    shard_url: Location | None = None
+    """Where the shards lie if not beside their index, as for `pretrain`, with ``{split}`` for train
+    or val; left out: the run's."""
     cache_dir: Path | None = None
-    """Local folder for copies of remote shards."""
+    """Local folder for copies of remote shards; left out: the run's."""
+    cache_gb: float | None = None
+    """The cache holds at most this many gigabytes; left out: the run's, else 100."""
+    max_bad_fraction: float | None = None
+    """Share of unreadable images that ends the evaluation; left out: the run's, else 0.001."""
     crop_size: int = 0
-    """Side of the centre crop; 0: the run's global_crops_size, or 224 without a run."""
+    """Side of the centre crop; 0: the network's own (of its run, its file or timm's table), else
+    224."""
     resize_size: int = -1
-    """Shorter side before the crop (bicubic); -1: crop_size x 256 / 224 above 64 px, else
-    crop_size."""
+    """Shorter side before the crop; -1: by the network's own crop ratio, else crop_size x 256 / 224
+    above 64 px and crop_size up to it."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """How images are resized; left out: the network's own, else bicubic."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels (values in [0, 1]); left out: the network's own, else
+    ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The channels are divided by it; left out: the network's own, else ImageNet's."""
     baselines: bool = False
     """Evaluate raw pixels and a randomly initialised backbone too, so that the lift is visible."""
     batch_size_per_gpu: int = 128
@@ -50,6 +65,9 @@ class SubjectConfig:
     def __post_init__(self) -> None:
         within(self, 0, 4096, "crop_size")
         within(self, -1, 8192, "resize_size")
+        within(self, 0, 1, "mean", "max_bad_fraction")
+        within(self, 1e-3, 1e3, "std")
+        within(self, 1e-9, 1e9, "cache_gb")
         within(self, 1, 1e6, "batch_size_per_gpu")
         within(self, 0, 4096, "num_workers")
         if self.resize_size != -1 and self.resize_size < max(1, self.crop_size):
@@ -101,6 +119,9 @@ class LinearConfig:
     earlier."""
     probe_batch_size: int = 1024
     """Images of one step of the heads (cached); dino takes batch_size_per_gpu x processes."""
+    decoder: Literal["host", "cuda"] | None = None
+    """Where the dino protocol's JPEGs are decoded and cropped; left out: where the run's were, and
+    without CUDA on the host."""
     holdout: float = 0.1
     """Share of the training images on which the best head is chosen; the validation set never
     is."""
@@ -111,6 +132,10 @@ class LinearConfig:
         for name in ("lrs", "layers", "weight_decays"):
             if not getattr(self, name):
                 raise InputError(f"--{name}: give at least one")
+        if self.decoder == "cuda" and self.protocol == "cached":
+            raise InputError(
+                "--decoder cuda: serves --protocol dino only; centre crops are cut on the host"
+            )
         within(self, 1e-9, 1e3, "lrs")
         within(self, 0, 1, "weight_decays")
         within(self, 1e-6, 0.5, "holdout")

@@ -7,6 +7,7 @@ augmented, mixed images, in its own normalisation and resolution, in fp32.
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.errors import InputError, suggest
-from xcit_dino.eval.subject import run_options
+from xcit_dino.eval.context import settings_of
 from xcit_dino.eval.supervised import soft_cross_entropy, train
 from xcit_dino.eval.supervised_data import open_data
-from xcit_dino.eval.supervised_trainer import Method, build_model, started
+from xcit_dino.eval.supervised_trainer import Method, build_model, with_input_settings
 from xcit_dino.eval.train_config import DistillConfig, TeacherConfig
-from xcit_dino.models.weights import load_backbone
+from xcit_dino.inputs import InputSettings
+from xcit_dino.models.weights import input_settings, load_backbone
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.train import dist, stop
-from xcit_dino.train.config import replace
+from xcit_dino.train.config import options, replace
 from xcit_dino.train.provenance import file_checksum
-from xcit_dino.train.state import weights_file
+from xcit_dino.train.state import Checkpoints, weights_file
 
 
 def main(config: DistillConfig) -> None:
@@ -44,13 +45,14 @@ def distill(config: DistillConfig) -> None:
     ``Student`` and ``Teacher``. See :func:`xcit_dino.eval.supervised.train`."""
     world = dist.init(config.run.device)
     data = open_data(config)
+    config = with_input_settings(config)
     run = config.run
     student, facts = build_model(
         config.model, config.start, data.num_classes, run.output_dir, run.seed
     )
-    teacher, about = build_teacher(
-        config.teacher, data.num_classes, load=not started(run.output_dir)
-    )
+    ours = InputSettings.of_run(dict(options(config))) or InputSettings()
+    checkpoint = Checkpoints(run.output_dir).newest()
+    teacher, about = build_teacher(config.teacher, data.num_classes, ours, checkpoint)
     # into the run's options, so that a run whose teacher has moved away does not go on with another
     config = replace(config, {"teacher_size": teacher.size})
     teacher.to(world.device)
@@ -96,22 +98,21 @@ class Teacher(nn.Module):
 
     Args:
         network: gives logits.
-        mean, std: its own normalisation, of channels in [0, 1].
-        size: side of its images; 0: as they come.
+        ours: how the student's images are prepared.
+        theirs: how the teacher's are; without a size they stay as large as they come.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int
-    ):
+    def __init__(self, network: nn.Module, ours: InputSettings, theirs: InputSettings):
         super().__init__()
-        self.network, self.size = network.eval().requires_grad_(False), size
-        ours, theirs = (torch.tensor(values).view(2, 1, 3, 1, 1) for values in
-                        ((IMAGENET_MEAN, IMAGENET_STD), (mean, std)))  # fmt: skip
-        self.register_buffer("scale", ours[1] / theirs[1])
-        self.register_buffer("shift", (ours[0] - theirs[0]) / theirs[1])
+        self.network, self.size = network.eval().requires_grad_(False), theirs.size or 0
+        self.interpolation = theirs.interpolation
+        from_, to = (torch.tensor((each.mean, each.std)).view(2, 1, 3, 1, 1)
+                     for each in (ours, theirs))  # fmt: skip
+        self.register_buffer("scale", from_[1] / to[1])
+        self.register_buffer("shift", (from_[0] - to[0]) / to[1])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -120,20 +121,24 @@ class Teacher(nn.Module):
             images = images.float() * self.scale + self.shift
             if self.size and images.shape[-1] != self.size:
                 size = (self.size, self.size)
-                images = F.interpolate(images, size, mode="bicubic", antialias=True)
+                images = F.interpolate(images, size, mode=self.interpolation, antialias=True)
             return self.network(images).float()
 
 
 def build_teacher(
-    config: TeacherConfig, num_classes: int, load: bool = True
+    config: TeacherConfig, num_classes: int, ours: InputSettings, checkpoint: Path | None = None
 ) -> tuple[Teacher, dict[str, Any]]:
-    """The teacher, and what it is; ``load=False`` leaves its weights to the run's checkpoint.
+    """The teacher, and what it is.
+
+    ours: how the student's images are prepared; checkpoint: of the run that goes on, which then has
+    the teacher's weights.
 
     Raises:
         InputError: no such model, no weights, or other classes.
     """
-    name = config.teacher_model.removeprefix("timm/")
-    ours = name in list_models()
+    name, load = config.teacher_model.removeprefix("timm/"), checkpoint is None
+    built_in = name in list_models()
+    arch = name if built_in else f"timm/{name}"
     facts = {
         "teacher": name,
         "distillation": config.distillation_type,
@@ -141,34 +146,26 @@ def build_teacher(
         "tau": config.distillation_tau,
     }
     if load and config.teacher_path is None:
-        if ours:
+        if built_in:
             raise InputError(f"--teacher_path is missing: timm has no weights for our {name}")
         network = _from_timm(name, num_classes)
     else:
-        network = create_model(name if ours else f"timm/{name}", num_classes=num_classes)
+        network = create_model(arch, num_classes=num_classes)
+    path, settings = None, None
     if load and config.teacher_path is not None:
         path = weights_file(config.teacher_path, "--teacher_path")
         report = load_backbone(path, network, head="required")
         facts["teacher_weights"] = file_checksum(path)
         if dist.is_main():
             print(f"teacher {report}", flush=True)
-    mean, std, size = taught_with(network, config.teacher_path)
-    facts["teacher_size"] = size = config.teacher_size or size
-    return Teacher(network, mean, std, size), facts
-
-
-def taught_with(
-    network: nn.Module, path: Path | None
-) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Normalisation (mean, std) and side of the images that a teacher learnt from: those of the
-    finetuning run that its weights come from, else those of timm's weights; side 0: not known."""
-    if path is not None:
-        folder = path if path.is_dir() else path.parent.parent  # RUN/checkpoints/FILE
-        if size := run_options(folder).get("input_size"):
-            return IMAGENET_MEAN, IMAGENET_STD, size
-    known: dict[str, Any] = getattr(network, "pretrained_cfg", {})
-    size = known.get("input_size", (3, 0, 0))[-1]
-    return known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD), size
+    if checkpoint is not None:
+        settings = input_settings(checkpoint, "teacher")
+        if config.teacher_path is not None and config.teacher_path.exists():
+            path = weights_file(config.teacher_path, "--teacher_path")
+    settings = settings or settings_of(arch, path)
+    settings = dataclasses.replace(settings, size=config.teacher_size or settings.size)
+    facts |= {"teacher_size": settings.size or 0, "teacher_input": settings.dump()}
+    return Teacher(network, ours, settings), facts
 
 
 def _from_timm(name: str, num_classes: int) -> nn.Module:

@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.storage import open_source, read_origin
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EmbedConfig
-from xcit_dino.eval.features import extracted, loader_config
+from xcit_dino.eval.context import Context
+from xcit_dino.eval.features import extracted
 from xcit_dino.eval.gallery import nearest_others
 from xcit_dino.eval.pictures import Pixels, mosaic, photos
-from xcit_dino.eval.subject import Subject, networks, resolve
+from xcit_dino.eval.subject import networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train import dist
 
@@ -41,8 +43,8 @@ def run(config: EmbedConfig) -> None:
         InputError: no weights or shards, or none of the images can be read.
     """
     world = dist.init(config.subject.device)
-    subject = resolve(config.subject)
-    index = subject.index(config.split)
+    subject, context = resolve(config.subject, world)
+    index = context.index(config.split)
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")
     dst = config.dst or config.subject.output_dir / "embeddings" / config.split
@@ -50,7 +52,7 @@ def run(config: EmbedConfig) -> None:
     unfinished = dst.with_name(f".{dst.name}.tmp")
     dist.from_main(lambda: begin(dst, unfinished))
     for network in networks(config.subject, subject):
-        cache = extracted(network, index, config.split, subject, config.subject, world)
+        cache = extracted(network, index, config.split, context)
         samples = np.flatnonzero(np.load(cache.path / "seen.npy"))
         if not len(samples):
             raise InputError(f"--data_path {index.root}: none of the images can be read")
@@ -59,10 +61,10 @@ def run(config: EmbedConfig) -> None:
         ending = network.suffix.replace("/", "-")
         features = copied(cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy")
         if config.examples:
-            picture = neighbours(index, samples, features, subject, config)
+            picture = neighbours(index, samples, features, context, config)
             Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
         if not ending:
-            write_names(index, samples, unfinished / "images.csv", config)
+            write_names(index, samples, unfinished / "images.csv", context.loader)
         print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
     if world.is_main:
         shutil.rmtree(dst, ignore_errors=True)
@@ -102,10 +104,10 @@ def copied(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:
     return result
 
 
-def write_names(index: ShardIndex, samples: np.ndarray, path: Path, config: EmbedConfig) -> None:
+def write_names(index: ShardIndex, samples: np.ndarray, path: Path, loader: LoaderConfig) -> None:
     """A line an image: row, sample number, shard, key, the file that it was packed from, label,
     class."""
-    source = open_source(index, loader_config(config.subject))
+    source = open_source(index, loader)
     classes = index.classes or []
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
@@ -121,7 +123,7 @@ def neighbours(
     index: ShardIndex,
     samples: np.ndarray,
     features: np.ndarray,
-    subject: Subject,
+    context: Context,
     config: EmbedConfig,
 ) -> Pixels:
     """Some images on the left, each followed by the most similar others, the nearest first."""
@@ -129,8 +131,7 @@ def neighbours(
     chosen = np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
     nearest, _ = nearest_others(features, chosen, NEIGHBOURS)
     numbers = samples[np.column_stack((chosen, nearest))]
-    options = loader_config(config.subject)
-    pixels = photos(index, numbers.ravel().tolist(), subject.resize, subject.crop, options)
+    pixels = photos(index, numbers.ravel().tolist(), context)
     known = [[n for n in row if n in pixels] for row in numbers.tolist() if row[0] in pixels]
     tiles = [[pixels[n] for n in row] for row in known]
     queries = mosaic([row[:1] for row in tiles])

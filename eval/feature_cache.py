@@ -74,6 +74,10 @@ class CachedFeatures:
         self._drop_others()
         self.abandon()
 
+    def facts(self) -> dict[str, Any]:
+        """What the features depend on, and whether all images have the same (``constant``)."""
+        return json.loads((self.path / "meta.json").read_text())
+
     def abandon(self) -> None:
         """Remove what is unfinished, and give the lock back."""
         shutil.rmtree(self.unfinished, ignore_errors=True)

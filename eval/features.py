@@ -2,8 +2,8 @@
 
 They lie in ``RUN/features/NETWORK-SPLIT-KEY/``: one float32 ``.npy`` a *block* (``cls``, ``patch``,
 ``cls2``), ``seen.npy`` (0 where the image could not be read) and ``meta.json``. KEY is a hash of
-everything that bears on them (weights, network, index checksum, geometry, precision). Every rank
-writes its own rows; the folder gets its name when all are done (``eval/feature_cache.py``).
+everything that bears on them (weights, network, index checksum, input settings, precision). Every
+rank writes its own rows; the folder gets its name when all are done (``eval/feature_cache.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, LoaderConfig
 from xcit_dino.data.index import ShardIndex, sparse_labels
-from xcit_dino.data.loader import ImageLoader
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import CachedFeatures
-from xcit_dino.eval.subject import Network, Subject
-from xcit_dino.progress import progress
+from xcit_dino.eval.ranges import Ranges, warn_constant
+from xcit_dino.eval.subject import Network
 from xcit_dino.train import dist
-from xcit_dino.train.precision import autocast, resolve_precision
+from xcit_dino.train.precision import resolve_precision
 
 FORMAT = 2
 LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
@@ -91,19 +89,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def normalise(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 on ``device``, ImageNet mean 0 and deviation 1 a channel."""
-    images = images.to(device, non_blocking=True).float()
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=device).view(1, 3, 1, 1) * 255
-    return (images - mean) / std
-
-
-def loader_config(config: SubjectConfig) -> LoaderConfig:
-    """The data plane's options for an evaluation."""
-    return LoaderConfig(num_workers=config.num_workers, cache_dir=config.cache_dir)
-
-
 def check_labels(index: ShardIndex) -> None:
     """There are labels; single images without one count as unreadable.
 
@@ -143,65 +128,53 @@ def num_classes_of(*indexes: ShardIndex) -> int:
     return max([highest, *(len(classes) for classes in lists)])
 
 
-def extract(
-    network: Network,
-    index: ShardIndex,
-    split: str,
-    subject: Subject,
-    config: SubjectConfig,
-    world: dist.World,
-) -> Features:
+def extract(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
     """Features and labels of a split, for an accuracy; see :func:`extracted`."""
-    return _open(extracted(network, index, split, subject, config, world), index)
+    return _open(extracted(network, index, split, context), index)
 
 
-def extracted(
-    network: Network,
-    index: ShardIndex,
-    split: str,
-    subject: Subject,
-    config: SubjectConfig,
-    world: dist.World,
-) -> CachedFeatures:
+def extracted(network: Network, index: ShardIndex, split: str, context: Context) -> CachedFeatures:
     """The folder with the features of all readable images of a split, labelled or not: from the run
-    folder's cache, or computed by all ranks and put there."""
-    dtype = resolve_precision(config.precision, world.device)
-    facts = network.facts | {
-        "format": FORMAT,
-        "index": index.checksum,
-        "resize": subject.resize,
-        "crop": subject.crop,
-        "precision": str(dtype).removeprefix("torch."),
-    }
+    folder's cache, or computed by all ranks and put there.
+
+    Raises:
+        InputError: they are not finite.
+    """
+    dtype = resolve_precision(context.precision, context.device)
+    facts = (
+        network.facts
+        | context.protocol
+        | {
+            "format": FORMAT,
+            "index": index.checksum,
+            "precision": str(dtype).removeprefix("torch."),
+        }
+    )
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    folder = config.output_dir / "features"
+    folder = context.output_dir / "features"
     cache = CachedFeatures(folder / f"{network.name}-{split}-{key}")
     while cache.claim():
         try:
-            _compute(network, index, split, subject, config, world, dtype, cache.unfinished)
+            constant = _compute(network, index, split, context, cache.unfinished).constant()
         except BaseException:
             cache.abandon()
             raise
-        if world.is_main:
-            cache.publish(facts)
+        if context.world.is_main:
+            cache.publish(facts | {"constant": constant})
         dist.barrier()
+    if context.world.is_main and cache.facts().get("constant"):
+        warn_constant(f"{split} features ({network.name})")
     return cache
 
 
 def _compute(
-    network: Network,
-    index: ShardIndex,
-    split: str,
-    subject: Subject,
-    config: SubjectConfig,
-    world: dist.World,
-    dtype: torch.dtype,
-    folder: Path,
-) -> None:
+    network: Network, index: ShardIndex, split: str, context: Context, folder: Path
+) -> Ranges:
     """Run this rank's share of the images through the network and write its rows."""
-    device, model, count = world.device, network.model.to(world.device), index.num_samples
+    world, model, count = context.world, network.model.to(context.device), index.num_samples
     with torch.inference_mode():
-        shapes = blocks_of(model, torch.zeros(1, 3, subject.crop, subject.crop, device=device))
+        shapes = blocks_of(model, context.blank())
+        ranges = Ranges(shapes["cls"].shape[1], context.device)
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -211,44 +184,18 @@ def _compute(
         dist.barrier()
         rows = {name: Rows(folder / f"{name}.npy") for name in (*shapes, "seen")}
         first, last = (count * (world.rank + i) // world.size for i in (0, 1))
-        mine = np.arange(first, last)
         label = f"features {network.name} {split}"
-        for blocks, samples in output_batches(
-            partial(blocks_of, model), index, subject, config, device, dtype, mine, label,
-            labelled=False,
-        ):  # fmt: skip
+        for blocks, samples in context.batches(
+            partial(blocks_of, model), index, np.arange(first, last), label, labelled=False
+        ):
             for name, block in blocks.items():
                 rows[name].write(samples, block.cpu().numpy())
             rows["seen"].write(samples, np.ones(len(samples), np.uint8))
+            ranges.add(blocks["cls"])
     for file in rows.values():
         file.close()
     dist.barrier()
-
-
-def output_batches(
-    function: Callable[[Tensor], dict[str, Tensor]],
-    index: ShardIndex,
-    subject: Subject,
-    config: SubjectConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    samples: np.ndarray,
-    label: str,
-    labelled: bool = True,
-) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
-    """What a function of normalised images gives (as float32, on the device), and the sample
-    numbers: the readable ones of ``samples``, those with a label unless ``labelled`` is false, a
-    batch at a time, with a progress bar."""
-    loader = ImageLoader(
-        index, loader_config(config), resize=subject.resize, crop=subject.crop,
-        batch_size=config.batch_size_per_gpu, indices=samples, labelled=labelled,
-    )  # fmt: skip
-    with progress(label, len(samples), "images") as bar:
-        for images, _, numbers in loader:
-            with autocast(device, dtype):
-                outputs = function(normalise(images, device))
-            yield {name: output.float() for name, output in outputs.items()}, numbers
-            bar.advance(len(numbers))
+    return ranges
 
 
 def _open(cache: CachedFeatures, index: ShardIndex) -> Features:

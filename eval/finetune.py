@@ -7,7 +7,7 @@ import signal
 
 from xcit_dino.eval.supervised import soft_cross_entropy, train
 from xcit_dino.eval.supervised_data import open_data
-from xcit_dino.eval.supervised_trainer import Method, build_model
+from xcit_dino.eval.supervised_trainer import Method, build_model, with_input_settings
 from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.train import dist, stop
 
@@ -26,6 +26,7 @@ def finetune(config: FinetuneConfig) -> None:
     :func:`xcit_dino.eval.supervised.train`."""
     world = dist.init(config.run.device)
     data = open_data(config)
+    config = with_input_settings(config)
     run = config.run
     model, facts = build_model(
         config.model, config.start, data.num_classes, run.output_dir, run.seed

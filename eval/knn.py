@@ -22,9 +22,10 @@ import torch.nn.functional as F
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import KnnConfig
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import Features, extract, num_classes_of
 from xcit_dino.eval.results import write_result
-from xcit_dino.eval.subject import Network, Subject, networks, resolve
+from xcit_dino.eval.subject import Network, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train import dist
 
@@ -39,18 +40,19 @@ def run(config: KnnConfig) -> None:
     """Evaluate by k-NN and write ``knn`` (and ``knn/random``, ``knn/pixels``) to ``results.json``.
 
     Raises:
-        InputError: bad options, unlabelled data, or a k larger than the bank.
+        InputError: bad options, unlabelled data, or a bank smaller than every k.
     """
     world = dist.init(config.subject.device)
-    subject = resolve(config.subject)
-    train, val = subject.index("train"), subject.index("val")
+    subject, context = resolve(config.subject, world)
+    train, val = context.index("train"), context.index("val")
     num_classes = num_classes_of(train, val)
-    check_ks(config.nb_knn, train.num_samples)
+    fitting_ks(config.nb_knn, int((train.labels >= 0).sum()))
     for network in networks(config.subject, subject):
         began = time.monotonic()
-        bank = extract(network, train, "train", subject, config.subject, world)
-        queries = extract(network, val, "val", subject, config.subject, world)
-        metrics = evaluate(bank, queries, config.nb_knn, config.temperature, num_classes, world)
+        bank = extract(network, train, "train", context)
+        queries = extract(network, val, "val", context)
+        ks = fitting_ks(config.nb_knn, len(bank), tell=network.name == "pretrained")
+        metrics = evaluate(bank, queries, ks, config.temperature, num_classes, world)
         if world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             print(f"k-NN, {network.name}: {shown}", flush=True)
@@ -58,45 +60,58 @@ def run(config: KnnConfig) -> None:
                 config.subject.output_dir,
                 f"knn{network.suffix}",
                 metrics,
-                protocol(config, subject, network, bank, queries, train.checksum, val.checksum),
+                protocol(config, ks, context, network, bank, queries)
+                | {"train_index": train.checksum, "val_index": val.checksum},
                 weights_file=subject.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )
     dist.barrier()
 
 
-def check_ks(ks: Sequence[int], bank_size: int) -> None:
-    """Refuse a k larger than the bank."""
-    if max(ks) > bank_size:
+def fitting_ks(ks: Sequence[int], bank_size: int, tell: bool = False) -> list[int]:
+    """The numbers of neighbours that the bank has, ascending; tell: name those left out.
+
+    Raises:
+        InputError: none of them.
+    """
+    fitting = sorted({k for k in ks if k <= bank_size})
+    if not fitting:
         raise InputError(
-            f"--nb_knn {max(ks)}: the training split has only {bank_size} images; ask for fewer"
+            f"--nb_knn {min(ks)}: the training split has only {bank_size} labelled, readable "
+            f"images; ask for at most {bank_size}"
         )
+    left_out = sorted(set(ks) - set(fitting))
+    if left_out and tell and dist.is_main():
+        words = " and ".join(map(str, left_out))
+        print(f"k-NN: k = {words} left out, as the bank has {bank_size} images", flush=True)
+    return fitting
 
 
 def protocol(
     config: KnnConfig,
-    subject: Subject,
+    ks: Sequence[int],
+    context: Context,
     network: Network,
     bank: Features,
     queries: Features,
-    train: str,
-    val: str,
 ) -> dict[str, Any]:
-    """Everything that two k-NN accuracies must share to be compared."""
-    return network.facts | {
-        "evaluation": "knn",
-        "nb_knn": sorted(set(config.nb_knn)),
-        "temperature": config.temperature,
-        "resize": subject.resize,
-        "crop": subject.crop,
-        "precision": config.subject.precision,
-        "features": "cls, L2-normalised" if network.name != "pixels" else "pixels, L2-normalised",
-        "train_index": train,
-        "val_index": val,
-        "train_images": len(bank),
-        "val_images": len(queries),
-        "unreadable_images": bank.unreadable + queries.unreadable,
-    }
+    """Everything that two k-NN accuracies must share to be compared, beside the shards."""
+    return (
+        network.facts
+        | context.protocol
+        | {
+            "evaluation": "knn",
+            "nb_knn": list(ks),
+            "temperature": config.temperature,
+            "precision": config.subject.precision,
+            "features": "cls, L2-normalised"
+            if network.name != "pixels"
+            else "pixels, L2-normalised",
+            "train_images": len(bank),
+            "val_images": len(queries),
+            "unreadable_images": bank.unreadable + queries.unreadable,
+        }
+    )
 
 
 def evaluate(
@@ -108,7 +123,6 @@ def evaluate(
     world: dist.World,
 ) -> dict[str, float]:
     """Accuracies in percent, ``top1_k20`` and so on; every rank takes its share of the queries."""
-    check_ks(ks, len(bank))
     mine = slice(*(len(queries) * (world.rank + i) // world.size for i in (0, 1)))
     hits = knn_hits(
         bank.blocks["cls"], bank.labels, queries.blocks["cls"][mine], queries.labels[mine],

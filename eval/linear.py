@@ -24,6 +24,7 @@ from xcit_dino.data.files import locked
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.eval.augmented import state_file, train_augmented
 from xcit_dino.eval.config import LinearConfig
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
 from xcit_dino.eval.heads import (
     Blocks,
@@ -37,7 +38,7 @@ from xcit_dino.eval.heads import (
     quick_products,
 )
 from xcit_dino.eval.results import write_result
-from xcit_dino.eval.subject import Network, Subject, networks, resolve
+from xcit_dino.eval.subject import Network, networks, resolve
 from xcit_dino.models import formats
 from xcit_dino.progress import progress
 from xcit_dino.train import dist
@@ -57,25 +58,26 @@ def run(config: LinearConfig) -> None:
         InputError: bad options, unlabelled data, or too few images to hold some out.
     """
     world = dist.init(config.subject.device)
-    subject = resolve(config.subject)
-    train, val = subject.index("train"), subject.index("val")
+    subject, context = resolve(config.subject, world)
+    train, val = context.index("train"), context.index("val")
     num_classes = num_classes_of(train, val)
     name = "linear" if config.protocol == "cached" else "linear-dino"
     for network in networks(config.subject, subject):
         began = time.monotonic()
         choices = choices_for(config, network)
-        val_features = extract(network, val, "val", subject, config.subject, world)
+        facts = protocol(config, context, network, train)
+        val_features = extract(network, val, "val", context)
         if config.protocol == "cached":
-            train_features = extract(network, train, "train", subject, config.subject, world)
+            train_features = extract(network, train, "train", context)
             probe = train_cached(train_features, choices, num_classes, config, world.device)
         elif network.name == "pixels":
             continue  # crops of raw pixels are no features
         else:
-            probe = train_augmented(network, train, subject, choices, num_classes, config, world)
+            probe = train_augmented(network, train, context, choices, num_classes, config, facts)
         metrics = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
         metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
-            facts = protocol(config, subject, network, train, val, world)
+            facts["val_index"] = val.checksum
             tell(network, probe.choice, metrics, config)
             write_result(
                 config.subject.output_dir, f"{name}{network.suffix}", metrics, facts,
@@ -227,31 +229,26 @@ def protocol_of(path: Path) -> str:
 
 
 def protocol(
-    config: LinearConfig,
-    subject: Subject,
-    network: Network,
-    train: ShardIndex,
-    val: ShardIndex,
-    world: dist.World,
+    config: LinearConfig, context: Context, network: Network, train: ShardIndex
 ) -> dict[str, Any]:
-    """Everything that two linear accuracies must share to be compared."""
+    """Everything that two linear accuracies must share to be compared, beside the validation
+    images; and everything that the training of the heads depends on."""
     dino = config.protocol == "dino"
-    return network.facts | {
-        "evaluation": "linear",
-        "protocol": config.protocol,
-        "epochs": config.epochs,
-        "batch": config.subject.batch_size_per_gpu * world.size
-        if dino
-        else config.probe_batch_size,
-        "lrs": sorted(config.lrs),
-        "weight_decays": sorted(config.weight_decays),
-        "layers": list(config.layers),
-        "chosen_on": f"{100 * config.holdout:g} % of the training images, held out",
-        "resize": subject.resize,
-        "crop": subject.crop,
-        "augmentation": "RandomResizedCrop + flip" if dino else "none",
-        "precision": config.subject.precision,
-        "seed": config.seed,
-        "train_index": train.checksum,
-        "val_index": val.checksum,
-    }
+    return (
+        network.facts
+        | context.protocol
+        | {
+            "evaluation": "linear",
+            "protocol": config.protocol,
+            "epochs": config.epochs,
+            "batch": context.batch_size * context.world.size if dino else config.probe_batch_size,
+            "lrs": sorted(config.lrs),
+            "weight_decays": sorted(config.weight_decays),
+            "layers": list(config.layers),
+            "chosen_on": f"{100 * config.holdout:g} % of the training images, held out",
+            "augmentation": "RandomResizedCrop + flip" if dino else "none",
+            "precision": config.subject.precision,
+            "seed": config.seed,
+            "train_index": train.checksum,
+        }
+    )

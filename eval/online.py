@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from torch import nn
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
-from xcit_dino.eval.features import blocks_of, evaluating, num_classes_of, output_batches
+from xcit_dino.eval.context import Context, make_context
+from xcit_dino.eval.features import blocks_of, evaluating, num_classes_of
 from xcit_dino.eval.gallery import spread
 from xcit_dino.eval.knn import knn_hits
 from xcit_dino.eval.online_pictures import Embedded, OnlinePictures
-from xcit_dino.eval.subject import Subject, geometry
+from xcit_dino.inputs import InputSettings
 from xcit_dino.ssl import pretrain as dino
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train import dist, stop
-from xcit_dino.train.precision import resolve_precision
+from xcit_dino.train.config import options
 
 BANK, QUERIES = 20_000, 4_000  # images, spread evenly over the splits
 K, TEMPERATURE = 20, 0.07
@@ -53,12 +54,9 @@ def pretrain(config: PretrainConfig) -> None:
         if config.online.knn_every and data_path is not None:
             evaluation = online_knn(
                 data_path,
-                crop=config.crops.global_crops_size,
+                dict(options(config)),
+                world,
                 every=config.online.knn_every,
-                num_workers=config.loader.num_workers,
-                cache_dir=config.loader.cache_dir,
-                precision=config.run.precision,
-                device=world.device,
                 name=name,
                 pictures=config if name == "knn" else None,
             )
@@ -72,14 +70,10 @@ def pretrain(config: PretrainConfig) -> None:
 
 def online_knn(
     data_path: str | Path,
+    run: dict[str, Any],
+    world: dist.World,
     *,
-    crop: int,
     every: int = 1,
-    batch_size: int = 128,
-    num_workers: int = 0,
-    cache_dir: Path | None = None,
-    precision: str = "fp32",
-    device: torch.device | None = None,
     name: str = "knn",
     pictures: PretrainConfig | None = None,
 ) -> Evaluate | None:
@@ -87,9 +81,8 @@ def online_knn(
 
     Args:
         data_path: shards; the bank comes from train, the queries from val.
-        crop: the run's global_crops_size.
+        run: the options of the pretraining, as in config.yaml.
         every: epochs between evaluations.
-        device: where the network lies.
         name: what the metrics' names begin with.
         pictures: the run whose crops, attention and neighbours are to be shown too.
 
@@ -103,17 +96,12 @@ def online_knn(
         if dist.is_main():
             print(f"no k-NN during pretraining: {reason}", flush=True)
         return None
-    config = SubjectConfig(
-        batch_size_per_gpu=batch_size,
-        num_workers=num_workers,
-        cache_dir=cache_dir,
-        precision=precision,  # type: ignore
-    )
-    resize, crop = geometry(config, crop)
-    subject = Subject("", Path(), None, str(data_path), resize, crop)
-    device = device or torch.device("cpu")
-    draw = OnlinePictures(pictures, subject, cache_dir, device) if pictures else None
-    return OnlineKnn(train, val, classes, subject, config, every, device, name, draw)
+    given = {name: run[name] for name in ("num_workers", "precision") if name in run}
+    settings = InputSettings.of_run(run) or InputSettings()
+    context = make_context(SubjectConfig(**given), settings, run, data_path, world)
+    few = replace(context.loader, num_workers=0, max_bad_fraction=1.0)
+    draw = OnlinePictures(pictures, replace(context, loader=few)) if pictures else None
+    return OnlineKnn(train, val, classes, context, every, name, draw)
 
 
 @dataclass(frozen=True)
@@ -123,10 +111,8 @@ class OnlineKnn:
     train: ShardIndex
     val: ShardIndex
     num_classes: int
-    subject: Subject
-    config: SubjectConfig
+    context: Context
     every: int
-    device: torch.device
     name: str = "knn"
     draw: OnlinePictures | None = None
 
@@ -142,7 +128,7 @@ class OnlineKnn:
         k = min(K, len(bank.labels))
         hits = knn_hits(
             bank.features, bank.labels, queries.features, queries.labels, [k], TEMPERATURE,
-            self.num_classes, gpu=self.device.type == "cuda",
+            self.num_classes, gpu=self.context.device.type == "cuda",
         )  # fmt: skip
         top1, top5 = (100 * hits[0] / len(queries.labels)).tolist()
         return {f"{self.name}_top1": top1, f"{self.name}_top5": top5} | drawn
@@ -150,20 +136,13 @@ class OnlineKnn:
     def _embedded(self, backbone: nn.Module, index: ShardIndex, most: int) -> Embedded:
         """Features of the readable images of the subset, on every rank."""
         chosen = spread(index.num_samples, most)
-        count = len(chosen)
-        world, rank = (
-            dist.world_size(),
-            torch.distributed.get_rank() if dist.world_size() > 1 else 0,
-        )
-        side = self.subject.crop
-        probe = blocks_of(backbone, torch.zeros(1, 3, side, side, device=self.device))["cls"]
+        world = dist.world_size()
+        probe = blocks_of(backbone, self.context.blank())["cls"]
         # the last column says that the image was read
-        table = torch.zeros(count, probe.shape[1] + 1, device=self.device)
-        dtype = resolve_precision(self.config.precision, self.device)
-        for blocks, samples in output_batches(
-            partial(blocks_of, backbone), index, self.subject, self.config, self.device, dtype,
-            chosen[rank::world], "k-NN",
-        ):  # fmt: skip
+        table = probe.new_zeros(len(chosen), probe.shape[1] + 1, dtype=torch.float32)
+        for blocks, samples in self.context.batches(
+            partial(blocks_of, backbone), index, chosen[dist.rank() :: world], "k-NN"
+        ):
             rows = np.searchsorted(chosen, samples)
             table[rows, :-1], table[rows, -1] = blocks["cls"], 1
         if world > 1:

@@ -5,20 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
-from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.attention import Pixels
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.gallery import spread
 from xcit_dino.eval.knn import unit_rows
 from xcit_dino.eval.pictures import attention_of, crops_of, framed, mosaic, photos
-from xcit_dino.eval.subject import Subject
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train import dist
 
@@ -45,9 +42,8 @@ class OnlinePictures:
     """The callable: (backbone in evaluation mode, epoch, bank, queries) -> name -> array."""
 
     config: PretrainConfig
-    subject: Subject
-    cache_dir: Path | None
-    device: torch.device
+    context: Context
+    """One process, that of the training, reads a few images."""
 
     def __call__(
         self, backbone: nn.Module, epoch: int, bank: Embedded, queries: Embedded
@@ -69,11 +65,6 @@ class OnlinePictures:
                     print(f"no picture of {name}: {reason}", flush=True)
         return found
 
-    @property
-    def loader(self) -> LoaderConfig:
-        """One process, that of the training, reads a few images."""
-        return LoaderConfig(num_workers=0, cache_dir=self.cache_dir, max_bad_fraction=1.0)
-
     def crops(self, index: ShardIndex, epoch: int) -> Pixels:
         """A row of crops a sample, as augmented in the epoch that has just ended."""
         config = replace(self.config, loader=replace(self.config.loader, num_workers=0))
@@ -84,7 +75,7 @@ class OnlinePictures:
         """A row an image: itself, its heads' maps, their mean."""
         chosen = queries.samples[spread(len(queries.samples), FIXED)]
         images = self.photos(queries.index, chosen)
-        return mosaic(attention_of(backbone, list(images.values()), self.device))
+        return mosaic(attention_of(backbone, list(images.values()), self.context))
 
     def neighbours(self, bank: Embedded, queries: Embedded) -> Pixels:
         """A row an image: itself, then the nearest of the bank, framed by whether the class is
@@ -104,4 +95,4 @@ class OnlinePictures:
 
     def photos(self, index: ShardIndex, samples: np.ndarray) -> dict[int, Pixels]:
         """Sample number -> the centre view that evaluations see."""
-        return photos(index, samples.tolist(), self.subject.resize, self.subject.crop, self.loader)
+        return photos(index, samples.tolist(), self.context)

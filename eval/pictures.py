@@ -15,15 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from xcit_dino.data.augment import Augment
-from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.loader import Batch, ImageLoader, slot_shapes
+from xcit_dino.data.loader import Batch, slot_shapes
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.storage import open_source
 from xcit_dino.data.workers import CropWork, Task
 from xcit_dino.errors import InputError
 from xcit_dino.eval.attention import Pixels, overlay
-from xcit_dino.eval.features import normalise
+from xcit_dino.eval.context import Context
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.ssl.config import PretrainConfig
 
@@ -33,14 +32,11 @@ GAP = 4  # pixels between the tiles of a mosaic
 GOOD, BAD = (0, 112, 79), (198, 82, 0)  # frames; told apart by colour-blind readers too
 
 
-def photos(
-    index: ShardIndex, samples: Sequence[int], resize: int, crop: int, loader: LoaderConfig
-) -> dict[int, Pixels]:
+def photos(index: ShardIndex, samples: Sequence[int], context: Context) -> dict[int, Pixels]:
     """Sample number -> the centre view that evaluations see; unreadable ones are not in it."""
     wanted = np.unique(np.asarray(samples, np.int64))
-    images = ImageLoader(index, loader, resize=resize, crop=crop, batch_size=64, indices=wanted)
     found = {}
-    for batch, _, numbers in images:
+    for batch, _, numbers in context.images(index, wanted, batch_size=64, labelled=False):
         pixels = batch.permute(0, 2, 3, 1).numpy()
         found |= {int(number): pixels[i].copy() for i, number in enumerate(numbers)}
     return found
@@ -78,7 +74,7 @@ def denormalised(images: Tensor, config: PretrainConfig) -> Tensor:
 
 @torch.no_grad()
 def attention_of(
-    model: nn.Module, images: Sequence[Pixels], device: torch.device
+    model: nn.Module, images: Sequence[Pixels], context: Context
 ) -> list[list[Pixels]]:
     """For each image of one size: itself, the map of every head of the last class-attention layer
     laid over it, and their mean.
@@ -89,7 +85,7 @@ def attention_of(
     if not isinstance(model, XCiT):
         raise InputError("only XCiT has class attention to show")
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    maps = model.get_attention(normalise(batch, device))[-1].float().cpu().numpy()
+    maps = model.get_attention(context.normalize(batch))[-1].float().cpu().numpy()
     rows = []
     for image, heads in zip(images, maps, strict=True):
         photo = resized(image, SIDE)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from xcit_dino.errors import InputError
 from xcit_dino.eval import gallery, pictures
 from xcit_dino.eval.page import card, tiles
@@ -78,7 +76,7 @@ def attention(images: Images) -> str:
     photos = list(images.photos(index, samples).values())
     if not photos:
         raise InputError("none of the photos could be read")
-    rows = pictures.attention_of(model.eval(), photos, torch.device("cpu"))
+    rows = pictures.attention_of(model.eval(), photos, images.context)
     shown = []
     for row in rows:
         heads = len(row) - 2

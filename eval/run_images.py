@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from xcit_dino.data.config import LoaderConfig
+import torch
+
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval import gallery, pictures
 from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.page import tile
 from xcit_dino.eval.report_origin import known_options
 from xcit_dino.eval.runs import Run
-from xcit_dino.eval.subject import geometry
+from xcit_dino.inputs import InputSettings
+from xcit_dino.train import dist
 
 
 class Images:
@@ -23,7 +26,6 @@ class Images:
     def __init__(self, run: Run):
         self.run = run
         self.options = known_options(run)
-        self.loader = LoaderConfig(num_workers=0, max_bad_fraction=1.0)
         self.unreadable = set[tuple[str, int]]()
         """(checksum of the split's index, sample number) of images that could not be read."""
 
@@ -57,14 +59,18 @@ class Images:
         return gallery.classify(self.run.folder, self.train, self.val)
 
     @cached_property
-    def size(self) -> tuple[int, int]:
-        """(shorter side after resizing, side of the crop) of evaluations."""
-        trained = self.options.get("global_crops_size") or self.options.get("input_size")
-        return geometry(SubjectConfig(), trained)
+    def context(self) -> Context:
+        """How evaluations of the run's own network read images, in this process; unreadable ones
+        end nothing."""
+        options = SubjectConfig(self.run.folder, num_workers=0, max_bad_fraction=1.0)
+        settings = InputSettings.of_run(self.options) or InputSettings()
+        data_path = self.options.get("data_path") or ""
+        world = dist.World(0, 1, torch.device("cpu"))
+        return make_context(options, settings, self.options, data_path, world)
 
     def photos(self, index: ShardIndex, samples: Sequence[int]) -> dict[int, Any]:
         """Sample number -> pixels, of those that can be read."""
-        found = pictures.photos(index, samples, *self.size, self.loader)
+        found = pictures.photos(index, samples, self.context)
         self.unreadable |= {(index.checksum, n) for n in samples if n not in found}
         return found
 

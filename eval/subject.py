@@ -1,5 +1,4 @@
-"""What is evaluated: a network (pretrained, randomly initialised, or none: raw pixels) on two
-splits of images."""
+"""What is evaluated: a network, pretrained, randomly initialised, or none: raw pixels."""
 
 from __future__ import annotations
 
@@ -12,35 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import Context, make_context, run_options, settings_of
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.train import dist
-from xcit_dino.train.config import read_yaml
 from xcit_dino.train.provenance import file_checksum
 from xcit_dino.train.state import newest_checkpoint, weights_file
 
 RANDOM_SEED = 0  # of the randomly initialised baseline
 PIXELS = 32  # raw pixels are averaged to at most this side
-PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The images, their geometry, and the weights of the pretrained network."""
+    """The pretrained network: its architecture, and where its weights are."""
 
     arch: str
     weights: Path
     checkpoint_key: str | None
-    data_path: str
-    resize: int
-    crop: int
-
-    def index(self, split: str) -> ShardIndex:
-        """Opened shards of ``train`` or ``val``."""
-        return ShardIndex.load(resolve_split(self.data_path, split))
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,9 @@ class Pixels(nn.Module):
         return small.flatten(1)
 
 
-def resolve(config: SubjectConfig) -> Subject:
-    """Fill what the options leave out from the run folder.
+def resolve(config: SubjectConfig, world: dist.World) -> tuple[Subject, Context]:
+    """What is evaluated, and how images reach it; what the options leave out comes from the run
+    folder.
 
     Raises:
         InputError: no arch, data or weights, with the option that gives them.
@@ -91,30 +82,9 @@ def resolve(config: SubjectConfig) -> Subject:
             f"--output_dir {config.output_dir} holds no checkpoint: pretrain first, "
             "or name a file with --pretrained_weights"
         )
-    trained_size = run.get("global_crops_size") or run.get("input_size")  # of a finetuning run
-    resize, crop = geometry(config, trained_size)
-    return Subject(
-        canonical_name(arch), weights, config.checkpoint_key, str(data_path), resize, crop
-    )
-
-
-def run_options(folder: Path) -> dict[str, Any]:
-    """The options of a run folder's ``config.yaml``; empty where there is none."""
-    path = folder / "config.yaml"
-    return read_yaml(path) if path.is_file() else {}
-
-
-def geometry(config: SubjectConfig, trained_size: int | None) -> tuple[int, int]:
-    """(shorter side after resizing, side of the centre crop) in pixels.
-
-    The protocol's 256 / 224 scales with the size the run was trained at. Up to 64 px the whole
-    image is kept: a margin of an eighth, harmless in a photograph, would cut into the object of a
-    small image.
-    """
-    crop = config.crop_size or trained_size or PROTOCOL_CROP
-    if config.resize_size != -1:
-        return config.resize_size, crop
-    return (crop if crop <= 64 else round(crop * PROTOCOL_RESIZE / PROTOCOL_CROP)), crop
+    subject = Subject(canonical_name(arch), weights, config.checkpoint_key)
+    settings = settings_of(subject.arch, weights, config.checkpoint_key, run)
+    return subject, make_context(config, settings, run, data_path, world)
 
 
 def networks(config: SubjectConfig, subject: Subject) -> Iterator[Network]:

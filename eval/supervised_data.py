@@ -25,13 +25,14 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from xcit_dino.data.augment import normalize
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.keyed import keyed_bits
 from xcit_dino.data.loader import Batch
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.workers import Task
 from xcit_dino.errors import InputError
-from xcit_dino.eval.features import normalise, num_classes_of
+from xcit_dino.eval.features import num_classes_of
 from xcit_dino.eval.train_config import FinetuneConfig, RegularizationConfig
 from xcit_dino.train import dist
 
@@ -82,6 +83,7 @@ class HostAugment:
 
     def __init__(self, config: RegularizationConfig, seed: int):
         self.hflip, self.seed = config.hflip, seed
+        mean, std = config.normalization
         try:
             _, self.transform, _ = create_transform(  # pyright: ignore
                 config.input_size,
@@ -90,6 +92,8 @@ class HostAugment:
                 auto_augment=None if config.aa in ("", "none") else config.aa,
                 color_jitter=config.color_jitter,
                 interpolation="bicubic",
+                mean=mean,
+                std=std,
             )
         except (AssertionError, KeyError, ValueError, TypeError) as error:
             raise InputError(
@@ -115,7 +119,7 @@ class DeviceAugment:
     def __init__(self, config: FinetuneConfig, num_classes: int, world: dist.World):
         options = config.regularization
         self.seed, self.num_classes, self.world = config.run.seed, num_classes, world
-        self.smoothing = options.smoothing
+        self.smoothing, self.normalization = options.smoothing, options.normalization
         self.erase = RandomErasing(
             options.reprob, mode=options.remode, max_count=options.recount, device=str(world.device)
         )
@@ -134,7 +138,8 @@ class DeviceAugment:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(float32 [B, 3, S, S], soft labels [B, C]), on the device."""
         device = self.world.device
-        images = normalise(batch.global_crops[0], device)
+        images = batch.global_crops[0].to(device, non_blocking=True)
+        images = normalize(images, *self.normalization)
         labels = batch.labels.to(device, non_blocking=True)
         if self.erase.probability > 0:
             bits = keyed_bits(self.seed, ERASE_STREAM, batch.epoch, batch.samples)

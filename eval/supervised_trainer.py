@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.loader import Batch
+from xcit_dino.eval.context import run_options, settings_of
 from xcit_dino.eval.supervised_data import DeviceAugment, LabelledData
 from xcit_dino.eval.supervised_optim import adamw
-from xcit_dino.eval.train_config import FinetuneConfig, StartConfig
+from xcit_dino.eval.train_config import Config, FinetuneConfig, StartConfig
+from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.train import dist, syncbn
+from xcit_dino.train.config import replace
 from xcit_dino.train.precision import resolve_precision
 from xcit_dino.train.provenance import file_checksum
 from xcit_dino.train.run import fingerprint
@@ -100,6 +103,24 @@ def set_up(
 def started(folder: Path) -> bool:
     """Whether a run folder holds a whole checkpoint, which then has all weights needed."""
     return Checkpoints(folder).newest() is not None
+
+
+def with_input_settings(config: Config) -> Config:
+    """The options with ``--mean`` and ``--std`` filled in: those of the run that goes on, else of
+    the weights to start from, else ImageNet's."""
+    start, folder, arch = config.start, config.run.output_dir, config.model.arch
+    settings = None
+    if started(folder):
+        settings = InputSettings.of_run(run_options(folder))
+    elif start.pretrained_weights is not None:
+        path = weights_file(start.pretrained_weights, "--pretrained_weights")
+        settings = settings_of(arch, path, start.checkpoint_key)
+    settings = settings or InputSettings()
+    own = config.regularization
+    found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
+    if dist.is_main() and found["mean"] != IMAGENET_MEAN:
+        print(f"images are normalised by mean {found['mean']}, std {found['std']}", flush=True)
+    return replace(config, found)
 
 
 def build_model(

@@ -15,6 +15,7 @@ import tyro
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, within
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.train.config import (
     CONFIGS,
@@ -50,6 +51,11 @@ class RegularizationConfig:
 
     input_size: int = 224
     """Side of the training crops and of the validation images in pixels."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels (values in [0, 1]); left out: as the weights to start from were
+    trained, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The channels are divided by it; left out: as for mean."""
     train_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers, from and to (torchvision)."""
     hflip: float = 0.5
@@ -87,6 +93,8 @@ class RegularizationConfig:
     def __post_init__(self) -> None:
         within(self, 0, 1, "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
         within(self, 1, 4096, "input_size")
+        within(self, 0, 1, "mean")
+        within(self, 1e-3, 1e3, "std")
         within(self, 0, 10, "color_jitter", "mixup", "cutmix")
         within(self, 1, 100, "recount", "repeated_aug")
         within(self, 0, 1, "model_ema_decay", "layer_decay")
@@ -105,6 +113,11 @@ class RegularizationConfig:
             global_crops_scale=self.train_scale,
             local_crops_number=0,
         )
+
+    @property
+    def normalization(self) -> tuple[Channels, Channels]:
+        """Mean and std of the channels; ImageNet's where none are given."""
+        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
 
     @property
     def mixes(self) -> bool:
@@ -226,6 +239,11 @@ class AttentionConfig:
     image_size: int = 480
     """Shorter side to which an image is resized (DINO: 480), before its sides are rounded to whole
     patches; 0 keeps its own."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels (values in [0, 1]); left out: the network's own, else
+    ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The channels are divided by it; left out: the network's own, else ImageNet's."""
     layer: Literal[1, 2] = 2
     """Class attention layer, the last is 2."""
     threshold: float = 0.0
@@ -235,7 +253,8 @@ class AttentionConfig:
     """auto: cuda where there is one."""
 
     def __post_init__(self) -> None:
-        within(self, 0, 1, "threshold")
+        within(self, 0, 1, "threshold", "mean")
+        within(self, 1e-3, 1e3, "std")
         within(self, 0, 8192, "image_size")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,14 @@ import torch
 from torch import nn
 
 from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.loader import ImageLoader
-from xcit_dino.eval.features import evaluating, normalise
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import Context, make_context
+from xcit_dino.eval.features import evaluating
 from xcit_dino.eval.linear import top_hits
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.supervised_data import LabelledData
 from xcit_dino.eval.train_config import FinetuneConfig
+from xcit_dino.inputs import InputSettings
 from xcit_dino.train import dist
 from xcit_dino.train.config import options
 from xcit_dino.train.provenance import file_checksum
@@ -26,7 +27,8 @@ Results = dict[str, dict[str, float]]
 OF_THE_MACHINE = frozenset(  # options that are no part of a protocol
     "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device "
     "pretrained_weights teacher_path checkpoint_minutes saveckp_freq keep_checkpoints log_every "
-    "max_steps may_change eval_every eval_batch_size max_bad_fraction".split()
+    "max_steps may_change eval_every eval_batch_size max_bad_fraction "
+    "mean std".split()  # these two stand in the protocol by themselves
 )
 
 
@@ -35,22 +37,14 @@ def accuracies(
 ) -> Results:
     """``top1`` and ``top5`` in percent of each network, in fp32 over one pass of the images."""
     first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
-    size = config.regularization.input_size
-    loader = ImageLoader(
-        val,
-        replace(config.loader, shard_url=None),  # that is the training shards'
-        resize=round(size / config.validation.eval_crop_ratio),
-        crop=size,
-        batch_size=config.validation.eval_batch_size,
-        indices=np.arange(first, last),
-        labelled=True,
-    )
+    context = context_of(config, world)
+    loader = context.images(val, np.arange(first, last))
     hits = torch.zeros(len(networks) + 1, 2, dtype=torch.float64)
     with ExitStack() as modes, torch.inference_mode():
         for network in networks.values():
             modes.enter_context(evaluating(network))
         for images, labels, _ in loader:
-            images, labels = normalise(images, world.device), labels.to(world.device)
+            images, labels = context.normalize(images), labels.to(world.device)
             for row, network in enumerate(networks.values()):
                 hits[row] += top_hits(network(images), labels)
             hits[-1] += len(labels)
@@ -61,6 +55,18 @@ def accuracies(
         name: {"top1": top1, "top5": top5}
         for name, (top1, top5) in zip(networks, percent, strict=True)
     }
+
+
+def context_of(config: FinetuneConfig, world: dist.World) -> Context:
+    """How validation images reach the network: as evaluations of the finished run read them."""
+    run = dict(options(config))
+    given = SubjectConfig(
+        config.run.output_dir,
+        batch_size_per_gpu=config.validation.eval_batch_size,
+        num_workers=config.loader.num_workers,
+    )
+    settings = InputSettings.of_run(run) or InputSettings()
+    return make_context(given, settings, run, config.loader.data_path or "", world)
 
 
 def record(
@@ -74,19 +80,21 @@ def record(
 ) -> None:
     """Write ``finetune`` and ``finetune/ema`` (or ``distill`` ...) to ``results.json``."""
     recipe = {key: value for key, value in options(config) if key not in OF_THE_MACHINE}
-    size = config.regularization.input_size
-    protocol = facts | {
-        "evaluation": name,
-        "arch": config.model.arch,
-        "crop": size,
-        "resize": round(size / config.validation.eval_crop_ratio),
-        "precision": "fp32",
-        "num_classes": data.num_classes,
-        "train_index": data.train.checksum,
-        "val_index": data.val.checksum,
-        "val_images": data.val.num_samples,
-        "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
-    }
+    context = context_of(config, dist.World(0, 1, torch.device("cpu")))
+    protocol = (
+        facts
+        | context.protocol
+        | {
+            "evaluation": name,
+            "arch": config.model.arch,
+            "precision": "fp32",
+            "num_classes": data.num_classes,
+            "train_index": data.train.checksum,
+            "val_index": data.val.checksum,
+            "val_images": data.val.num_samples,
+            "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
+        }
+    )
     weights = file_checksum(checkpoint)
     for which, metrics in results.items():
         shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from xcit_dino.errors import InputError
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models import formats
+from xcit_dino.models.weights import input_settings
 from xcit_dino.models.xcit import XCiT
 
 RECIPE = (  # options that a reader looks for first; the others follow whole
@@ -34,10 +36,11 @@ def write(
     tree = formats.read(source)
     options = yaml.safe_load(tree["config"]) if isinstance(tree.get("config"), str) else {}
     entries = matching(source, results)
+    settings = input_settings(source, network) or InputSettings()
     parts = [
         f"# {output.stem}",
         summary(arch, network, model, options),
-        facts_table(output, source, arch, network, model, tree),
+        facts_table(output, source, arch, network, model, tree, settings),
         "## Data",
         data(options, tree),
         "## Recipe",
@@ -47,7 +50,7 @@ def write(
         "## Intended use",
         USE.format(kind="classification of its classes" if model.num_classes else "features"),
         "## How to load",
-        loading(output, arch, model),
+        loading(output, arch, model, settings),
         "## Citation",
         CITATION,
     ]
@@ -78,7 +81,13 @@ def summary(arch: str, network: str, model: XCiT, options: dict[str, Any]) -> st
 
 
 def facts_table(
-    output: Path, source: Path, arch: str, network: str, model: XCiT, tree: formats.Tree
+    output: Path,
+    source: Path,
+    arch: str,
+    network: str,
+    model: XCiT,
+    tree: formats.Tree,
+    settings: InputSettings,
 ) -> str:
     """The file and the network in it."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -86,7 +95,10 @@ def facts_table(
         "architecture": f"`{arch}`, {parameters / 1e6:.1f} M parameters",
         "output": f"{model.num_classes} classes" if model.num_classes else
         f"{model.embed_dim} features",
-        "input": f"RGB, sides in multiples of {model.patch_size}, ImageNet mean and deviation",
+        "input": f"RGB, sides in multiples of {model.patch_size}"
+        + (f", evaluated at {settings.size} px" if settings.size else "")
+        + f", resized by {settings.interpolation} interpolation, mean "
+        f"{numbers(settings.mean)}, std {numbers(settings.std)}",
         "taken from": f"`{source.name}`, its {network}, SHA-256 {checksum(source)}…",
         "trained for": ", ".join(f"{tree[k]} {k}s" for k in ("epoch", "step") if k in tree),
         "this file": f"`{output.name}`, {output.stat().st_size / 1e6:.1f} MB, "
@@ -155,7 +167,7 @@ def accuracies(entries: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def loading(output: Path, arch: str, model: XCiT) -> str:
+def loading(output: Path, arch: str, model: XCiT, settings: InputSettings) -> str:
     """Code for the format of the file."""
     if output.suffix == ".onnx":
         code = f"""import onnxruntime
@@ -170,7 +182,13 @@ from safetensors.torch import load_file
 model = xcit_dino.create_model("{arch}", num_classes={model.num_classes}).eval()
 model.load_state_dict(load_file("{output.name}"))
 outputs = model(images)  # images: float32 [B, 3, H, W], normalised"""
-    return f"```python\n{code}\n```\n\nMean (0.485, 0.456, 0.406), deviation (0.229, 0.224, 0.225)."
+    channels = f"Mean {numbers(settings.mean)}, std {numbers(settings.std)} of values in [0, 1]."
+    return f"```python\n{code}\n```\n\n{channels}"
+
+
+def numbers(values: tuple[float, ...]) -> str:
+    """``(0.485, 0.456, 0.406)``"""
+    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def plain(value: Any) -> str:

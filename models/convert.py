@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from xcit_dino import __version__
 from xcit_dino.commit import commit
 from xcit_dino.errors import InputError, RunError
+from xcit_dino.inputs import KEY
 from xcit_dino.models import card, formats, layouts
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
-from xcit_dino.models.weights import Found, check_tensors, find_network, listed
+from xcit_dino.models.weights import (
+    Found,
+    check_finite,
+    check_tensors,
+    find_network,
+    input_settings,
+    listed,
+)
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.progress import progress
@@ -36,6 +44,7 @@ def extract(config: ExtractConfig) -> None:
             f"--prefix {config.prefix}: no such names in {config.checkpoint}; its names begin "
             f"with {listed(name.split('.')[0] for name in tree)}"
         )
+    check_finite(config.checkpoint, state)
     if not config.remove_prefix:
         state = {prefix + name: value for name, value in state.items()}
 
@@ -45,7 +54,9 @@ def extract(config: ExtractConfig) -> None:
         if not same:
             raise RunError(f"{path}: was not read back as written")
 
+    which = "teacher" if config.prefix.lower().startswith("teacher") else None
     facts = {"network": config.prefix, "source": config.checkpoint.name}
+    facts |= settings_facts(config.checkpoint, which, config.output)
     formats.publish(config.output, lambda path: formats.write(path, state, facts), check)
     print(f"{config.output}: {len(state)} tensors of {config.checkpoint.name} under {prefix!r}")
 
@@ -63,6 +74,7 @@ def _convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
     writers = {"official": dict, "timm": layouts.to_timm, "paddle": layouts.to_paddle}
     state = writers[layout](found.state)
     facts = _facts(arch, model, found, config.checkpoint, config.results) | {"layout": layout}
+    facts |= settings_facts(config.checkpoint, found.network, config.output)
 
     def check(path: Path) -> None:
         if layout == "timm":
@@ -99,6 +111,7 @@ def _export_onnx(config: ExportConfig) -> tuple[str, XCiT, Found]:
     found = find_network(config.checkpoint, config.which)
     arch, model = _build(found, config.checkpoint)
     facts = _facts(arch, model, found, config.checkpoint, config.results)
+    facts |= settings_facts(config.checkpoint, found.network, config.output)
 
     def write(path: Path) -> None:
         onnx_export.write(path, model, facts)
@@ -159,6 +172,17 @@ def _compare(actual: Tensor, expected: Tensor, output: Path) -> None:
     error = ((actual - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
         raise RunError(f"{output}: computes other values (relative error {error:.1e}), not written")
+
+
+def settings_facts(source: Path, which: str | None, output: Path) -> dict[str, str]:
+    """The input settings of a file's network as metadata; empty where it does not say them."""
+    settings = input_settings(source, which)
+    if settings is not None and output.suffix == ".pdparams":
+        print(
+            f"{output}: has no place for the input settings; images of {settings.size or 'any'} px "
+            f"({settings.interpolation}), mean {settings.mean}, std {settings.std}"
+        )
+    return {} if settings is None else {KEY: settings.dump()}
 
 
 def _facts(

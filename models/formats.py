@@ -25,6 +25,7 @@ from xcit_dino.errors import InputError
 
 Tree = dict[str, Any]
 MAX_ENTRIES, MAX_DEPTH = 10**6, 32  # of nested dicts; checkpoints have thousands, in five levels
+METADATA = "metadata"  # attribute of a .pth's state dict
 PADDLE_NAMES = "StructuredToParameterName@@"  # an index of names that paddle.save puts beside them
 
 
@@ -51,15 +52,48 @@ def read(path: Path) -> Tree:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file."""
-    from safetensors import safe_open
+    """The metadata of a .safetensors file, or the texts that a .pth of ours holds beside its
+    tensors (see :func:`write`); empty for other files."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    if path.suffix == ".pdparams":
+        return {}
+    return metadata_of(_skim_torch(path))
+
+
+def metadata_of(tree: Any) -> dict[str, str]:
+    """The texts of a checkpoint: on its top level, in its ``facts`` and in ``metadata``."""
+    if not isinstance(tree, dict):
+        return {}
+    places = (tree, tree.get("facts"), getattr(tree, METADATA, None))
+    return {
+        name: value
+        for place in places
+        if isinstance(place, dict)
+        for name, value in place.items()
+        if isinstance(value, str)
+    }
+
+
+def _skim_torch(path: Path) -> Any:
+    """A torch file whose tensors stay on the disk, where it is of the kind that can."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the older format, or a file that read() refuses with the reason
+        return read(path)
 
 
 def write(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> None:
-    """Write tensors in the format of the suffix; facts: metadata, which only .safetensors keeps."""
+    """Write tensors in the format of the suffix.
+
+    facts: metadata; .safetensors has a place for them, a .pth keeps them as the attribute
+    ``metadata`` of its state dict, so that ``model.load_state_dict(torch.load(path))`` works as
+    with any other; a .pdparams has none.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save
@@ -68,7 +102,9 @@ def write(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> None:
     elif path.suffix == ".pdparams":
         _write_paddle(path, state)
     else:
-        torch.save(state, path)
+        tensors = OrderedDict(state)
+        setattr(tensors, METADATA, dict(facts))
+        torch.save(tensors, path)
 
 
 def publish(

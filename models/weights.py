@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import yaml
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
+from xcit_dino.inputs import KEY, InputSettings
 from xcit_dino.models import formats, layouts
 from xcit_dino.models.layouts import State
 
@@ -84,7 +86,8 @@ def find_network(path: Path, which: str | None = None) -> Found:
     network is a teacher or a student (``model``, or bare tensors) serves for either.
 
     Raises:
-        InputError: unreadable, no network in it, or not the one asked for (names those it has).
+        InputError: unreadable, no network in it, not the one asked for (names those it has), or
+            values that are not finite.
     """
     networks = _networks(formats.read(path))
     if not networks:
@@ -95,6 +98,7 @@ def find_network(path: Path, which: str | None = None) -> Found:
     if not chosen:
         held = ", ".join(dict.fromkeys(found.network for found in networks))
         raise InputError(f"{path}: holds no {which}; choose one of those it holds: {held}")
+    check_finite(path, chosen[0].state)
     return chosen[0]
 
 
@@ -154,17 +158,42 @@ def load_backbone(
     return Report(path, found.network, found.place, found.layout, taken, outcome)
 
 
+def input_settings(path: Path, which: str | None = None) -> InputSettings | None:
+    """How images are prepared for a file's network (which: see :func:`find_network`), as the file
+    itself says it; None where it does not.
+
+    Raises:
+        InputError: unreadable, or damaged settings.
+    """
+    try:
+        facts = formats.metadata(path)
+        options = yaml.safe_load(facts["config"]) if "config" in facts else {}
+        if which == "teacher" and "teacher_model" in options:  # of a distillation
+            text = facts.get("teacher_input")
+        elif options:
+            return InputSettings.of_run(options)
+        else:
+            text = facts.get(KEY)
+        return InputSettings.parse(text) if text else None
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged header makes the readers raise, and bad values
+        raise InputError(f"{path}: its input settings cannot be read ({error})") from error
+
+
 def find_pretraining(path: str | Path) -> Pretraining:
     """Student, teacher and centre of a full DINO checkpoint, official or ours.
 
     Raises:
-        InputError: unreadable, or only a backbone.
+        InputError: unreadable, only a backbone, or values that are not finite.
     """
     flat = layouts.unwrap(layouts.flatten(formats.read(Path(path))))
     centers = [flat[name] for name in ("loss.center", "dino_loss.center") if name in flat]
     student, teacher = layouts.under(flat, "student."), layouts.under(flat, "teacher.")
     if not (student and teacher and centers):
         raise InputError(f"{path}: is no full DINO checkpoint (student, teacher, centre)")
+    for state in (student, teacher, {"center": centers[0]}):
+        check_finite(Path(path), state)
     return Pretraining(student, teacher, centers[0].flatten())
 
 
@@ -202,12 +231,14 @@ def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:
     """Weight (classes, features) and bias (classes,) of a linear probe, official or bare.
 
     Raises:
-        InputError: unreadable, or no linear layer in it.
+        InputError: unreadable, no linear layer in it, or values that are not finite.
     """
     flat = layouts.unwrap(layouts.flatten(formats.read(Path(path))))
     for prefix in ("state_dict.linear.", "linear.", ""):
         if f"{prefix}weight" in flat and f"{prefix}bias" in flat:
-            return flat[f"{prefix}weight"], flat[f"{prefix}bias"]
+            layer = {name: flat[prefix + name] for name in ("weight", "bias")}
+            check_finite(Path(path), layer)
+            return layer["weight"], layer["bias"]
     raise InputError(f"{path}: holds no linear layer (linear.weight and linear.bias)")
 
 
@@ -231,6 +262,20 @@ def _check_classes(path: Path, theirs: Tensor, ours: Tensor) -> None:
         raise InputError(
             f"{path}: classifies {len(theirs)} classes, but the model {len(ours)}; "
             f"name weights for {len(ours)}, or finetune these with --new_head true"
+        )
+
+
+def check_finite(path: Path, state: State) -> None:
+    """Raise InputError where a value is NaN or infinite: one is enough to make every output so."""
+    bad = [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if bad:
+        raise InputError(
+            f"{path}: holds values that are NaN or infinite (in {listed(bad, most=3)}); the file "
+            "is damaged, or its training diverged: name another file, or an earlier checkpoint"
         )
 
 

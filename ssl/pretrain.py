@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
-from xcit_dino.errors import InputError, Stopped
-from xcit_dino.models.weights import load_pretraining
+from xcit_dino.errors import InputError, Stopped, warn
+from xcit_dino.models.weights import input_settings, load_pretraining
 from xcit_dino.ssl import sentinel
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
@@ -195,6 +195,18 @@ def resume(trainer: Trainer, checkpoints: Checkpoints) -> None:
         taken = load_pretraining(source, trainer.student, trainer.teacher, trainer.loss.center)
         if trainer.world.is_main:
             print(taken, flush=True)
+            before, now = input_settings(source), config.augment
+            if before and (before.mean, before.std) != (now.mean, now.std):
+                warn(
+                    f"--init_from {source}: was trained with --mean {spaced(before.mean)} --std "
+                    f"{spaced(before.std)}, and this run has {spaced(now.mean)} and "
+                    f"{spaced(now.std)}"
+                )
+
+
+def spaced(values: tuple[float, ...]) -> str:
+    """As on a command line."""
+    return " ".join(f"{value:g}" for value in values)
 
 
 def go_on(

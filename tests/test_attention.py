@@ -10,9 +10,12 @@ from PIL import Image
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import attention, video
-from xcit_dino.eval.features import normalise
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import make_context
 from xcit_dino.eval.train_config import AttentionConfig
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
+from xcit_dino.train.dist import World
 
 CPU = torch.device("cpu")
 
@@ -43,10 +46,11 @@ def test_maps_are_those_of_the_class_attention(photo):
     for block in model.cls_attn_blocks:
         block.attn.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
     image = attention.aligned(photo, 0, 8)
-    model(normalise(torch.tensor(image).permute(2, 0, 1)[None], CPU))
+    context = make_context(SubjectConfig(), InputSettings(), {}, "", World(0, 1, CPU))
+    model(context.normalize(torch.tensor(image).permute(2, 0, 1)[None]))
     for layer in (1, 2):
         config = AttentionConfig(photo, layer=layer)
-        maps = attention.head_maps(model, image, config, CPU)
+        maps = attention.head_maps(model, image, config, context)
         expected = caught[layer - 1][0, :, 0, 1:].reshape(4, 6, 9)
         np.testing.assert_allclose(maps, expected.detach().numpy(), rtol=1e-5)
 

@@ -1,5 +1,6 @@
 """Distillation: losses against the formulas, the teacher's images, whole runs, extraction."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError
-from xcit_dino.eval.distill import DistillationLoss, Teacher, build_teacher, distill, taught_with
+from xcit_dino.eval.context import settings_of
+from xcit_dino.eval.distill import DistillationLoss, Teacher, build_teacher, distill
 from xcit_dino.eval.train_config import DistillConfig, TeacherConfig, distill_config
+from xcit_dino.inputs import InputSettings
+from xcit_dino.models.weights import input_settings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.config import replace
-from xcit_dino.train.state import load_checkpoint, newest_checkpoint
+from xcit_dino.train.state import Checkpoints, load_checkpoint, newest_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TINY = {
@@ -112,9 +116,10 @@ def test_the_teacher_gets_its_own_normalisation_and_size():
     pixels = torch.rand(2, 3, 16, 16)
     stack = [torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD)]
     images = (pixels - stack[0]) / stack[1]
-    teacher = Teacher(Seen(), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0)
+    own = InputSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    teacher = Teacher(Seen(), InputSettings(), own)
     torch.testing.assert_close(teacher(images), 2 * pixels - 1, rtol=1e-5, atol=1e-5)
-    larger = Teacher(Seen(), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 24)
+    larger = Teacher(Seen(), InputSettings(), dataclasses.replace(own, size=24))
     expected = F.interpolate(2 * pixels - 1, (24, 24), mode="bicubic", antialias=True)
     torch.testing.assert_close(larger(images), expected, rtol=1e-5, atol=1e-5)
     assert not any(p.requires_grad for p in teacher.parameters()) and not larger.network.training
@@ -128,7 +133,7 @@ def test_a_timm_teacher_from_a_file(tmp_path):
     network = timm.create_model("resnet10t", num_classes=12).eval()
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
     config = TeacherConfig("resnet10t", tmp_path / "teacher.pth", teacher_size=32)
-    teacher, facts = build_teacher(config, 12)
+    teacher, facts = build_teacher(config, 12, InputSettings())
     own = network.pretrained_cfg
     pixels = torch.rand(2, 3, 32, 32)
     stack = [torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD, own["mean"], own["std"])]
@@ -136,19 +141,26 @@ def test_a_timm_teacher_from_a_file(tmp_path):
     found = teacher((pixels - stack[0]) / stack[1])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert facts["teacher"] == "resnet10t" and len(facts["teacher_weights"]) == 16
-    assert build_teacher(TeacherConfig("resnet10t", tmp_path / "teacher.pth"), 12)[0].size == 176
+    config = TeacherConfig("resnet10t", tmp_path / "teacher.pth")
+    assert build_teacher(config, 12, InputSettings())[0].size == 176
 
 
 def test_a_teacher_finetuned_here_sees_what_it_learnt_from(tmp_path):
     """Not what timm's own weights of that name want."""
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=12, img_size=32)
-    assert network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
-    run = tmp_path / "run"
+    arch, run = "timm/vit_tiny_patch16_224", tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("input_size: 32\n")
-    for path in (run, run / "checkpoints" / "checkpoint-00000001.pth"):
-        assert taught_with(network, path) == (MEAN, STD, 32)
-    assert taught_with(network, tmp_path / "downloaded.pth") == ((0.5,) * 3, (0.5,) * 3, 224)
+    torch.save({}, run / "checkpoints" / "old.pth")  # as versions before this one left it
+    torch.save({"config": "input_size: 48\nmean: [0.1, 0.2, 0.3]"}, tmp_path / "moved.pth")
+    torch.save({}, tmp_path / "downloaded.pth")
+
+    def found(path):
+        settings = settings_of(arch, path)
+        return settings.mean, settings.std, settings.size
+
+    assert found(run / "checkpoints" / "old.pth") == (MEAN, STD, 32)
+    assert found(tmp_path / "moved.pth") == ((0.1, 0.2, 0.3), STD, 48)
+    assert found(tmp_path / "downloaded.pth") == ((0.5,) * 3, (0.5,) * 3, 224)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +181,7 @@ def test_teachers_that_cannot_be(options, words, teacher_file, demo_shards, tmp_
 
 def test_a_teacher_of_other_classes_is_refused(teacher_file):
     with pytest.raises(InputError, match="classifies 12 classes, but the model 10"):
-        build_teacher(TeacherConfig("xcit_pico_6_p16", teacher_file), 10)
+        build_teacher(TeacherConfig("xcit_pico_6_p16", teacher_file), 10, InputSettings())
 
 
 # -- whole runs
@@ -209,22 +221,28 @@ def test_a_run_resumes_extracts_and_needs_its_teachers_file_no_more(
     assert results["distill"]["metrics"] == other["distill"]["metrics"]
 
 
-def test_a_run_does_not_go_on_with_another_view_of_its_teacher(demo_shards, teacher_file, tmp_path):
-    """The teacher learnt from 16 pixels; its run is deleted before the student's is done."""
+def test_a_run_goes_on_with_the_same_view_of_its_teacher(demo_shards, teacher_file, tmp_path):
+    """The teacher learnt from 16 pixels of its own mean; its run is deleted on the way."""
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     (teacher / "checkpoints").mkdir(parents=True)
-    (teacher / "config.yaml").write_text("input_size: 16\n")
     path = teacher / "checkpoints" / "checkpoint-00000001.pth"
-    path.write_bytes(teacher_file.read_bytes())
-    for steps in (1, 2):
-        distill(tiny(demo_shards, run, path, max_steps=steps))
+    options = "input_size: 16\nmean: [0.1, 0.2, 0.3]\n"
+    torch.save(torch.load(teacher_file) | {"config": options}, path)
+    distill(tiny(demo_shards, run, path, max_steps=1))
     shutil.rmtree(teacher)
+    distill(tiny(demo_shards, run, path, max_steps=2))
+    newest = newest_checkpoint(run)
+    kept = input_settings(newest, "teacher")
+    assert (kept.size, kept.mean) == (16, (0.1, 0.2, 0.3))
+    assert load_checkpoint(newest)["facts"]["teacher_size"] == 16
+    old = load_checkpoint(newest)  # as versions left it that did not keep the settings
+    del old["facts"]["teacher_input"]
+    for name in (newest, newest.with_suffix(".json")):
+        name.unlink()
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(old)
     with pytest.raises(InputError, match="other options .teacher_size 16 -> 0"):
         distill(tiny(demo_shards, run, path))
-    distill(tiny(demo_shards, run, path, teacher_size=16))
-    assert (
-        json.loads((run / "results.json").read_text())["distill"]["protocol"]["teacher_size"] == 16
-    )
 
 
 def test_recipes():

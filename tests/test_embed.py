@@ -29,9 +29,9 @@ def rows_of(folder):
 def test_rows_are_the_networks_features_and_their_images(run_folder, tmp_path):
     config = run_folder.subject(baselines=True)
     embed.run(EmbedConfig(tmp_path / "out", config, split="val", examples=3))
-    subject = resolve(config)
-    index = subject.index("val")
-    expected = extract(pretrained(subject), index, "val", subject, config, cpu_world("cpu"))
+    subject, context = resolve(config, cpu_world("cpu"))
+    index = context.index("val")
+    expected = extract(pretrained(subject), index, "val", context)
     found = np.load(tmp_path / "out" / "features.npy")
     np.testing.assert_array_equal(found, expected.blocks["cls"])
     rows = rows_of(tmp_path / "out")
@@ -85,9 +85,9 @@ def test_accuracies_take_their_images_from_the_same_features(run_folder, tmp_pat
     config = run_folder.subject()
     embed.run(EmbedConfig(tmp_path / "out", config, split="val", examples=0))
     monkeypatch.setattr(features, "_compute", None)  # would be called to compute them again
-    subject = resolve(config)
-    index = subject.index("val")
-    assert len(extract(pretrained(subject), index, "val", subject, config, cpu_world("cpu"))) == 48
+    subject, context = resolve(config, cpu_world("cpu"))
+    index = context.index("val")
+    assert len(extract(pretrained(subject), index, "val", context)) == 48
 
 
 def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch):

@@ -23,8 +23,10 @@ from xcit_dino.data.plan import Plan
 from xcit_dino.errors import InputError
 from xcit_dino.eval import feature_cache, features
 from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import make_context
 from xcit_dino.eval.features import Rows, extract, num_classes_of
-from xcit_dino.eval.subject import Pixels, geometry, networks, pretrained, random_network, resolve
+from xcit_dino.eval.subject import Pixels, networks, pretrained, random_network, resolve
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.dist import World
 
@@ -44,9 +46,9 @@ def images_of(index: ShardIndex, numbers: range) -> torch.Tensor:
 
 def test_features_are_the_networks_outputs(run_folder):
     config = run_folder.subject(batch_size_per_gpu=20)
-    subject = resolve(config)
-    index, network = subject.index("val"), pretrained(subject)
-    found = extract(network, index, "val", subject, config, ONE)
+    subject, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(subject)
+    found = extract(network, index, "val", context)
     with torch.no_grad():
         images = images_of(index, range(48))
         cls = network.model(images)
@@ -61,26 +63,27 @@ def test_features_are_the_networks_outputs(run_folder):
 
 def test_cached_until_something_changes(run_folder, monkeypatch):
     config = run_folder.subject()
-    subject = resolve(config)
-    index, network = subject.index("val"), pretrained(subject)
-    extract(network, index, "val", subject, config, ONE)
+    subject, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(subject)
+    extract(network, index, "val", context)
     calls = []
     compute = features._compute
-    monkeypatch.setattr(features, "_compute", lambda *a: (calls.append(1), compute(*a)))
-    extract(network, index, "val", subject, config, ONE)
+    monkeypatch.setattr(features, "_compute", lambda *a: (calls.append(1), compute(*a))[1])
+    extract(network, index, "val", context)
     assert not calls
-    other = dataclasses.replace(subject, crop=24)
-    extract(network, index, "val", other, config, ONE)
+    extract(network, index, "val", dataclasses.replace(context, crop=24))
+    inputs = dataclasses.replace(context.inputs, std=(0.5, 0.5, 0.5))
+    extract(network, index, "val", dataclasses.replace(context, inputs=inputs))
     other = dataclasses.replace(network, facts=network.facts | {"weights": "0" * 16})
-    extract(other, index, "val", subject, config, ONE)
-    assert len(calls) == 2
+    extract(other, index, "val", context)
+    assert len(calls) == 3
     folders = [path.name for path in (run_folder.path / "features").glob("[!.]*")]
     assert len(folders) == 1, "features of earlier weights take no room"
 
 
 def test_an_interrupted_extraction_leaves_nothing_under_its_name(run_folder, monkeypatch):
     config = run_folder.subject()
-    subject = resolve(config)
+    subject, context = resolve(config, ONE)
     network = pretrained(subject)
 
     def fail(*_):
@@ -89,19 +92,19 @@ def test_an_interrupted_extraction_leaves_nothing_under_its_name(run_folder, mon
     with monkeypatch.context() as patch:
         patch.setattr(features.Rows, "write", fail)
         with pytest.raises(KeyboardInterrupt):
-            extract(network, subject.index("val"), "val", subject, config, ONE)
+            extract(network, context.index("val"), "val", context)
     left = [path.name for path in (run_folder.path / "features").iterdir()]
     assert len(left) == 1 and left[0].endswith(".lock")
-    assert len(extract(network, subject.index("val"), "val", subject, config, ONE)) == 48
+    assert len(extract(network, context.index("val"), "val", context)) == 48
 
 
 def test_ranks_fill_one_file(run_folder, monkeypatch):
     """Three ranks (threads) write their rows; the result is that of one process."""
     config = run_folder.subject(batch_size_per_gpu=7)
-    subject = resolve(config)
-    index = subject.index("val")
+    subject, context = resolve(config, ONE)
+    index = context.index("val")
     network = dataclasses.replace(pretrained(subject), model=Pixels(), facts={"network": "pixels"})
-    alone = extract(network, index, "val", subject, config, ONE)
+    alone = extract(network, index, "val", context)
     expected = np.array(alone.blocks["cls"])
     gate, box = threading.Barrier(3), {}
 
@@ -115,12 +118,13 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
 
     monkeypatch.setattr(features.dist, "barrier", gate.wait)
     monkeypatch.setattr(features.dist, "from_main", from_main)
-    other = run_folder.subject(batch_size_per_gpu=7, output_dir=run_folder.path / "three")
+    other = dataclasses.replace(context, output_dir=run_folder.path / "three")
     found = {}
 
     def work(rank: int) -> None:
         world = World(rank, 3, torch.device("cpu"))
-        found[rank] = extract(network, index, "val", subject, other, world)
+        mine = dataclasses.replace(other, world=world)
+        found[rank] = extract(network, index, "val", mine)
 
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(3)]
     for thread in threads:
@@ -134,18 +138,18 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
 def test_two_commands_at_once_compute_features_once(run_folder, monkeypatch):
     """The second (a thread) waits for the first, which is held up, and takes its features."""
     config = run_folder.subject()
-    subject = resolve(config)
-    index, network = subject.index("val"), pretrained(subject)
+    subject, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(subject)
     calls, found, release = [], {}, threading.Event()
     compute = features._compute
 
     def held_up(*arguments):
         calls.append(1)
         release.wait(10)
-        compute(*arguments)
+        return compute(*arguments)
 
     def work(number: int) -> None:
-        found[number] = extract(network, index, "val", subject, config, ONE)
+        found[number] = extract(network, index, "val", context)
 
     monkeypatch.setattr(features, "_compute", held_up)
     monkeypatch.setattr(feature_cache, "POLL", 0.01)
@@ -161,12 +165,12 @@ def test_two_commands_at_once_compute_features_once(run_folder, monkeypatch):
 
 def test_features_that_are_read_are_not_removed(run_folder):
     config = run_folder.subject()
-    subject = resolve(config)
-    index, network = subject.index("val"), pretrained(subject)
+    subject, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(subject)
 
     def kept(crop: int) -> set[str]:
-        at = dataclasses.replace(subject, crop=crop)
-        features = extract(network, index, "val", at, config, ONE)
+        at = dataclasses.replace(context, crop=crop)
+        features = extract(network, index, "val", at)
         assert features.cache is not None
         used.append(features)
         return {path.name for path in (run_folder.path / "features").glob("[!.]*")}
@@ -179,20 +183,20 @@ def test_features_that_are_read_are_not_removed(run_folder):
 
 def test_what_a_killed_extraction_left_is_removed(run_folder):
     config = run_folder.subject()
-    subject = resolve(config)
+    subject, context = resolve(config, ONE)
     node, folder = platform.node(), run_folder.path / "features"
     dead, live = (folder / f".pretrained-val-{n}.{node}.{pid}.tmp" for n, pid in
                   (("0", 2**22 + 1), ("1", 1)))  # fmt: skip
     dead.mkdir(parents=True), live.mkdir()
-    extract(pretrained(subject), subject.index("val"), "val", subject, config, ONE)
+    extract(pretrained(subject), context.index("val"), "val", context)
     assert live.is_dir() and not dead.exists()
 
 
 def test_unreadable_images_are_left_out(run_folder, tmp_path):
     config = run_folder.subject()
-    subject = resolve(config)
-    index = ShardIndex.load(broken_copy(subject.index("val"), tmp_path / "broken"))
-    found = extract(pretrained(subject), index, "val", subject, config, ONE)
+    subject, context = resolve(config, ONE)
+    index = ShardIndex.load(broken_copy(context.index("val"), tmp_path / "broken"))
+    found = extract(pretrained(subject), index, "val", context)
     assert found.unreadable == 1 and len(found) == 47
     np.testing.assert_array_equal(found.labels, np.delete(index.labels, 5))
     assert np.abs(found.blocks["cls"]).sum(1).min() > 0
@@ -200,15 +204,15 @@ def test_unreadable_images_are_left_out(run_folder, tmp_path):
 
 def test_images_without_a_label_are_left_out(run_folder):
     config = run_folder.subject()
-    subject = resolve(config)
-    index = without_label(subject.index("val"), 7)
-    found = extract(pretrained(subject), index, "val", subject, config, ONE)
+    subject, context = resolve(config, ONE)
+    index = without_label(context.index("val"), 7)
+    found = extract(pretrained(subject), index, "val", context)
     assert found.unreadable == 1 and (found.labels >= 0).all()
     np.testing.assert_array_equal(found.labels, np.delete(index.labels, 7))
 
 
 def test_training_takes_another_image_for_one_without_a_label(run_folder, tmp_path):
-    index = without_label(resolve(run_folder.subject()).index("val"), 7)
+    index = without_label(ShardIndex.load(run_folder.data / "val"), 7)
     plan = Plan(index.counts, seed=0, checksum=index.checksum, batch_size=48)
     crops = CropsConfig(global_crops_size=16, local_crops_number=0)
     options = LoaderConfig(num_workers=0)
@@ -251,7 +255,7 @@ def test_rows_land_where_they_belong(tmp_path):
 
 def test_baselines(run_folder):
     config = run_folder.subject(baselines=True)
-    found = {network.name: network for network in networks(config, resolve(config))}
+    found = {network.name: network for network in networks(config, resolve(config, ONE)[0])}
     assert list(found) == ["pretrained", "random", "pixels"]
     torch.manual_seed(0)
     fresh = create_model("xcit_pico_6_p8")
@@ -277,13 +281,15 @@ def test_baselines(run_folder):
     ],
 )
 def test_geometry(options, trained, expected):
-    assert geometry(SubjectConfig(**options), trained) == expected
+    settings = InputSettings(size=trained)
+    context = make_context(SubjectConfig(**options), settings, {}, "", ONE)
+    assert (context.resize, context.crop) == expected
 
 
 def test_bad_input_is_named(tmp_path, run_folder):
     def refused(match: str, **options):
         with pytest.raises(InputError, match=match):
-            resolve(SubjectConfig(**options))
+            resolve(SubjectConfig(**options), ONE)
 
     refused("--arch: needed", output_dir=tmp_path)
     refused("--data_path: needed", output_dir=tmp_path, arch="xcit_pico_6_p8")

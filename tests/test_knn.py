@@ -15,7 +15,7 @@ from xcit_dino.eval import knn
 from xcit_dino.eval.compare import baseline
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.features import Features
-from xcit_dino.eval.knn import Search, check_ks, knn_hits, vote_ranks
+from xcit_dino.eval.knn import Search, fitting_ks, knn_hits, vote_ranks
 from xcit_dino.eval.runs import read_run
 from xcit_dino.train.dist import World
 
@@ -105,9 +105,19 @@ def test_features_that_are_not_finite_are_refused():
         knn_hits(bank, np.zeros(4, int), bank, np.zeros(4, int), [2], 0.07, 2)
 
 
-def test_k_larger_than_the_bank_is_refused():
-    with pytest.raises(InputError, match="--nb_knn 200: the training split has only 120 images"):
-        check_ks((10, 200), 120)
+def test_k_larger_than_the_bank_is_left_out(capsys):
+    assert fitting_ks((200, 10, 20, 100), 80, tell=True) == [10, 20]
+    assert "k = 100 and 200 left out, as the bank has 80 images" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--nb_knn 20: .* only 12 .*; ask for at most 12"):
+        fitting_ks((20, 200), 12)
+
+
+def test_the_default_ks_serve_a_small_bank(run_folder, capsys):
+    knn.run(KnnConfig(run_folder.subject()))
+    result = json.loads((run_folder.path / "results.json").read_text())["knn"]
+    assert result["protocol"]["nb_knn"] == [10, 20]
+    assert set(result["metrics"]) == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+    assert capsys.readouterr().out.count("left out") == 1
 
 
 def test_ranks_share_the_queries(monkeypatch):

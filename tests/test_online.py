@@ -20,18 +20,18 @@ from xcit_dino.train.metrics import read_metrics
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
 CPU = World(0, 1, torch.device("cpu"))
+RUN = {"global_crops_size": 32, "num_workers": 0, "precision": "fp32"}
 
 
 def test_equals_the_evaluation_and_disturbs_nothing(run_folder):
     config = run_folder.subject()
-    subject = resolve(config)
+    subject, context = resolve(config, CPU)
     network = pretrained(subject)
     bank, queries = (
-        extract(network, subject.index(split), split, subject, config, CPU)
-        for split in ("train", "val")
+        extract(network, context.index(split), split, context) for split in ("train", "val")
     )
     expected = evaluate(bank, queries, (20,), 0.07, bank.num_classes, CPU)
-    callback = online_knn(run_folder.data, crop=32)
+    callback = online_knn(run_folder.data, RUN, CPU)
     assert callback is not None
     network.model.train()
     network.model.get_submodule("norm").eval()
@@ -49,16 +49,16 @@ def test_equals_the_evaluation_and_disturbs_nothing(run_folder):
 
 
 def test_only_when_due_and_only_where_it_can_be(run_folder, unlabelled, tmp_path):
-    callback = online_knn(run_folder.data, crop=32, every=3)
+    callback = online_knn(run_folder.data, RUN, CPU, every=3)
     assert callback is not None
     assert callback(torch.nn.Identity(), 2) == {}
-    assert online_knn(unlabelled, crop=32) is None
-    assert online_knn(run_folder.data / "train", crop=32) is None
+    assert online_knn(unlabelled, RUN, CPU) is None
+    assert online_knn(run_folder.data / "train", RUN, CPU) is None
 
 
 def test_a_fixed_subset_spread_over_the_split(run_folder, monkeypatch):
     monkeypatch.setattr(online, "BANK", 24)
-    callback = online_knn(run_folder.data, crop=32)
+    callback = online_knn(run_folder.data, RUN, CPU)
     assert isinstance(callback, online.OnlineKnn)
     index = ShardIndex.load(run_folder.data / "train")
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())

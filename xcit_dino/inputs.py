@@ -1,0 +1,85 @@
+"""A network's input settings: image size, centre crop, interpolation, mean and std of the channels.
+
+A network works on images prepared as in its training, so its weights carry these settings: our
+checkpoints in the options of their run, extracted, converted and exported files as
+``input_settings``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+KEY = "input_settings"  # of a file's metadata
+Channels = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """What a network expects of its images; the defaults are those of the published XCiTs."""
+
+    size: int | None = None
+    """Side of the square input in pixels; None: not known."""
+    crop_ratio: float | None = None
+    """Share of the resized image's side that the centre crop keeps; None: not known."""
+    interpolation: str = "bicubic"
+    """How images are resized: bicubic or bilinear, both antialiased."""
+    mean: Channels = IMAGENET_MEAN
+    """Subtracted from the channels (values in [0, 1])."""
+    std: Channels = IMAGENET_STD
+    """The channels are divided by it."""
+    channels: int = 3
+
+    @staticmethod
+    def of_run(options: Mapping[str, Any]) -> InputSettings | None:
+        """Those of the network that a run with these options trains; None where they are not the
+        options of a training."""
+        size = options.get("input_size") or options.get("global_crops_size")
+        if size is None:
+            return None
+        return InputSettings(
+            size=int(size),
+            crop_ratio=options.get("eval_crop_ratio"),
+            mean=tuple(options.get("mean") or IMAGENET_MEAN),
+            std=tuple(options.get("std") or IMAGENET_STD),
+        )
+
+    def dump(self) -> str:
+        """As JSON, for the metadata of a file."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def parse(text: str) -> InputSettings:
+        """The inverse of :meth:`dump`.
+
+        Raises:
+            ValueError: something else, or values that no images can be prepared with.
+        """
+        facts = json.loads(text)
+        if not isinstance(facts, dict):
+            raise ValueError("no table of settings")
+        known = {name: facts[name] for name in InputSettings.__dataclass_fields__ if name in facts}
+        for name in ("mean", "std"):
+            if name in known:
+                known[name] = tuple(float(value) for value in known[name])
+        settings = InputSettings(**known)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise ValueError for values out of range."""
+        size, ratio = self.size, self.crop_ratio
+        if not (size is None or 1 <= int(size) <= 8192) or not (ratio is None or 0 < ratio <= 1):
+            raise ValueError(f"size {size}, crop_ratio {ratio}")
+        if not all(abs(value) <= 1e3 for value in self.mean) or not all(
+            1e-6 <= value <= 1e3 for value in self.std
+        ):
+            raise ValueError(f"mean {self.mean}, std {self.std}")
+        if self.interpolation not in ("bicubic", "bilinear"):
+            raise ValueError(f"interpolation {self.interpolation}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(f"{self.channels} channels, mean {self.mean}, std {self.std}")
