@@ -30,6 +30,7 @@ import numpy as np
 from xcit_dino.data.files import write_atomically
 from xcit_dino.data.remote import Remote, Unreadable, persistent_chunks
 from xcit_dino.data.splitnames import split_folders
+from xcit_dino.data.tarscan import name_behind
 from xcit_dino.errors import InputError
 
 VERSION = 1
@@ -124,14 +125,18 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def key_of(header: bytes) -> str:
-    """A sample's key from the 512 bytes in front of its image ("" when they are no tar header)."""
-    return printable(raw_key(header))
+def key_of(blocks: bytes) -> str:
+    """A sample's key from the blocks in front of its image ("" when there is no tar header).
+
+    The last 512 bytes are the image's own header; with some more, long names and names that are
+    not ASCII are found too.
+    """
+    return printable(raw_key(blocks))
 
 
-def raw_key(header: bytes) -> str:
+def raw_key(blocks: bytes) -> str:
     """:func:`key_of` whose bytes that are no UTF-8 can be encoded again (surrogateescape)."""
-    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    name = name_behind(blocks)
     match = KEY.match(name)
     return match[1] if match else name
 

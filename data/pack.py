@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,14 @@ def make(config: MakeConfig) -> int:
         if config.splits not in ((), NONE):
             raise InputError(f"--splits: {config.dst} is one split; give the folder above it")
         config = dataclasses.replace(config, dst=config.dst.parent, split=config.dst.name)
-    config.dst.mkdir(parents=True, exist_ok=True)
     with _locked(config.dst):
         work = config.dst / WORK
-        listing, src = _list(config, work)
-        parts = arrange(listing, config, src)
+        try:
+            listing, src = _list(config, work)
+            parts = arrange(listing, config, src)
+        except InputError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         # Of the source as a whole: they go into the first split's list.
         problems, notes = listing.bad, listing.finished().notes
         notes += [f"left out: {count:,} {what}" for what, count in listing.skipped.most_common()]
@@ -75,14 +78,21 @@ def make(config: MakeConfig) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One packing at a time in a folder."""
+    """One packing at a time in a folder; it is made, and goes again if nothing was put into it."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".packing.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"{folder}: another process is packing into this folder") from None
-        yield
-        os.unlink(file.name)
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
+            if is_new:
+                with suppress(OSError):  # it holds shards
+                    folder.rmdir()
 
 
 def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
@@ -107,7 +117,8 @@ def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
     if src.is_file() and src.suffix.lower() in (*LIST_SUFFIXES, ".txt"):
         return list_images(src, config.label_column), src
     if src.is_dir():
-        return _no_shards(list_folder(src, work, FOUND_BESIDE), src), src
+        inside = config.dst if config.dst.resolve().is_relative_to(src.resolve()) else None
+        return _no_shards(list_folder(src, work, FOUND_BESIDE, inside), src), src
     listing = _no_shards(list_archive(src, work), src)
     if split_folders([archive_stem(src.name)]):  # ILSVRC2012_img_train.tar is a train folder
         for n, image in enumerate(listing.images):

@@ -13,15 +13,24 @@ from xcit_dino.data.listing import ARCHIVE, Listing, archive_stem
 from xcit_dino.errors import InputError
 
 
-def list_folder(folder: Path, work: Path | None = None, ignore: Collection[str] = ()) -> Listing:
+def list_folder(
+    folder: Path,
+    work: Path | None = None,
+    ignore: Collection[str] = (),
+    besides: Path | None = None,
+) -> Listing:
     """All images below a folder, and in the archives in it: each counts as a folder of its name.
 
     Args:
         work: folder for decompressed tars; None: compressed tars are left out.
         ignore: names of files that are no sources of images.
+        besides: a folder in it that is none either: the shards to be.
     """
     listing, empty = Listing(), []
+    shards = str(besides.resolve()) + os.sep if besides else None
     for path, name in _walk(folder, frozenset(), listing):
+        if shards and os.path.realpath(path).startswith(shards):
+            continue
         if name.endswith("/"):
             empty.append(name)
         elif ARCHIVE.search(name) and not PurePosixPath(name).name.startswith("."):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -56,30 +57,35 @@ def find_splits(images: list[Image], src: str) -> Found:
     Raises:
         InputError: a layout that can be read in two ways; the message names the options.
     """
-    for depth in range(max((len(folders(image)) for image in images), default=0)):
-        names = {above[depth] for image in images if len(above := folders(image)) > depth}
-        known = split_folders(names)
-        inside = [image for image in images if (folders(image) + [""] * 99)[depth] in known]
-        others = [i for i in images if len(folders(i)) > depth and folders(i)[depth] not in known]
-        shallow = len(images) - len(inside) - len(others)
-        whole = bool(known) and not others and (depth == 0 or not shallow)
-        if whole:
+    paths = Counter(image.name.rpartition("/")[0] for image in images)
+    above = {path: path.split("/") if path else [] for path in paths}
+    for depth in range(max(map(len, above.values()), default=0)):
+        known = split_folders({names[depth] for names in above.values() if len(names) > depth})
+        if not known:
+            continue
+        others = sorted(
+            "/".join(names[: depth + 1]) + "/"
+            for names in above.values()
+            if len(names) > depth and names[depth] not in known
+        )
+        shallow = any(len(names) <= depth for names in above.values())
+        if not others and (depth == 0 or not shallow):
             return _taken(images, depth, known, src)
-        if known and (depth == 0 or len(set(known.values())) > 1):
-            raise InputError(_ambiguous(src, depth, known, others))
+        if depth == 0 or len(set(known.values())) > 1:
+            raise InputError(_ambiguous(src, depth, known, sorted(set(others))))
     return Found({"": images}, {}, [])
 
 
-def _ambiguous(src: str, depth: int, known: dict[str, str], others: list[Image]) -> str:
+def _ambiguous(src: str, depth: int, known: dict[str, str], others: list[str]) -> str:
     named = " and ".join(f"{name}/" for name in sorted(known))
-    other = " ".join(sorted({"/".join(folders(i)[: depth + 1]) + "/" for i in others})[:4])
+    other = " ".join(others[:4])
     chosen = {split: name for name, split in sorted(known.items())}
     chosen = {s: chosen.get(s) or chosen.get("test" if s == "val" else "") for s in SPLITS}
     pairs = [f"{s}={'*/' * depth}{name}" for s, name in chosen.items() if name]
     option = " ".join(map(shlex.quote, pairs))
     return (
         f"{src}: {named} {'is' if len(known) == 1 else 'are'} called like a split, and beside it "
-        f"there {'is' if other.count(' ') == 0 else 'are'} {other or 'images without one'}; "
+        f"there {'is' if len(others) == 1 else 'are'} {other or 'images without one'}; "
         f"--splits none: no splits, all are classes; --splits {option}: the others are left out"
     )
 

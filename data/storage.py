@@ -115,8 +115,9 @@ def _cache(index: ShardIndex, config: LoaderConfig, base: str) -> ShardCache:
 
 def read_key(source: Source, shard: int, offset: int) -> str:
     """The key of the sample whose image lies at ``offset``; "" where its header is unreadable."""
-    header = source.read_many([(shard, max(offset - BLOCK, 0), BLOCK)])[0]
-    return "" if isinstance(header, Unreadable) else key_of(header)
+    start = max(offset - BLOCK - JSON_BYTES, 0)
+    blocks = source.read_many([(shard, start, offset - start)])[0]
+    return "" if isinstance(blocks, Unreadable) else key_of(blocks)
 
 
 def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, str]:
@@ -129,12 +130,12 @@ def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, st
     before, after = source.read_many(places)
     if isinstance(before, Unreadable):
         return "", ""
-    name = f"{raw_key(before[-BLOCK:])}.json".encode("utf-8", "surrogateescape")
+    name = f"{raw_key(before)}.json".encode("utf-8", "surrogateescape")
     facts = {}
     for data in (before, after):
         if not isinstance(data, Unreadable):
             facts |= _facts_in(data, name)
-    return key_of(before[-BLOCK:]), str(facts.get("source", ""))
+    return key_of(before), str(facts.get("source", ""))
 
 
 def _facts_in(blocks: bytes, name: bytes) -> dict[str, Any]:

@@ -174,6 +174,29 @@ def scan(read_at: ReadAt, end: int, start: int = 0) -> Iterator[Member | Damage]
     yield Damage("", end, "no end-of-archive mark (truncated?)")
 
 
+def name_behind(blocks: bytes) -> str:
+    """The name of the member whose data begin where ``blocks`` end; "" if these hold no header.
+
+    Names that are long or not ASCII stand in an extended header in front of the member's own, which
+    holds a replacement only (Python's tarfile writes ``?`` there).
+    """
+    own = len(blocks) - BLOCK
+    if own < 0 or not _valid(blocks[own:]):
+        return ""
+    for start in range(own - 2 * BLOCK, -1, -BLOCK):
+        header = blocks[start : start + BLOCK]
+        if header[156:157] in (b"x", b"L") and _valid(header):
+            try:
+                size = _number(header[124:136])
+                if start + BLOCK + _padded(size) != own:
+                    break
+                data = blocks[start + BLOCK : start + BLOCK + size]
+                return _extended(header[156:157], data).get("path") or _ustar_name(blocks[own:])
+            except ValueError:
+                break
+    return _ustar_name(blocks[own:])
+
+
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
     """What a pax header (x, g) or a GNU long name (L; K is a link's) says of the next member."""
     if len(data) > MAX_EXTENDED:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import tarfile
 import unicodedata
+import warnings
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,7 +29,10 @@ import pytest
 import simplejpeg
 
 from xcit_dino.cli import main
-from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.index import ShardIndex, printable, resolve_split
+from xcit_dino.data.storage import open_source, read_origin
+from xcit_dino.errors import InputError
 
 JPEG = simplejpeg.encode_jpeg(np.full((8, 8, 3), 99, np.uint8), quality=80)
 Files = str | dict[str, bytes]
@@ -375,7 +381,7 @@ def test_a_layout_gives_what_it_says_or_is_refused(
     out, err = capsys.readouterr()
     if layout.refused:
         assert code == 2 and re.search(layout.refused, err.strip()), err
-        assert err.splitlines()[-1].startswith("xcit-dino: ") and not list(dst.rglob("shard*"))
+        assert err.splitlines()[-1].startswith("xcit-dino: ") and not dst.exists()
         if not layout.out:
             return
         assert all(word.strip("'") in err for word in layout.remedy.split()), err
@@ -433,6 +439,184 @@ def test_links_are_followed_and_broken_ones_listed(tmp_path: Path):
     notes = json.loads((tmp_path / "dst" / "packing.json").read_bytes())["notes"]
     assert "left out: 1 links in a circle" in notes
     assert "4.jpg" in (tmp_path / "dst" / "quarantine.jsonl").read_text()
+
+
+def test_shards_inside_their_source_are_no_images(tmp_path: Path):
+    lay_out(Layout("", "a/1.jpg b/2.jpg"), tmp_path)
+    dst = tmp_path / "src" / "shards"
+    for _ in range(2):  # the second time, they are there
+        assert main(["shards", "make", str(tmp_path / "src"), str(dst)]) == 0
+        assert described(dst) == {"": "a:1 b:2"}
+
+
+# -- shards from elsewhere -------------------------------------------------------------------------
+
+
+def members(names: str) -> bytes:
+    """A tar of images, and of ``.cls`` with the number that follows a colon: ``1.cls:3``."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for word in names.split():
+            name, _, text = word.partition(":")
+            image = not text and name.rpartition(".")[2] in ("jpg", "png", "jfif")
+            data = JPEG if image else text.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+@dataclass
+class Foreign:
+    what: str
+    shards: dict[str, bytes]
+    out: dict[str, str] = field(default_factory=dict)
+    """By split: key:label of each sample, in order."""
+    said: tuple[str, ...] = ()
+    refused: str = ""
+    code: int = 0
+    as_webdataset: bool = True
+    """The webdataset library reads the same samples and labels."""
+
+
+FOREIGN = [
+    Foreign("cls", {"0.tar": members("1.jpg 1.cls:3 2.jpg 2.cls:0")}, {"": "1:3 2:0"}),
+    Foreign("txt and json", {"0.tar": members("1.jpg 1.txt:cat 1.json:{} 2.jpg 2.txt:dog")},
+            {"": "1:-1 2:-1"}, ("labels │ none", "not read │ 2 .txt")),
+    Foreign("words in cls", {"0.tar": members("1.jpg 1.cls:cat 2.jpg 2.cls:dog")},
+            {"": "1:-1 2:-1"}, ("unreadable label 'cat': .cls holds a number",), code=1,
+            as_webdataset=False),
+    Foreign("all images before all labels", {"0.tar": members("1.jpg 2.jpg 1.cls:0 2.cls:1")},
+            {"": "1:-1 2:-1"}, ("must follow each other (tar --sort=name)",), code=1,
+            as_webdataset=False),
+    Foreign("macOS's ._x", {"0.tar": members("._1.jpg:x 1.jpg ._1.cls:x 1.cls:5 ._2.jpg:x 2.jpg "
+            "._2.cls:x 2.cls:6")}, {"": "1:5 2:6"}, ("4 ._ files of macOS",)),
+    Foreign("keys with dots", {"0.tar": members("22.05.png 22.05.cls:1 22.10.png 22.10.cls:2 "
+            "23.05.png 23.05.cls:3")}, {"": "22:1 23:3"},
+            ("2 images in one sample: .05.png is taken, .10.png not",), code=1,
+            as_webdataset=False),
+    Foreign("several images a sample", {"0.tar": members("1.jpg 1.seg.png 1.cls:2")},
+            {"": "1:2"}, ("1 .seg.png",)),
+    Foreign("folders in keys", {"0.tar": members("./a.b/1.jpg ./a.b/1.cls:1 c/1.jpg c/1.cls:0")},
+            {"": "./a.b/1:1 c/1:0"}),
+    Foreign("keys that are long or not ASCII", {"0.tar": members(f"é.jpg {'x' * 150}.jpg")},
+            {"": f"é:-1 {'x' * 150}:-1"}),
+    Foreign("jfif", {"0.tar": members("1.jfif 1.cls:1")}, {"": "1:1"}, as_webdataset=False),
+    Foreign("far apart labels", {"0.tar": members("1.jpg 1.cls:0 2.jpg 2.cls:16000000")},
+            {"": "1:0 2:16000000"}, ("labels go up to 16,000,000, but only 2 different",), code=1),
+    Foreign("train and test", {"train/0.tar": members("1.jpg 1.cls:0"),
+            "test/0.tar": members("2.jpg 2.cls:0")}, {"train": "1:0", "val": "2:0"},
+            ("test serves as val",)),
+    Foreign("Training and Testing", {"Training/0.tar": members("1.jpg 1.cls:0"),
+            "Testing/0.tar": members("2.jpg 2.cls:0")}, {"train": "1:0", "val": "2:0"},
+            ("Testing serves as val", "Training serves as train")),
+    Foreign("train, val and test", {f"{name}/0.tar": members(f"{n}.jpg {n}.cls:0")
+            for n, name in enumerate(("train", "val", "test"))}, {"train": "0:0", "val": "1:0"},
+            ("test is used by no command, because val is the validation set",)),
+    Foreign("train and something else", {"train/0.tar": members("1.jpg"),
+            "more/0.tar": members("2.jpg")}, {"train": "1:-1"},
+            ("more holds shards and is not called like a split",)),
+    Foreign("parts of one set", {"p1/0.tar": members("1.jpg"), "p2/0.tar": members("2.jpg")},
+            {"": "1:-1 2:-1"}),
+    Foreign("train and val in one folder", {"x-train-0.tar": members("1.jpg"),
+            "x-val-0.tar": members("2.jpg")}, refused="holds shards of train and val together"),
+    Foreign("gzip called .tar", {"0.tar": gzip.compress(members("1.jpg"))},
+            refused="is compressed, and shards are read at any place"),
+    Foreign("tar.gz", {"0.tar.gz": gzip.compress(members("1.jpg"))}, refused="is compressed"),
+    Foreign("tgz beside a tar", {"0.tar": members("1.jpg"), "1.tgz": gzip.compress(b"x")},
+            refused="1.tgz is compressed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN, ids=[case.what for case in FOREIGN])
+def test_foreign_shards_are_read_as_webdataset_reads_them(
+    case: Foreign, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+):
+    monkeypatch.setenv("COLUMNS", "300")
+    for name, data in case.shards.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    code = main(["shards", "check", str(tmp_path), "--num_workers", "1"])
+    out, err = capsys.readouterr()
+    if case.refused:
+        assert code == 2 and case.refused in err
+        return
+    assert code == case.code, out + err
+    for line in case.said:
+        assert line in re.sub(" +", " ", out), out
+    for split, expected in case.out.items():
+        index = ShardIndex.load(resolve_split(tmp_path, split) if split else tmp_path)
+        assert " ".join(samples_of(index)) == expected
+        if case.as_webdataset:
+            assert list(webdataset_samples(index)) == samples_of(index)
+
+
+def samples_of(index: ShardIndex) -> list[str]:
+    source = open_source(index, LoaderConfig())
+    keys = [read_origin(source, index, n)[0] for n in range(index.num_samples)]
+    return [f"{key}:{label}" for key, label in zip(keys, index.labels, strict=True)]
+
+
+def webdataset_samples(index: ShardIndex) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from webdataset.tariterators import group_by_keys, tar_file_iterator
+    for shard in range(len(index.shards)):
+        with open(index.path(shard), "rb") as file:
+            named = [member | {"__url__": ""} for member in tar_file_iterator(file)]  # type: ignore[arg-type]
+        for sample in group_by_keys(named):
+            yield f"{sample['__key__']}:{int(sample.get('cls', b'-1'))}"
+
+
+@pytest.mark.parametrize("options", [
+    ["--hash"], ["--workers", "3"], ["--batch_size_per_gpu", "8"], ["--images_per_second", "9"],
+], ids=str)  # fmt: skip
+def test_options_of_check_without_effect_are_refused(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "0.tar").write_bytes(members("1.jpg"))
+    assert main(["shards", "check", str(tmp_path)]) == 0
+    assert main(["shards", "check", str(tmp_path), *options]) == 2
+    error = capsys.readouterr().err
+    assert options[0] in error
+    remedy = "--rebuild" if "--rebuild" in error else "--nodes 1"
+    assert main(["shards", "check", str(tmp_path), *options, *remedy.split()]) == 0
+
+
+def test_rebuilding_keeps_checksums(tmp_path: Path):
+    (tmp_path / "0.tar").write_bytes(members("1.jpg"))
+    assert main(["shards", "check", str(tmp_path), "--hash"]) == 0
+    before = ShardIndex.load(tmp_path).checksum
+    assert main(["shards", "check", str(tmp_path), "--rebuild"]) == 0
+    assert ShardIndex.load(tmp_path).checksum == before
+
+
+def test_far_apart_labels_are_refused_by_evaluations(tmp_path: Path):
+    from xcit_dino.eval.features import num_classes_of
+
+    (tmp_path / "0.tar").write_bytes(members("1.jpg 1.cls:0 2.jpg 2.cls:16000000"))
+    main(["shards", "check", str(tmp_path)])
+    with pytest.raises(InputError, match="labels go up to 16,000,000, but only 2 different"):
+        num_classes_of(ShardIndex.load(tmp_path))
+
+
+def test_names_in_other_encodings_can_be_joined(tmp_path: Path):
+    """What ``embed`` writes of a name that is no UTF-8 is what ``printable`` makes of it."""
+    name = b"caf\xe9.jpg"
+    folder = tmp_path / "src"
+    folder.mkdir()
+    (Path(os.fsdecode(bytes(folder) + b"/" + name))).write_bytes(JPEG)
+    (folder / "plain.jpg").write_bytes(JPEG)
+    assert main(["shards", "make", str(folder), str(tmp_path / "dst")]) == 0
+    index = ShardIndex.load(tmp_path / "dst")
+    source = open_source(index, LoaderConfig())
+    origins = {read_origin(source, index, n)[1] for n in range(2)}
+    assert origins == {printable(entry) for entry in os.listdir(folder)}
+    assert printable(os.fsdecode(name)) == r"caf\udce9.jpg"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "0.tar").write_bytes(members("caf\udce9.jpg caf\udce8.jpg"))
+    assert main(["shards", "check", str(tmp_path / "foreign")]) == 0
+    assert samples_of(ShardIndex.load(tmp_path / "foreign")) == [r"caf\udce9:-1", r"caf\udce8:-1"]
 
 
 def test_gzip_is_found_by_content_not_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
