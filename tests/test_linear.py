@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -196,7 +197,11 @@ def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run
         patch.setattr(augmented.Heads, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
             linear.run(config)
-        linear.run(config)
+        patch.chdir(run_folder.data.parent)  # other workers, another spelling: the same training
+        typed = run_folder.subject(
+            batch_size_per_gpu=32, num_workers=1, data_path=run_folder.data.name
+        )
+        linear.run(dataclasses.replace(config, subject=typed))
     assert len(steps) == 2 * (8 + 3), "two whole epochs were kept"
     again = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
     assert again["metrics"] == whole["metrics"] and again["grid"] == whole["grid"]
