@@ -109,7 +109,13 @@ def tell(network: Network, choice: Choice, metrics: dict[str, float], config: Li
         flush=True,
     )
     if len(config.lrs) > 1 and choice.lr in (min(config.lrs), max(config.lrs)):
-        print(f"  lr {choice.lr:g} is at the edge of the grid: widen --lrs", flush=True)
+        beyond = (2, 5) if choice.lr == max(config.lrs) else (0.5, 0.2)
+        wider = sorted({*config.lrs, *(choice.lr * factor for factor in beyond)})
+        print(
+            f"  lr {choice.lr:g} is at the edge of the grid, and the best may lie beyond it: add "
+            f"--lrs {' '.join(f'{lr:g}' for lr in wider)}",
+            flush=True,
+        )
 
 
 # -- training on cached features -------------------------------------------------------------------

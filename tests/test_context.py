@@ -66,9 +66,7 @@ def test_timms_networks_see_what_timm_shows_them(run_folder, tmp_path):
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     own = resolve_data_config(model=model)
     assert own["mean"] == (0.5, 0.5, 0.5) and own["input_size"][-1] == 160
-    config = run_folder.subject(
-        arch="timm/test_resnet", pretrained_weights=tmp_path / "theirs.pth"
-    )
+    config = run_folder.subject(arch="timm/test_resnet", pretrained_weights=tmp_path / "theirs.pth")
     subject, context = resolve(config, ONE)
     index = context.index("val")
     found = extract(pretrained(subject), index, "val", context).blocks["cls"]

@@ -17,6 +17,7 @@ from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.heads import Choice, Heads, best, cosine, grid, hold_out
 from xcit_dino.eval.linear import accuracy, top_hits, train_cached
+from xcit_dino.eval.subject import Network
 from xcit_dino.train.provenance import digest
 
 CPU = torch.device("cpu")
@@ -206,3 +207,11 @@ def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run
     again = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
     assert again["metrics"] == whole["metrics"] and again["grid"] == whole["grid"]
     assert not list(run_folder.path.glob("*.state.pth"))
+
+
+def test_the_edge_of_the_grid_is_pointed_out_with_a_wider_one(capsys):
+    network = Network("pretrained", torch.nn.Identity(), {})
+    config = LinearConfig(lrs=(0.1, 0.01))
+    for lr, wider in ((0.1, "0.01 0.1 0.2 0.5"), (0.01, "0.002 0.005 0.01 0.1")):
+        linear.tell(network, Choice("cls", lr, 0.0), {"top1": 1.0, "top5": 2.0}, config)
+        assert capsys.readouterr().out.endswith(f"add --lrs {wider}\n")
