@@ -193,7 +193,7 @@ def _named(
     named = {s: _by_folder(part) if in_folders[s] else part for s, part in parts.items()}
     if how in ("", FOLDER_LABELS):
         if any(in_folders.values()):
-            _check_masks(classes, config)
+            _check_masks(classes, found, config)
         return _devkit(named, in_folders, src), any(in_folders.values())
     flat = [split for split in parts if not in_folders[split]]
     if not flat:
@@ -248,12 +248,17 @@ def _from_file(
     return named | {s: in_order(named[s], config.labels) for s in splits}
 
 
-def _check_masks(classes: set[str], config: MakeConfig) -> None:
+def _check_masks(classes: set[str], found: Found, config: MakeConfig) -> None:
+    """Refuse folders of masks as a class of their own."""
     masks = sorted(name for name in classes if name.lower() in MASKS)
     if masks and len(classes) <= 3 and config.labels is None:
-        images = sorted(classes - set(masks)) or ["images"]
+        images = (sorted(classes - set(masks)) or ["images"])[0]
+        pairs = [
+            f"{split}={folder.replace('*', images, 1) if '*' in folder else f'{folder}/{images}'}"
+            for split, folder in found.spelled.items()
+        ] or [f"train={images}"]
         raise InputError(
-            f"{config.src}: {masks[0]}/ beside {images[0]}/ looks like masks of the images; name "
-            f"the images alone with --splits, such as --splits train={images[0]}, or say with "
-            "--labels folders that both are classes"
+            f"{config.src}: {masks[0]}/ beside {images}/ looks like masks of the images; name the "
+            f"images alone with --splits {' '.join(map(shlex.quote, pairs))}, or say with --labels "
+            "folders that both are classes"
         )

@@ -150,6 +150,7 @@ def given_splits(raw: list[Image], options: Sequence[str], src: str) -> Found:
     for images in (raw, unwrap(raw)):
         parts, left = _matched(images, patterns)
         if all(parts.values()):
+            _check_inner(parts, patterns)
             notes = [f"left out: {left:,} images outside --splits"] if left else []
             spelled = {split: "/".join(parts) for split, parts in patterns.items()}
             return Found(parts, spelled, notes)
@@ -160,6 +161,20 @@ def given_splits(raw: list[Image], options: Sequence[str], src: str) -> Found:
         f"--splits {missing}={'/'.join(patterns[missing])}: {src} has no images in such a folder; "
         f"it has {', '.join(there[:6]) or 'no folders'}"
     )
+
+
+def _check_inner(parts: dict[str, list[Image]], patterns: dict[str, list[str]]) -> None:
+    """Refuse splits inside a split, which would be taken for classes."""
+    for split, part in parts.items():
+        tops = {above[0] for image in part if (above := folders(image))}
+        inner = split_folders(tops)
+        if set(inner) == tops and len(set(inner.values())) > 1:
+            folder = "/".join(patterns[split])
+            pairs = " ".join(shlex.quote(f"{s}={folder}/{n}") for n, s in sorted(inner.items()))
+            raise InputError(
+                f"--splits {split}={folder}: that folder holds splits itself; name them: "
+                f"--splits {pairs}"
+            )
 
 
 def _matched(

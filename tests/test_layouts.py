@@ -162,6 +162,17 @@ SPLITS = [
            {"train": "-:1", "val": "-:2"}, said=("left out: 2 .txt files",)),
     Layout("images and masks", "images/1.jpg masks/2.jpg", {"train": "-:1"},
            refused="masks/ beside images/ looks like masks", remedy="--splits train=images"),
+    Layout("images and masks, each in splits", "images/train/1.jpg images/val/2.jpg "
+           "masks/train/3.jpg masks/val/4.jpg", {"train": "-:1", "val": "-:2"},
+           refused="masks/ beside images/ looks like masks",
+           remedy="--splits train=images/train val=images/val"),
+    Layout("splits, each with images and masks", "train/images/1.jpg train/masks/2.jpg "
+           "val/images/3.jpg val/masks/4.jpg", {"train": "-:1", "val": "-:3"},
+           refused="masks/ beside images/ looks like masks",
+           remedy="--splits train=train/images val=val/images"),
+    Layout("splits inside a split", "images/train/1.jpg images/val/2.jpg x/3.jpg", {},
+           "--splits train=images", refused="holds splits itself; name them: "
+           "--splits train=images/train val=images/val"),
     Layout("only test", "test/a/1.jpg test/b/2.jpg", {"val": "a:1 b:2"},
            said=("split: test/ -> val",)),
 ]  # fmt: skip
