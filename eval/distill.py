@@ -23,6 +23,7 @@ from xcit_dino.eval.supervised_data import open_data
 from xcit_dino.eval.supervised_trainer import Method, build_model, with_input_settings
 from xcit_dino.eval.train_config import DistillConfig, TeacherConfig
 from xcit_dino.inputs import InputSettings
+from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.weights import input_settings, load_backbone
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.train import dist, stop
@@ -53,6 +54,9 @@ def distill(config: DistillConfig) -> None:
     ours = InputSettings.of_run(dict(options(config))) or InputSettings()
     checkpoint = Checkpoints(run.output_dir).newest()
     teacher, about = build_teacher(config.teacher, data.num_classes, ours, checkpoint)
+    size = teacher.size or config.regularization.input_size
+    name = config.teacher.teacher_model
+    check_sizes(teacher.network, name, {"teacher_size": size}, features=False)
     # into the run's options, so that a run whose teacher has moved away does not go on with another
     config = replace(config, {"teacher_size": teacher.size})
     teacher.to(world.device)

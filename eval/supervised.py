@@ -23,6 +23,7 @@ from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, set_hyper
 from xcit_dino.eval.supervised_trainer import Method, Trainer, set_up
 from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.eval.validation import accuracies, record
+from xcit_dino.models.probe import check_sizes
 from xcit_dino.ssl.pretrain import seed_drop_path
 from xcit_dino.train import dist, memory, optim, stop
 from xcit_dino.train.config import dump_yaml
@@ -88,6 +89,8 @@ def train(
         RunError: gradients are no numbers any more.
     """
     run = config.run
+    sizes = {"input_size": config.regularization.input_size}
+    check_sizes(model, config.model.arch, sizes, features=False)
     global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
     plan = plan_of(config, data.train, global_batch)
     steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as there are

@@ -141,8 +141,14 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
+# What timm's networks call it when images of other sizes than their own are let in: ViTs resample
+# their positions, Swins pad their windows. At their own size both compute what they did.
+_ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+
+
 def _create_timm(name: str, **kwargs: Any) -> nn.Module:
-    """A timm model, headless at num_classes 0, with ``embed_dim`` added where it lacks one."""
+    """A timm model, headless at num_classes 0, with ``embed_dim``, the width of its features; it
+    takes images of any size where timm has that."""
     import timm
 
     if not timm.is_model(name):
@@ -150,11 +156,16 @@ def _create_timm(name: str, **kwargs: Any) -> nn.Module:
         raise InputError(
             f"arch timm/{name}: this timm ({timm.__version__}) has no such model{hint}"
         )
-    try:
-        model: Any = timm.create_model(name, pretrained=False, **kwargs)
-    except TypeError as error:  # an argument this model does not take
-        raise InputError(f"arch timm/{name}: {_first_line(error)}") from error
-    model.embed_dim = model.num_features
+    model: Any = None
+    for any_size in _ANY_SIZE:
+        try:
+            model = timm.create_model(name, pretrained=False, **any_size, **kwargs)
+            break
+        except TypeError as error:  # an argument this model does not take
+            if not any_size:
+                raise InputError(f"arch timm/{name}: {_first_line(error)}") from error
+    # convolutional networks widen their features once more before the classifier
+    model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
     return model
 
 

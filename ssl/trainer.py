@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
-from xcit_dino.models.zoo import create_model
+from xcit_dino.models.probe import check_sizes
+from xcit_dino.models.zoo import TIMM_PREFIX, create_model
 from xcit_dino.ssl import dino
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
@@ -71,10 +72,17 @@ def set_up(
     dtype: of the forward pass; data: checksum of the index; global_batch: images a step.
 
     Raises:
-        InputError: an option that the backbone does not have.
+        InputError: an option that the backbone does not have, or crops of a size that it does not
+            take.
     """
     device = world.device
     student, teacher = dino.build(config.model, config.head, config.run.seed)
+    if config.model.arch.startswith(TIMM_PREFIX):
+        crops = config.crops
+        sizes = {"global_crops_size": crops.global_crops_size}
+        if crops.local_crops_number:
+            sizes["local_crops_size"] = crops.local_crops_size
+        check_sizes(student.backbone, config.model.arch, sizes, features=True)
     if world.size > 1:
         syncbn.convert(student)
         syncbn.convert(teacher)

@@ -327,6 +327,16 @@ def test_the_callback_gets_the_teacher_at_epoch_ends(shards, tmp_path):
     assert [x["knn"] for x in logged(tmp_path) if "knn" in x] == [12.5, 12.5]
 
 
+@pytest.mark.parametrize("arch", ["timm/test_vit", "timm/mobilenetv3_small_050"])
+def test_steps_of_timms_networks_on_crops_of_two_sizes(arch):
+    """Positions are resampled; the head is as wide as the features."""
+    options = {"arch": arch, "drop_path_rate": 0.0, "global_crops_size": 64, "local_crops_size": 32}
+    trainer = trainer_for(replace(PretrainConfig(), TINY | options))
+    batch = batch_of(torch.randn(2, 4, 3, 64, 64), torch.randn(2, 4, 3, 32, 32))
+    now = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False)
+    assert train_step(trainer, [batch], now)["loss"].isfinite()
+
+
 def test_nothing_compiled_runs_in_any_evaluation(shards, uninterrupted, tmp_path):
     """The one before the first step of --init_from included."""
     stances = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import xcit_dino
 from xcit_dino.errors import InputError
+from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.zoo import canonical_name, create_model, list_models, model_spec
 
 
@@ -81,6 +83,54 @@ def test_name_or_recipe_but_not_both() -> None:
         create_model()
     with pytest.raises(InputError, match="either"):
         create_model("xcit_pico_6_p8", config="recipe.yaml")
+
+
+FAMILIES = (
+    "mobilenetv3_small_050 vgg11 resnet10t test_vit test_efficientnet vit_tiny_patch16_224 "
+    "swin_tiny_patch4_window7_224 hgnet_tiny ghostnet_050 mambaout_femto efficientvit_b0 "
+    "inception_next_atto test_convnext edgenext_xx_small regnety_002 deit3_small_patch16_224"
+).split()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if timm.is_model(name)])
+def test_timm_backbones_have_the_width_of_their_features_and_take_both_crops(name) -> None:
+    with torch.device("meta"):  # shapes alone
+        model, images = create_model(f"timm/{name}"), [torch.empty(1, 3, s, s) for s in (96, 224)]
+    widths = {model.eval()(batch).shape for batch in images}
+    assert widths == {(1, model.embed_dim)}
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_networks_that_take_any_size_are_those_of_timm_at_their_own(name) -> None:
+    torch.manual_seed(0)
+    ours, theirs = create_model(f"timm/{name}").eval(), timm.create_model(name, num_classes=0)
+    theirs.load_state_dict(ours.state_dict())  # the same names
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "words"),
+    [
+        ("timm/vit_tiny_patch16_224", 100, "take --local_crops_size 96, or"),
+        ("timm/efficientformer_l1", 96, "take --local_crops_size 224, or"),
+    ],
+)
+def test_sizes_that_a_network_does_not_take_are_refused_with_one_that_it_takes(arch, size, words):
+    model = create_model(arch)
+    sizes = {"global_crops_size": 224, "local_crops_size": size}
+    with pytest.raises(InputError, match=f"--local_crops_size {size}: {arch} .*{words}") as error:
+        check_sizes(model, arch, sizes, features=True)
+    assert "\n" not in str(error.value) and model.training
+    near = int(re.findall(r"take --local_crops_size (\d+)", str(error.value))[0])
+    check_sizes(model, arch, sizes | {"local_crops_size": near}, features=True)
+
+
+def test_a_network_without_one_vector_an_image_is_refused() -> None:
+    model = create_model("timm/resnet10t", global_pool="")
+    with pytest.raises(InputError, match=r"it gives \[1, 512, 3, 3\] for an image instead of 512"):
+        check_sizes(model, "timm/resnet10t", {"local_crops_size": 96}, features=True)
 
 
 def test_timm_backbones() -> None:

@@ -1,0 +1,64 @@
+"""Does a backbone take images of these sizes, found by trying before a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from xcit_dino.errors import InputError
+
+
+def check_sizes(model: nn.Module, arch: str, sizes: dict[str, int], features: bool) -> None:
+    """Put an image of every size through ``model``, which stays as it is.
+
+    arch: for messages; sizes: option -> side in pixels; features: whether the output has to be one
+    vector of ``model.embed_dim``.
+
+    Raises:
+        InputError: it fails, or gives something else; names the nearest size that it takes.
+    """
+    for option, size in sizes.items():
+        output = _tried(model, size)
+        if isinstance(output, Exception):
+            near = next((s for s in _candidates(model, size) if _takes(model, s)), None)
+            remedy = f"take --{option} {near}, or another --arch" if near else "take another --arch"
+            reason = " ".join(str(output).split())[:120] or type(output).__name__
+            raise InputError(
+                f"--{option} {size}: {arch} does not take images of that size ({reason}); {remedy}"
+            )
+        given = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if features and given != [1, model.embed_dim]:
+            raise InputError(
+                f"--arch {arch}: it gives {given} for an image instead of {model.embed_dim} "
+                "features; take another --arch"
+            )
+
+
+def _takes(model: nn.Module, size: int) -> bool:
+    return not isinstance(_tried(model, size), Exception)
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, size: int) -> object:
+    """The output for one black image, or the exception."""
+    training = {module: module.training for module in model.modules()}
+    weight = next(model.parameters())
+    try:
+        return model.eval()(weight.new_zeros(1, 3, size, size))
+    except Exception as error:  # each network has its own way
+        return error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _candidates(model: nn.Module, size: int) -> Iterable[int]:
+    """Sizes to propose: near multiples of the patch size, of 32, and the network's own."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 32)
+    patch = patch[0] if isinstance(patch, tuple | list) else patch
+    for step in (int(patch), 32):
+        near = max(1, round(size / step)) * step
+        yield from (near, near + step)
+    yield getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]
