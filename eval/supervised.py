@@ -17,7 +17,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from xcit_dino.data.loader import Batch, CropLoader
-from xcit_dino.errors import Stopped
+from xcit_dino.errors import Stopped, warn
 from xcit_dino.eval.supervised_data import HostAugment, LabelledData, plan_of
 from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, set_hyperparameters
 from xcit_dino.eval.supervised_trainer import Method, Trainer, set_up
@@ -95,6 +95,8 @@ def train(
     plan = plan_of(config, data.train, global_batch)
     steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as there are
     schedule = Schedule(config, steps_per_epoch, global_batch)
+    for remark in config.remarks() if world.is_main else ():
+        warn(remark)
     loader = CropLoader(
         data.train,
         plan,

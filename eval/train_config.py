@@ -186,6 +186,17 @@ class FinetuneConfig:
                     f"{patch}, say {near}"
                 )
 
+    def remarks(self) -> list[str]:
+        """What the options do together that one would not expect, a line each."""
+        epochs, warmup = self.run.epochs, self.optim.warmup_epochs
+        found = self.optim.remarks(epochs)
+        if not found and self.cooldown_epochs and warmup + self.cooldown_epochs >= epochs:
+            found.append(
+                f"--warmup_epochs {warmup:g} and --cooldown_epochs {self.cooldown_epochs:g} with "
+                f"--epochs {epochs}: the learning rate falls to --min_lr at once after the warm-up"
+            )
+        return found
+
 
 @dataclass(frozen=True)
 class TeacherConfig:

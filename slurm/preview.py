@@ -24,6 +24,8 @@ def preview(launch: Launch, cluster: str) -> None:
         )
         for name, value in facts.items():
             print(f"{name:<26}{value}")
+        for remark in getattr(stage.config, "remarks", list)():
+            print(f"{'WARNING':<26}{remark}")
         print(f"\n-- options\n{dump_yaml(stage.config)}", end="")
         if cluster == "slurm":
             from xcit_dino.slurm.submit import script

@@ -150,6 +150,11 @@ class PretrainConfig:
                 "--group_backward: the head's batch-norm needs all crops at once; leave out one of "
                 "--group_backward and --use_bn_in_head"
             )
+        if not float(self.dino.warmup_teacher_temp_epochs).is_integer():
+            raise InputError(
+                f"--warmup_teacher_temp_epochs {self.dino.warmup_teacher_temp_epochs}: the "
+                "temperature moves once an epoch, so take a whole number"
+            )
         if self.crops.num_crops == 1:
             raise InputError(
                 "--global_crops_number 1 --local_crops_number 0: with one view of an image there "
@@ -166,6 +171,34 @@ class PretrainConfig:
                     f"--{name} {size}: {self.model.arch} needs a multiple of its patch size "
                     f"{patch}, say {near}"
                 )
+
+    def remarks(self) -> list[str]:
+        """What the options do together that one would not expect, a line each."""
+        epochs, method = self.run.epochs, self.dino
+        found = self.optim.remarks(epochs)
+        if self.head.freeze_last_layer >= epochs:
+            found.append(
+                f"--freeze_last_layer {self.head.freeze_last_layer:g} with --epochs {epochs}: the "
+                "prototypes are never trained"
+            )
+        warmup, start = method.warmup_teacher_temp_epochs, method.warmup_teacher_temp
+        if warmup > epochs and start != method.teacher_temp:
+            found.append(
+                f"--warmup_teacher_temp_epochs {warmup:g} with --epochs {epochs}: the teacher's "
+                f"temperature does not reach --teacher_temp {method.teacher_temp:g}"
+            )
+        if not warmup and start not in (DinoConfig.warmup_teacher_temp, method.teacher_temp):
+            found.append(
+                f"--warmup_teacher_temp {start:g} has no effect with --warmup_teacher_temp_epochs 0"
+            )
+        if method.momentum_teacher == 1:
+            found.append("--momentum_teacher 1: the teacher stays as it is at the start")
+        if self.online.knn_every > epochs:
+            found.append(
+                f"--knn_every {self.online.knn_every} with --epochs {epochs}: no k-NN while "
+                "pretraining goes on"
+            )
+        return found
 
 
 def recipe_path(arch: str) -> Path:

@@ -144,6 +144,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
     plan = Plan.of(index, config.loader, seed=run.seed, batch_size=global_batch)
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)
+    for remark in config.remarks() if world.is_main else ():
+        warn(remark)
     dist.from_main(lambda: open_run(config, run))
     if config.loader.shard_url is None:
         dist.from_main(lambda: check_shards(index))

@@ -2,6 +2,7 @@
 runs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -206,6 +207,19 @@ def test_other_backbones_have_timms_layers():
     model = create_model("timm/vit_tiny_patch16_224", num_classes=4)
     scales = {g["lr_scale"] for g in parameter_groups(model, 0.5)}
     assert scales == {0.5**i for i in range(14)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"warmup_epochs": 20}, "--warmup_epochs 20 with --epochs 10: .*50%"),
+        ({"cooldown_epochs": 9}, "--cooldown_epochs 9 .*falls to --min_lr at once"),
+        ({"cooldown_epochs": 5, "warmup_epochs": 4}, ""),
+    ],
+)
+def test_schedules_that_the_run_is_too_short_for_are_remarked(options, words):
+    remarks = replace(FinetuneConfig(), {"epochs": 10, "warmup_epochs": 2} | options).remarks()
+    assert len(remarks) == bool(words) and all(re.search(words, remark) for remark in remarks)
 
 
 def test_schedule():

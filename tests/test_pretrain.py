@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from xcit_dino.data.demo import make
 from xcit_dino.data.loader import Batch
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval.subject import run_options
+from xcit_dino.slurm.preview import preview
+from xcit_dino.slurm.stages import launch_config
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
 from xcit_dino.ssl.pretrain import learn, pretrain, seed_drop_path, teach, train_step
 from xcit_dino.ssl.schedule import Hyperparameters
@@ -367,6 +370,41 @@ def test_bad_input_writes_nothing(options, words, shards, tmp_path):
     with pytest.raises(InputError, match=words):
         pretrain(tiny(shards, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"warmup_epochs": 10}, "--warmup_epochs 10 .*ends at 20% of the learning rate's way"),
+        ({"warmup_epochs": 2}, "--warmup_epochs 2 .*rises to the end"),
+        ({"freeze_last_layer": 2}, "--freeze_last_layer 2 .*prototypes are never trained"),
+        (
+            {"warmup_teacher_temp_epochs": 5, "teacher_temp": 0.07},
+            "--warmup_teacher_temp_epochs 5 .*does not reach --teacher_temp 0.07",
+        ),
+        ({"warmup_teacher_temp": 0.02}, "--warmup_teacher_temp 0.02 has no effect"),
+        ({"momentum_teacher": 1}, "--momentum_teacher 1: the teacher stays"),
+        ({"knn_every": 3}, "--knn_every 3 .*no k-NN"),
+    ],
+)
+def test_schedules_that_the_run_is_too_short_for_are_remarked(options, words):
+    usual = {"epochs": 2, "warmup_epochs": 1, "knn_every": 1}
+    assert not replace(PretrainConfig(), usual).remarks()
+    (remark,) = replace(PretrainConfig(), usual | options).remarks()
+    assert re.search(words, remark)
+
+
+def test_remarks_are_said_where_training_begins_and_in_a_dry_run(shards, tmp_path, capsys):
+    pretrain(tiny(shards, tmp_path / "run", warmup_epochs=10, knn_every=1, max_steps=1))
+    assert "WARNING: --warmup_epochs 10 with --epochs 2" in capsys.readouterr().err
+    words = f"--data_path {shards} --output_dir {tmp_path}/dry --epochs 2 --warmup_epochs 10"
+    preview(launch_config(words.split()), "local")
+    assert re.search(r"WARNING +--warmup_epochs 10 with --epochs 2", capsys.readouterr().out)
+
+
+def test_a_part_of_an_epoch_is_no_warm_up_of_the_temperature():
+    with pytest.raises(InputError, match=r"--warmup_teacher_temp_epochs 0\.5: .*whole number"):
+        replace(PretrainConfig(), {"warmup_teacher_temp_epochs": 0.5})
 
 
 def test_arch_picks_its_recipe_and_flags_win():

@@ -57,6 +57,16 @@ class OptimConfig:
         within(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay", "weight_decay_end")
         within(self, 0, 1e6, "warmup_epochs", "clip_grad")
 
+    def remarks(self, epochs: int) -> list[str]:
+        """What the schedules of ``epochs`` epochs do that one would not expect, a line each."""
+        if self.warmup_epochs < epochs:
+            return []
+        given = f"--warmup_epochs {self.warmup_epochs:g} with --epochs {epochs}"
+        if self.warmup_epochs == epochs:
+            return [f"{given}: the learning rate rises to the end of the run, and never falls"]
+        share = epochs / self.warmup_epochs
+        return [f"{given}: the run ends at {share:.0%} of the learning rate's way to its peak"]
+
 
 @dataclass(frozen=True)
 class RunConfig:
