@@ -18,7 +18,7 @@ from xcit_dino.slurm.stages import launch_config, return_class
 from xcit_dino.train.config import option_types, options, parse, replace
 
 WORDS = {  # options that are text and no path
-    "arch", "teacher_model", "split", "aa", "prefix", "may_change", "label_column",
+    "arch", "teacher_model", "split", "aa", "prefix", "may_change", "label_column", "splits",
     "partition", "account", "qos", "constraint", "exclude", "comment", "mem", "slurm", "job_name",
     "stages", "setup", "stage",
 }  # fmt: skip

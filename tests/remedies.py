@@ -1,0 +1,636 @@
+"""Messages that name an option or a command: a command line that provokes each, and its remedy
+followed by the letter.
+
+Folders in the lines: ``{shards}`` 96 + 48 labelled images, ``{plain}`` such without labels,
+``{away}`` an index without its shards, ``{photos}`` two class folders, ``{run}`` a pretraining run,
+``{weights}`` a network without a run, ``{tmp}`` an empty folder.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tests.victims import TINY
+
+
+class Case(NamedTuple):
+    """One message."""
+
+    message: str
+    """Part of its text in the code, ``{}`` for what is filled in; the whole text after ``=``."""
+    bad: str
+    """The command line that is answered with it."""
+    good: tuple[str, ...]
+    """Command lines that do what it says; the last one does what was wanted."""
+
+
+def case(message: str, bad: str, *good: str) -> Case:
+    return Case(message, bad, good)
+
+
+SIZE = "--epochs 1 --batch_size_per_gpu 48 --num_workers 0 --device cpu"
+NETWORK = "--arch xcit_pico_6_p8"
+SMALL = " ".join(f"--{k} {v}" for k, v in TINY.items() if k not in ("batch_size_per_gpu", "epochs"))
+PRETRAIN = f"pretrain {SMALL} {SIZE} --warmup_epochs 0 --knn_every 0 --output_dir {{tmp}}/run"
+FINETUNE = (
+    f"finetune {NETWORK} {SIZE} --input_size 32 --warmup_epochs 0 --eval_every 0 "
+    "--output_dir {tmp}/tuned"
+)
+DISTILL = FINETUNE.replace("finetune", "distill", 1)
+PLAIN = "--num_workers 0 --device cpu --crop_size 32"
+BARE = f"{NETWORK} --pretrained_weights {{weights}} {PLAIN} --output_dir {{tmp}}/out"
+KNN = f"knn {BARE} --nb_knn 5"
+EMBED = f"embed {{tmp}}/embedded {BARE}"
+LAUNCH = f"launch {NETWORK} --ngpus 0 --dry_run"
+
+# -- answered by the option parser: only the parser is called --------------------------------------
+
+PARSED = [
+    case("--crops_ratio must be", "pretrain --crops_ratio 2 1", "pretrain --crops_ratio 0.01 100"),
+    case(
+        "--color_jitter must lie",
+        "pretrain --color_jitter 2 0.4 0.2 0.1",
+        "pretrain --color_jitter 1 0 1 0.5",
+    ),
+    case("--blur_sigma must be", "pretrain --blur_sigma 3 1", "pretrain --blur_sigma 0.1 100"),
+    case(
+        "--{} must be two shares of the area",
+        "pretrain --global_crops_scale 0.5 0.2",
+        "pretrain --global_crops_scale 0.01 1",
+    ),
+    case(
+        "--train_scale must be two shares",
+        "finetune --train_scale 0.5 0.2",
+        "finetune --train_scale 0.08 1",
+    ),
+    case(
+        "--split must be a plain name", "shards make a b --split a/b", "shards make a b --split val"
+    ),
+    case(
+        "--resize_size {}: must be at least",
+        "knn --resize_size 32 --crop_size 64",
+        "knn --resize_size 64 --crop_size 64",
+        "knn --resize_size -1 --crop_size 64",
+    ),
+    case(
+        "--quality: no image is encoded again without --resize",
+        "shards make a b --quality 80",
+        "shards make a b --quality 80 --resize 64",
+    ),
+    case(
+        "--seed: nothing is random with --shuffle false",
+        "shards make a b --seed 1 --shuffle false",
+        "shards make a b --seed 1",
+    ),
+    case(
+        "--{}: is for the preflight; add --nodes or --gpus",
+        "shards check a --batch_size_per_gpu 8",
+        "shards check a --batch_size_per_gpu 8 --nodes 1",
+        "shards check a --batch_size_per_gpu 8 --gpus 1",
+    ),
+    case(
+        "--decoder cuda: serves --protocol dino only",
+        "linear --decoder cuda",
+        "linear --decoder cuda --protocol dino",
+    ),
+    case("--nb_knn: give one or more", "knn --nb_knn", "knn --nb_knn 5"),
+    case("--{}: give at least one", "linear --lrs", "linear --lrs 0.1"),
+    case(
+        "--{} {}: must be from {} to {}",
+        "pretrain --lr -1",
+        "pretrain --lr 0",
+        "pretrain --lr 1000",
+    ),
+    case("--{} {}: must be {}", "pretrain --epochs x", "pretrain --epochs 5"),
+    case("=unknown option --{}{}", "knn --nb_kn 5", "knn --nb_knn 5"),
+    case("unknown option --{}{}{}", f"{LAUNCH} --epoch 5", f"{LAUNCH} --epochs 5"),
+    case("--{} needs a value", "pretrain --config", "pretrain --epochs 5"),
+    case("={} (see {} --help)", "pretrain --epochs x", "pretrain --epochs 5"),
+    case(
+        "there is no recipe for 384 pixels",
+        "finetune --arch xcit_pico_6_p8_384",
+        "finetune --arch xcit_pico_6_p8 --input_size 384",
+    ),
+    case(
+        "--model_ema_decay must be below 1",
+        "finetune --model_ema_decay 1",
+        "finetune --model_ema_decay 0.99",
+    ),
+    case("--decoder cuda: RandAugment works", "finetune --decoder cuda", "finetune --decoder host"),
+    case(
+        "mixup pairs images, so it must be even",
+        "finetune --batch_size_per_gpu 3 --mixup 0.8",
+        "finetune --batch_size_per_gpu 4 --mixup 0.8",
+        "finetune --batch_size_per_gpu 3 --mixup 0 --cutmix 0",
+    ),
+    case(
+        "--input_size {}: {} needs a multiple",
+        "finetune --input_size 100",
+        "finetune --input_size 96",
+    ),
+    case(
+        "--{} {}: {} needs a multiple of its patch size",
+        f"pretrain {NETWORK} --global_crops_size 100",
+        f"pretrain {NETWORK} --global_crops_size 96",
+    ),
+    case(
+        "--output {}: the name must end in",
+        "weights extract a.pth --output b.txt",
+        "weights extract a.pth --output b.pth",
+    ),
+    case(
+        "is PASSL's layout; drop the option",
+        "weights convert a.pth --output b.pdparams --layout timm",
+        "weights convert a.pth --output b.pdparams",
+    ),
+    case(
+        "--drop_path_rate {}: must be at least 0 and below 1",
+        "pretrain --drop_path_rate 1",
+        "pretrain --drop_path_rate 0.9",
+    ),
+    case(
+        "--fsdp: --precision fp16",
+        "pretrain --fsdp true --precision fp16",
+        "pretrain --fsdp true --precision bf16",
+        "pretrain --fsdp true --precision fp32",
+    ),
+    case(
+        "leave out one of --group_backward and --use_bn_in_head",
+        "pretrain --group_backward true --use_bn_in_head true",
+        "pretrain --group_backward true",
+        "pretrain --use_bn_in_head true",
+    ),
+    case(
+        "with one view of an image there is nothing to compare",
+        "pretrain --global_crops_number 1 --local_crops_number 0",
+        "pretrain --global_crops_number 2 --local_crops_number 0",
+        "pretrain --global_crops_number 1 --local_crops_number 2",
+    ),
+    case(
+        "--{}{}: must not hold line breaks",
+        f"{LAUNCH} --comment 'a\nb'",
+        f"{LAUNCH} --comment 'a b'",
+    ),
+    case("--{}{} {}: must be from {} to 1e7", f"{LAUNCH} --nodes 0", f"{LAUNCH} --nodes 1"),
+    case(
+        "--signal_delay {}: must be at most half",
+        f"{LAUNCH} --timeout 2 --signal_delay 90",
+        f"{LAUNCH} --timeout 2 --signal_delay 60",
+    ),
+    case(
+        "write KEY=VALUE, with KEY a long option",
+        f"{LAUNCH} --slurm qos",
+        f"{LAUNCH} --slurm licenses=a",
+    ),
+    case(
+        "the launcher sets this one itself",
+        f"{LAUNCH} --slurm signal=TERM --comment a",
+        f"{LAUNCH} --comment a",
+    ),
+    case("--slurm {}: give --{} instead", f"{LAUNCH} --slurm time=60", f"{LAUNCH} --timeout 60"),
+    case(
+        "must hold no % and no control", f"{LAUNCH} --output_dir a%j", f"{LAUNCH} --output_dir aj"
+    ),
+    case(
+        "--{}.*: that stage is not in --stages",
+        f"{LAUNCH} --knn.nb_knn 5",
+        f"{LAUNCH} --stages pretrain,knn --knn.nb_knn 5",
+    ),
+    case(
+        "name one or more stages, each once",
+        f"{LAUNCH} --stages knn,knn",
+        f"{LAUNCH} --stages pretrain,knn",
+    ),
+    case(
+        "--stages: no stage {}{}",
+        f"{LAUNCH} --stages pretrain,kn",
+        f"{LAUNCH} --stages pretrain,knn",
+    ),
+    case(
+        "--seeds: give each seed once",
+        f"{LAUNCH} --seeds 1 1",
+        f"{LAUNCH} --seeds 1 2 --stages pretrain",
+    ),
+    case(
+        "--{}.output_dir: name the run folder, or put pretrain",
+        "launch --stages knn",
+        "launch --stages knn --knn.output_dir {run}",
+        f"{LAUNCH} --stages pretrain,knn",
+    ),
+    case(
+        "not an option of the launcher; for a stage write --{}.OPTION",
+        "launch --stages knn --knn.output_dir {run} --nb_knn 5",
+        "launch --stages knn --knn.output_dir {run} --knn.nb_knn 5",
+    ),
+    case(
+        "=--config {}: {}",
+        "pretrain --config {tmp}/none.yaml",
+        "pretrain --config {run}/config.yaml",
+    ),
+    case(
+        "--config {}: must hold lines of 'name: value'",
+        "pretrain --config {tmp}/list.yaml",
+        "pretrain --config {run}/config.yaml",
+    ),
+    case(
+        "--config {}: not YAML",
+        "pretrain --config {tmp}/broken.yaml",
+        "pretrain --config {run}/config.yaml",
+    ),
+]
+
+# -- answered by the command itself: the command is run --------------------------------------------
+
+RUN = [
+    case("no command {}{} (see xcit-dino --help)", "knm", "--help"),
+    case(
+        "holds no shards (*.tar); make some: xcit-dino shards make SRC {}",
+        "shards check {empty}",
+        "shards make {photos} {empty}",
+        "shards check {empty}",
+    ),
+    case(
+        "no {} shards there; make them with: xcit-dino shards make SRC {}",
+        f"{EMBED} --data_path {{empty}} --split train",
+        "shards make {photos} {empty}",
+        f"{EMBED} --data_path {{empty}} --split train",
+    ),
+    case(
+        "holds tars but no {}; make it with: xcit-dino shards check {}",
+        f"{KNN} --data_path {{tars}}",
+        "shards check {tars}/train",
+        "shards check {tars}/val",
+        f"{KNN} --data_path {{tars}}",
+    ),
+    case(
+        "cannot be used ({}); build it again with: xcit-dino shards check {} --rebuild",
+        f"{KNN} --data_path {{damaged}}",
+        "shards check {damaged}/train --rebuild",
+        f"{KNN} --data_path {{damaged}}",
+    ),
+    case(
+        "is one set of shards, and {} needs another one",
+        f"{KNN} --data_path {{shards}}/train",
+        "shards make {parts} {empty}",
+        f"{KNN} --data_path {{empty}}",
+    ),
+    case(
+        "holds shards already; train on it with --data_path",
+        "shards make {shards}/train {tmp}/new",
+        f"{PRETRAIN} --data_path {{shards}}/train",
+    ),
+    case(
+        "index them: xcit-dino shards check",
+        "shards make {tars}/train {tmp}/new",
+        "shards check {tars}/train",
+    ),
+    case(
+        "give them with --labels FILE, or leave {} out with --splits {}",
+        "shards make {mixed} {tmp}/new",
+        "shards make {mixed} {tmp}/new --labels {mixed}.csv",
+        "shards make {mixed} {tmp}/second --splits train=train",
+    ),
+    case(
+        "--hash: the shards have an index already; add --rebuild",
+        "shards check {damaged}/val --hash",
+        "shards check {damaged}/val --hash --rebuild",
+    ),
+    case(
+        "--label_column {}: {} has no such column",
+        "shards make {flat} {tmp}/new --labels {mixed}.csv --label_column kind",
+        "shards make {flat} {tmp}/new --labels {mixed}.csv --label_column label",
+    ),
+    case(
+        "--label_column: there is no list of labels; give one with --labels",
+        "shards make {flat} {tmp}/new --label_column label",
+        "shards make {flat} {tmp}/new --label_column label --labels {mixed}.csv",
+    ),
+    case(
+        "--splits {}: expected SPLIT=FOLDER",
+        "shards make {parts} {tmp}/new --splits train",
+        "shards make {parts} {tmp}/new --splits train=train",
+    ),
+    case(
+        "--splits {}={}: {} has no images in such a folder",
+        "shards make {parts} {tmp}/new --splits train=nothing",
+        "shards make {parts} {tmp}/new --splits train=train",
+    ),
+    case(
+        "--split {}: --splits says already",
+        "shards make {parts} {tmp}/new --split val --splits train=train",
+        "shards make {parts} {tmp}/new --splits train=train",
+    ),
+    case(
+        "--label_map: {} has no labels",
+        "shards make {flat} {tmp}/new --label_map {classes}",
+        "shards make {flat} {tmp}/new",
+    ),
+    case(
+        "no image of {} is in a class of --label_map",
+        "shards make {photos} {tmp}/new --label_map {tmp}/others.txt",
+        "shards make {photos} {tmp}/new --label_map {classes}",
+    ),
+    case(
+        "is not in the split packed before into",
+        "shards make {others} {trainonly} --split val",
+        "shards make {others} {tmp}/another --split val",
+    ),
+    case(
+        "the images carry no labels, and an accuracy needs them",
+        f"{KNN} --data_path {{plain}}",
+        "shards make {parts} {empty}",
+        f"{KNN} --data_path {{empty}}",
+    ),
+    case(
+        "fewer than one global batch of {}; lower --batch_size_per_gpu",
+        f"{PRETRAIN} --data_path {{shards}} --batch_size_per_gpu 500",
+        f"{PRETRAIN} --data_path {{shards}} --batch_size_per_gpu 96",
+    ),
+    case(
+        "--shard_url pipe:COMMAND needs {shard} where",
+        f"{PRETRAIN} --data_path {{shards}} --shard_url pipe:cat --cache_dir {{tmp}}/c",
+        f"{PRETRAIN} --data_path {{shards}} --cache_dir {{tmp}}/c "
+        "--shard_url 'pipe:cat {shards}/train/{{shard}}'",
+    ),
+    case(
+        "--shard_url pipe:COMMAND needs --cache_dir",
+        f"{PRETRAIN} --data_path {{shards}} --shard_url 'pipe:cat {{shards}}/train/{{{{shard}}}}'",
+        f"{PRETRAIN} --data_path {{shards}} --cache_dir {{tmp}}/c "
+        "--shard_url 'pipe:cat {shards}/train/{{shard}}'",
+    ),
+    case(
+        "--cache_gb {} is too small",
+        f"{PRETRAIN} --data_path {{shards}} --cache_dir {{tmp}}/c --cache_gb 1e-6 "
+        "--shard_url 'pipe:cat {shards}/train/{{shard}}'",
+        f"{PRETRAIN} --data_path {{shards}} --cache_dir {{tmp}}/c --cache_gb 1 "
+        "--shard_url 'pipe:cat {shards}/train/{{shard}}'",
+    ),
+    case(
+        "--arch: needed, as {} holds no config.yaml",
+        f"knn --pretrained_weights {{weights}} {PLAIN} --output_dir {{tmp}}/o "
+        "--data_path {shards}",
+        f"{KNN} --data_path {{shards}}",
+    ),
+    case("--data_path: needed, as {} holds no config.yaml", KNN, f"{KNN} --data_path {{shards}}"),
+    case(
+        "holds no checkpoint: pretrain first, or name a file with --pretrained_weights",
+        f"knn {NETWORK} {PLAIN} --nb_knn 5 --data_path {{shards}} --output_dir {{tmp}}/run",
+        f"{PRETRAIN} --data_path {{shards}}",
+        f"knn {NETWORK} {PLAIN} --nb_knn 5 --data_path {{shards}} --output_dir {{tmp}}/run",
+        f"{KNN} --data_path {{shards}}",
+    ),
+    case(
+        "--arch {}: only XCiT has class attention",
+        "attention {flat} {tmp}/maps --arch timm/resnet18 --pretrained_weights {weights}",
+        "attention {flat} {tmp}/maps --arch xcit_pico_6_p8 --pretrained_weights {weights} "
+        "--device cpu --image_size 32",
+    ),
+    case(
+        "is missing: the folder that xcit-dino shards make wrote",
+        PRETRAIN,
+        f"{PRETRAIN} --data_path {{shards}}",
+    ),
+    case(
+        "timm knows no such policy",
+        f"{FINETUNE} --data_path {{shards}} --aa wrong",
+        f"{FINETUNE} --data_path {{shards}} --aa rand-m9-mstd0.5-inc1",
+    ),
+    case(
+        "--teacher_path is missing: timm has no weights for our",
+        f"{DISTILL} --data_path {{shards}} --teacher_model xcit_pico_6_p8",
+        f"{FINETUNE} --data_path {{shards}}",
+        f"{DISTILL} --data_path {{shards}} --teacher_model xcit_pico_6_p8 "
+        "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
+    ),
+    case(
+        "--teacher_model {}: timm has no such model",
+        f"{DISTILL} --data_path {{shards}} --teacher_model regnety_16",
+        f"{FINETUNE} --data_path {{shards}}",
+        f"{DISTILL} --data_path {{shards}} --teacher_model xcit_pico_6_p8 "
+        "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
+    ),
+    case(
+        "name a teacher of these classes with --teacher_path",
+        f"{DISTILL} --data_path {{shards}} --teacher_model regnety_160.deit_in1k",
+        f"{FINETUNE} --data_path {{shards}}",
+        f"{DISTILL} --data_path {{shards}} --teacher_model xcit_pico_6_p8 "
+        "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
+    ),
+    case(
+        "tells {} classes apart, and the data have {}; train a head on these data",
+        f"evaluate {BARE} --data_path {{shards}} --head {{heads}}/other.pth",
+        f"linear {BARE} --data_path {{shards}} --epochs 1 --lrs 0.1 --layers cls",
+        f"evaluate {BARE} --data_path {{shards}} --head {{tmp}}/out/linear_head.safetensors",
+    ),
+    case(
+        "name the backbone it belongs to with --arch and --pretrained_weights",
+        f"evaluate {BARE} --data_path {{shards}} --head {{heads}}/wide.pth",
+        f"linear {BARE} --data_path {{shards}} --epochs 1 --lrs 0.1 --layers cls",
+        f"evaluate {BARE} --data_path {{shards}} --head {{tmp}}/out/linear_head.safetensors",
+    ),
+    case(
+        "but the model is {}; change --arch or the file",
+        f"{KNN} --data_path {{shards}} --arch xcit_nano_12_p16",
+        f"{KNN} --data_path {{shards}}",
+    ),
+    case(
+        "or finetune these with --new_head true",
+        f"{FINETUNE} --data_path {{shards}} --pretrained_weights {{heads}}/classifier.pth",
+        f"{FINETUNE} --data_path {{shards}} --pretrained_weights {{heads}}/classifier.pth "
+        "--new_head true",
+    ),
+    case(
+        "prototypes, but the head {}; add --out_dim {}",
+        f"{PRETRAIN} --data_path {{shards}} --init_from {{run}} --out_dim 64",
+        f"{PRETRAIN} --data_path {{shards}} --init_from {{run}} --out_dim 32",
+    ),
+    case(
+        "does not fit the model ({}); check --arch and the file",
+        f"{KNN} --data_path {{shards}} --pretrained_weights {{heads}}/half.pth",
+        f"{KNN} --data_path {{shards}}",
+    ),
+    case(
+        "--prefix {}: no such names in",
+        "weights extract {weights} --output {tmp}/a.pth --prefix nothing",
+        "weights extract {weights} --output {tmp}/a.pth --prefix student",
+    ),
+    case(
+        "timm has no {}; it has patch 8 and 16 of the paper",
+        "weights convert {weights} --output {tmp}/a.pth --layout timm",
+        "weights convert {weights} --output {tmp}/a.pth --layout official",
+    ),
+    case(
+        "--results {}: cannot be read ({})",
+        "weights export {weights} --output {tmp}/a.safetensors --results {tmp}/none",
+        "weights export {weights} --output {tmp}/a.safetensors",
+    ),
+    case(
+        "says where the shards of train lie, not those of val",
+        f"{KNN} --data_path {{away}} --cache_dir {{tmp}}/c "
+        "--shard_url 'pipe:cat {shards}/train/{{shard}}'",
+        f"{KNN} --data_path {{away}} --cache_dir {{tmp}}/c "
+        "--shard_url 'pipe:cat {shards}/{{split}}/{{shard}}'",
+    ),
+    case(
+        "--nb_knn {}: ",
+        f"knn {BARE} --data_path {{shards}} --nb_knn 500",
+        f"knn {BARE} --data_path {{shards}} --nb_knn 96",
+    ),
+    case(
+        "=--output {}: {}",
+        "report {run} --output {classes}/report.html",
+        "report {run} --output {tmp}/report.html",
+    ),
+    case(
+        "use --device cpu, or check CUDA_VISIBLE_DEVICES",
+        f"{KNN} --data_path {{shards}} --device cuda",
+        f"{KNN} --data_path {{shards}} --device cpu",
+    ),
+    case(
+        "--precision fp16 needs a GPU",
+        f"{PRETRAIN} --data_path {{shards}} --precision fp16",
+        f"{PRETRAIN} --data_path {{shards}} --precision bf16",
+    ),
+    case(
+        "--decoder cuda needs CUDA",
+        f"{PRETRAIN} --data_path {{shards}} --decoder cuda",
+        f"{PRETRAIN} --data_path {{shards}} --decoder host",
+    ),
+    case(
+        "--compile on: this backbone has no blocks",
+        f"{PRETRAIN} --data_path {{shards}} --arch timm/resnet18 --compile on "
+        "--global_crops_size 32 --local_crops_size 32",
+        f"{PRETRAIN} --data_path {{shards}} --arch timm/resnet18 --compile auto "
+        "--global_crops_size 32 --local_crops_size 32",
+    ),
+    case(
+        "choose another folder, or allow it with --may_change",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}} --lr 0.1 --epochs 2",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}} --lr 0.1 --epochs 2 "
+        "--may_change lr epochs",
+    ),
+    case(
+        "=--output_dir {}: {}",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{classes}}/run",
+        f"{PRETRAIN} --data_path {{shards}}",
+    ),
+    case(
+        "the global batch is {} and was {}",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}} --batch_size_per_gpu 24",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}} --batch_size_per_gpu 24 "
+        "--accum_iter 2",
+        f"{PRETRAIN} --data_path {{shards}} --batch_size_per_gpu 24",
+    ),
+    case(
+        "--data_path: the shards changed under this run",
+        f"{PRETRAIN} --data_path {{redrawn}} --output_dir {{run}}",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}}",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{tmp}}/another",
+    ),
+    case(
+        "--output_dir {}: no run is there; put pretrain into --stages",
+        "launch --cluster local --stages report --report.output_dir {tmp}/none",
+        f"{LAUNCH} --output_dir {{tmp}}/none --stages pretrain,report",
+    ),
+    case(
+        "--data_path: name the folder with the shards (xcit-dino shards make)",
+        f"launch {NETWORK} --ngpus 0 --cluster local --output_dir {{tmp}}/r",
+        "shards make {photos} {empty}",
+        f"{LAUNCH} --data_path {{empty}}",
+    ),
+    case(
+        "--nodes {}: one machine is one node; give --cluster slurm",
+        f"{LAUNCH} --nodes 2 --cluster local",
+        f"{LAUNCH} --nodes 2 --cluster slurm",
+    ),
+    case(
+        "the global batch of {} is more than the {} images of {}; take less",
+        f"launch {NETWORK} --ngpus 0 --cluster local --data_path {{shards}} "
+        "--batch_size_per_gpu 97 --output_dir {tmp}/r",
+        f"{PRETRAIN} --data_path {{shards}} --batch_size_per_gpu 96",
+    ),
+    case(
+        "with GPUs, each has one process; leave --nproc out",
+        f"launch {NETWORK} --cluster slurm --dry_run --ngpus 2 --nproc 2",
+        f"launch {NETWORK} --cluster slurm --dry_run --ngpus 2",
+        f"launch {NETWORK} --cluster slurm --dry_run --ngpus 0 --nproc 2",
+    ),
+    case(
+        "--cluster debug is one process; give",
+        f"{LAUNCH} --cluster debug --nproc 2",
+        f"{LAUNCH} --cluster debug --nproc 1",
+        f"{LAUNCH} --cluster local --nproc 2",
+    ),
+    case(
+        "--ngpus {}: a node has {}; {}",
+        f"launch {NETWORK} --cluster local --dry_run --ngpus 2",
+        f"launch {NETWORK} --cluster local --dry_run",
+    ),
+]
+
+# -- not run here, and why -------------------------------------------------------------------------
+
+ELSEWHERE = {
+    # of the launcher: need SLURM, several ranks, or a second process
+    "--cluster slurm: SLURM does not answer": "test_launch.py turns SLURM off and on",
+    "SLURM does not answer here ({})": "test_launch.py turns SLURM off and on",
+    "is at work there; see `xcit-dino launch status`": "test_launch.py, with a live process",
+    "is already called {}; give another --job_name": "needs a queue: test_slurm_cluster.py",
+    "--partition {}: no such partition": "needs a queue: test_slurm_cluster.py",
+    "a global batch of {} does not divide among": "needs a job that shrank: test_job.py",
+    "a node has {}; takes {}": "says what is done, and asks nothing",
+    "no index.json is there, seen from this machine": "part of a dry run's answer: test_launch.py",
+    "--data_path is not given": "part of a dry run's answer: test_launch.py",
+    "holds an earlier rehearsal; remove it": "needs a rehearsal of minutes: test_launch.py",
+    "does not get on; see: xcit-dino launch status": "comes after an hour in a queue",
+    "has no such log": "needs a finished job: test_launch.py",
+    "the result above is not stored, as {} cannot be written": "a disk that fails: test_results.py",
+    "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",
+    # need several processes, GPUs or a fault
+    "cannot be split evenly over": "needs several ranks: test_loader.py",
+    "process {} of this node has no GPU of its own": "needs GPUs",
+    "is in use by {}; wait for it": "needs a second process: test_lock.py",
+    "gradients were not finite in all {} steps": "a diverging run: test_log.py",
+    "loader workers died {} times": "killed workers: test_faults_inside.py",
+    "no image can be read in place of an unreadable one": "damaged shards: test_loader.py",
+    "and had {} when it was indexed (xcit-dino shards check": "truncated shards: test_storage.py",
+    "--teacher_model {}: timm's weights could not be fetched": "needs the network",
+    "videos need PyAV": "needs PyAV to be missing: test_attention.py",
+    "no alarms for collapse: --batch_size_per_gpu {}": "a warning of a run: test_sentinel.py",
+    "--grad_checkpointing: this backbone does not have it": "no such backbone: test_compiler.py",
+    "--output_dir {}: cannot be written to": "a read-only folder: test_read_only.py",
+    # layouts and lists, whose remedies tests/test_layouts.py follows
+    **dict.fromkeys(
+        [
+            "are both called like {}",
+            "number the classes from 0 on, where they are packed with --label_map",
+            '--label_column {}: {} holds {"path", "label"} lines',
+            "--label_column: {} comes with its labels",
+            "--label_column: {} has no columns",
+            "--labels folders: {} has no folders",
+            "--labels {}: it holds labels in the order of the images",
+            "--labels: {} is a list, which holds the labels itself",
+            "--split {}: the rows of {} say the split",
+            "--splits: {} is a list, whose rows say the split",
+            "--splits: {} is one split; give the folder above it",
+            "exists, and is no data set that torchvision downloads",
+            "differ in case only; rename one, or say with --label_map",
+            "none of its {} files exists",
+            "could be {} or {}; write their paths",
+            "looks like masks of the images",
+            "could each be the label; choose with --label_column",
+            "list these numbers in a file, one a line, and give --label_map",
+        ],
+        "a layout or a list",
+    ),
+    "--arch: the network takes {} channels": "weights for grey images: tests of the zoo",
+    "and this run has {} and {}": "a warning that a run begins with",
+    "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",
+    # data that a test of its own makes
+    "--split {}: {} holds {}": "names what there is: test_pack.py",
+    "labels are numbers, but {} is none": "test_pack.py, with such a list",
+    "name other classes; pack both with one label map": "test_features.py",
+    "--data_path {}: holds no images": "an index of nothing: test_features.py",
+    "--data_path {}: none of the images can be read": "damaged shards: test_embed.py",
+    "has no {}; make shards with: xcit-dino shards make SRC": "another entry: test_index.py",
+}
