@@ -93,6 +93,11 @@ PARSED = [
         "linear --decoder cuda",
         "linear --decoder cuda --protocol dino",
     ),
+    case(
+        "--warmup_teacher_temp_epochs {}: the temperature moves once an epoch",
+        "pretrain --warmup_teacher_temp_epochs 1.5",
+        "pretrain --warmup_teacher_temp_epochs 2",
+    ),
     case("--nb_knn: give one or more", "knn --nb_knn", "knn --nb_knn 5"),
     case("--{}: give at least one", "linear --lrs", "linear --lrs 0.1"),
     case(
@@ -586,7 +591,10 @@ ELSEWHERE = {
     "has no such log": "needs a finished job: test_launch.py",
     "the result above is not stored, as {} cannot be written": "a disk that fails: test_results.py",
     "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",
+    "instead of {} features; take another --arch": "no such network at hand",
+    "--{} {}: {} does not take images of that size": "networks of timm for one size: test_zoo.py",
     # need several processes, GPUs or a fault
+    "whose statistics cannot be shared among processes": "needs several ranks: test_syncbn.py",
     "cannot be split evenly over": "needs several ranks: test_loader.py",
     "process {} of this node has no GPU of its own": "needs GPUs",
     "is in use by {}; wait for it": "needs a second process: test_lock.py",
@@ -603,6 +611,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         [
             "are both called like {}",
+            "that folder holds splits itself; name them",
             "number the classes from 0 on, where they are packed with --label_map",
             '--label_column {}: {} holds {"path", "label"} lines',
             "--label_column: {} comes with its labels",
