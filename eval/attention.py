@@ -2,12 +2,15 @@
 ``visualize_attention.py``; XCiT's class attention, arXiv 2106.09681, figure 1).
 
 For ``photo.jpg``: ``DST/photo/head-0.png`` ..., ``mean.png`` and ``all.png``, the photo and every
-map side by side. For an animated GIF or WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a
-video: ``DST/video.mp4``.
+map side by side (``DST/photo.jpg/`` where there is a ``photo.png`` too). For an animated GIF or
+WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a video: ``DST/video.mp4``.
 """
 
 from __future__ import annotations
 
+import io
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.data.files import unfinished_folder, write_atomically
 from xcit_dino.errors import InputError
 from xcit_dino.eval import video
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
+from xcit_dino.eval.results import check_writable
 from xcit_dino.eval.train_config import AttentionConfig
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.xcit import XCiT
@@ -32,6 +37,8 @@ from xcit_dino.train.state import weights_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 ANIMATED = (".gif", ".webp")
+ENDINGS = ("", ".gif", ".mp4")  # of what is written for a file: a folder, an animation, a video
+WRITTEN = re.compile(r"(head-\d+|mean|all)\.png")  # in that folder
 COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white (like "inferno")
     [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (246, 215, 70), (252, 255, 164)]
 )
@@ -46,12 +53,14 @@ def run(config: AttentionConfig) -> None:
         InputError: no weights, no XCiT, or nothing that can be read.
     """
     files = images_in(config.src)
+    names = output_names(files, config.dst)
+    check_writable(config.dst, "name another folder for the maps", option="DST")
     world = dist.init(config.device)
     model, context = network(config, world)
     bad = []
     for path in track(files, "attention", len(files), "images"):
         try:
-            write_maps(model, path, config, context)
+            write_maps(model, path, names[path], config, context)
         except BadImage as reason:
             bad.append(f"{path}: {reason}")
     for line in bad:
@@ -84,6 +93,39 @@ def readable(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES + video.SUFFIXES
 
 
+def output_names(files: list[Path], dst: Path) -> dict[Path, str]:
+    """What each file's maps are called: ``photo`` for ``photo.jpg``; where two would then be
+    called alike (``photo.png``), all of them ``photo.jpg``.
+
+    Raises:
+        InputError: two would still be called alike, or would take the place of other files.
+    """
+    both = ""
+    for names in ([path.stem for path in files], [path.name for path in files]):
+        taken = Counter(f"{name}{end}".casefold() for name in names for end in ENDINGS)
+        if max(taken.values()) == 1:
+            check_free(files, names, dst)
+            return dict(zip(files, names, strict=True))
+        both = next(name for name, count in taken.items() if count > 1)
+        print(f"two files would have maps called {both}: all names keep their endings", flush=True)
+    raise InputError(f"{files[0].parent}: two files would have maps called {both}; rename one")
+
+
+def check_free(files: list[Path], names: list[str], dst: Path) -> None:
+    """The maps replace nothing but maps of an earlier call.
+
+    Raises:
+        InputError: names what is in their place.
+    """
+    sources = {path.resolve() for path in files}
+    for place in (dst / f"{name}{end}" for name in names for end in ENDINGS):
+        inside = [path.name for path in place.iterdir()] if place.is_dir() else []
+        other = [name for name in inside if not WRITTEN.fullmatch(name)]
+        if place.resolve() in sources or other:
+            what = f"holds {sorted(other)[0]}, not of attention" if other else "is a source"
+            raise InputError(f"{place}: {what}; name another folder for the maps")
+
+
 def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
     """The XCiT with its weights, on its device in evaluation mode, and how images reach it.
 
@@ -111,8 +153,10 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
     return model.to(world.device).eval(), context
 
 
-def write_maps(model: XCiT, path: Path, config: AttentionConfig, context: Context) -> None:
-    """The maps of one file; see the module's docstring.
+def write_maps(
+    model: XCiT, path: Path, name: str, config: AttentionConfig, context: Context
+) -> None:
+    """The maps of one file, called ``name``; see the module's docstring.
 
     Raises:
         BadImage: it cannot be read.
@@ -120,7 +164,7 @@ def write_maps(model: XCiT, path: Path, config: AttentionConfig, context: Contex
     if path.suffix.lower() in video.SUFFIXES:
         with (
             video.reading(path) as frames,
-            video.writing(config.dst / f"{path.stem}.mp4", frames.rate) as maps,
+            video.writing(config.dst / f"{name}.mp4", frames.rate) as maps,
         ):
             for frame in track(frames, path.name, frames.count, "frames"):
                 maps.write(pictures_of(model, frame, config, context)["all"])
@@ -128,11 +172,12 @@ def write_maps(model: XCiT, path: Path, config: AttentionConfig, context: Contex
     frames, durations = zip(*read_frames(path), strict=True)
     pictures = [pictures_of(model, frame, config, context) for frame in frames]
     if len(pictures) == 1:
-        for name, picture in pictures[0].items():
-            save(config.dst / path.stem / f"{name}.png", [picture])
+        with unfinished_folder(config.dst / name) as folder:
+            for part, picture in pictures[0].items():
+                save(folder / f"{part}.png", [picture])
     else:
         every = [picture["all"] for picture in pictures]
-        save(config.dst / f"{path.stem}.gif", every, duration=list(durations), loop=0)
+        save(config.dst / f"{name}.gif", every, duration=list(durations), loop=0)
 
 
 def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
@@ -208,8 +253,8 @@ def overlay(photo: Pixels, heat: NDArray[np.float32]) -> Pixels:
 def save(path: Path, pictures: list[Pixels], **options: Any) -> None:
     """Write a PNG, or a GIF of several, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
+    content = io.BytesIO()
     first, *rest = (Image.fromarray(picture) for picture in pictures)
     more = {"save_all": True, "append_images": rest} if rest else {}
-    first.save(partial, **more, **options)
-    partial.replace(path)
+    first.save(content, path.suffix[1:], **more, **options)
+    write_atomically(path, [content.getvalue()])

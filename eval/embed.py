@@ -11,13 +11,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.files import unfinished_folder
 from xcit_dino.data.index import ShardIndex
 from xcit_dino.data.storage import open_source, read_origin
 from xcit_dino.errors import InputError
@@ -26,6 +27,7 @@ from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import extracted
 from xcit_dino.eval.gallery import nearest_others
 from xcit_dino.eval.pictures import Pixels, mosaic, photos
+from xcit_dino.eval.results import check_writable
 from xcit_dino.eval.subject import networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train import dist
@@ -49,47 +51,43 @@ def run(config: EmbedConfig) -> None:
         raise InputError(f"--data_path {index.root}: holds no images")
     dst = config.dst or config.subject.output_dir / "embeddings" / config.split
     dst = Path(os.path.abspath(dst))
-    unfinished = dst.with_name(f".{dst.name}.tmp")
-    dist.from_main(lambda: begin(dst, unfinished))
-    for network in networks(config.subject, subject):
-        cache = extracted(network, index, config.split, context)
-        samples = np.flatnonzero(np.load(cache.path / "seen.npy"))
-        if not len(samples):
-            raise InputError(f"--data_path {index.root}: none of the images can be read")
-        if not world.is_main:
-            continue
-        ending = network.suffix.replace("/", "-")
-        features = copied(cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy")
-        if config.examples:
-            picture = neighbours(index, samples, features, context, config)
-            Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
-        if not ending:
-            write_names(index, samples, unfinished / "images.csv", context.loader)
-        print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
+    dist.from_main(lambda: check_free(dst))
+    with unfinished_folder(dst) if world.is_main else nullcontext(dst) as unfinished:
+        for network in networks(config.subject, subject):
+            cache = extracted(network, index, config.split, context)
+            samples = np.flatnonzero(np.load(cache.path / "seen.npy"))
+            if not len(samples):
+                raise InputError(f"--data_path {index.root}: none of the images can be read")
+            if not world.is_main:
+                continue
+            ending = network.suffix.replace("/", "-")
+            features = copied(cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy")
+            if config.examples:
+                picture = neighbours(index, samples, features, context, config)
+                Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
+            if not ending:
+                write_names(index, samples, unfinished / "images.csv", context.loader)
+            print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
     if world.is_main:
-        shutil.rmtree(dst, ignore_errors=True)
-        os.replace(unfinished, dst)
         print(f"features: {dst}", flush=True)
     dist.barrier()
 
 
-def begin(dst: Path, unfinished: Path) -> None:
-    """Make the folder to write into, which is to take the place of ``dst``: nothing may be there
-    but what this command has written.
+def check_free(dst: Path) -> None:
+    """Nothing may be where the folder is to be but what this command has written.
 
     Raises:
         InputError: something else is there, or it cannot be written.
     """
+    check_writable(dst.parent, "choose another folder", option="DST")
     try:
         there = {path.name for path in dst.iterdir()} if dst.exists() else set()
-        other = sorted(name for name in there if not WRITTEN.fullmatch(name))
-        if other or (there and "features.npy" not in there):
-            named = (*other, *sorted(there))[0]
-            raise InputError(f"{dst}: holds {named}, not of embed; choose a folder of its own")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{dst}: {error.strerror}; choose another folder") from error
+    other = sorted(name for name in there if not WRITTEN.fullmatch(name))
+    if other or (there and "features.npy" not in there):
+        named = (*other, *sorted(there))[0]
+        raise InputError(f"{dst}: holds {named}, not of embed; choose a folder of its own")
 
 
 def copied(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:

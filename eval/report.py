@@ -16,6 +16,7 @@ from xcit_dino.eval import report_accuracy, report_origin, report_training
 from xcit_dino.eval.config import ReportConfig
 from xcit_dino.eval.page import chips, document, moment, navigation, plain, section
 from xcit_dino.eval.report_training import spans
+from xcit_dino.eval.results import check_writable
 from xcit_dino.eval.runs import Run, read_runs
 from xcit_dino.train.provenance import now, write_atomic
 
@@ -31,10 +32,12 @@ def run(config: ReportConfig) -> None:
     """
     runs = read_runs(config.folders)
     output = config.output or config.folders[0] / "report.html"
+    remedy = "name another file: --output FILE.html"
+    check_writable(output.parent, remedy, option="--output")
     try:
         write_atomic(output, page(runs, config.pictures))
     except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}") from error
+        raise InputError(f"--output {output}: {error.strerror}; {remedy}") from error
     print(f"report: {output}", flush=True)
 
 

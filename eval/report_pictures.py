@@ -19,7 +19,7 @@ from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import replace
-from xcit_dino.train.state import Checkpoints
+from xcit_dino.train.state import newest_checkpoint
 
 CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
@@ -62,9 +62,9 @@ def crops(images: Images) -> str:
 
 def attention(images: Images) -> str:
     """Class-attention maps of every head over validation (else training) photos."""
-    weights = next((p for p in reversed(Checkpoints(images.run.folder).all())), None)
+    weights = newest_checkpoint(images.run.folder)
     if weights is None:
-        raise InputError("no checkpoint in the run folder")
+        raise InputError("no whole checkpoint in the run folder")
     model = create_model(images.options["arch"], num_classes=0)
     load_backbone(weights, model)
     index = images.train

@@ -14,7 +14,7 @@ from xcit_dino.train.provenance import LOCK, record_result
 from xcit_dino.train.run import FREE
 
 
-def check_writable(folder: Path, remedy: str) -> None:
+def check_writable(folder: Path, remedy: str, option: str = "--output_dir") -> None:
     """Refuse, before any work, a folder that results cannot be written to; makes nothing.
 
     Raises:
@@ -24,7 +24,7 @@ def check_writable(folder: Path, remedy: str) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"--output_dir {folder}: cannot be written to; {remedy}")
+        raise InputError(f"{option} {folder}: cannot be written to; {remedy}")
 
 
 def write_result(

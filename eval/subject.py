@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
+from xcit_dino.eval.results import check_writable
 from xcit_dino.models.weights import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.train import dist
@@ -61,12 +62,18 @@ class Pixels(nn.Module):
 
 def resolve(config: SubjectConfig, world: dist.World) -> tuple[Subject, Context]:
     """What is evaluated, and how images reach it; what the options leave out comes from the run
-    folder.
+    folder; where that is a new one, from the run folder that the weights come from.
 
     Raises:
         InputError: no arch, data or weights, with the option that gives them.
     """
-    run = run_options(config.output_dir)
+    weights_folder = config.pretrained_weights
+    check_writable(
+        config.output_dir,
+        "name another folder for the results: --output_dir ELSEWHERE --pretrained_weights "
+        f"{weights_folder or config.output_dir}",
+    )
+    run = run_options(config.output_dir) or (run_options(weights_folder) if weights_folder else {})
     arch = config.arch or run.get("arch")
     if not arch:
         raise InputError(f"--arch: needed, as {config.output_dir} holds no config.yaml of a run")

@@ -26,7 +26,7 @@ from xcit_dino.train.config import replace
 from xcit_dino.train.precision import resolve_precision
 from xcit_dino.train.provenance import file_checksum
 from xcit_dino.train.run import fingerprint
-from xcit_dino.train.state import Checkpoints, TrainState, weights_file
+from xcit_dino.train.state import Checkpoints, TrainState, is_whole, weights_file
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
@@ -102,7 +102,8 @@ def set_up(
 
 def started(folder: Path) -> bool:
     """Whether a run folder holds a whole checkpoint, which then has all weights needed."""
-    return Checkpoints(folder).newest() is not None
+    found = Checkpoints(folder).all()
+    return dist.from_main(lambda: any(is_whole(path) for path in reversed(found)))
 
 
 def with_input_settings(config: Config) -> Config:

@@ -104,10 +104,10 @@ def test_a_video(run_folder, photo, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "av", None)  # as where it is not installed
         with pytest.raises(InputError, match=r"pip install av.*ffmpeg -i VIDEO frames"):
-            attention.run(config_for(run_folder, clip, tmp_path))
+            attention.run(config_for(run_folder, clip, tmp_path / "none"))
     av = pytest.importorskip("av", reason="PyAV is not installed")
     with pytest.raises(InputError, match="no image in it could be read"):
-        attention.run(config_for(run_folder, clip, tmp_path))
+        attention.run(config_for(run_folder, clip, tmp_path / "none"))
     with video.writing(clip, Fraction(10)) as writer:
         for i in range(3):
             writer.write(np.roll(photo[:44], 9 * i, 1))
@@ -132,3 +132,31 @@ def test_bad_input(run_folder, photo, tmp_path):
         attention.run(config_for(run_folder, tmp_path / "x.png", tmp_path, arch="timm/resnet10t"))
     with pytest.raises(InputError, match="--arch: needed"):
         attention.run(AttentionConfig(tmp_path / "x.png", output_dir=tmp_path / "none"))
+
+
+def test_no_map_takes_the_place_of_another_or_of_a_source(run_folder, photo, tmp_path, capsys):
+    src, dst = tmp_path / "src", tmp_path / "maps"
+    src.mkdir()
+    for name in ("a.jpg", "a.png", "b.png"):
+        Image.fromarray(photo).save(src / name)
+    attention.run(config_for(run_folder, src, dst))
+    assert sorted(path.name for path in dst.iterdir()) == ["a.jpg", "a.png", "b.png"]
+    assert "would have maps called a: all names keep their endings" in capsys.readouterr().out
+    assert len({(dst / name / "all.png").read_bytes() for name in ("a.jpg", "a.png")}) == 2
+    (dst / "b.png" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"b\.png: holds notes\.txt, not of attention"):
+        attention.run(config_for(run_folder, src, dst))
+    clip = src / "clip.gif"
+    Image.fromarray(photo).save(clip)
+    with pytest.raises(InputError, match=r"clip\.gif: is a source"):
+        attention.run(config_for(run_folder, clip, src))
+
+
+def test_maps_of_a_network_with_fewer_heads_leave_none_of_the_others(run_folder, photo, tmp_path):
+    (tmp_path / "maps" / "a").mkdir(parents=True)
+    (tmp_path / "maps" / "a" / "head-99.png").write_bytes(b"")
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    attention.run(config_for(run_folder, tmp_path / "a.png", tmp_path / "maps"))
+    names = {path.name for path in (tmp_path / "maps" / "a").iterdir()}
+    assert "all.png" in names and "head-99.png" not in names
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["a"]

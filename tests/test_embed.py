@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from xcit_dino.eval.features import extract
 from xcit_dino.eval.gallery import nearest_others
 from xcit_dino.eval.subject import pretrained, resolve
 from xcit_dino.train.dist import init as cpu_world
+from xcit_dino.train.provenance import file_checksum
 
 
 def rows_of(folder):
@@ -142,3 +144,28 @@ def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabelled):
         shown.append("<h2>Nearest neighbours" in page.read_text() if page.is_file() else False)
     assert shown == [False, False, True]
     assert "embed, where there are no labels" not in page.read_text()
+
+
+def test_what_fails_leaves_nothing_and_the_folder_before_as_it_was(run_folder, tmp_path):
+    dst = tmp_path / "out"
+    embed.run(EmbedConfig(dst, run_folder.subject(), split="val", examples=0))
+    before = {path.name: path.read_bytes() for path in dst.iterdir()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(embed, "write_names", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        embed.run(EmbedConfig(dst, run_folder.subject(), split="val", examples=0))
+    assert {path.name: path.read_bytes() for path in dst.iterdir()} == before
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_a_run_folder_elsewhere_gives_arch_and_data(run_folder, tmp_path):
+    """The remedy for a run folder that cannot be written to."""
+    elsewhere = run_folder.subject(
+        output_dir=tmp_path / "elsewhere", pretrained_weights=run_folder.path
+    )
+    checkpoints = run_folder.path / "checkpoints"
+    checkpoints.mkdir()
+    weights = run_folder.weights.rename(checkpoints / "checkpoint-00000001.pth")
+    facts = {"bytes": weights.stat().st_size, "sha256": file_checksum(weights)}
+    weights.with_suffix(".json").write_text(json.dumps(facts))
+    embed.run(EmbedConfig(None, elsewhere, split="val", examples=0))
+    assert (tmp_path / "elsewhere" / "embeddings" / "val" / "features.npy").is_file()

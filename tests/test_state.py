@@ -14,7 +14,13 @@ from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import replace
 from xcit_dino.train.hostcopy import HostCopy
 from xcit_dino.train.run import open_run
-from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
+from xcit_dino.train.state import (
+    Checkpoints,
+    TrainState,
+    load_checkpoint,
+    newest_checkpoint,
+    weights_file,
+)
 
 
 def state(data="abc", batch=8):
@@ -114,6 +120,31 @@ def test_any_damage_is_found_and_the_one_before_is_taken(every, tmp_path, capsys
         assert aside.read_bytes() == damaged and not newest.exists()
     assert capsys.readouterr().err.count("is damaged; set aside as") == count
     assert count == 2 * len(range(0, len(content), every))
+
+
+def test_a_reader_passes_a_damaged_one_over_and_changes_nothing(tmp_path, capsys):
+    _, newest, content, _ = pair(tmp_path)
+    newest.write_bytes(content[:-10])
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in newest.parent.iterdir()}
+    assert newest_checkpoint(tmp_path).name == "checkpoint-00000001.pth"
+    assert weights_file(tmp_path, "--x").name == "checkpoint-00000001.pth"
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in newest.parent.iterdir()} == before
+    assert f"{newest.name} is damaged; passed over" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_another_command_reads_is_not_dropped(tmp_path):
+    checkpoints, s = Checkpoints(tmp_path, keep=1), state()
+    for s.step in (1, 2, 3):
+        checkpoints.save(s.state_dict())
+        checkpoints.wait()
+        if s.step == 1:
+            first = newest_checkpoint(tmp_path)
+    assert [path.name for path in checkpoints.all()] == [first.name, "checkpoint-00000003.pth"]
+    newest_checkpoint(tmp_path)  # this process reads another
+    s.step = 4
+    checkpoints.save(s.state_dict())
+    checkpoints.wait()
+    assert [path.name[-5:] for path in checkpoints.all()] == ["3.pth", "4.pth"]
 
 
 class Cut(BaseException):

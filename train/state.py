@@ -7,6 +7,7 @@ step, so the step number is the whole random state and the whole data cursor.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -157,7 +158,8 @@ class Checkpoints(AbstractContextManager):
             self._thread = None
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; a damaged one is renamed to ``*.damaged`` and named.
+        """The newest whole checkpoint, for the owner of the run folder only: a damaged one is
+        renamed to ``*.damaged`` and named. Others call :func:`newest_checkpoint`.
 
         Where there are several ranks, all have to ask: rank 0 looks, for all of them.
         """
@@ -166,9 +168,8 @@ class Checkpoints(AbstractContextManager):
     def _newest(self) -> Path | None:
         self._join()
         for path in reversed(self.all()):
-            with contextlib.suppress(FileNotFoundError):  # the run that writes here dropped it
-                facts, size = facts_of(path), path.stat().st_size
-                if size == facts.get("bytes") and file_checksum(path) == facts.get("sha256"):
+            with contextlib.suppress(FileNotFoundError):
+                if is_whole(path):
                     return path
                 warn(f"{path} is damaged; set aside as {path.name}.damaged")
                 os.replace(path, path.with_name(path.name + ".damaged"))
@@ -215,8 +216,7 @@ class Checkpoints(AbstractContextManager):
     def _drop_old(self) -> None:
         passing = [p for p in self.all() if not facts_of(p).get("permanent", True)]
         for path in passing[: -self.keep]:
-            path.unlink()
-            path.with_suffix(".json").unlink()
+            drop_unless_read(path)
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -228,9 +228,63 @@ def facts_of(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is as its JSON says.
+
+    Raises:
+        FileNotFoundError: the run that writes here has dropped it.
+    """
+    facts, size = facts_of(path), path.stat().st_size
+    return size == facts.get("bytes") and file_checksum(path) == facts.get("sha256")
+
+
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None; see :meth:`Checkpoints.newest`."""
-    return Checkpoints(run_folder).newest()
+    """The newest whole checkpoint of a run folder, or None, for reading: nothing is changed.
+
+    A damaged one is passed over, and a run that goes on does not drop the one returned while this
+    process lives (or reads another of the same folder). All ranks have to call it.
+    """
+
+    def find() -> Path | None:
+        paths = Checkpoints(run_folder).all()
+        for path in reversed(paths):
+            try:
+                reserve(path)
+                if is_whole(path):
+                    return path
+                warn(f"{path} is damaged; passed over")
+            except FileNotFoundError:  # just dropped, as there is a newer one now
+                if Checkpoints(run_folder).all() != paths:
+                    return find()
+        return None
+
+    return dist.from_main(find)
+
+
+_reserved: dict[Path, int] = {}  # folder -> the open file of its checkpoint that is being read
+
+
+def reserve(path: Path) -> None:
+    """Keep the run from dropping a checkpoint while this process reads it."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    if (before := _reserved.pop(path.parent, None)) is not None:
+        os.close(before)
+    _reserved[path.parent] = file
+
+
+def drop_unless_read(path: Path) -> None:
+    """Remove a checkpoint; one that another command reads (see :func:`reserve`) stays until the
+    next time."""
+    with contextlib.suppress(BlockingIOError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+        path.unlink()
+        path.with_suffix(".json").unlink()
 
 
 def weights_file(path: Path, option: str) -> Path:
