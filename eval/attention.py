@@ -54,7 +54,7 @@ def run(config: AttentionConfig) -> None:
     """
     files = images_in(config.src)
     names = output_names(files, config.dst)
-    check_writable(config.dst, "name another folder for the maps", option="DST")
+    check_writable(config.dst, "name another folder for the maps", f"DST {config.dst}")
     world = dist.init(config.device)
     model, context = network(config, world)
     bad = []

@@ -79,7 +79,7 @@ def check_free(dst: Path) -> None:
     Raises:
         InputError: something else is there, or it cannot be written.
     """
-    check_writable(dst.parent, "choose another folder", option="DST")
+    check_writable(dst.parent, "choose another folder", f"DST {dst}")
     try:
         there = {path.name for path in dst.iterdir()} if dst.exists() else set()
     except OSError as error:

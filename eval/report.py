@@ -33,7 +33,7 @@ def run(config: ReportConfig) -> None:
     runs = read_runs(config.folders)
     output = config.output or config.folders[0] / "report.html"
     remedy = "name another file: --output FILE.html"
-    check_writable(output.parent, remedy, option="--output")
+    check_writable(output.parent, remedy, f"--output {output}")
     try:
         write_atomic(output, page(runs, config.pictures))
     except OSError as error:

@@ -14,8 +14,10 @@ from xcit_dino.train.provenance import LOCK, record_result
 from xcit_dino.train.run import FREE
 
 
-def check_writable(folder: Path, remedy: str, option: str = "--output_dir") -> None:
+def check_writable(folder: Path, remedy: str, named: str = "") -> None:
     """Refuse, before any work, a folder that results cannot be written to; makes nothing.
+
+    named: the option and its value, where it is not ``--output_dir``.
 
     Raises:
         InputError: names the folder and the remedy.
@@ -24,7 +26,7 @@ def check_writable(folder: Path, remedy: str, option: str = "--output_dir") -> N
     while not place.exists() and place != place.parent:
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"{option} {folder}: cannot be written to; {remedy}")
+        raise InputError(f"{named or f'--output_dir {folder}'}: cannot be written to; {remedy}")
 
 
 def write_result(

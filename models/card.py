@@ -22,20 +22,22 @@ RECIPE = (  # options that a reader looks for first; the others follow whole
     "global_crops_scale local_crops_number local_crops_size local_crops_scale precision seed"
 ).split()
 IN_ROW = {"evaluation", "weights", "val_index", "train_index", "recipe", "lrs", "arch", "network"}
+IN_ROW |= {"nb_knn"}  # the row says its k
 
 
 def write(
     output: Path, source: Path, arch: str, network: str, model: XCiT, results: Path | None
 ) -> Path:
-    """Write ``OUTPUT.md`` for a file just exported from ``source``; returns its path.
+    """Write ``birds.onnx.md`` for ``birds.onnx``, just exported from ``source``; returns its path.
 
     Args:
+        network: which one of the source's it is: teacher, student, model or model_ema.
         results: a results.json; left out: that of the run folder in which the source lies. Only
-            accuracies of these very weights are taken.
+            accuracies of this very network are taken.
     """
     tree = formats.read(source)
     options = yaml.safe_load(tree["config"]) if isinstance(tree.get("config"), str) else {}
-    entries = matching(source, results)
+    entries = matching(source, network, results)
     settings = input_settings(source, network) or InputSettings()
     parts = [
         f"# {output.stem}",
@@ -54,7 +56,7 @@ def write(
         "## Citation",
         CITATION,
     ]
-    path, text = output.with_suffix(".md"), "\n\n".join(parts) + "\n"
+    path, text = output.with_name(f"{output.name}.md"), "\n\n".join(parts) + "\n"
 
     def write_file(partial: Path) -> None:
         partial.write_text(text)
@@ -133,8 +135,8 @@ def without_folder(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def matching(source: Path, results: Path | None) -> dict[str, Any]:
-    """Results of these very weights: name -> entry.
+def matching(source: Path, network: str, results: Path | None) -> dict[str, Any]:
+    """Results of one network of a file, told by checksum and name: key -> entry.
 
     Raises:
         InputError: the file that was named cannot be read.
@@ -147,24 +149,40 @@ def matching(source: Path, results: Path | None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"--results {path}: cannot be read ({error})") from error
     ours = checksum(source)
-    return {
-        name: entry for name, entry in found.items() if entry["protocol"].get("weights") == ours
-    }
+    return {key: entry for key, entry in found.items() if is_of(entry, ours, network)}
+
+
+def is_of(entry: Any, weights: str, network: str) -> bool:
+    """Whether a result is of this network; one of an earlier version that does not say which it
+    measured is not."""
+    protocol = entry.get("protocol") if isinstance(entry, dict) else None
+    if not isinstance(protocol, dict):
+        return False
+    return protocol.get("weights") == weights and protocol.get("network") == network
 
 
 def accuracies(entries: dict[str, Any]) -> str:
-    """A row a result, with its protocol."""
+    """A row a result (of k-NN: for each k), with its protocol."""
     if not entries:
-        return "No accuracy of these very weights is on record."
+        return "No accuracy of this very network is on record."
     rows = ["| evaluation | top-1, % | top-5, % | protocol |", "|---|---|---|---|"]
-    for name, entry in entries.items():
-        metrics = entry["metrics"]
-        tops = [metrics.get(f"top{n}", metrics.get(f"top{n}_k20")) for n in (1, 5)]
-        cells = ["" if top is None else f"{top:.2f}" for top in tops]
-        protocol = entry["protocol"].items()
-        facts = "; ".join(f"{key} {plain(value)}" for key, value in protocol if key not in IN_ROW)
-        rows.append(f"| {name} | {cells[0]} | {cells[1]} | {facts} |")
+    for key, entry in entries.items():
+        name, protocol = key.partition("@")[0], dict(entry["protocol"])
+        if "chosen" in entry:
+            protocol["head"] = ", ".join(f"{k} {v}" for k, v in entry["chosen"].items())
+        facts = "; ".join(f"{k} {plain(v)}" for k, v in protocol.items() if k not in IN_ROW)
+        for ending in endings(entry["metrics"]):
+            tops = [entry["metrics"].get(f"top{n}{ending}") for n in (1, 5)]
+            cells = ["" if top is None else f"{top:.2f}" for top in tops]
+            title = f"{name}, k = {ending[2:]}" if ending else name
+            rows.append(f"| {title} | {cells[0]} | {cells[1]} | {facts} |")
     return "\n".join(rows)
+
+
+def endings(metrics: dict[str, float]) -> list[str]:
+    """``_k10``, ``_k20`` ... of a k-NN result, ascending; else ``[""]``."""
+    ks = [name.removeprefix("top1_k") for name in metrics if name.startswith("top1_k")]
+    return [f"_k{k}" for k in sorted(ks, key=int)] or [""]
 
 
 def loading(output: Path, arch: str, model: XCiT, settings: InputSettings) -> str:

@@ -49,7 +49,8 @@ class ConvertConfig:
     layout: Literal["official", "timm"] = "official"
     """Names of the tensors: facebookresearch's (and ours), or timm's."""
     results: Path | None = None
-    """A results.json whose protocols and accuracies go into the metadata of a .safetensors."""
+    """A results.json: what it holds of this very network goes into the metadata of a
+    .safetensors."""
 
     def __post_init__(self) -> None:
         _require_suffix(self.output, WEIGHT_SUFFIXES)
@@ -68,7 +69,8 @@ class ExportConfig:
     which: Which | None = None
     """Network to take; by default the teacher, else the only one there is."""
     results: Path | None = None
-    """A results.json whose protocols and accuracies go into the metadata."""
+    """A results.json: what it holds of this very network goes into the metadata and onto the model
+    card; left out: that of the run folder, for the card."""
 
     def __post_init__(self) -> None:
         _require_suffix(self.output, (".onnx", ".safetensors"))

@@ -6,6 +6,7 @@ the original, by timm where it is timm's layout, by onnxruntime where it is ONNX
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -199,8 +200,5 @@ def _facts(
         "commit": commit(),
     }
     if results is not None:
-        try:
-            facts["results"] = results.read_text()
-        except OSError as error:
-            raise InputError(f"--results {results}: cannot be read ({error.strerror})") from error
+        facts["results"] = json.dumps(card.matching(source, found.network, results))
     return facts
