@@ -191,6 +191,8 @@ class PretrainConfig:
             found.append(
                 f"--warmup_teacher_temp {start:g} has no effect with --warmup_teacher_temp_epochs 0"
             )
+        if self.head.use_bn_in_head and self.head.head_nlayers == 1:
+            found.append("--use_bn_in_head has no effect with --head_nlayers 1: no hidden layer")
         if method.momentum_teacher == 1:
             found.append("--momentum_teacher 1: the teacher stays as it is at the start")
         if self.online.knn_every > epochs:

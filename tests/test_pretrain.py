@@ -383,6 +383,7 @@ def test_bad_input_writes_nothing(options, words, shards, tmp_path):
             "--warmup_teacher_temp_epochs 5 .*does not reach --teacher_temp 0.07",
         ),
         ({"warmup_teacher_temp": 0.02}, "--warmup_teacher_temp 0.02 has no effect"),
+        ({"use_bn_in_head": True, "head_nlayers": 1}, "--use_bn_in_head has no effect"),
         ({"momentum_teacher": 1}, "--momentum_teacher 1: the teacher stays"),
         ({"knn_every": 3}, "--knn_every 3 .*no k-NN"),
     ],
