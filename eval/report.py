@@ -37,7 +37,7 @@ def run(config: ReportConfig) -> None:
     try:
         write_atomic(output, page(runs, config.pictures))
     except OSError as error:
-        raise InputError(f"--output {output}: {error.strerror}; {remedy}") from error
+        raise InputError(f"--output {output}: {error.strerror}") from error
     print(f"report: {output}", flush=True)
 
 
