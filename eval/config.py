@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xcit_dino.errors import InputError, within
+from xcit_dino.errors import InputError, needs, within
 from xcit_dino.paths import Location
 
 
@@ -141,6 +141,8 @@ class LinearConfig:
         within(self, 1e-6, 0.5, "holdout")
         within(self, 1, 1e6, "epochs", "probe_batch_size")
         within(self, 0, 2**31, "seed")
+        cached = self.protocol == "cached"
+        needs(self, cached, "with --protocol dino: it is --batch_size_per_gpu", "probe_batch_size")
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,13 @@ class EvaluateConfig:
     head: Path | None = None
     """Head saved by `linear` (linear_head.safetensors); left out: the weights file holds a
     classifier."""
+
+    def __post_init__(self) -> None:
+        if self.subject.baselines:
+            raise InputError(
+                "--baselines: a random network has no classifier; compare by knn or linear, or "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,7 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         within(self, 0, 100, "examples")
         within(self, 0, 2**31, "seed")
+        needs(self, self.examples, "with --examples 0: nothing is shown", "seed")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
-from xcit_dino.errors import InputError, within
+from xcit_dino.errors import InputError, needs, within
 from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.train.config import (
@@ -221,6 +221,8 @@ class TeacherConfig:
         within(self, 0, 1, "distillation_alpha")
         within(self, 1e-3, 1e3, "distillation_tau")
         within(self, 0, 4096, "teacher_size")
+        soft = self.distillation_type != "hard"
+        needs(self, soft, "with --distillation_type hard", "distillation_tau")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class ExtractConfig:
     """``xcit-dino weights extract CHECKPOINT``: the tensors under one prefix, as they are."""
 
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
-    """Checkpoint that holds several networks."""
+    """Checkpoint that holds several networks, or a run folder: its newest."""
     output: Path = tyro.MISSING
     """File to write: .pth, .safetensors or .pdparams."""
     prefix: str = "Student"
@@ -41,7 +41,8 @@ class ConvertConfig:
     """``xcit-dino weights convert CHECKPOINT``: one XCiT in another layout or file format."""
 
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
-    """Any checkpoint that `weights` reads: official, ours, timm's, safetensors or PASSL's."""
+    """Any checkpoint that `weights` reads: official, ours, timm's, safetensors or PASSL's; or a run
+    folder: its newest."""
     output: Path = tyro.MISSING
     """File to write: .pth or .safetensors; .pdparams is PASSL's layout."""
     which: Which | None = None
@@ -63,7 +64,7 @@ class ExportConfig:
     """``xcit-dino weights export CHECKPOINT``: a file to hand over, checked by running it."""
 
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
-    """Any checkpoint that `weights` reads."""
+    """Any checkpoint that `weights` reads, or a run folder: its newest."""
     output: Path = tyro.MISSING
     """File to write: .onnx (any batch and image size) or .safetensors with metadata."""
     which: Which | None = None

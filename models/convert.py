@@ -7,6 +7,7 @@ the original, by timm where it is timm's layout, by onnxruntime where it is ONNX
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from xcit_dino.commit import commit
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.inputs import KEY
 from xcit_dino.models import card, formats, layouts
+from xcit_dino.models.checkpoints import checkpoint_of
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
 from xcit_dino.models.weights import (
     Found,
@@ -35,6 +37,7 @@ TOLERANCE = 1e-5  # largest difference between two outputs, relative to the larg
 
 def extract(config: ExtractConfig) -> None:
     """Write the tensors under a prefix to a file of their own (``weights extract``)."""
+    config = replace(config, checkpoint=checkpoint_of(config.checkpoint))
     tree = layouts.flatten(formats.read(config.checkpoint))
     prefix = f"{config.prefix.rstrip('.')}."
     for root in ("", "model.", "state_dict."):  # where a training loop may have put them
@@ -64,7 +67,7 @@ def extract(config: ExtractConfig) -> None:
 
 def convert(config: ConvertConfig) -> None:
     """Write one XCiT in another layout or format (``weights convert``)."""
-    _convert(config)
+    _convert(replace(config, checkpoint=checkpoint_of(config.checkpoint)))
 
 
 def _convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
@@ -94,6 +97,7 @@ def _convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
 
 def export(config: ExportConfig) -> None:
     """Write a file to hand over, ONNX or safetensors, with its model card (``weights export``)."""
+    config = replace(config, checkpoint=checkpoint_of(config.checkpoint))
     if config.output.suffix == ".safetensors":
         options = ConvertConfig(
             config.checkpoint, config.output, config.which, results=config.results

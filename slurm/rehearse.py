@@ -50,7 +50,10 @@ def rehearse_config(argv: Sequence[str], prog: str = "xcit-dino launch rehearse"
     shared = shared or read_defaults(pop_path(argv, "launch_defaults")[0]).shared_dir
     place = folder or (shared or Path("runs")) / "rehearsal"
     rehearsal = Rehearsal(Path(os.path.abspath(place)), tuple(rest))
-    resolve(rehearsal, "straight")  # says what is wrong with the options, and prints --help
+    launch = resolve(rehearsal, "straight")  # says what is wrong, and prints --help
+    for option, given in (("seeds", launch.others), ("stages", launch.stages[1:])):
+        if given:
+            raise InputError(f"--{option}: a rehearsal is one pretraining; leave the option out")
     return rehearsal
 
 

@@ -94,6 +94,8 @@ def set_up(
     for net in (student, teacher):
         compiler.compile_blocks(net.backbone, config.speed.compile, device)
     parallel: nn.Module = student
+    if world.size == 1 and config.speed.fsdp:
+        print("--fsdp: this is one process, which has nothing to split with others", flush=True)
     if world.size > 1 and config.speed.fsdp:
         sharding.shard(student, teacher, device)
     elif world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts

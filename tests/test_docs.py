@@ -75,13 +75,17 @@ def test_files_that_are_named_exist(page):
 # -- commands --------------------------------------------------------------------------------------
 
 
+BLOCK = r"^ *```(\w*)\n(.*?)^ *```$"
+SHELL = ("", "bash", "sh")
+
+
 def commands(page: Path) -> Iterator[str]:
     """Our command lines in code blocks and in running text, continued lines joined."""
     text = page.read_text()
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+    for language, block in re.findall(BLOCK, text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines() if language in SHELL else ():
             yield line.strip()
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = re.sub(BLOCK, "", text, flags=re.DOTALL | re.MULTILINE)
     yield from (line.replace("\n", " ") for line in re.findall(r"`([^`]+)`", text))
 
 
@@ -224,10 +228,10 @@ def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
     assert "Not shown" not in page
 
 
-def photographs(folder: Path) -> None:
-    """Three classes of small images, in train and val."""
+def photographs(folder: Path, train: int = 32, val: int = 8) -> None:
+    """Three classes of so many small images each, in train and val."""
     numbers = np.random.default_rng(0)
-    for split, count in (("train", 32), ("val", 8)):
+    for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(("red", "green", "blue")):
             (folder / split / name).mkdir(parents=True)
             for n in range(count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable
@@ -34,6 +35,19 @@ def within(config: Any, low: float, high: float, *names: str) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not low <= number <= high:
                 raise InputError(f"--{name} {number}: must be from {low:g} to {high:g}")
+
+
+def needs(config: Any, there: object, what: str, *names: str) -> None:
+    """Refuse options that were given (differ from their defaults) although what they bear on is not
+    ``there``: they would do nothing.
+
+    Raises:
+        InputError: names the option and says why; ``what`` is "without --resize" or the like.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in () if there else names:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise InputError(f"--{name} {value}: has no effect {what}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,493 @@
+"""For every command a quick base command line, and for every option another value of it.
+
+An option that is not in these tables fails test_options.py, and so does one value of a choice that
+is not told from the others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tests.turning import Turn, refused, turn
+
+Cases = dict[str, list[Turn]]
+ARCH = "xcit_pico_6_p16"
+
+BASES: dict[str, dict[str, str]] = {
+    "quickstart": {"output_dir": "new", "data_path": "data"},
+    "shards make": {"src": "photos", "dst": "new", "num_workers": "1"},
+    "shards check": {"dst": "data", "num_workers": "1"},
+    "shards demo": {"dst": "new", "train": "6", "val": "3"},
+    "pretrain": {
+        "output_dir": "new", "data_path": "data", "arch": ARCH, "epochs": "2",
+        "batch_size_per_gpu": "8", "warmup_epochs": "1", "lr": "0.01", "out_dim": "32",
+        "head_nlayers": "2", "head_hidden_dim": "16", "head_bottleneck_dim": "8",
+        "global_crops_size": "32", "local_crops_size": "16", "local_crops_number": "2",
+        "num_workers": "0", "precision": "fp32", "device": "cpu", "log_every": "1",
+        "knn_every": "0", "shuffle_window": "2", "norm_last_layer": "true",
+        "use_bn_in_head": "false", "momentum_teacher": "0.9", "compile": "off",
+    },
+    "finetune": {
+        "output_dir": "new", "data_path": "data", "arch": ARCH, "epochs": "2",
+        "batch_size_per_gpu": "8", "warmup_epochs": "1", "lr": "0.01", "input_size": "32",
+        "num_workers": "0", "precision": "fp32", "device": "cpu", "log_every": "1",
+        "eval_every": "0", "shuffle_window": "2", "repeated_aug": "1", "model_ema_decay": "0.9",
+    },
+    "knn": {
+        "output_dir": "run", "num_workers": "0", "precision": "fp32", "device": "cpu",
+        "nb_knn": "5 10",
+    },
+    "linear": {
+        "output_dir": "run", "num_workers": "0", "precision": "fp32", "device": "cpu",
+        "epochs": "3", "lrs": "0.1 1", "layers": "cls cls2", "probe_batch_size": "8",
+        "holdout": "0.3",
+    },
+    "evaluate": {"output_dir": "tuned", "num_workers": "0", "precision": "fp32", "device": "cpu"},
+    "attention": {"src": "photo/a.png", "dst": "new", "output_dir": "run", "device": "cpu",
+                  "image_size": "64"},
+    "embed": {"dst": "new", "output_dir": "run", "num_workers": "0", "precision": "fp32",
+              "device": "cpu", "examples": "2"},
+    "watch": {"run": "run"},
+    "report": {"runs": "run", "pictures": "false"},
+    "report compare": {"runs": "tuned other"},
+    "weights extract": {"checkpoint": "tuned.pth", "output": "new.pth", "prefix": "model"},
+    "weights convert": {"checkpoint": "tuned.pth", "output": "new.safetensors"},
+    "weights export": {"checkpoint": "tuned.pth", "output": "new.safetensors"},
+    "launch status": {"run": "launched"},
+    "launch logs": {"run": "launched"},
+    "launch rehearse": {"cluster": "slurm", "dry_run": "true"},
+    "launch cancel": {"run": "launched"},
+}  # fmt: skip
+BASES["distill"] = BASES["finetune"] | {
+    "teacher_model": ARCH, "teacher_path": "tuned.pth", "teacher_size": "32"
+}  # fmt: skip
+
+
+# -- what befalls a command ------------------------------------------------------------------------
+
+
+def skipping(patch: pytest.MonkeyPatch) -> None:
+    """Every step's gradients are taken for non-finite ones."""
+    from xcit_dino.train import optim
+
+    patch.setattr(optim, "step_unless_nonfinite", lambda *_: torch.tensor(1.0))
+
+
+def slow(patch: pytest.MonkeyPatch) -> None:
+    """Steps take a third of a second."""
+    from xcit_dino.eval import supervised
+    from xcit_dino.ssl import pretrain
+    from xcit_dino.train import dist, optim
+
+    inner = optim.step_unless_nonfinite
+
+    def late(*given: Any) -> Any:
+        time.sleep(0.3)
+        return inner(*given)
+
+    patch.setattr(optim, "step_unless_nonfinite", late)
+    assert dist and pretrain and supervised
+
+
+def ending(patch: pytest.MonkeyPatch) -> None:
+    """A process that ends itself is seen to do so, and goes on."""
+    slow(patch)
+
+    def leave(code: int) -> None:
+        print(f"ended with {code}")
+
+    patch.setattr(os, "_exit", leave)
+    patch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
+
+
+def collapsing(patch: pytest.MonkeyPatch) -> None:
+    """The alarm for collapse rings at the second step."""
+    from xcit_dino.ssl import sentinel
+
+    patch.setattr(sentinel, "patience", lambda *_: 1)
+    inner = sentinel.health
+
+    def flat(*given: Any) -> dict[str, torch.Tensor]:
+        found = inner(*given)
+        return found | {
+            name: torch.zeros(()) for name in ("feature_std", "effective_rank") if name in found
+        }
+
+    patch.setattr(sentinel, "health", flat)
+
+
+def following(patch: pytest.MonkeyPatch) -> None:
+    """The stage goes on, and whether its log is followed is printed."""
+    from xcit_dino.slurm import record, status
+
+    patch.setattr(status, "owner", lambda run: "somebody")
+    patch.setattr(record.Record, "finished", property(lambda known: False))
+    patch.setattr(status.watch, "show", lambda run, stage, job, going_on, rank: print(going_on()))
+
+
+# -- training --------------------------------------------------------------------------------------
+
+W = {"shows": "weights"}
+NO_GPU = refused("cuda", by="no GPU is visible")
+URL = "file://{here}/data/train"
+
+CACHED = {"shard_url": URL, "cache_dir": "copies"}
+
+RUN: Cases = {
+    "output_dir": [turn("elsewhere", shows="files")],
+    "epochs": [turn("3", shows="metrics")],
+    "batch_size_per_gpu": [turn("4", **W)],
+    "accum_iter": [turn("2", **W)],
+    "seed": [turn("1", "7", **W)],
+    "precision": [turn("bf16", **W), refused("fp16", by="needs a GPU")],
+    "device": [NO_GPU],
+    "saveckp_freq": [turn("1", shows="files", given={"keep_checkpoints": "1"})],
+    "keep_checkpoints": [turn("1", shows="files")],
+    "checkpoint_minutes": [turn("1e-9", shows="files", given={"keep_checkpoints": "9"})],
+    "log_every": [turn("2", shows="metrics")],
+    "max_skipped": [turn("1", shows="printed", within=skipping)],
+    "watchdog_minutes": [turn("0.002", shows="files", within=slow)],
+    "on_stall": [
+        turn("abort", shows="printed", within=ending, given={"watchdog_minutes": "0.001"})
+    ],
+    "max_steps": [turn("1", shows="files")],
+    "may_change": [turn("lr", shows="code", before={"lr": "0.02"})],
+    "arch": [turn("xcit_pico_6_p8", "xcit_nano_12_p16", **W)],
+    "drop_path_rate": [turn("0.5", **W)],
+    "lr": [turn("0.02", **W)],
+    "min_lr": [turn("0.005", **W)],
+    "warmup_epochs": [turn("0", **W)],
+    "warmup_lr": [turn("0.005", **W)],
+    "weight_decay": [turn("0.5", **W)],
+    "weight_decay_end": [turn("0.9", **W)],
+    "clip_grad": [turn("0.01", **W)],
+    "data_path": [turn("data2", **W)],
+    "shard_url": [refused(URL + "x", by="--max_bad_fraction")],
+    "num_workers": [turn("1", shows="calls")],
+    "prefetch_factor": [turn("3", shows="calls", given={"num_workers": "1"})],
+    "shuffle_window": [turn("1", **W)],
+    "last_batch": [turn("wrap", shows="metrics")],
+    "max_bad_fraction": [turn("1", shows="code", given={"data_path": "broken"})],
+    "cache_dir": [turn("copies", shows="files", given={"shard_url": URL})],
+    "cache_gb": [
+        turn("0.0001", shows="files", given=CACHED | {"shuffle_window": "1"}),
+        refused("1e-6", by="--cache_gb", given=CACHED),
+    ],
+    "decoder": [refused("cuda", by="--decoder")],
+    "config": [turn("recipe.yaml", **W)],
+}
+
+PRETRAIN: Cases = RUN | {
+    "init_from": [turn("run", "other", **W)],
+    "out_dim": [turn("16", **W)],
+    "head_nlayers": [turn("1", **W)],
+    "head_hidden_dim": [turn("8", **W)],
+    "head_bottleneck_dim": [turn("4", **W)],
+    "norm_last_layer": [turn("false", **W, given={"freeze_last_layer": "0"})],
+    "use_bn_in_head": [turn("true", **W)],
+    "freeze_last_layer": [turn("0", **W, given={"norm_last_layer": "false"})],
+    "student_temp": [turn("0.2", **W)],
+    "warmup_teacher_temp": [turn("0.02", **W, given={"warmup_teacher_temp_epochs": "1"})],
+    "teacher_temp": [turn("0.07", **W)],
+    "warmup_teacher_temp_epochs": [turn("1", **W, given={"warmup_teacher_temp": "0.02"})],
+    "center_momentum": [turn("0.5", **W)],
+    "momentum_teacher": [turn("0.5", **W)],
+    "global_crops_number": [turn("1", "3", **W)],
+    "global_crops_size": [turn("48", **W)],
+    "global_crops_scale": [turn("0.9 1", **W)],
+    "local_crops_number": [turn("0", "3", **W)],
+    "local_crops_size": [turn("32", **W)],
+    "local_crops_scale": [turn("0.3 0.4", **W)],
+    "crops_ratio": [turn("1 1", **W)],
+    "flip_prob": [turn("0", **W)],
+    "color_jitter": [turn("0 0 0 0", "0.4 0.4 0.2 0", "0.4 0.4 0 0.1", "0.4 0 0.2 0.1", **W)],
+    "color_jitter_prob": [turn("0", **W)],
+    "gray_prob": [turn("1", **W)],
+    "blur_prob": [turn("0 0.1 0.5", "1 1 0.5", "1 0.1 0", **W)],
+    "blur_sigma": [turn("2 2", **W)],
+    "solarize_prob": [turn("1 0.2 0", "0 1 0", "0 0.2 1", **W)],
+    "mean": [turn("0.5 0.5 0.5", **W)],
+    "std": [turn("0.5 0.5 0.5", **W)],
+    "knn_every": [turn("1", shows="metrics")],
+    "knn_data_path": [turn("data2", shows="metrics", given={"knn_every": "1"})],
+    "on_collapse": [turn("stop", shows="printed", within=collapsing)],
+    "on_nonfinite": [
+        turn("stop", shows="printed", within=skipping, given={"max_skipped": "1"})
+    ],
+    "compile": [turn("on", shows="calls")],
+    "grad_checkpointing": [turn("true", shows="calls")],
+    "group_backward": [turn("true", shows="calls")],
+    "fsdp": [turn("true", shows="printed")],
+}  # fmt: skip
+
+NO_MIX = {"mixup": "0", "cutmix": "0"}
+FINETUNE: Cases = RUN | {
+    "pretrained_weights": [turn("run", "other", **W)],
+    "checkpoint_key": [
+        turn("student", **W, given={"pretrained_weights": "run"}),
+        turn("model_ema", **W, given={"pretrained_weights": "tuned.pth"}),
+        refused("model", by="holds no model", given={"pretrained_weights": "run"}),
+        refused("teacher", by="holds no teacher", given={"pretrained_weights": "student.pth"}),
+    ],
+    "new_head": [turn("true", **W, given={"pretrained_weights": "tuned.pth"})],
+    "cooldown_epochs": [turn("1", **W)],
+    "input_size": [turn("48", **W)],
+    "mean": [turn("0.5 0.5 0.5", **W)],
+    "std": [turn("0.5 0.5 0.5", **W)],
+    "train_scale": [turn("0.9 1", **W)],
+    "hflip": [turn("0", **W)],
+    "aa": [turn("none", "rand-m9-mstd0.5-inc0", "v0", "original", "3a", "augmix-m5", **W),
+           refused("rand-x", by="--aa")],
+    "color_jitter": [turn("0", **W, given={"aa": "none"})],
+    "reprob": [turn("1", **W)],
+    "remode": [turn("rand", "const", **W, given={"reprob": "1"})],
+    "recount": [turn("5", **W, given={"reprob": "1"})],
+    "repeated_aug": [turn("2", **W)],
+    "mixup": [turn("0.1", **W, given={"cutmix": "0"})],
+    "cutmix": [turn("0.1", **W, given={"mixup": "0"})],
+    "mixup_prob": [turn("0", **W)],
+    "mixup_switch_prob": [turn("0", "1", **W)],
+    "mixup_mode": [turn("pair", "elem", **W)],
+    "smoothing": [turn("0.3", **W)],
+    "model_ema_decay": [turn("0", "0.5", **W)],
+    "layer_decay": [turn("0.5", **W)],
+    "eval_every": [turn("1", shows="metrics")],
+    "eval_crop_ratio": [turn("0.5", shows="metrics")],
+    "eval_batch_size": [turn("4", shows="calls")],
+}  # fmt: skip
+DISTILL: Cases = FINETUNE | {
+    "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8"),
+                      refused("resnet18", by="resnet18")],
+    "teacher_path": [turn("tuned2.pth", **W)],
+    "teacher_size": [turn("48", **W)],
+    "distillation_type": [turn("soft", "symmetric", **W)],
+    "distillation_alpha": [turn("0.9", **W)],
+    "distillation_tau": [
+        turn("3", **W, given={"distillation_type": "soft"}),
+        turn("3", **W, given={"distillation_type": "symmetric"}),
+        refused("3", by="--distillation_tau"),
+    ],
+}  # fmt: skip
+
+
+# -- evaluations -----------------------------------------------------------------------------------
+
+A, F, C, P = ({"shows": part} for part in ("accuracies", "features", "contents", "printed"))
+COPIED = {"data_path": "file://{here}/data", "cache_dir": "copies"}
+SUBJECT: Cases = {
+    "output_dir": [turn("other", **F)],
+    "pretrained_weights": [turn("other", **F)],
+    "checkpoint_key": [turn("student", **F), refused("model", "model_ema", by="holds no model")],
+    "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
+    "data_path": [turn("data2", **F)],
+    "cache_dir": [turn("copies", shows="files", given={"data_path": "file://{here}/data"})],
+    "shard_url": [refused("file://{here}/data/{split}x", by="--max_bad_fraction")],
+    "cache_gb": [refused("1e-4", by="--cache_gb", given=COPIED)],
+    "max_bad_fraction": [turn("1", shows="code", given={"data_path": "broken"})],
+    "interpolation": [turn("bilinear", **F)],
+    "mean": [turn("0.5 0.5 0.5", **F)],
+    "std": [turn("0.5 0.5 0.5", **F)],
+    "crop_size": [turn("48", **F)],
+    "resize_size": [turn("64", **F)],
+    "baselines": [turn("true", **F)],
+    "batch_size_per_gpu": [turn("4", shows="calls")],
+    "num_workers": [turn("1", shows="calls")],
+    "precision": [turn("bf16", **F), refused("fp16", by="needs a GPU")],
+    "device": [NO_GPU],
+}
+KNN = SUBJECT | {
+    "nb_knn": [turn("3", **A)],
+    "temperature": [turn("10", "0.001", shows="calls")],
+}
+DINO_PROBE = {"protocol": "dino", "batch_size_per_gpu": "8"}
+LINEAR = SUBJECT | {
+    "protocol": [turn("dino", **A)],
+    "epochs": [turn("9", **A)],
+    "lrs": [turn("0.01", **A)],
+    "weight_decays": [turn("0.5", **A)],
+    "layers": [turn("cls+patch", "cls2+patch", "cls", "cls2", **A, given={"lrs": "0.01"})],
+    "probe_batch_size": [turn("4", **A)],
+    "holdout": [turn("0.5", **A)],
+    "decoder": [refused("cuda", by="--decoder")],
+    "seed": [turn("1", **A), turn("1", **A, given=DINO_PROBE)],
+}
+EVALUATE = SUBJECT | {
+    "output_dir": [turn("tuned2", **A)],
+    "pretrained_weights": [turn("tuned2.pth", **A)],
+    "checkpoint_key": [turn("model_ema", **P), refused("teacher", "student", by="holds no",
+                       given={"pretrained_weights": "ema.pth"})],
+    "data_path": [turn("data2", **A)],
+    "interpolation": [turn("bilinear", shows="calls")],
+    "mean": [turn("0.5 0.5 0.5", shows="calls")],
+    "std": [turn("0.5 0.5 0.5", shows="calls")],
+    "crop_size": [turn("48", shows="calls")],
+    "resize_size": [turn("64", shows="calls")],
+    "baselines": [refused("true", by="--baselines")],
+    "precision": [turn("bf16", shows="calls"), refused("fp16", by="needs a GPU")],
+    "head": [turn("run/linear_head.safetensors", **A, given={"pretrained_weights": "run"})],
+}  # fmt: skip
+EMBED = SUBJECT | {
+    "dst": [turn("elsewhere", shows="files")],
+    "split": [turn("val", **C)],
+    "examples": [turn("1", "0", **C)],
+    "seed": [turn("1", **C)],
+}
+ATTENTION: Cases = {
+    "src": [turn("photo", shows="files")],
+    "dst": [turn("elsewhere", shows="files")],
+    "output_dir": [turn("other", **C)],
+    "pretrained_weights": [turn("other", **C)],
+    "checkpoint_key": [turn("student", **C), refused("model", "model_ema", by="holds no model")],
+    "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
+    "image_size": [turn("96", "0", **C)],
+    "mean": [turn("0.5 0.5 0.5", **C)],
+    "std": [turn("0.5 0.5 0.5", **C)],
+    "layer": [turn("1", **C)],
+    "threshold": [turn("0.3", **C)],
+    "device": [NO_GPU],
+}
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+MAKE: Cases = {
+    "src": [turn("photos/train", **C)],
+    "dst": [turn("elsewhere", shows="files")],
+    "splits": [turn("none", **C)],
+    "label_column": [turn("age", **C, given={"src": "two.csv", "label_column": "kind"})],
+    "bits": [turn("8", **C, given={"src": "deep", "bits": "12"})],
+    "split": [turn("extra", shows="files", given={"src": "photo"}), refused("extra", by="--split")],
+    "labels": [turn("labels.csv", **C, given={"src": "photo"}),
+               refused("labels.csv", by="names none of the images")],
+    "label_map": [turn("classes.txt", **C)],
+    "shard_size": [turn("3", shows="files")],
+    "shard_bytes": [turn("1000", shows="files")],
+    "resize": [turn("20", **C)],
+    "quality": [turn("20", **C, given={"resize": "20"}), refused("20", by="--quality")],
+    "shuffle": [turn("false", **C)],
+    "seed": [turn("1", **C), refused("1", by="--seed", given={"shuffle": "false"})],
+    "verify": [turn("false", **P, given={"src": "damaged"})],
+    "num_workers": [turn("2", shows="calls", given={"shard_size": "3"})],
+    "root": [refused("nowhere", by="in nowhere", given={"src": "flowers102"}),
+             refused("nowhere", by="--root")],
+    "download": [refused("true", by="--download")],
+}  # fmt: skip
+PREFLIGHT = {"nodes": "1", "batch_size_per_gpu": "4"}
+CHECK: Cases = {
+    "dst": [turn("data2", **P)],
+    "sample": [turn("2", **P)],
+    "rebuild": [turn("true", **P, given={"dst": "stale"})],
+    "hash": [turn("true", **P, given={"dst": "foreign", "rebuild": "true"}),
+             refused("true", by="--hash")],
+    "num_workers": [turn("2", shows="calls")],
+    "nodes": [turn("2", **P, given=PREFLIGHT)],
+    "gpus": [turn("2", **P, given=PREFLIGHT)],
+    "workers": [turn("1", **P, given=PREFLIGHT | {"images_per_second": "1e8"}),
+                refused("1", by="--workers")],
+    "batch_size_per_gpu": [turn("2", **P, given=PREFLIGHT), refused("2", by="--batch_size")],
+    "images_per_second": [turn("1e8", **P, given=PREFLIGHT),
+                          refused("1e8", by="--images_per_second")],
+}  # fmt: skip
+DEMO: Cases = {
+    "dst": [turn("elsewhere", shows="files")],
+    "train": [turn("5", **C)],
+    "val": [turn("4", **C)],
+    "size": [turn("16", **C)],
+    "seed": [turn("1", **C)],
+}
+
+
+# -- reports, weights ------------------------------------------------------------------------------
+
+WATCH: Cases = {"run": [turn("other", **P)], "once": [], "every": []}
+REPORT: Cases = {
+    "runs": [turn("run other", **C)],
+    "output_dir": [turn("other", shows="files", given={"runs": "", "output_dir": "run"})],
+    "output": [turn("page.html", shows="files")],
+    "pictures": [turn("true", **C)],
+}
+COMPARE: Cases = {"runs": [turn("run other", **P), refused("run", by="two run folders")]}
+EXTRACT: Cases = {
+    "checkpoint": [turn("tuned2.pth", **C), turn("tuned2", **C)],
+    "output": [turn("new.safetensors", "new.pdparams", shows="files")],
+    "prefix": [turn("model_ema", **C), refused("Student", by="--prefix")],
+    "remove_prefix": [turn("true", **C)],
+}
+RESULTS = [turn("run/results.json", **C), refused("nowhere.json", by="--results")]
+CONVERT: Cases = {
+    "checkpoint": [turn("tuned2.pth", "run", **C)],
+    "output": [turn("new.pth", "new.pdparams", shows="files")],
+    "which": [
+        turn("model_ema", **C),
+        turn("student", "teacher", **C, given={"checkpoint": "run"}),
+        refused("model", by="holds no model", given={"checkpoint": "run"}),
+    ],
+    "layout": [turn("timm", **C, given={"checkpoint": "nano.pth"})],
+    "results": RESULTS,
+}
+EXPORT: Cases = {name: CONVERT[name] for name in ("checkpoint", "which", "results")} | {
+    "output": [turn("new2.safetensors", shows="files")]
+}
+
+
+# -- launching -------------------------------------------------------------------------------------
+
+LOGS: Cases = {
+    "run": [refused("run", by="run")],
+    "stage": [turn("report", **P)],
+    "rank": [refused("3", by="--rank 3")],
+    "follow": [turn("true", **P, within=following)],
+}
+
+CASES: dict[str, Cases] = {
+    "quickstart": {"output_dir": [], "data_path": []},
+    "shards make": MAKE,
+    "shards check": CHECK,
+    "shards demo": DEMO,
+    "pretrain": PRETRAIN,
+    "knn": KNN,
+    "linear": LINEAR,
+    "evaluate": EVALUATE,
+    "finetune": FINETUNE,
+    "distill": DISTILL,
+    "attention": ATTENTION,
+    "embed": EMBED,
+    "watch": WATCH,
+    "report": REPORT,
+    "report compare": COMPARE,
+    "weights extract": EXTRACT,
+    "weights convert": CONVERT,
+    "weights export": EXPORT,
+    "launch status": {"run": [refused("run", by="run")]},
+    "launch logs": LOGS,
+    "launch rehearse": {
+        "output_dir": [turn("elsewhere", **P)],
+        "shared_dir": [turn("big", **P)],
+        "launch_defaults": [turn("defaults.yaml", **P)],
+        "nodes": [turn("2", **P)],
+        "seeds": [refused("0 1", by="--seeds")],
+        "stages": [refused("pretrain,knn", by="--stages")],
+    },
+    "launch cancel": {"run": [refused("run", by="run")]},
+}
+
+# Where nothing is turned, and why: a reason, or the test that shows it.
+EXCEPTIONS = {
+    "device=auto": "cuda where there is a GPU, else cpu: one of the two others",
+    "precision=auto": "bf16 or fp32 as the hardware has it: one of the two others",
+    "checkpoint_key=teacher": "what is taken of these files where the option is left out",
+    "linear.decoder=host": "what is taken where there is no GPU",
+    "interpolation=bicubic": "what is taken where the option is left out",
+    "which=teacher": "the same",
+    "evaluate.checkpoint_key=model": "the same, of a finetuned checkpoint",
+    "compile=auto": "on with a GPU, off without: one of the two others",
+    "quickstart.output_dir": "test_quickstart.py: test_its_command_line_is_one_of_the_launcher",
+    "quickstart.data_path": "test_quickstart.py: test_its_command_line_is_one_of_the_launcher",
+    "watch.once": "test_monitor.py: test_the_command_shows_once",
+    "watch.every": "test_monitor.py: test_absurd_intervals_are_refused",
+}
