@@ -321,7 +321,10 @@ EVALUATE = SUBJECT | {
     "pretrained_weights": [turn("tuned2.pth", **A)],
     "checkpoint_key": [turn("model_ema", **P), refused("teacher", "student", by="holds no",
                        given={"pretrained_weights": "ema.pth"})],
-    "data_path": [turn("data2", **A)],
+    "data_path": [
+        turn("broken", shows="calls", given={"max_bad_fraction": "1"}),
+        refused("data2", by="classes"),
+    ],
     "interpolation": [turn("bilinear", shows="calls")],
     "mean": [turn("0.5 0.5 0.5", shows="calls")],
     "std": [turn("0.5 0.5 0.5", shows="calls")],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.option_cases import ARCH, BASES, CASES, EXCEPTIONS, FINETUNE, RUN, SUBJECT
+from tests.option_cases import ARCH, BASES, CASES, DISTILL, EVALUATE, EXCEPTIONS, FINETUNE, SUBJECT
 from tests.turning import Outcome, Turn, done, fresh, run, words_of
 from xcit_dino.cli import COMMANDS, load
 from xcit_dino.slurm.config import LaunchConfig
@@ -25,8 +25,9 @@ from xcit_dino.train.config import option_types
 POSITIONAL = ("src", "checkpoint", "runs", "run", "dst")
 ELSEWHERE = {"launch": "test_launch_options.py"}  # turns every option of that command
 RECIPES = ("pretrain", "finetune", "distill")  # take --config
-# Options whose code another command shares are turned there, and here by make faults only.
-REPEATED = {"finetune": RUN, "distill": FINETUNE, "linear": SUBJECT, "embed": SUBJECT}
+# Turned by make faults only: options whose code another command shares, and what takes minutes.
+REPEATED = {"finetune": FINETUNE, "distill": DISTILL, "evaluate": EVALUATE}
+REPEATED |= {"linear": SUBJECT, "embed": SUBJECT}
 
 
 def options_of(command: str) -> dict[str, Any]:
