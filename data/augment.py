@@ -5,6 +5,9 @@ Flip, colour jitter in random order, grey, blur, solarize, normalise. Random cho
 on ranks, workers or micro-batches; applying them (:func:`apply`) is a pure function. Each operation
 is Pillow's with the same parameters, without its rounding to 8 bits after every one.
 
+Which crops an operation changes, and by how much, is worked out on the host (:func:`recipe`) and
+reaches the device in one copy beside the crops; from there on nothing waits for the device.
+
 Shapes: V crops of B images; N = V*B crops, crop-major (all images' crop 0, then crop 1, ...).
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +26,7 @@ from torch import Tensor
 from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
 from xcit_dino.data.keyed import keyed_uniforms
+from xcit_dino.data.packed import Packed
 
 AUGMENT_STREAM = 13
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -45,22 +50,27 @@ class Augment:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """([G*B, 3, S, S], [L*B, 3, s, s]) on the crops' device, crop-major."""
+        recipes = batch.recipes or self.recipes(batch)
+        of_globals, of_locals = recipes.to(batch.global_crops.device).unpacked()
+        return (
+            apply(batch.global_crops, of_globals, self.config, self.dtype),
+            apply(batch.local_crops, of_locals, self.config, self.dtype),
+        )
+
+    def recipes(self, batch: Batch) -> Packed:
+        """A pair of :class:`Recipe`, of the batch's global and of its local crops, on the host."""
         num_global = len(batch.global_crops)
         num_crops = num_global + len(batch.local_crops)
-        globals_, locals_ = (
-            self._group(group, batch, range(first, last), num_global)
-            for group, first, last in (
-                (batch.global_crops, 0, num_global),
-                (batch.local_crops, num_global, num_crops),
-            )
+        return Packed.of(
+            [
+                recipe(
+                    sample_params(
+                        self.config, self.seed, batch.epoch, batch.samples, numbers, num_global
+                    )
+                )
+                for numbers in (range(num_global), range(num_global, num_crops))
+            ]
         )
-        return globals_, locals_
-
-    def _group(self, crops: Tensor, batch: Batch, numbers: range, num_global: int) -> Tensor:
-        params = sample_params(
-            self.config, self.seed, batch.epoch, batch.samples, numbers, num_global
-        )
-        return apply(crops, params, self.config, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -115,19 +125,96 @@ def sample_params(
     )
 
 
+Array = TypeVar("Array", NDArray, Tensor)
+
+
+class Jitter(NamedTuple, Generic[Array]):
+    """One of the four passes of colour jitter over N crops; see :func:`blend`, :func:`shift_hue`.
+
+    Attributes:
+        mean, gray, image: float32 [N, 1, 1, 1], what each takes part with in the blend.
+        hue: int64 [n], the crops whose hue turns in this pass.
+        turns: float32 [n, 1, 1], by how many sixths of a circle.
+    """
+
+    mean: Array
+    gray: Array
+    image: Array
+    hue: Array
+    turns: Array
+
+
+class Recipe(NamedTuple, Generic[Array]):
+    """What the device needs to know of N crops: numpy arrays on the host, then tensors.
+
+    Attributes:
+        flip, gray, blur, solarize: int64 [n], the crops that the operation changes.
+        jitter: the four passes.
+        boxes: float32 [n, 2R+2], running sums of the box filters of ``blur``.
+    """
+
+    flip: Array
+    jitter: list[Jitter[Array]]
+    gray: Array
+    blur: Array
+    boxes: Array
+    solarize: Array
+
+
+def recipe(params: AugmentParams) -> Recipe[NDArray]:
+    """Which crops each operation changes, and by how much."""
+    blur = np.flatnonzero(params.sigma)
+    return Recipe(
+        flip=np.flatnonzero(params.flip),
+        jitter=jitter_passes(params.order, params.factors),
+        gray=np.flatnonzero(params.gray),
+        blur=blur,
+        boxes=box_sums(params.sigma[blur]),
+        solarize=np.flatnonzero(params.solarize),
+    )
+
+
+def jitter_passes(order: NDArray[np.int64], factors: NDArray[np.float32]) -> list[Jitter[NDArray]]:
+    """Brightness, contrast, saturation and hue of each image in its own order, [N, 4] each.
+
+    Four passes. The first three operations blend an image with black, its mean grey or its grey
+    version, so a pass does them for all images at once, each with its own; hue goes separately.
+    """
+    passes = []
+    for operation in order.T:
+        factor = np.take_along_axis(factors, operation[:, None], 1)[:, 0]
+        shift = np.where(operation == HUE, factor, 0)
+        factor = np.where(operation == HUE, 1, factor)
+        hue = np.flatnonzero(shift)
+        with_mean, with_gray = operation == CONTRAST, operation == SATURATION
+        passes.append(
+            Jitter(
+                mean=_column((1 - factor) * with_mean),
+                gray=_column((1 - factor) * with_gray),
+                image=_column(factor),
+                hue=hue,
+                turns=_column(6 * shift[hue])[:, 0],
+            )
+        )
+    return passes
+
+
 def apply(
-    crops: Tensor, params: AugmentParams, config: AugmentConfig, dtype: torch.dtype = torch.float32
+    crops: Tensor,
+    recipe: Recipe[Tensor],
+    config: AugmentConfig,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """uint8 [V, B, 3, H, W] (any strides) -> ``dtype`` [V*B, 3, H, W], contiguous."""
     crops = crops.flatten(0, 1)
     if not len(crops):
         return crops.to(dtype)
     x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    x = _where(params.flip, x, lambda chosen, _: chosen.flip(-1))
-    x = color_jitter(x, params.order, params.factors)
-    x = _where(params.gray, x, lambda chosen, _: grayscale(chosen).expand_as(chosen))
-    x = _where(params.sigma, x, gaussian_blur)
-    x = _where(params.solarize, x, lambda chosen, _: solarize(chosen))
+    x = _change(x, recipe.flip, lambda chosen: chosen.flip(-1))
+    x = color_jitter(x, recipe.jitter)
+    x = _change(x, recipe.gray, lambda chosen: grayscale(chosen).expand_as(chosen))
+    x = _change(x, recipe.blur, gaussian_blur, recipe.boxes)
+    x = _change(x, recipe.solarize, solarize)
     mean, std = channel_constants(config.mean, config.std, x.device)
     return x.sub_(mean).div_(std).to(dtype)
 
@@ -152,36 +239,25 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 # --------------------------------------------- operations on float [N, 3, H, W] with values in 0..1
 
 
-def color_jitter(x: Tensor, order: NDArray[np.int64], factors: NDArray[np.float32]) -> Tensor:
-    """Brightness, contrast, saturation and hue of each image in its own order.
-
-    Four passes. The first three operations blend an image with black, its mean grey or its grey
-    version, so a pass does them for all images at once, each with its own; hue goes separately.
-    """
-    for operation in order.T:
-        factor = np.take_along_axis(factors, operation[:, None], 1)[:, 0]
-        shift = np.where(operation == HUE, factor, 0)
-        factor = np.where(operation == HUE, 1, factor)
-        x = blend(x, factor, operation == CONTRAST, operation == SATURATION)
-        x = _where(shift, x, shift_hue)
+def color_jitter(x: Tensor, passes: Sequence[Jitter[Tensor]]) -> Tensor:
+    """The passes of :func:`jitter_passes`, one after the other."""
+    for jitter in passes:
+        x = blend(x, jitter.mean, jitter.gray, jitter.image)
+        x = _change(x, jitter.hue, shift_hue, jitter.turns)
     return x
 
 
-def blend(
-    x: Tensor,
-    factor: NDArray[np.float32],
-    with_mean: NDArray[np.bool_],
-    with_gray: NDArray[np.bool_],
-) -> Tensor:
+def blend(x: Tensor, with_mean: Tensor, with_gray: Tensor, with_itself: Tensor) -> Tensor:
     """``factor * x + (1 - factor) * other``, cut to 0..1 (Pillow's ImageEnhance).
 
-    ``other`` is the mean grey level where ``with_mean`` (contrast), the grey image where
-    ``with_gray`` (saturation), else black (brightness).
+    ``with_itself`` is the factor; 1 - factor stands in ``with_mean`` where ``other`` is the mean
+    grey level (contrast), in ``with_gray`` where it is the grey image (saturation), and in neither,
+    where it is black (brightness); the rest is 0. [N, 1, 1, 1] each.
     """
     gray = grayscale(x)
-    mean = gray.mean((2, 3), keepdim=True) * _column((1 - factor) * with_mean, x.device)
-    other = torch.addcmul(mean, gray, _column((1 - factor) * with_gray, x.device))
-    return torch.addcmul(other, x, _column(factor, x.device)).clamp_(0, 1)
+    mean = gray.mean((2, 3), keepdim=True) * with_mean
+    other = torch.addcmul(mean, gray, with_gray)
+    return torch.addcmul(other, x, with_itself).clamp_(0, 1)
 
 
 def grayscale(x: Tensor) -> Tensor:
@@ -190,8 +266,8 @@ def grayscale(x: Tensor) -> Tensor:
     return (r * GRAY[0]).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
 
 
-def shift_hue(x: Tensor, turns: NDArray[np.float32]) -> Tensor:
-    """Turn the hue in HSV space; +-0.5 turns give the complementary colour.
+def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue in HSV space by sixths of a circle, [N, 1, 1]; +-3 gives the complement.
 
     HSV to RGB in closed form: channel c is V - C max(0, min(k, 4 - k, 1)), k = (n_c + 6 H) mod 6
     with n = 5, 3, 1 for red, green, blue, value V and chroma C.
@@ -202,7 +278,7 @@ def shift_hue(x: Tensor, turns: NDArray[np.float32]) -> Tensor:
     scale = chroma.clamp(min=1e-12).reciprocal_()
     from_red, from_green, from_blue = (g - b) * scale, (b - r) * scale + 2, (r - g) * scale + 4
     hue = from_blue.lerp_(from_green, (value == g).float()).lerp_(from_red, (value == r).float())
-    hue.add_(_column(6 * turns, x.device)[:, 0])
+    hue.add_(turns)
     out = torch.empty_like(x)
     for channel, n in enumerate((5, 3, 1)):
         k = hue + n
@@ -212,19 +288,26 @@ def shift_hue(x: Tensor, turns: NDArray[np.float32]) -> Tensor:
     return out
 
 
-def gaussian_blur(x: Tensor, sigma: NDArray[np.float32]) -> Tensor:
+def gaussian_blur(x: Tensor, boxes: Tensor) -> Tensor:
     """Pillow's GaussianBlur(radius=sigma): three box filters of that total variance.
 
-    As matrix products, x -> F x F^T with F the banded matrix of one box filter, cubed: a kernel an
-    image, edges exactly as Pillow repeats them, and far faster than grouped convolutions.
+    boxes: :func:`box_sums` of the images' sigmas. As matrix products, x -> F x F^T with F the
+    banded matrix of one box filter, cubed: a kernel an image, edges exactly as Pillow repeats them,
+    and far faster than grouped convolutions.
     """
-    taps, (height, width) = extended_box(sigma), x.shape[-2:]
-    rows = torch.linalg.matrix_power(_band(taps, height, x.device), 3)
+    height, width = x.shape[-2:]
+    rows = torch.linalg.matrix_power(_band(boxes, height), 3)
     columns = rows
     if height != width:
-        columns = torch.linalg.matrix_power(_band(taps, width, x.device), 3)
+        columns = torch.linalg.matrix_power(_band(boxes, width), 3)
     x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, height)).mT  # [N, 3, W, H]
     return (x.flatten(1, 2) @ rows.mT).unflatten(1, (3, width)).mT
+
+
+def box_sums(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Running sums [N, 2R+2] of the weights of :func:`extended_box`, from 0 to 1."""
+    sums = np.cumsum(extended_box(sigma), 1)
+    return np.pad(sums, ((0, 0), (1, 0))).astype(np.float32)
 
 
 def extended_box(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -237,7 +320,7 @@ def extended_box(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
     radius = (whole + part / (6 * (variance - (whole + 1) ** 2)))[:, None]
-    reach = int(np.ceil(radius.max()))
+    reach = int(np.ceil(radius.max(initial=0)))
     return np.clip(radius + 1 - abs(np.arange(-reach, reach + 1)), 0, 1) / (2 * radius + 1)
 
 
@@ -246,38 +329,31 @@ def solarize(x: Tensor) -> Tensor:
     return torch.addcmul(x, (x >= SOLARIZE_FROM).float(), 1 - 2 * x)
 
 
-def _band(taps: NDArray[np.float64], size: int, device: torch.device) -> Tensor:
+def _band(boxes: Tensor, size: int) -> Tensor:
     """[N, size, size]: row i holds the taps centred on column i, those beyond an edge added to it.
 
     Differences of the taps' running sum, so that no two weights compete for one element.
     """
-    reach = taps.shape[1] // 2
-    running = np.pad(np.cumsum(taps, 1), ((0, 0), (1, 0)))
-    offset = np.arange(size) - np.arange(size)[:, None] + reach
-    upto = np.clip(offset + 1, 0, 2 * reach + 1)
-    before = np.clip(offset, 0, 2 * reach + 1)
-    before[:, 0], upto[:, -1] = 0, 2 * reach + 1
-    sums = torch.tensor(running, dtype=torch.float32, device=device)
-    upto, before = (torch.tensor(index, device=device) for index in (upto, before))
-    return sums[:, upto] - sums[:, before]
+    taps = boxes.shape[1] - 1
+    at = torch.arange(size, device=boxes.device)
+    offset = at - at[:, None] + taps // 2
+    upto, before = (offset + 1).clamp_(0, taps), offset.clamp_(0, taps)
+    before[:, 0].fill_(0)
+    upto[:, -1].fill_(taps)
+    return boxes[:, upto] - boxes[:, before]
 
 
-def _column(values: NDArray[np.floating], device: torch.device) -> Tensor:
+def _column(values: NDArray[np.floating]) -> NDArray[np.float32]:
     """One value an image, [N, 1, 1, 1]."""
-    values = values.astype(np.float32)
-    return torch.from_numpy(values).to(device, non_blocking=True).view(-1, 1, 1, 1)
+    return values.astype(np.float32).reshape(-1, 1, 1, 1)
 
 
-def _where(
-    amount: np.ndarray, x: Tensor, operation: Callable[[Tensor, np.ndarray], Tensor]
-) -> Tensor:
-    """Change, in place, the images of ``x`` whose ``amount`` is not zero.
+def _change(x: Tensor, where: Tensor, operation: Callable[..., Tensor], *amount: Tensor) -> Tensor:
+    """Change, in place, the images ``where`` (int64 [n]) of ``x``; ``amount``: one row for each.
 
-    Which ones is known on the host, so nothing is computed in vain and nothing waits for a device.
-    (``torch.where`` would compute all, and is 30 times slower than an addition on CPUs.)
+    How many there are is known on the host, so nothing is computed in vain and nothing waits for a
+    device. (``torch.where`` would compute all, and is 30 times slower than an addition on CPUs.)
     """
-    (chosen,) = np.nonzero(amount)
-    if len(chosen):
-        where = torch.from_numpy(chosen).to(x.device, non_blocking=True)
-        x.index_copy_(0, where, operation(x.index_select(0, where), amount[chosen]))
+    if len(where):
+        x.index_copy_(0, where, operation(x.index_select(0, where), *amount))
     return x

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xcit_dino.data.packed import Packed, to_device
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,6 +22,7 @@ class Batch:
         sources: int64 [B], whose pixels these are: another number where a sample is unreadable.
         labels: int64 [B], of the sources; -1 where there is none.
         global_crops, local_crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]; channels last.
+        recipes: what the augmentation does to them; None: to be drawn where it is done.
     """
 
     step: int
@@ -30,6 +33,23 @@ class Batch:
     labels: Tensor
     global_crops: Tensor
     local_crops: Tensor
+    recipes: Packed | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What lies on the device."""
+        drawn = [] if self.recipes is None else [self.recipes.block]
+        return [self.global_crops, self.local_crops, self.labels, *drawn]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on ``device``; queued, where the crops lie in page-locked memory."""
+        return replace(
+            self,
+            global_crops=self.global_crops.to(device, non_blocking=True),
+            local_crops=self.local_crops.to(device, non_blocking=True),
+            labels=to_device(self.labels, device),
+            recipes=self.recipes and self.recipes.to(device),
+        )
 
 
 class Copier:
@@ -46,21 +66,13 @@ class Copier:
         Returns once the copies of the step before are done: its slots are then free.
         """
         with torch.cuda.stream(self.stream):
-            moved = [self._to_device(batch) for batch in step]
+            moved = [batch.to(self.device) for batch in step]
             self.last, self.before = self.before, self.last
             self.last.record(self.stream)
         self.before.synchronize()
         current = torch.cuda.current_stream(self.device)
         current.wait_event(self.last)
         for batch in moved:
-            for tensor in (batch.global_crops, batch.local_crops, batch.labels):
+            for tensor in batch.tensors:
                 tensor.record_stream(current)
         return moved
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return replace(
-            batch,
-            global_crops=batch.global_crops.to(self.device, non_blocking=True),
-            local_crops=batch.local_crops.to(self.device, non_blocking=True),
-            labels=batch.labels.to(self.device, non_blocking=True),
-        )

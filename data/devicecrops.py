@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.decode import Header, Pixels, decode
+from xcit_dino.data.packed import to_device
 from xcit_dino.data.workers import CropWork, Done, Task
 
 CUBIC_A = -0.5  # Keys' bicubic, as Pillow and torch's antialiased one
@@ -65,7 +66,8 @@ class DeviceCropper:
     def _crops(self, done: Done) -> tuple[Tensor, Tensor]:
         assert done.images is not None and done.boxes is not None
         crops, G = self.host.crops, self.host.crops.global_crops_number
-        pairs = list(zip(self._decoded(done.images), torch.from_numpy(done.boxes), strict=True))
+        boxes = to_device(torch.from_numpy(done.boxes), self.device)  # all in one copy
+        pairs = list(zip(self._decoded(done.images), boxes, strict=True))
         global_crops = [resampled(x, boxes[:G], crops.global_crops_size) for x, boxes in pairs]
         local_crops = [resampled(x, boxes[G:], crops.local_crops_size) for x, boxes in pairs]
         return torch.stack(global_crops, 1), torch.stack(local_crops, 1)
@@ -85,7 +87,7 @@ class DeviceCropper:
         return [
             next(decoded)
             if isinstance(image, bytes)
-            else torch.from_numpy(image).permute(2, 0, 1).to(self.device)
+            else to_device(torch.from_numpy(image), self.device).permute(2, 0, 1)
             for image in images
         ]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from xcit_dino.data.cache import ReadAhead
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.devicecrops import DeviceCropper, EncodedWork
 from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.packed import Packed, to_device
 from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
@@ -61,6 +63,7 @@ class CropLoader:
         device: where the tensors go; on the CPU they stay in shared memory.
         run_folder: for ``quarantine.jsonl``.
         retouch: called in the worker on every micro-batch's crops.
+        recipes: draws what the augmentation will do to a micro-batch, which then travels with it.
         labelled: an image without a label counts as unreadable.
 
     Attributes:
@@ -84,6 +87,7 @@ class CropLoader:
         device: torch.device | str | None = None,
         run_folder: Path | None = None,
         retouch: Retouch | None = None,
+        recipes: Callable[[Batch], Packed] | None = None,
         labelled: bool = False,
     ) -> None:
         if plan.batch_size % (world_size * accum):
@@ -98,7 +102,7 @@ class CropLoader:
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
-        self.retouch, self.labelled = retouch, labelled
+        self.retouch, self.recipes, self.labelled = retouch, recipes, labelled
         self.device = torch.device(device or "cpu")
         self.wait_seconds = 0.0
         self.quarantine = Quarantine(
@@ -136,6 +140,8 @@ class CropLoader:
                 begin = time.perf_counter()
                 step = [self._batch(*crops_of(next(results))) for _ in range(self.accum)]
                 self.wait_seconds += time.perf_counter() - begin
+                if self.recipes is not None:
+                    step = [replace(batch, recipes=self.recipes(batch)) for batch in step]
                 read_ahead.reached(step[0].step)
                 yield copier.copied(step) if copier else step
 
@@ -163,7 +169,7 @@ class CropLoader:
         labels = torch.from_numpy(self.index.labels[done.sources].astype(np.int64))
         return Batch(
             task.step, task.micro, task.epoch, task.samples, done.sources,
-            labels.to(global_crops.device), global_crops, local_crops,
+            to_device(labels, global_crops.device), global_crops, local_crops,
         )  # fmt: skip
 
 

@@ -24,11 +24,13 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.keyed import keyed_bits
 from xcit_dino.data.loader import Batch
+from xcit_dino.data.packed import to_device
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.workers import Task
 from xcit_dino.errors import InputError
@@ -150,7 +152,24 @@ class DeviceAugment:
             return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         keys = (self.seed, MIX_STREAM, batch.step, batch.micro, self.world.rank)
         seed_everything(keyed_bits(*keys)[0])
-        return self.mix(images, labels)
+        with QueuedTensors():
+            return self.mix(images, labels)
+
+
+class QueuedTensors(TorchFunctionMode):
+    """Inside, ``torch.tensor(array, device=..., dtype=...)`` does not wait for the device.
+
+    timm makes the labels' weights with it where each image is mixed in its own way.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is not torch.tensor:
+            return func(*args, **kwargs)
+        (array,) = args
+        return to_device(
+            torch.from_numpy(array).to(kwargs["dtype"]), torch.device(kwargs["device"])
+        )
 
 
 def seed_everything(bits: NDArray[np.uint64] | np.uint64) -> None:

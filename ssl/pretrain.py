@@ -163,6 +163,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         accum=run.accum_iter,
         device=world.device,
         run_folder=run.output_dir,
+        recipes=trainer.augment.recipes,
     )
 
     # -- the steps; from the last checkpoint, and again from there where the run is rolled back

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import colorsys
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torchvision.transforms import functional as T
 from torchvision.transforms.v2 import functional as F
 
 from xcit_dino.data import augment as A
+from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
+from xcit_dino.data.packed import Packed
 
 
 def photo(seed: int = 0, size: int = 48) -> Image.Image:
@@ -42,10 +45,22 @@ def one(value: float) -> np.ndarray:
     return np.array([value], np.float32)
 
 
+def jitter(x: torch.Tensor, order: np.ndarray, factors: np.ndarray) -> torch.Tensor:
+    return A.color_jitter(x, Packed.of(A.jitter_passes(order, factors)).unpacked())
+
+
 def jitter_one(x: torch.Tensor, operation: int, factor: float) -> torch.Tensor:
     factors = np.array([[1, 1, 1, 0]], np.float32)
     factors[0, operation] = factor
-    return A.color_jitter(x, np.array([[0, 1, 2, 3]]), factors)
+    return jitter(x, np.array([[0, 1, 2, 3]]), factors)
+
+
+def blur(x: torch.Tensor, sigma: np.ndarray) -> torch.Tensor:
+    return A.gaussian_blur(x, torch.from_numpy(A.box_sums(sigma)))
+
+
+def applied(crops, params: A.AugmentParams, config: AugmentConfig, *dtype) -> torch.Tensor:
+    return A.apply(crops, Packed.of(A.recipe(params)).unpacked(), config, *dtype)
 
 
 @pytest.mark.parametrize("factor", [0.6, 0.95, 1.4])
@@ -80,7 +95,7 @@ def test_jitter_order_is_each_images_own():
     images, rng = [photo(seed) for seed in range(6)], np.random.RandomState(0)
     order = np.stack([rng.permutation(4) for _ in images])
     factors = np.float32([1, 1, 1, 0] + rng.uniform(-1, 1, (6, 4)) * (0.4, 0.4, 0.2, 0.1))
-    ours = A.color_jitter(torch.cat([to_float(image) for image in images]), order, factors)
+    ours = jitter(torch.cat([to_float(image) for image in images]), order, factors)
     adjust = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
     for i, image in enumerate(images):
         expected = to_float(image)[0]
@@ -101,16 +116,16 @@ def test_blur_is_pillows_within_three_levels_edges_included(sigma: float):
     """Three levels because Pillow rounds to 8 bits after each of its six passes."""
     image = photo()
     expected = image.filter(ImageFilter.GaussianBlur(sigma))
-    difference = levels(A.gaussian_blur(to_float(image), one(sigma)), expected)
+    difference = levels(blur(to_float(image), one(sigma)), expected)
     assert difference.max() <= 3 and difference.mean() < 0.75
 
 
 def test_blur_takes_each_images_own_sigma_and_any_shape():
     x = torch.rand(3, 3, 17, 30)
     sigmas = np.float32([0.2, 1.0, 2.0])
-    together = A.gaussian_blur(x, sigmas)
+    together = blur(x, sigmas)
     for i in range(3):
-        torch.testing.assert_close(together[i, None], A.gaussian_blur(x[i, None], sigmas[i, None]))
+        torch.testing.assert_close(together[i, None], blur(x[i, None], sigmas[i, None]))
 
 
 def neutral(n: int, **change) -> A.AugmentParams:
@@ -126,13 +141,13 @@ def neutral(n: int, **change) -> A.AugmentParams:
 def test_nothing_drawn_is_to_tensor_and_normalize():
     crops = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
     config = AugmentConfig()
-    ours = A.apply(crops, neutral(6), config)
+    ours = applied(crops, neutral(6), config)
     expected = T.normalize(crops.flatten(0, 1) / 255, config.mean, config.std)
     torch.testing.assert_close(ours, expected)
-    flipped = A.apply(crops, neutral(6, flip=np.arange(6) == 4), config)
+    flipped = applied(crops, neutral(6, flip=np.arange(6) == 4), config)
     torch.testing.assert_close(flipped[4], expected[4].flip(-1))
     torch.testing.assert_close(flipped[5], expected[5])
-    assert A.apply(crops, neutral(6), config, torch.bfloat16).dtype == torch.bfloat16
+    assert applied(crops, neutral(6), config, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_parameters_do_not_depend_on_the_batch_they_are_drawn_in():
@@ -201,7 +216,7 @@ def test_whole_pipeline_has_the_official_distribution(crop: int, blur: float, so
     crops = torch.cat([(to_float(image) * 255).round().to(torch.uint8) for image in images])
     config = AugmentConfig(mean=(0, 0, 0), std=(1, 1, 1))
     params = A.sample_params(config, 0, 0, np.arange(4 * draws), [crop], 2)
-    ours = A.apply(crops.repeat_interleave(draws, 0)[None], params, config)
+    ours = applied(crops.repeat_interleave(draws, 0)[None], params, config)
 
     ours, theirs = (x.view(4, draws, 3, 24, 24) for x in (ours, theirs))
     moments = [(x.mean((1, 3, 4)), x.std((1, 3, 4)), x.std((3, 4)).mean(1)) for x in (ours, theirs)]
@@ -211,3 +226,27 @@ def test_whole_pipeline_has_the_official_distribution(crop: int, blur: float, so
     torch.testing.assert_close(*sharpness, atol=0.003, rtol=0.03)
     histograms = [torch.histc(x, 32, 0, 1) / x.numel() for x in (ours, theirs)]
     assert (histograms[0] - histograms[1]).abs().sum() < 0.05
+
+
+def test_recipes_that_come_with_the_batch_change_nothing():
+    """Drawn where the batch is made, or where it is augmented: the same bits."""
+    crops = torch.randint(0, 256, (4, 5, 3, 16, 16), dtype=torch.uint8)
+    numbers = np.arange(5)
+    batch = Batch(0, 0, 1, numbers, numbers, torch.zeros(5), crops[:2], crops[2:, ..., :8])
+    augment = A.Augment(AugmentConfig(), seed=3)
+    drawn = replace(batch, recipes=augment.recipes(batch))
+    for here, there in zip(augment(batch), augment(drawn), strict=True):
+        assert torch.equal(here, there)
+
+
+def test_a_block_holds_arrays_of_any_kind_and_none():
+    nest = {
+        "a": [np.arange(3), np.zeros((0, 4), np.float32)],
+        "b": (np.array([True, False, True]), np.float32(np.eye(2)), np.array(7, np.int16)),
+    }
+    packed = Packed.of(nest)
+    found = packed.unpacked()
+    pairs = zip([*nest["a"], *nest["b"]], [*found["a"], *found["b"]], strict=True)
+    for array, tensor in pairs:
+        assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
+        assert tensor.untyped_storage().data_ptr() == packed.block.data_ptr()

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from tests import victims
+from tests.nowait import NeverWaits
 from xcit_dino.data.batch import Batch
 from xcit_dino.errors import InputError
 from xcit_dino.ssl.config import PretrainConfig
@@ -55,7 +56,8 @@ def step(trainer, number, now=NOW):
         torch.manual_seed(100 * number + 10 * micro + trainer.world.rank)
         crops = (torch.randn(2, 2, 3, 16, 16), torch.randn(3, 2, 3, 8, 8))
         batches.append(Batch(number, micro, 0, nothing, nothing, torch.zeros(0), *crops))
-    return train_step(trainer, batches, now)
+    with NeverWaits():
+        return train_step(trainer, batches, now)
 
 
 def whole(trainer):
