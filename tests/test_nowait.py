@@ -22,6 +22,7 @@ from xcit_dino.eval.distill import DistillationLoss, Teacher
 from xcit_dino.eval.supervised_data import LabelledData
 from xcit_dino.eval.supervised_optim import Hyperparameters as SupervisedHyperparameters
 from xcit_dino.eval.train_config import DistillConfig
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.ssl import pretrain
 from xcit_dino.ssl.config import PretrainConfig
@@ -101,7 +102,9 @@ def supervised_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
     world, data = dist.World(0, 1, device), LabelledData(Anything(), Anything(), 5)
     with device:
         model, other = (create_model("xcit_pico_6_p8", num_classes=5) for _ in range(2))
-        teacher = Teacher(other, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 24)
+        teacher = Teacher(
+            other, InputSettings(), InputSettings(24, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        )
         criterion = supervised.soft_cross_entropy
         if "distillation_type" in SUPERVISED[case]:
             criterion = DistillationLoss(teacher, config.teacher)

@@ -1,0 +1,159 @@
+"""What only a GPU can show: ``pytest -m gpu``, skipped where there is none. What makes sense on a
+CPU too runs there in every test run, so that no line of it is first tried on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_nowait import TINY, pretraining_batch
+from xcit_dino.data.batch import Batch, Copier
+from xcit_dino.data.ring import Ring
+from xcit_dino.errors import RunError
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.pretrain import train_step
+from xcit_dino.ssl.schedule import Hyperparameters
+from xcit_dino.ssl.trainer import Trainer, set_up
+from xcit_dino.train import dist, memory
+from xcit_dino.train.config import replace
+from xcit_dino.train.hostcopy import HostCopy
+
+NOW = Hyperparameters(1e-3, 0.2, 0.9, 0.05, freeze_last_layer=False)
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request, monkeypatch) -> torch.device:
+    """Each device, in plain float32: no TF32 in convolutions, which torch allows by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
+
+
+def trainer_on(device: torch.device, dtype: torch.dtype = torch.float32, **options) -> Trainer:
+    """Without drop-path, whose numbers differ from device to device; fp16 does not overflow."""
+    config = replace(PretrainConfig(), TINY | {"drop_path_rate": 0.0} | options)
+    trainer = set_up(config, dist.World(0, 1, device), dtype, "", 4)
+    scaler = trainer.state.scaler
+    if scaler.is_enabled():
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 8.0})
+    return trainer
+
+
+def batch_on(device: torch.device, trainer: Trainer, micro: int = 0) -> Batch:
+    """The same pixels on every device."""
+    torch.manual_seed(micro)
+    return pretraining_batch(trainer, micro, torch.device("cpu")).to(device)
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """CUDA's own eye: an operation for which the host would wait is an error."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-4), (torch.bfloat16, 3e-2), (torch.float16, 1e-2)],
+)
+def test_a_step_is_that_of_float32_on_the_cpu(dtype, tolerance, device):
+    """Loss and gradient norm of two steps, the augmentation with them; nothing waits."""
+    plain, ours = trainer_on(torch.device("cpu")), trainer_on(device, dtype)
+    for number in range(2):
+        want = train_step(plain, [batch_on(torch.device("cpu"), plain, number)], NOW)
+        batch = batch_on(device, ours, number)
+        if number:  # the first makes constants and the optimiser's state
+            with no_waiting(device):
+                got = train_step(ours, [batch], NOW)
+        else:
+            got = train_step(ours, [batch], NOW)
+        for name in ("loss", "teacher_entropy", "center_norm"):
+            torch.testing.assert_close(
+                got[name].cpu().float(), want[name], rtol=tolerance, atol=tolerance
+            )
+        norms = got["grad_norm"].cpu().float(), want["grad_norm"]
+        torch.testing.assert_close(*norms, rtol=10 * tolerance, atol=tolerance)
+        assert not got["skipped"]
+
+
+def test_the_augmentation_is_the_cpus(device):
+    plain, ours = trainer_on(torch.device("cpu")), trainer_on(device)
+    batch = batch_on(torch.device("cpu"), plain)
+    ours.augment(batch.to(device))
+    moved = batch.to(device)
+    with no_waiting(device):
+        views = ours.augment(moved)
+    for got, want in zip(views, plain.augment(batch), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-4)
+
+
+def test_an_overflow_of_fp16_is_skipped_and_changes_nothing(device):
+    trainer = trainer_on(device, torch.float16)
+    batch = batch_on(device, trainer)
+    train_step(trainer, [batch], NOW)
+    before = {n: p.detach().clone() for n, p in trainer.student.named_parameters()}
+    trainer.state.scaler.update(2.0**120)  # the scaled loss's gradients overflow
+    scale = trainer.state.scaler.get_scale()
+    with no_waiting(device):
+        metrics = train_step(trainer, [batch], NOW)
+    assert metrics["skipped"] == 1 and metrics["loss"].isfinite()
+    assert trainer.state.scaler.get_scale() == scale / 2
+    for name, parameter in trainer.student.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_a_copy_of_the_state_is_that_of_its_step(device):
+    """The next step is queued before the copy is read."""
+    trainer = trainer_on(device)
+    batch = batch_on(device, trainer)
+    copy = HostCopy()
+    for _ in range(2):  # the second uses the first one's buffers
+        train_step(trainer, [batch], NOW)
+        want = {n: v.clone() for n, v in trainer.student.state_dict().items()}
+        copy.take({"student": trainer.student.state_dict()})
+        train_step(trainer, [batch], NOW)
+        for name, value in copy.ready()["student"].items():
+            assert value.device.type == "cpu" and torch.equal(value, want[name].cpu()), name
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_no_slot_is_overwritten_before_it_is_copied():
+    """Slots are filled again as soon as the loader may do so, while the GPU is busy."""
+    device = torch.device("cuda", 0)
+    ring, copier = Ring(2, [(2, 8, 96, 96, 3), (1, 8, 32, 32, 3)]), Copier(device)
+    ring.pin()
+    nothing, found = np.zeros(8, np.int64), []
+    try:
+        for step in range(60):
+            large, small = ring.views(step % 2)
+            large.fill_(step), small.fill_(step)
+            labels = torch.full((8,), step)
+            batch = Batch(step, 0, 0, nothing, nothing, labels, large, small)
+            (moved,) = copier.copied([batch])
+            torch.cuda._sleep(2_000_000)
+            parts = (moved.global_crops, moved.local_crops, moved.labels)
+            found += [(part == step).all() for part in parts]
+        assert torch.stack(found).all()
+    finally:
+        ring.unpin()
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_out_of_memory_is_explained():
+    trainer = trainer_on(torch.device("cuda", 0))
+    with pytest.raises(RunError, match="out of memory in step 1.*batch_size_per_gpu"):
+        with memory.explained(trainer.state, trainer.config.run):
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
