@@ -91,8 +91,8 @@ class AugmentConfig:
 class LoaderConfig:
     """From shards to batches."""
 
-    data_path: Path | None = None
-    """Folder of shards with their index (``xcit-dino shards make`` writes one)."""
+    data_path: Location | None = None
+    """Folder or URL of shards with their index (``xcit-dino shards make`` writes one)."""
     shard_url: Location | None = None
     """Where the shards lie if not beside their index: http(s)://, s3:// or gs:// and a folder, or
     ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output.

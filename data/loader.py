@@ -99,6 +99,7 @@ class CropLoader:
             raise InputError(
                 "--decoder cuda needs CUDA, and serves pretraining only; use --decoder host"
             )
+        open_source(index, config)  # refuses options that do not go together
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step

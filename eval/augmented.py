@@ -149,10 +149,10 @@ class Saved:
     """What the training depends on; a state of another one is not taken."""
 
     def load_into(self, tensors: list[Tensor]) -> int:
-        """Restore the heads' tensors; returns the epochs they have seen."""
-        if not self.path.is_file():
+        """Restore the heads' tensors; returns the epochs they have seen. Rank 0 reads for all."""
+        state = dist.from_main(self._read)
+        if state is None:
             return 0
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
         same = state["key"] == self.key
         if dist.is_main():
             what = f"goes on after epoch {state['epochs']}" if same else "begins again"
@@ -163,6 +163,10 @@ class Saved:
         for tensor, value in zip(tensors, state["tensors"], strict=True):
             tensor.copy_(value)
         return state["epochs"]
+
+    def _read(self) -> dict[str, Any] | None:
+        there = self.path.is_file()
+        return torch.load(self.path, map_location="cpu", weights_only=True) if there else None
 
     def save(self, tensors: list[Tensor], epochs: int) -> None:
         """Write the state, whole or not at all."""

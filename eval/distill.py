@@ -35,10 +35,8 @@ from xcit_dino.train.state import Checkpoints, weights_file
 def main(config: DistillConfig) -> None:
     """The command: :func:`distill` with signals that save before they end it."""
     stop.install(signal.SIGTERM, signal.SIGINT)
-    try:
+    with dist.leaving():
         distill(config)
-    finally:
-        dist.shutdown()
 
 
 def distill(config: DistillConfig) -> None:

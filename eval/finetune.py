@@ -15,10 +15,8 @@ from xcit_dino.train import dist, stop
 def main(config: FinetuneConfig) -> None:
     """The command: :func:`finetune` with signals that save before they end it."""
     stop.install(signal.SIGTERM, signal.SIGINT)
-    try:
+    with dist.leaving():
         finetune(config)
-    finally:
-        dist.shutdown()
 
 
 def finetune(config: FinetuneConfig) -> None:

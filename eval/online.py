@@ -37,10 +37,8 @@ Evaluate = Callable[[nn.Module, int], dict[str, Any]]
 def main(config: PretrainConfig) -> None:
     """``xcit-dino pretrain``: :func:`pretrain` with signals that save before they end it."""
     stop.install(signal.SIGTERM, signal.SIGINT)
-    try:
+    with dist.leaving():
         pretrain(config)
-    finally:
-        dist.shutdown()
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -89,24 +87,43 @@ def online_knn(
     Returns:
         None where no accuracy can be had: no validation split, or images without labels.
     """
-    try:
-        train, val = (ShardIndex.load(resolve_split(data_path, s)) for s in ("train", "val"))
-        classes = num_classes_of(train, val)
-    except InputError as reason:
+    if reason := dist.from_main(lambda: refusal(data_path)):  # on all ranks alike
         if dist.is_main():
             print(f"no k-NN during pretraining: {reason}", flush=True)
         return None
+    train, val, classes = labelled_splits(data_path)
     given = {name: run[name] for name in ("num_workers", "precision") if name in run}
     settings = InputSettings.of_run(run) or InputSettings()
     context = make_context(SubjectConfig(**given), settings, run, data_path, world)
-    few = replace(context.loader, num_workers=0, max_bad_fraction=1.0)
+    # unreadable images are left out, and said: they are for the training to stop at
+    context = replace(context, loader=replace(context.loader, max_bad_fraction=1.0))
+    few = replace(context.loader, num_workers=0)
     draw = OnlinePictures(pictures, replace(context, loader=few)) if pictures else None
     return OnlineKnn(train, val, classes, context, every, name, draw)
 
 
+def labelled_splits(data_path: str | Path) -> tuple[ShardIndex, ShardIndex, int]:
+    """Training and validation shards, and the number of their classes.
+
+    Raises:
+        InputError: one is missing, or has no labels.
+    """
+    train, val = (ShardIndex.load(resolve_split(data_path, s)) for s in ("train", "val"))
+    return train, val, num_classes_of(train, val)
+
+
+def refusal(data_path: str | Path) -> str:
+    """Why no accuracy can be had from these shards; "" where one can."""
+    try:
+        labelled_splits(data_path)
+    except InputError as reason:
+        return str(reason)
+    return ""
+
+
 @dataclass(frozen=True)
 class OnlineKnn:
-    """The callable; see :func:`online_knn`."""
+    """The callable; see :func:`online_knn`. What fails on one rank is raised on all."""
 
     train: ShardIndex
     val: ShardIndex
@@ -124,30 +141,44 @@ class OnlineKnn:
         with evaluating(backbone), torch.inference_mode():
             bank = self._embedded(backbone, self.train, BANK)
             queries = self._embedded(backbone, self.val, QUERIES)
-            drawn = self.draw(backbone, epoch, bank, queries) if self.draw else {}
+            with dist.together():
+                drawn = self.draw(backbone, epoch, bank, queries) if self.draw else {}
+                accuracies = self._accuracies(bank, queries)
+        return accuracies | drawn
+
+    def _accuracies(self, bank: Embedded, queries: Embedded) -> dict[str, float]:
         k = min(K, len(bank.labels))
         hits = knn_hits(
             bank.features, bank.labels, queries.features, queries.labels, [k], TEMPERATURE,
             self.num_classes, gpu=self.context.device.type == "cuda",
         )  # fmt: skip
         top1, top5 = (100 * hits[0] / len(queries.labels)).tolist()
-        return {f"{self.name}_top1": top1, f"{self.name}_top5": top5} | drawn
+        return {f"{self.name}_top1": top1, f"{self.name}_top5": top5}
 
     def _embedded(self, backbone: nn.Module, index: ShardIndex, most: int) -> Embedded:
-        """Features of the readable images of the subset, on every rank."""
+        """Features of the readable images of the subset, on every rank.
+
+        Raises:
+            InputError: there are none.
+        """
         chosen = spread(index.num_samples, most)
         world = dist.world_size()
-        probe = blocks_of(backbone, self.context.blank())["cls"]
-        # the last column says that the image was read
-        table = probe.new_zeros(len(chosen), probe.shape[1] + 1, dtype=torch.float32)
-        for blocks, samples in self.context.batches(
-            partial(blocks_of, backbone), index, chosen[dist.rank() :: world], "k-NN"
-        ):
-            rows = np.searchsorted(chosen, samples)
-            table[rows, :-1], table[rows, -1] = blocks["cls"], 1
+        with dist.together():
+            probe = blocks_of(backbone, self.context.blank())["cls"]
+            # the last column says that the image was read
+            table = probe.new_zeros(len(chosen), probe.shape[1] + 1, dtype=torch.float32)
+            for blocks, samples in self.context.batches(
+                partial(blocks_of, backbone), index, chosen[dist.rank() :: world], "k-NN"
+            ):
+                rows = np.searchsorted(chosen, samples)
+                table[rows, :-1], table[rows, -1] = blocks["cls"], 1
         if world > 1:
             torch.distributed.all_reduce(table)
         found = table.cpu().numpy()
         seen = found[:, -1] > 0
+        if not seen.any():
+            raise InputError(f"{index.root}: not one of {len(seen)} images can be read")
+        if not seen.all() and dist.is_main():
+            print(f"k-NN: {(~seen).sum()} of {len(seen)} images of {index.root} cannot be read")
         samples = chosen[seen]
         return Embedded(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))

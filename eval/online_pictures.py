@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 
 from xcit_dino.data.index import ShardIndex
-from xcit_dino.errors import InputError
 from xcit_dino.eval.attention import Pixels
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.gallery import spread
@@ -60,9 +59,9 @@ class OnlinePictures:
         for name, make in made.items():
             try:
                 found[name] = make()
-            except (InputError, OSError, ValueError) as reason:
+            except Exception as reason:
                 if dist.is_main():
-                    print(f"no picture of {name}: {reason}", flush=True)
+                    print(f"no picture of {name}: {type(reason).__name__}: {reason}", flush=True)
         return found
 
     def crops(self, index: ShardIndex, epoch: int) -> Pixels:

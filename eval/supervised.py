@@ -20,18 +20,19 @@ from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import Stopped, warn
 from xcit_dino.eval.supervised_data import HostAugment, LabelledData, plan_of
 from xcit_dino.eval.supervised_optim import Hyperparameters, Schedule, set_hyperparameters
-from xcit_dino.eval.supervised_trainer import Method, Trainer, set_up
+from xcit_dino.eval.supervised_trainer import Method, Trainer, say_average, set_up
 from xcit_dino.eval.train_config import FinetuneConfig
 from xcit_dino.eval.validation import accuracies, record
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.ssl.pretrain import seed_drop_path
 from xcit_dino.train import dist, memory, optim, stop
-from xcit_dino.train.config import dump_yaml
+from xcit_dino.train.config import absolute, dump_yaml
+from xcit_dino.train.evaluation import Evaluations
 from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast
 from xcit_dino.train.provenance import read_results
-from xcit_dino.train.run import open_run
+from xcit_dino.train.run import check_run, open_run, say_changes
 from xcit_dino.train.state import Checkpoints, load_checkpoint
 from xcit_dino.train.steady import steady
 from xcit_dino.train.watchdog import Watchdog
@@ -84,7 +85,7 @@ def train(
     """Train, or go on training, until the last epoch; then measure and write ``results.json``.
 
     Raises:
-        InputError: bad options or data, before anything is written.
+        InputError: bad options or data; the run folder is as it was before.
         Stopped: a signal ended this try; the state is saved.
         RunError: gradients are no numbers any more.
     """
@@ -110,7 +111,7 @@ def train(
         retouch=HostAugment(config.regularization, run.seed),
         labelled=True,
     )
-    dist.from_main(lambda: open_run(config, run))
+    dist.from_main(lambda: check_run(config, run))
 
     trainer = set_up(config, method, model, data, world)
     state = trainer.state
@@ -119,12 +120,18 @@ def train(
         Checkpoints(run.output_dir, keep=run.keep_checkpoints) as checkpoints,
         Watchdog(run.output_dir, run.watchdog_minutes, run.on_stall == "abort") as watchdog,
     ):
-        dist.from_main(checkpoints.clean)
         if (newest := checkpoints.newest()) is not None:
             saved = load_checkpoint(newest)
             state.load_state_dict(saved)
             method.facts = saved["facts"]
-        if state.step < schedule.total_steps or method.name not in read_results(run.output_dir):
+            if world.is_main:
+                say_changes(saved.get("config", ""), config, state.step)
+        # only now, when nothing can refuse the run any more, is its folder written to
+        dist.from_main(lambda: open_run(config, run))
+        dist.from_main(checkpoints.clean)
+        measured = dist.from_main(lambda: method.name in read_results(run.output_dir))
+        if state.step < schedule.total_steps or not measured:
+            say_average(config.regularization.model_ema_decay, schedule.total_steps)
             go_on(trainer, method, loader, schedule, checkpoints, watchdog, data)
     dist.barrier()
     if (reason := stop.requested()) and state.step < schedule.total_steps:
@@ -149,26 +156,45 @@ def go_on(
     config, state, run, world = trainer.config, trainer.state, trainer.config.run, trainer.world
     last_step = run.last_step(schedule.total_steps)
     vote = stop.Vote()
+
+    def due(step: int) -> bool:
+        epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
+        every, finished = config.validation.eval_every, step == schedule.total_steps
+        return into_epoch == 0 and 0 < every and epoch % every == 0 and not finished
+
     saved_at = time.monotonic()
-    with RunLog(run, state.step, schedule.total_steps, state.global_batch, method.name) as log:
+    with RunLog(
+        run, state.step, schedule.total_steps, state.global_batch, method.name,
+        saved=state.log, waited=loader.wait_seconds,
+    ) as log:  # fmt: skip
+        evaluations = Evaluations(
+            run.output_dir,
+            log,
+            lambda _: shown(accuracies(trainer.networks, config, data.val, world)),
+        )
+        if state.step > 0 and due(state.step):
+            evaluations.catch_up(state.step)
         for batches in steady(loader, state) if state.step < last_step else ():
-            vote.cast()
+            overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
+            vote.cast(overdue)
             now = schedule(state.step)
             with memory.explained(state, run):
                 metrics = train_step(trainer, batches, now)
             log.step(state.step, metrics, asdict(now), loader.wait_seconds)
 
             epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
-            every = config.validation.eval_every
-            finished = state.step == schedule.total_steps
-            if into_epoch == 0 and every and epoch % every == 0 and not finished:
-                log.write(state.step, shown(accuracies(trainer.networks, config, data.val, world)))
-            stopping = vote.result() == stop.STOP or state.step == last_step
-            late = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
-            if world.is_main and (into_epoch == 0 or stopping or late):
-                permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
-                checkpoints.save(state.state_dict() | described(config, method, epoch), permanent)
+            wish = vote.result()
+            stopping = wish == stop.STOP or state.step == last_step
+            if into_epoch == 0 or stopping or wish == stop.SAVE:
+                state.log = log.state()
+                if world.is_main:
+                    permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
+                    whole = state.state_dict() | described(config, method, epoch)
+                    checkpoints.save(whole, permanent)
                 saved_at = time.monotonic()
+            urgent = wish == stop.STOP and state.step < last_step  # the next try catches up
+            if due(state.step) and not urgent:
+                evaluations(state.step)
             watchdog.beat(state.step)
             if stopping:
                 break
@@ -185,7 +211,7 @@ def go_on(
 def described(config: FinetuneConfig, method: Method, epoch: int) -> dict[str, Any]:
     """What a checkpoint says of itself beside its state."""
     about = {"epoch": epoch, "arch": config.model.arch, "facts": method.facts}
-    return about | {"config": dump_yaml(config)}
+    return about | {"config": dump_yaml(absolute(config))}
 
 
 def shown(results: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -25,7 +25,6 @@ from xcit_dino.train import dist, syncbn
 from xcit_dino.train.config import replace
 from xcit_dino.train.precision import resolve_precision
 from xcit_dino.train.provenance import file_checksum
-from xcit_dino.train.run import fingerprint
 from xcit_dino.train.state import Checkpoints, TrainState, is_whole, weights_file
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,9 +68,11 @@ class Trainer:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """What is validated: ``""`` the trained network, ``"ema"`` its moving average."""
-        average = {} if self.average is None else {"ema": self.average.module}
-        return {"": self.model} | average
+        """What is validated: ``""`` the trained network, and ``"ema"`` its moving average once it
+        is made of the training more than of the weights that this began with."""
+        decay = self.config.regularization.model_ema_decay
+        ripe = self.average is not None and initial_share(decay, self.state.step) <= 0.5
+        return {"": self.model} | ({"ema": self.average.module} if ripe and self.average else {})
 
 
 def set_up(
@@ -91,13 +92,29 @@ def set_up(
         torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         data=data.train.checksum,
         global_batch=run.batch_size_per_gpu * run.accum_iter * world.size,
-        config=fingerprint(config),
     )
     parallel: nn.Module = model
     if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
     augment = DeviceAugment(config, data.num_classes, world)
     return Trainer(config, world, model, average, method.criterion, augment, dtype, state, parallel)
+
+
+def initial_share(decay: float, steps: int) -> float:
+    """Share that the weights before the first step still have in a moving average, 0 to 1."""
+    return decay**steps
+
+
+def say_average(decay: float, steps: int) -> None:
+    """Say before a training whose averaged weights will not be evaluated at its end why."""
+    share = initial_share(decay, steps)
+    if decay and share > 0.5 and dist.is_main():
+        remedy = f"; a decay of {1 - 5 / steps:.4g} suits as many steps" if steps > 5 else ""
+        print(
+            f"--model_ema_decay {decay:g}: after {steps} steps the average is still {share:.0%} "
+            f"the weights before the first one, so it is not evaluated{remedy}",
+            flush=True,
+        )
 
 
 def started(folder: Path) -> bool:

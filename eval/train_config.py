@@ -331,7 +331,8 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
 
 
 def _run_options(folder: Path | None) -> dict[str, Any]:
-    """What a run folder passes on to its continuation: arch and data."""
+    """What a run folder passes on to its continuation: arch and where the data are."""
     path = folder / "config.yaml" if folder else None
     options = read_yaml(path) if path and path.is_file() else {}
-    return {name: options[name] for name in ("arch", "data_path") if options.get(name)}
+    passed_on = ("arch", "data_path", "shard_url")
+    return {name: options[name] for name in passed_on if options.get(name)}

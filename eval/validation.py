@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from xcit_dino.data.index import ShardIndex
+from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import evaluating
@@ -40,7 +41,7 @@ def accuracies(
     context = context_of(config, world)
     loader = context.images(val, np.arange(first, last))
     hits = torch.zeros(len(networks) + 1, 2, dtype=torch.float64)
-    with ExitStack() as modes, torch.inference_mode():
+    with dist.together(), ExitStack() as modes, torch.inference_mode():
         for network in networks.values():
             modes.enter_context(evaluating(network))
         for images, labels, _ in loader:
@@ -50,6 +51,8 @@ def accuracies(
             hits[-1] += len(labels)
     if world.size > 1:
         torch.distributed.all_reduce(hits)
+    if not hits[-1].all():
+        raise InputError(f"--data_path {val.root}: not one image can be read")
     percent = (100 * hits[:-1] / hits[-1]).tolist()
     return {
         name: {"top1": top1, "top5": top5}

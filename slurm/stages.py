@@ -200,6 +200,7 @@ def training_stage(
             "output_dir": first["output_dir"] / name,
             "arch": first.get("arch"),
             "data_path": first.get("data_path"),
+            "shard_url": first.get("shard_url"),
         }
         words = [word for key, value in given.items() if value for word in (f"--{key}", str(value))]
     config = absolute(make([*words, *theirs], f"{prog} --{name}.*"))

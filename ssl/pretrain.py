@@ -1,8 +1,8 @@
 """DINO pretraining (arXiv 2104.14294): the loop, in the paper's order.
 
 ``pretrain`` sets a run up and goes through its steps, ``train_step`` is the method,
-``ssl/trainer.py`` puts together what both need. Everything between two steps (logging, evaluating,
-saving, stopping) stands in ``go_on``.
+``ssl/trainer.py`` puts together what both need. Everything between two steps (logging, saving,
+evaluating, stopping) stands in ``go_on``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
 from xcit_dino.ssl.schedule import Hyperparameters, Schedule
 from xcit_dino.ssl.trainer import Trainer, set_up
-from xcit_dino.train import compiler, dist, memory, optim, sharding, stop
-from xcit_dino.train.config import dump_yaml
+from xcit_dino.train import dist, memory, optim, sharding, stop
+from xcit_dino.train.config import absolute, dump_yaml
+from xcit_dino.train.evaluation import Evaluations
 from xcit_dino.train.lock import held
 from xcit_dino.train.log import RunLog
 from xcit_dino.train.precision import autocast, resolve_precision
-from xcit_dino.train.run import open_run
+from xcit_dino.train.run import check_run, open_run, say_changes
 from xcit_dino.train.state import Checkpoints, load_checkpoint, weights_file
 from xcit_dino.train.steady import check_shards, steady
 from xcit_dino.train.watchdog import Watchdog
@@ -129,7 +130,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         evaluate: called with (teacher's backbone, step) at epoch ends; its numbers are logged.
 
     Raises:
-        InputError: bad options or data, before anything is written.
+        InputError: bad options or data; the run folder is as it was before.
         Stopped: a signal ended this try; the state is saved.
         RunError: gradients are no numbers any more.
     """
@@ -146,7 +147,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)
     for remark in config.remarks() if world.is_main else ():
         warn(remark)
-    dist.from_main(lambda: open_run(config, run))
+    dist.from_main(lambda: check_run(config, run))
     if config.loader.shard_url is None:
         dist.from_main(lambda: check_shards(index))
 
@@ -188,11 +189,14 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
 
 
 def resume(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    """Put the trainer where the newest whole checkpoint was, or where ``--init_from`` says."""
+    """Put the trainer where the newest whole checkpoint was, or where ``--init_from`` says; only
+    then, when nothing can refuse the run any more, is its folder written to."""
     config = trainer.config
-    dist.from_main(checkpoints.clean)
     if (newest := checkpoints.newest()) is not None:
-        trainer.state.load_state_dict(load_checkpoint(newest))
+        saved = load_checkpoint(newest)
+        trainer.state.load_state_dict(saved)
+        if trainer.world.is_main:
+            say_changes(saved.get("config", ""), config, trainer.state.step)
     elif config.start.init_from is not None:
         source = weights_file(config.start.init_from, "--init_from")
         taken = load_pretraining(source, trainer.student, trainer.teacher, trainer.loss.center)
@@ -205,6 +209,8 @@ def resume(trainer: Trainer, checkpoints: Checkpoints) -> None:
                     f"{spaced(before.std)}, and this run has {spaced(now.mean)} and "
                     f"{spaced(now.std)}"
                 )
+    dist.from_main(lambda: open_run(config, config.run))
+    dist.from_main(checkpoints.clean)
 
 
 def spaced(values: tuple[float, ...]) -> str:
@@ -242,12 +248,22 @@ def go_on(
         stop=config.health.on_collapse == "stop",
         views=config.crops.global_crops_number,
         images=run.batch_size_per_gpu,
+        saved=state.log.get("alarms"),
     )
+
+    def evaluated(step: int) -> dict[str, Any]:
+        epoch = step // schedule.steps_per_epoch
+        return {} if evaluate is None else evaluate(trainer.evaluated(), epoch)
+
     saved_at = time.monotonic()
-    with RunLog(run, state.step, schedule.total_steps, state.global_batch) as log:
-        if evaluate is not None and state.step == 0 and config.start.init_from is not None:
-            with compiler.eager():
-                log.write(0, evaluate(trainer.evaluated(), 0))  # before they change
+    with RunLog(
+        run, state.step, schedule.total_steps, state.global_batch,
+        saved=state.log, waited=loader.wait_seconds,
+    ) as log:  # fmt: skip
+        evaluations = Evaluations(run.output_dir, log, evaluated)
+        at_start = state.step > 0 or config.start.init_from is not None  # before weights change
+        if evaluate is not None and at_start and state.step % schedule.steps_per_epoch == 0:
+            evaluations.catch_up(state.step)
         last_step = run.last_step(schedule.total_steps)
         for batches in steady(loader, state) if state.step < last_step else ():
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
@@ -260,20 +276,19 @@ def go_on(
                 log.write(state.step, alarms.observe(state.step, line))
 
             epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
-            if evaluate is not None and into_epoch == 0:
-                with compiler.eager():
-                    found = evaluate(trainer.evaluated(), epoch)
-                log.write(state.step, found)
-                state.best_knn = max(state.best_knn, found.get("knn_top1", 0.0))
             wish = vote.result()
             stopping = wish == stop.STOP or state.step == last_step
             late = wish == stop.SAVE and not skips.in_a_row
             if into_epoch == 0 or stopping or late:
+                state.log = log.state() | {"alarms": alarms.state()}
                 whole = sharding.whole(state.state_dict())
                 if world.is_main:
                     permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
                     checkpoints.save(whole | described(config, epoch), permanent)
                 saved_at = time.monotonic()
+            urgent = wish == stop.STOP and state.step < last_step  # the next try catches up
+            if evaluate is not None and into_epoch == 0 and not urgent:
+                evaluations(state.step)
             watchdog.beat(state.step)
             if stopping:
                 break
@@ -297,4 +312,4 @@ def passes(trainer: Trainer, schedule: Schedule, step: int, batches: Sequence[Ba
 
 def described(config: PretrainConfig, epoch: int) -> dict[str, Any]:
     """What a checkpoint says of itself beside its state."""
-    return {"epoch": epoch, "arch": config.model.arch, "config": dump_yaml(config)}
+    return {"epoch": epoch, "arch": config.model.arch, "config": dump_yaml(absolute(config))}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,10 +128,18 @@ class Alarms:
         views, images: G and B of a micro-batch. Views of an image get one answer in good health,
             so the share of prototypes used is judged as if there were two. No alarm is raised from
             fewer than ``FEW_IMAGES``, which is said.
+        saved: what :meth:`state` of an earlier try gave.
     """
 
     def __init__(
-        self, prototypes: int, patience: int, stop: bool, *, views: int = 2, images: int = 64
+        self,
+        prototypes: int,
+        patience: int,
+        stop: bool,
+        *,
+        views: int = 2,
+        images: int = 64,
+        saved: dict[str, Any] | None = None,
     ):
         self.ceiling = math.log(prototypes)
         self.as_two = min(views * images, prototypes) / min(2 * images, prototypes)
@@ -142,8 +150,13 @@ class Alarms:
                 f"by; take {FEW_IMAGES} or more"
             )
         self.patience, self.stop = patience, stop
-        self.on: set[str] = set()
-        self.since: dict[str, int] = {}  # kinds about to change, and since which step
+        saved = saved or {"on": [], "since": {}}
+        self.on: set[str] = set(saved["on"])
+        self.since: dict[str, int] = dict(saved["since"])  # kinds about to change: since which step
+
+    def state(self) -> dict[str, Any]:
+        """What the next try needs to ring at the same steps, as plain values."""
+        return {"on": sorted(self.on), "since": dict(self.since)}
 
     def observe(self, step: int, line: Line) -> Line:
         """Take in a line of the log; the same on all ranks, so all of them stop together.

@@ -18,7 +18,6 @@ from xcit_dino.ssl import dino
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
 from xcit_dino.train import compiler, dist, optim, sharding, syncbn
-from xcit_dino.train.run import fingerprint
 from xcit_dino.train.state import TrainState
 
 
@@ -110,7 +109,6 @@ def set_up(
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         data=data,
         global_batch=global_batch,
-        config=fingerprint(config),
     )
     sharding.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)

@@ -26,7 +26,7 @@ TINY = {
     "input_size": 32,
     "batch_size_per_gpu": 32,
     "epochs": 1,
-    "model_ema_decay": 0.9,
+    "model_ema_decay": 0.5,
     "eval_every": 0,
     "num_workers": 0,
     "device": "cpu",

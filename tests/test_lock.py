@@ -33,6 +33,7 @@ def seconds_to_take(folder):
     with held(folder):
         owner = json.loads((folder / LOCK).read_text())
         assert owner["pid"] == os.getpid()
+        (folder / "config.yaml").touch()  # a run has begun
     assert (folder / LOCK).read_text() == ""
     return time.monotonic() - began
 

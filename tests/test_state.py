@@ -82,6 +82,8 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, tmp_path, 
         newest.with_suffix(".json").write_text("[3]" if damage == "odd json" else '{"step": 2, "by')
     found = checkpoints.newest()
     assert found is not None and load_checkpoint(found)["step"] == 1
+    assert newest.exists(), "who looks changes nothing"
+    checkpoints.clean()
     assert newest.with_name(newest.name + ".damaged").exists()
 
 
@@ -116,6 +118,7 @@ def test_any_damage_is_found_and_the_one_before_is_taken(every, tmp_path, capsys
         newest.write_bytes(damaged)
         newest.with_suffix(".json").write_text(facts)
         found = checkpoints.newest()
+        checkpoints.clean()
         assert found is not None and found.name == "checkpoint-00000001.pth"
         assert aside.read_bytes() == damaged and not newest.exists()
     assert capsys.readouterr().err.count("is damaged; set aside as") == count
@@ -264,6 +267,8 @@ def test_unreadable_checkpoints_are_named_and_never_executed(content, tmp_path, 
 def test_a_run_folder_holds_one_run(tmp_path):
     config = replace(PretrainConfig(), {"output_dir": tmp_path / "run"})
     open_run(config, config.run)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "checkpoint-00000005.pth").touch()
     same = replace(config, {"num_workers": 3, "log_every": 1})
     open_run(same, same.run)
     other = replace(config, {"lr": 0.1, "out_dim": 128})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -45,6 +46,7 @@ def train(
 ) -> None:
     """What a victim does: the training of ``xcit-dino pretrain``, its output into a file.
 
+    options: with ``entry``, "module:function" of another loop.
     prepare: called before it, in the process (to take something away from it).
     """
     if rank:
@@ -54,7 +56,6 @@ def train(
     import torch
 
     from xcit_dino.cli import InputError, RunError, Stopped
-    from xcit_dino.ssl.pretrain import pretrain
     from xcit_dino.train import dist, stop
 
     folder = Path(options["folder"])
@@ -65,8 +66,9 @@ def train(
     stop.install(signal.SIGTERM, signal.SIGINT)
     if prepare is not None:
         prepare(*args)
+    module, _, name = options.pop("entry", "xcit_dino.ssl.pretrain:pretrain").partition(":")
     try:
-        pretrain(config(**options))
+        getattr(importlib.import_module(module), name)(config(**options))
     except (InputError, RunError, Stopped) as error:
         print(f"xcit-dino: {error}", flush=True)
         os._exit(2 if isinstance(error, InputError) else 1)

@@ -177,8 +177,9 @@ def absolute(config: Config) -> Config:
         return Path(os.path.abspath(value)) if isinstance(value, Path) else value
 
     values = {name: fixed(value) for name, value in options(config)}
-    for name in ("data_path", "knn_data_path"):  # evaluations take a URL too
-        if isinstance(folder := values.get(name), str) and "://" not in folder:
+    for name in ("data_path", "knn_data_path", "shard_url"):  # a URL stays as it is
+        folder = values.get(name)
+        if isinstance(folder, str) and "://" not in folder and not folder.startswith("pipe:"):
             values[name] = os.path.abspath(folder)
     return replace(config, values)
 

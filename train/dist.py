@@ -8,7 +8,8 @@ cheap.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, Stopped
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=float(os.environ.get("XCIT_DINO_TIMEOUT_MINUTES", "15")))
@@ -75,6 +76,52 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave the process group at the end of a command.
+
+    After a failure it is not left: leaving may wait for ranks that wait for this one. The process
+    ends instead, which the others, or whoever started them, notice.
+    """
+    try:
+        yield
+    except Stopped:  # all ranks stop together
+        shutdown()
+        raise
+    shutdown()
+
+
+class RankFailed(RuntimeError):
+    """Work that every rank does failed on at least one; the message names the first."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work of each rank, without collectives, after which all of them go on or all raise.
+
+    A collective that follows is thus entered by all ranks or by none.
+
+    Raises:
+        RankFailed: it failed on a rank (a single process raises what it raised).
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as reason:
+        if world_size() == 1:
+            raise
+        error = reason
+    if world_size() == 1:
+        return
+    first = torch.tensor(rank() if error is not None else world_size())
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) == world_size():
+        return
+    text = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(text, src=int(first), device=torch.device("cpu"))
+    raise RankFailed(f"rank {int(first)}: {text[0]}") from error
+
+
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -110,6 +157,15 @@ def from_main(compute: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def on_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Equally long vectors of all ranks, [n] on the CPU -> [ranks, n]; all ranks get them."""
+    if world_size() == 1:
+        return values[None]
+    found = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(found, values)
+    return torch.stack(found)
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

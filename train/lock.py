@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ POLL = 1.0  # seconds
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep a run folder for this run's processes; rank 0 holds the lock, all hear of a refusal.
+
+    A folder in which no run has begun by the end (it has no config) is left as it was before.
 
     Raises:
         InputError: it is in use, or read-only.
@@ -71,22 +74,40 @@ class RunLock:
         Raises:
             InputError: it is in use (names the owner's host, process and job), or read-only.
         """
+        while not self._take():
+            pass  # its owner took the file away while this process waited for it
+        self.leaving = threading.Event()
+        self.heart = threading.Thread(target=self._beat, name="owner", daemon=True)
+        self.heart.start()
+
+    def _take(self) -> bool:
+        """Wait for the lock; whether its file is still the folder's."""
         try:
+            above = [self.folder, *self.folder.parents]
+            self.made = list(takewhile(lambda path: not path.exists(), above))
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise InputError(f"--output_dir {self.folder}: {error.strerror}") from error
         try:
             self._wait()
+            if not self._is_current():
+                os.close(self.file)
+                return False
             self._write(json.dumps(self.me))
         except BaseException as error:
             os.close(self.file)
             if isinstance(error, OSError):
                 raise InputError(f"--output_dir {self.folder}: {error.strerror}") from error
             raise
-        self.leaving = threading.Event()
-        self.heart = threading.Thread(target=self._beat, name="owner", daemon=True)
-        self.heart.start()
+        return True
+
+    def _is_current(self) -> bool:
+        """Whether the file that was locked has not been removed."""
+        try:
+            return os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self.file))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Give it back."""
@@ -94,6 +115,11 @@ class RunLock:
         self.heart.join()
         with contextlib.suppress(OSError):
             self._write("")  # left in good order: nobody has to watch
+        if not (self.folder / "config.yaml").exists():  # no run has begun: leave no trace
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+                for folder in self.made:
+                    folder.rmdir()
         os.close(self.file)
 
     def _wait(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import time
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,28 +28,55 @@ SHOWN = {  # beside the bar: name of a metric -> (word, format)
 
 
 class Meter:
-    """Means over the steps since the last reading; tensors stay on the device until then."""
+    """Means over the steps since the last reading; tensors stay on the device until then.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
+    saved: what :meth:`state` of an earlier try gave, to go on from.
+    """
+
+    def __init__(self, saved: dict[str, Any] | None = None) -> None:
+        saved = saved or {}
+        self.sums = restored(saved.get("sums", {}))
+        self.steps = saved.get("steps", 0)
+        self.timed = 0  # of them, those of this try
         self.since = time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Count one step's scalars."""
         for name, value in values.items():
-            known = name in self.sums
-            self.sums[name] = self.sums[name] + value if known else value.detach().clone()
+            known, value = name in self.sums, value.detach().float()
+            self.sums[name] = self.sums[name] + value if known else value.clone()
         self.steps += 1
+        self.timed += 1
 
-    def read(self) -> tuple[dict[str, float], float, int]:
-        """(means over steps and ranks, seconds, steps) since the last reading; starts anew."""
-        stacked = torch.stack([v.float() for v in self.sums.values()]) / self.steps
+    def read(self) -> tuple[dict[str, float], int, int, float]:
+        """(means over steps and ranks, steps, those of this try, their seconds) since the last
+        reading; starts anew."""
+        stacked = torch.stack(list(self.sums.values())) / self.steps
         values = dist.all_reduce_mean(stacked).tolist()
         means = dict(zip(self.sums, values, strict=True))
-        seconds, steps = time.perf_counter() - self.since, self.steps
+        steps, timed, seconds = self.steps, self.timed, time.perf_counter() - self.since
         self.__init__()
-        return means, seconds, steps
+        return means, steps, timed, seconds
+
+    def state(self) -> dict[str, Any]:
+        """Steps, and each rank's sums of every scalar, as plain numbers: a tensor of a checkpoint
+        must be finite, and a skipped step's loss need not be. All ranks call it."""
+        if not self.steps:
+            return {}
+        sums = torch.stack(list(self.sums.values())).double().cpu()
+        columns = dist.on_all_ranks(sums).T.tolist()
+        return {"steps": self.steps, "sums": dict(zip(self.sums, columns, strict=True))}
+
+
+def restored(sums: dict[str, list[float]]) -> dict[str, Tensor]:
+    """This rank's sums, or the mean rank's where there were another number of ranks."""
+    mine = dist.rank()
+    return {
+        name: torch.tensor(
+            ranks[mine] if len(ranks) == dist.world_size() else sum(ranks) / len(ranks)
+        )
+        for name, ranks in sums.items()
+    }
 
 
 class RunLog(AbstractContextManager):
@@ -60,6 +88,8 @@ class RunLog(AbstractContextManager):
         total_steps: steps of the whole run.
         global_batch: images a step.
         label: of the progress bar.
+        saved: what :meth:`state` gave when that step was saved.
+        waited: seconds for which the loader has waited in earlier tries.
     """
 
     def __init__(
@@ -69,11 +99,13 @@ class RunLog(AbstractContextManager):
         total_steps: int,
         global_batch: int,
         label: str = "pretraining",
+        saved: dict[str, Any] | None = None,
+        waited: float = 0.0,
     ):
-        self.run, self.global_batch = run, global_batch
+        self.run, self.global_batch, self.label = run, global_batch, label
         self.first, self.done, self.total_steps = step, step, total_steps
-        self.meter = Meter()
-        self.waited, self.skipped = 0.0, 0
+        self.meter = Meter(saved)
+        self.waited, self.skipped = waited, (saved or {}).get("skipped", 0)
         self.line: dict[str, float] = {}
         self.files: RunFiles | None = None
         if dist.is_main() and step < total_steps:
@@ -81,6 +113,8 @@ class RunLog(AbstractContextManager):
         self.accuracy = last_accuracy(run) if dist.is_main() else {}
         self.stack = ExitStack()
         self.bar = self.stack.enter_context(progress(label, total_steps, "steps", step))
+        if 0 < step < total_steps:
+            self.bar.note(f"{label} goes on from step {step} of {total_steps}")
 
     def open_files(self) -> None:
         """Begin this try's part of the files."""
@@ -114,10 +148,10 @@ class RunLog(AbstractContextManager):
         if step % self.run.log_every and step != self.total_steps:
             self.bar.advance()
             return {}
-        means, seconds, steps = self.meter.read()
+        means, steps, timed, seconds = self.meter.read()
         line = {"epoch": step * self.run.epochs / self.total_steps}
         line |= means | {name: float(value) for name, value in scheduled.items()}
-        line["images_per_s"] = steps * self.global_batch / seconds
+        line["images_per_s"] = timed * self.global_batch / seconds
         line["data_wait"] = (waited - self.waited) / seconds
         line["memory_gib"] = peak_memory()
         self.waited, self.line = waited, line
@@ -132,6 +166,25 @@ class RunLog(AbstractContextManager):
             )
         return line
 
+    def state(self) -> dict[str, Any]:
+        """What the next try needs to write the same lines; all ranks call it."""
+        return self.meter.state() | {"skipped": self.skipped}
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside is no part of the steps' speed."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.meter.since += time.perf_counter() - began
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an accuracy of this step was logged, by this try or an earlier one; as rank 0
+        sees it."""
+        lines = dist.from_main(lambda: read_metrics(self.run.output_dir))
+        return any(line.get("step") == step and accuracies_in(line) for line in lines)
+
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add numbers to the files; pictures (uint8 [H, W, 3]) and arrays to TensorBoard only."""
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
@@ -141,7 +194,7 @@ class RunLog(AbstractContextManager):
             assert self.files is not None
             self.files.write(step, numbers)
             self.board.add(step, values)
-        if accuracies := {n: v for n, v in numbers.items() if n.startswith(("knn", "val"))}:
+        if accuracies := accuracies_in(numbers):
             self.accuracy = accuracies
             found = "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items())
             self.bar.note(f"step {step}: {found}")
@@ -149,6 +202,11 @@ class RunLog(AbstractContextManager):
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, _: object) -> None:
         self.stack.close()
+        if kind is None and 0 < self.run.max_steps <= self.done < self.total_steps:
+            self.bar.note(
+                f"{self.label} stopped after step {self.done} of {self.total_steps} (--max_steps "
+                f"{self.run.max_steps}); with a higher one, or 0, the same command goes on"
+            )
         if self.files is not None:
             reason = "stopped" if self.done < self.total_steps else "done"
             self.files.close(self.done, f"{kind.__name__}: {error}"[:300] if kind else reason)
@@ -158,9 +216,14 @@ class RunLog(AbstractContextManager):
 def last_accuracy(run: RunConfig) -> dict[str, float]:
     """What the newest evaluation of an earlier try found."""
     for line in reversed(read_metrics(run.output_dir)):
-        if found := {n: v for n, v in line.items() if n.startswith(("knn", "val"))}:
+        if found := accuracies_in(line):
             return found
     return {}
+
+
+def accuracies_in(line: dict[str, Any]) -> dict[str, float]:
+    """Those numbers of a line that an evaluation found."""
+    return {name: value for name, value in line.items() if name.startswith(("knn", "val"))}
 
 
 def shown(line: dict[str, float]) -> dict[str, str]:

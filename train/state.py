@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,9 @@ class TrainState:
     scaler: torch.amp.GradScaler
     data: str  # checksum of the index
     global_batch: int
-    config: str = ""  # checksum of the options that bear on what is learnt
     step: int = 0
     rollbacks: int = 0  # each halves the learning rate of what follows
-    best_knn: float = 0.0  # percent
+    log: dict[str, Any] = field(default_factory=dict)  # what RunLog and the alarms have gathered
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, readable with ``torch.load(weights_only=True)``."""
@@ -50,9 +49,8 @@ class TrainState:
             "step": self.step,
             "data": self.data,
             "global_batch": self.global_batch,
-            "config_checksum": self.config,
             "rollbacks": self.rollbacks,
-            "best_knn": self.best_knn,
+            "log": self.log,
             **{name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -76,15 +74,13 @@ class TrainState:
                 "processes x --batch_size_per_gpu x --accum_iter as it was, or start another "
                 "--output_dir"
             )
-        if state["config_checksum"] != self.config and dist.is_main():
-            print(f"step {state['step']} was reached with other options (--may_change)", flush=True)
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.rollbacks = state["rollbacks"]
-        self.best_knn = state["best_knn"]
+        self.log = state.get("log", {})  # runs of earlier versions have none
 
 
 class Checkpoints(AbstractContextManager):
@@ -100,6 +96,7 @@ class Checkpoints(AbstractContextManager):
     def __init__(self, run_folder: Path, keep: int = 2):
         self.folder = run_folder / "checkpoints"
         self.keep = keep
+        self._damaged: list[Path] = []
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -158,8 +155,7 @@ class Checkpoints(AbstractContextManager):
             self._thread = None
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint, for the owner of the run folder only: a damaged one is
-        renamed to ``*.damaged`` and named. Others call :func:`newest_checkpoint`.
+        """The newest whole checkpoint; damaged ones are named and passed over, nothing is changed.
 
         Where there are several ranks, all have to ask: rank 0 looks, for all of them.
         """
@@ -167,13 +163,13 @@ class Checkpoints(AbstractContextManager):
 
     def _newest(self) -> Path | None:
         self._join()
+        self._damaged = []
         for path in reversed(self.all()):
             with contextlib.suppress(FileNotFoundError):
                 if is_whole(path):
                     return path
-                warn(f"{path} is damaged; set aside as {path.name}.damaged")
-                os.replace(path, path.with_name(path.name + ".damaged"))
-                path.with_suffix(".json").unlink(missing_ok=True)
+                warn(f"{path} is damaged and is passed over")
+                self._damaged.append(path)
         return None
 
     def all(self) -> list[Path]:
@@ -181,8 +177,14 @@ class Checkpoints(AbstractContextManager):
         return sorted(p for p in self.folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
 
     def clean(self) -> None:
-        """Remove what a killed process left half-written; for the owner of the run folder only."""
+        """Remove what a killed process left half-written, and rename what :meth:`newest` found
+        damaged to ``*.damaged``; for the owner of the run folder only."""
         self._join()
+        for path in self._damaged:
+            warn(f"{path} is damaged; set aside as {path.name}.damaged")
+            os.replace(path, path.with_name(path.name + ".damaged"))
+            path.with_suffix(".json").unlink(missing_ok=True)
+        self._damaged = []
         for path in self.folder.glob(".checkpoint-*.tmp"):
             path.unlink()
         for path in self.folder.glob("checkpoint-*.json"):
@@ -244,21 +246,21 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     A damaged one is passed over, and a run that goes on does not drop the one returned while this
     process lives (or reads another of the same folder). All ranks have to call it.
     """
+    return dist.from_main(lambda: _newest_to_read(run_folder))
 
-    def find() -> Path | None:
-        paths = Checkpoints(run_folder).all()
-        for path in reversed(paths):
-            try:
-                reserve(path)
-                if is_whole(path):
-                    return path
-                warn(f"{path} is damaged; passed over")
-            except FileNotFoundError:  # just dropped, as there is a newer one now
-                if Checkpoints(run_folder).all() != paths:
-                    return find()
-        return None
 
-    return dist.from_main(find)
+def _newest_to_read(run_folder: Path) -> Path | None:
+    paths = Checkpoints(run_folder).all()
+    for path in reversed(paths):
+        try:
+            reserve(path)
+            if is_whole(path):
+                return path
+            warn(f"{path} is damaged; passed over")
+        except FileNotFoundError:  # just dropped, as there is a newer one now
+            if Checkpoints(run_folder).all() != paths:
+                return _newest_to_read(run_folder)
+    return None
 
 
 _reserved: dict[Path, int] = {}  # folder -> the open file of its checkpoint that is being read
@@ -288,12 +290,16 @@ def drop_unless_read(path: Path) -> None:
 
 
 def weights_file(path: Path, option: str) -> Path:
-    """A weights file, or the newest checkpoint of a run folder.
+    """A weights file, or the newest checkpoint of a run folder; rank 0 looks, for all of them.
 
     Raises:
         InputError: neither.
     """
-    found = newest_checkpoint(path) if path.is_dir() else path
+    return dist.from_main(lambda: _weights_file(path, option))
+
+
+def _weights_file(path: Path, option: str) -> Path:
+    found = _newest_to_read(path) if path.is_dir() else path
     if found is None:
         raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
     if not found.is_file():

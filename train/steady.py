@@ -19,9 +19,10 @@ def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
     """The loader's steps from ``state.step`` on; where a worker process dies, from new workers.
 
     Raises:
-        RunError: they die again and again.
+        RunError: they die again and again without a step between.
     """
-    for _ in range(MAX_DEATHS):
+    deaths, last = 0, -1
+    while deaths < MAX_DEATHS:
         loader.start_step = state.step
         with closing(iter(loader)) as steps:
             try:
@@ -33,10 +34,12 @@ def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
+                deaths, last = (1 if state.step > last else deaths + 1), state.step
                 warn(f"{error}; starting new workers at step {state.step + 1}")
     raise RunError(
-        f"loader workers died {MAX_DEATHS} times, most likely because the machine ran out of "
-        "memory: lower --num_workers or --prefetch_factor, and the same command goes on"
+        f"loader workers died {MAX_DEATHS} times at step {state.step + 1}, most likely because the "
+        "machine ran out of memory: with a lower --num_workers or --prefetch_factor the same "
+        "command goes on"
     )
 
 

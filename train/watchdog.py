@@ -37,10 +37,11 @@ PHASES = (
     (("train/state.py", ""), "checkpoint"),
     (("train/hostcopy.py", ""), "checkpoint"),
     (("train/optim.py", ""), "optimiser"),
-    (("eval/online.py", ""), "evaluation"),
+    (("train/evaluation.py", ""), "evaluation"),
     (("eval/validation.py", ""), "evaluation"),
     (("", "train_step"), "forward"),
 )
+EVALUATIONS = ("train/evaluation.py", "eval/validation.py")
 
 
 class Watchdog(AbstractContextManager):
@@ -83,6 +84,10 @@ class Watchdog(AbstractContextManager):
         """What the main thread is doing."""
         return phase_of(sys._current_frames().get(self.main or 0))
 
+    def evaluates(self) -> bool:
+        """Whether the main thread is in an evaluation, however deep: reading its images, say."""
+        return is_evaluation(sys._current_frames().get(self.main or 0))
+
     def _watch(self) -> None:
         reported = None  # the step after which it hung
         while not self.leaving.wait(min(5.0, self.seconds / 10)):
@@ -91,7 +96,7 @@ class Watchdog(AbstractContextManager):
             if silent > self.seconds and reported != self.step:
                 reported = self.step
                 self._report(silent)
-            if self.abort and silent > 2 * self.seconds and self.phase() != "evaluation":
+            if self.abort and silent > 2 * self.seconds and not self.evaluates():
                 warn(f"rank {dist.rank()} ends itself: no step for {silent:.0f} s")
                 os._exit(1)
 
@@ -127,6 +132,11 @@ def phase_of(frame: FrameType | None) -> str:
             if part in file and name in ("", function):
                 return phase
     return "between steps"
+
+
+def is_evaluation(frame: FrameType | None) -> bool:
+    """Whether a thread's stack passes through an evaluation."""
+    return any(file.endswith(EVALUATIONS) for file, _ in stack_of(frame))
 
 
 def stack_of(frame: FrameType | None) -> Iterator[tuple[str, str]]:

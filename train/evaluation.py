@@ -1,0 +1,78 @@
+"""Evaluations between two steps: after the checkpoint, and never the end of a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from xcit_dino.errors import warn
+from xcit_dino.train import compiler, dist
+from xcit_dino.train.log import RunLog
+from xcit_dino.train.metrics import tolerated
+from xcit_dino.train.provenance import write_atomic
+
+MARK = "evaluating.json"  # in the run folder while an evaluation runs
+MAX_DEATHS = 2  # tries that may end in one evaluation before it is left out
+
+
+class Evaluations:
+    """Runs and logs a training's evaluations.
+
+    One that raises is logged, and training goes on. One in which the process ends (its memory, a
+    time limit) is tried again from the checkpoint before it, and left out after ``MAX_DEATHS``
+    times, so that the run gets past it.
+
+    Args:
+        folder: of the run.
+        log: of the run.
+        compute: step -> numbers and pictures to log; empty where none is due. All ranks call it,
+            and it raises on all of them or on none (:func:`xcit_dino.train.dist.together`).
+    """
+
+    def __init__(self, folder: Path, log: RunLog, compute: Callable[[int], dict[str, Any]]):
+        self.mark, self.log, self.compute = folder / MARK, log, compute
+
+    def __call__(self, step: int) -> None:
+        """Evaluate what there is after ``step``."""
+        if not dist.from_main(lambda: self._begin(step)):
+            return
+        with self.log.untimed(), compiler.eager():
+            try:
+                found = self.compute(step)
+            except Exception as error:
+                found = {}
+                if dist.is_main():
+                    reason = " ".join(str(error).split())[:300]
+                    warn(
+                        f"step {step}: the evaluation failed, and training goes on "
+                        f"({type(error).__name__}: {reason})"
+                    )
+        self.log.write(step, found)
+        if dist.is_main():
+            with suppress(OSError):
+                self.mark.unlink()
+
+    def catch_up(self, step: int) -> None:
+        """Evaluate at the start of a try what the one before left out or did not finish."""
+        if not self.log.evaluated(step):
+            self(step)
+
+    def _begin(self, step: int) -> bool:
+        """Note that an evaluation begins; False where too many tries have ended in it."""
+        deaths = 0
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            before = json.loads(self.mark.read_text())
+            deaths = before["tries"] if before["step"] == step else 0
+        if deaths >= MAX_DEATHS:
+            warn(
+                f"step {step}: {deaths} tries of this run ended in its evaluation, which is left "
+                "out now; the memory of the machine may be too small for it"
+            )
+            self.mark.unlink(missing_ok=True)
+            return False
+        with tolerated(self.mark):
+            write_atomic(self.mark, json.dumps({"step": step, "tries": deaths + 1}))
+        return True
