@@ -1,4 +1,4 @@
-"""Do the alarms of ssl/sentinel.py ring when they should, and only then?
+"""Do the alarms of ssl/diagnostics.py ring when they should, and only then?
 
     python bench/collapse.py --seeds 20            # healthy runs: every alarm is a false one
     python bench/collapse.py --seeds 3 --sick      # runs made to collapse: each has to ring
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.demo import make
+from xcit_dino.data.pack.demo import make
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain
 from xcit_dino.train.config import replace
-from xcit_dino.train.metrics import read_metrics
+from xcit_dino.train.run.metrics import read_metrics
 
 IMAGES = 960
 BASE: dict[str, Any] = {

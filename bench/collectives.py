@@ -26,13 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.demo import make
+from xcit_dino.data.pack.demo import make
 from xcit_dino.ssl import pretrain
 from xcit_dino.ssl import trainer as setup
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.train import dist as processes
-from xcit_dino.train import syncbn
 from xcit_dino.train.config import replace
+from xcit_dino.train.distributed import dist as processes
+from xcit_dino.train.distributed import sync_batchnorm
 
 RANKS, PROFILED = 2, 3  # processes; the step that is counted (the first ones set things up)
 TINY = {
@@ -103,7 +103,7 @@ def worker(rank: int, port: int, config: PretrainConfig, official: bool, place: 
         if trainer.state.step == 0 and official:
             trainer.teacher.backbone.register_forward_pre_hook(broadcast_buffers)
         if trainer.state.step == PROFILED:
-            kinds = syncbn.SyncBatchNorm, OfficialSyncBatchNorm
+            kinds = sync_batchnorm.SyncBatchNorm, OfficialSyncBatchNorm
             layers = [m for m in trainer.student.modules() if isinstance(m, kinds)]
             facts.update(layers=len(layers), channels=sum(m.num_features for m in layers))
             recorder.start()
@@ -113,7 +113,7 @@ def worker(rank: int, port: int, config: PretrainConfig, official: bool, place: 
 
     pretrain.train_step = counted
     if official:
-        syncbn.convert = convert
+        sync_batchnorm.convert = convert
         setup.DistributedDataParallel = OfficialParallel
     pretrain.pretrain(config)
     processes.shutdown()

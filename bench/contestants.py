@@ -18,9 +18,9 @@ from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import Hyperparameters
 from xcit_dino.ssl.trainer import Trainer, set_up
-from xcit_dino.train import dist
+from xcit_dino.train.amp import DTYPES, autocast
 from xcit_dino.train.config import replace
-from xcit_dino.train.precision import DTYPES, autocast
+from xcit_dino.train.distributed import dist
 
 NOW = Hyperparameters(5e-4, 0.04, 0.996, 0.04, freeze_last_layer=False)
 GLOBAL_CROPS = 2

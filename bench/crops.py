@@ -36,13 +36,13 @@ from torchvision import transforms
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, LoaderConfig
 from xcit_dino.data.crops import crop_boxes
 from xcit_dino.data.decode import read_header
-from xcit_dino.data.index import INDEX, ShardIndex
-from xcit_dino.data.indexwriter import write_index
+from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import CropLoader, slot_shapes
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.ring import Ring
-from xcit_dino.data.shardscan import scan_shard
-from xcit_dino.data.storage import open_source
+from xcit_dino.data.shards.index import INDEX, ShardIndex
+from xcit_dino.data.shards.index_writer import write_index
+from xcit_dino.data.shards.scan import scan_shard
 from xcit_dino.data.workers import CropWork, Task
 
 

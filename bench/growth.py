@@ -21,8 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
 from bench.measure import peak_bytes, timed
-from xcit_dino.eval.charts import line_chart
 from xcit_dino.models.zoo import create_model
+from xcit_dino.report.charts import line_chart
 
 STYLE = (
     "<style>text{font:11px sans-serif;fill:#555}.rule{stroke:#ddd}polyline{fill:none;"

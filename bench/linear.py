@@ -34,11 +34,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig, SubjectConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.subject import Subject, pretrained, resolve
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 
 LRS = LinearConfig().lrs
 BATCH = 128  # eval_linear.py

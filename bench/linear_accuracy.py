@@ -32,13 +32,13 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
 from bench.linear import BATCH, BICUBIC, LRS, classifiers, loader, num_classes
-from xcit_dino.eval.augmented import crop_loader, flipped
 from xcit_dino.eval.config import LinearConfig, SubjectConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.heads import Choice, Heads, cosine
+from xcit_dino.eval.linear_augmented import crop_loader, flipped
+from xcit_dino.eval.linear_grid import Choice, Heads, cosine
 from xcit_dino.eval.subject import pretrained, resolve
 from xcit_dino.progress import progress
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 
 CPU = torch.device("cpu")
 CALM = 0.2  # learning rates above it differ from order to order by half a point and more

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from xcit_dino.train.precision import DTYPES
+from xcit_dino.train.amp import DTYPES
 
 PEAK_TFLOPS = {  # dense bf16 and fp16, makers' data sheets; the first whose words a name has
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "A100": 312,

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.demo import render
-from xcit_dino.data.pack import make
-from xcit_dino.data.shardscan import IMAGE_EXTENSIONS, scan_shard
+from xcit_dino.data.pack.demo import render
+from xcit_dino.data.pack.make import make
+from xcit_dino.data.shards.scan import IMAGE_EXTENSIONS, scan_shard
 
 Row = tuple[str, str]
 CHUNK = 1 << 20

@@ -23,9 +23,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from xcit_dino.data import index as index_module
-from xcit_dino.data.index import ARRAYS, INDEX, VERSION, ShardIndex
 from xcit_dino.data.plan import Plan, rank_slice
+from xcit_dino.data.shards import index as index_module
+from xcit_dino.data.shards.index import ARRAYS, INDEX, VERSION, ShardIndex
 
 T = TypeVar("T")
 

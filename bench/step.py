@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is
 from bench.contestants import check_equality, our_work, plain_work
 from bench.flops import step_flops
 from bench.measure import alternately, largest_batch, peak_bytes, peak_tflops
-from xcit_dino.train.precision import DTYPES
+from xcit_dino.train.amp import DTYPES
 
 PARTS = {"step": "step", "loss_head": "loss and head"}
 Row = tuple[str, ...]

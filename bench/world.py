@@ -27,8 +27,8 @@ from xcit_dino.data.batch import Batch
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.trainer import set_up
-from xcit_dino.train import dist
 from xcit_dino.train.config import replace
+from xcit_dino.train.distributed import dist
 
 
 def counted(sent: Counter[str]) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
-from xcit_dino.data.keyed import keyed_uniforms
 from xcit_dino.data.packed import Packed
+from xcit_dino.data.rng import keyed_uniforms
 
 AUGMENT_STREAM = 13
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)

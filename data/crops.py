@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xcit_dino.data.config import CropsConfig
 from xcit_dino.data.decode import Header, Pixels, Scratch, decode
-from xcit_dino.data.keyed import keyed_uniforms
+from xcit_dino.data.rng import keyed_uniforms
 
 KEEP = 1.5  # a reduced JPEG keeps this many pixels a side for each pixel of every crop
 TRIES = 10  # torchvision's RandomResizedCrop.get_params

@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.batch import Batch, Copier
-from xcit_dino.data.cache import ReadAhead
 from xcit_dino.data.config import CropsConfig, LoaderConfig
-from xcit_dino.data.devicecrops import DeviceCropper, EncodedWork
-from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.gpu_crops import DeviceCropper, EncodedWork
+from xcit_dino.data.io.cache import ReadAhead
+from xcit_dino.data.io.storage import CachedSource, open_source
 from xcit_dino.data.packed import Packed, to_device
 from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
-from xcit_dino.data.storage import CachedSource, open_source
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.workers import (
     SUBSTITUTES,
     CropWork,

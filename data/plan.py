@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.keyed import keyed_permutation, text_key
+from xcit_dino.data.rng import keyed_permutation, text_key
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 
 LastBatch = Literal["drop", "wrap"]

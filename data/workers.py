@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops
 from xcit_dino.data.decode import BadImage, Header, Pixels, Scratch, decode, read_header
-from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.keyed import keyed_bits
-from xcit_dino.data.remote import Unreadable
+from xcit_dino.data.io.remote import Unreadable
+from xcit_dino.data.io.storage import Source, read_key
 from xcit_dino.data.ring import Ring
-from xcit_dino.data.storage import Source, read_key
+from xcit_dino.data.rng import keyed_bits
+from xcit_dino.data.shards.index import ShardIndex
 
 T = TypeVar("T")
 SUBSTITUTE_STREAM = 12

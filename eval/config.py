@@ -12,6 +12,8 @@ import tyro
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.paths import Location
 
+NetworkName = Literal["teacher", "student", "model", "model_ema"]
+
 
 @dataclass(frozen=True)
 class SubjectConfig:
@@ -23,7 +25,7 @@ class SubjectConfig:
     pretrained_weights: Path | None = None
     """A file of any kind that `weights` reads, or a run folder; left out: the run's newest
     checkpoint."""
-    checkpoint_key: Literal["teacher", "student", "model", "model_ema"] | None = None
+    checkpoint_key: NetworkName | None = None
     """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
     arch: str | None = None
     """Model name; left out: the run's."""
@@ -214,3 +216,42 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if len(self.runs) == 1:
             raise InputError(f"report compare {self.runs[0]}: name two run folders or more")
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Class-attention maps of an XCiT, one a head, laid over photos."""
+
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
+    """A photo, an animated GIF or WebP, a video (needs PyAV: pip install av), or a folder of
+    them."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = Path("attention")
+    """Folder for the maps."""
+    output_dir: Path = Path("runs/default")
+    """The run folder: gives arch and weights where they are left out."""
+    pretrained_weights: Path | None = None
+    """A file of any kind that `weights` reads, or a run folder."""
+    checkpoint_key: NetworkName | None = None
+    """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
+    arch: str | None = None
+    """Model name; left out: the run's."""
+    image_size: int = 480
+    """Shorter side to which an image is resized (DINO: 480), before its sides are rounded to whole
+    patches; 0 keeps its own."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels (values in [0, 1]); left out: the network's own, else
+    ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The channels are divided by it; left out: the network's own, else ImageNet's."""
+    layer: Literal[1, 2] = 2
+    """Class attention layer, the last is 2."""
+    threshold: float = 0.0
+    """Show only the brightest patches that hold this share of a head's attention (DINO: 0.6);
+    0 shows all."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "threshold", "mean")
+        within(self, 1e-3, 1e3, "std")
+        within(self, 0, 8192, "image_size")

@@ -21,19 +21,19 @@ from torch import Tensor
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.decode import BadImage, read_header
-from xcit_dino.data.index import ShardIndex, resolve_split
+from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import ImageLoader
-from xcit_dino.data.storage import open_source
+from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.inputs import InputSettings
-from xcit_dino.models.weights import input_settings
+from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import TIMM_PREFIX
 from xcit_dino.progress import progress
-from xcit_dino.train import dist
+from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.config import options as options_of
 from xcit_dino.train.config import read_yaml, replace
-from xcit_dino.train.precision import autocast, resolve_precision
+from xcit_dino.train.distributed import dist
 
 PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
 WHOLE = 64  # images up to this side are seen whole

@@ -18,19 +18,19 @@ import numpy as np
 from PIL import Image
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.files import unfinished_folder
-from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.storage import open_source, read_origin
+from xcit_dino.data.io.files import unfinished_folder
+from xcit_dino.data.io.storage import open_source, read_origin
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import extracted
-from xcit_dino.eval.gallery import nearest_others
-from xcit_dino.eval.pictures import Pixels, mosaic, photos
+from xcit_dino.eval.neighbors import nearest_others
+from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
 from xcit_dino.eval.results import check_writable
 from xcit_dino.eval.subject import networks, resolve
 from xcit_dino.progress import track
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 
 WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv")
 NEIGHBOURS = 8

@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.data.index import ShardIndex, sparse_labels
+from xcit_dino.data.shards.index import ShardIndex, sparse_labels
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import CachedFeatures
 from xcit_dino.eval.ranges import Ranges, warn_constant
 from xcit_dino.eval.subject import Network
-from xcit_dino.train import dist
-from xcit_dino.train.precision import resolve_precision
+from xcit_dino.train.amp import resolve_precision
+from xcit_dino.train.distributed import dist
 
 FORMAT = 2
 LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side

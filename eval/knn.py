@@ -27,7 +27,7 @@ from xcit_dino.eval.features import Features, extract, num_classes_of
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, networks, resolve
 from xcit_dino.progress import track
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 
 QUERY_ROWS = 4096  # queries of one search
 BANK_ROWS = 1 << 21  # images of one index: 3 GB at 384 dimensions

@@ -20,13 +20,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xcit_dino.data.files import locked
-from xcit_dino.data.index import ShardIndex
-from xcit_dino.eval.augmented import state_file, train_augmented
+from xcit_dino.data.io.files import locked
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
-from xcit_dino.eval.heads import (
+from xcit_dino.eval.linear_augmented import state_file, train_augmented
+from xcit_dino.eval.linear_grid import (
     Blocks,
     Choice,
     Heads,
@@ -39,9 +39,9 @@ from xcit_dino.eval.heads import (
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.subject import Network, networks, resolve
-from xcit_dino.models import formats
+from xcit_dino.models.weights import formats
 from xcit_dino.progress import progress
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 from xcit_dino.train.provenance import LOCK, digest, write_atomic
 
 HEAD_FILE = "linear_head.safetensors"

@@ -1,9 +1,8 @@
 """k-NN while pretraining goes on: a fixed subset, all ranks together, nothing of the training
-disturbed. ``xcit-dino pretrain`` is pretraining with it."""
+disturbed."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,56 +13,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from xcit_dino.data.index import ShardIndex, resolve_split
+from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import blocks_of, evaluating, num_classes_of
-from xcit_dino.eval.gallery import spread
 from xcit_dino.eval.knn import knn_hits
-from xcit_dino.eval.online_pictures import Embedded, OnlinePictures
+from xcit_dino.eval.neighbors import spread
+from xcit_dino.eval.pictures.online import Embedded, OnlinePictures
+from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.inputs import InputSettings
-from xcit_dino.ssl import pretrain as dino
-from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.train import dist, stop
-from xcit_dino.train.config import options
+from xcit_dino.train.distributed import dist
 
 BANK, QUERIES = 20_000, 4_000  # images, spread evenly over the splits
 K, TEMPERATURE = 20, 0.07
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]
 """(backbone, epochs done) -> numbers to log, and arrays for TensorBoard."""
-
-
-def main(config: PretrainConfig) -> None:
-    """``xcit-dino pretrain``: :func:`pretrain` with signals that save before they end it."""
-    stop.install(signal.SIGTERM, signal.SIGINT)
-    with dist.leaving():
-        pretrain(config)
-
-
-def pretrain(config: PretrainConfig) -> None:
-    """:func:`xcit_dino.ssl.pretrain.pretrain`, with k-NN every ``--knn_every`` epochs."""
-    world = dist.init(config.run.device)
-    evaluations = []
-    for name, data_path in (
-        ("knn", config.loader.data_path),
-        ("knn_other", config.online.knn_data_path),
-    ):
-        if config.online.knn_every and data_path is not None:
-            evaluation = online_knn(
-                data_path,
-                dict(options(config)),
-                world,
-                every=config.online.knn_every,
-                name=name,
-                pictures=config if name == "knn" else None,
-            )
-            evaluations += [evaluation] if evaluation else []
-
-    def evaluate(backbone: nn.Module, epoch: int) -> dict[str, Any]:
-        return {k: v for each in evaluations for k, v in each(backbone, epoch).items()}
-
-    dino.pretrain(config, evaluate if evaluations else None)
 
 
 def online_knn(
@@ -73,7 +38,7 @@ def online_knn(
     *,
     every: int = 1,
     name: str = "knn",
-    pictures: PretrainConfig | None = None,
+    pictures: TrainingCrops | None = None,
 ) -> Evaluate | None:
     """What ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) -> metrics to log.
 
@@ -82,7 +47,7 @@ def online_knn(
         run: the options of the pretraining, as in config.yaml.
         every: epochs between evaluations.
         name: what the metrics' names begin with.
-        pictures: the run whose crops, attention and neighbours are to be shown too.
+        pictures: show crops made like this, attention and neighbours too.
 
     Returns:
         None where no accuracy can be had: no validation split, or images without labels.

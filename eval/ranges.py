@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xcit_dino.errors import InputError, warn
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 
 SAME = 1e-6  # spread, relative to the largest value, up to which rows differ by rounding only
 

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.data.files import locked
+from xcit_dino.data.io.files import locked
 from xcit_dino.errors import InputError, RunError, warn
-from xcit_dino.eval.runs import EVALUATIONS, Run, read_run
-from xcit_dino.train.board import write_hparams
 from xcit_dino.train.provenance import LOCK, record_result
-from xcit_dino.train.run import FREE
+from xcit_dino.train.run.folder import FREE
+from xcit_dino.train.run.reader import EVALUATIONS, Run, read_run
+from xcit_dino.train.run.tensorboard_log import write_hparams
 
 
 def check_writable(folder: Path, remedy: str, named: str = "") -> None:

@@ -71,7 +71,7 @@ class DINOHead(nn.Module):
         return F.normalize(z_BZ.to(torch.promote_types(z_BZ.dtype, torch.float32)), dim=-1)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """(B, K) scores. Training takes the bottleneck alone: ``ssl/crossentropy.py`` never holds
+        """(B, K) scores. Training takes the bottleneck alone: ``ssl/fused_loss.py`` never holds
         the scores of all crops."""
         return self.last_layer(self.bottleneck(x_BD))
 

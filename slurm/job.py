@@ -25,10 +25,10 @@ from typing import Any
 import submitit
 
 from xcit_dino.errors import InputError, RunError, Stopped
-from xcit_dino.slurm import env, record, scheduler
+from xcit_dino.slurm import attempts, env, scheduler
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.slurm.stages import load
-from xcit_dino.train import stop
+from xcit_dino.train import signals
 from xcit_dino.train.config import options, replace
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT)
@@ -90,7 +90,7 @@ class Rank:
 
     def say(self, **word: Any) -> None:
         """Leave a word for whoever judges this attempt."""
-        record.leave_word(
+        attempts.leave_word(
             self.job.run, self.place.job_id, self.restart, self.place.global_rank, **word
         )
 
@@ -141,13 +141,13 @@ class Rank:
             self.say(heard=name)
         if self.job.stage not in RESUMES:
             raise Interrupted(name)
-        stop.request(name)
+        signals.request(name)
 
 
 def leave_group() -> None:
     """Leave torch's process group. After a failure nobody does: it might wait for the dead."""
     if "torch" in sys.modules:
-        from xcit_dino.train import dist
+        from xcit_dino.train.distributed import dist
 
         dist.shutdown()
 
@@ -195,18 +195,18 @@ def begin(run: Path, stage: str) -> int:
         InputError: the run was cancelled or failed too often; a node lacks a folder.
     """
     job_id, nodes = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_JOB_NUM_NODES"])
-    attempt = record.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
-    print(record.marker(attempt), file=sys.stderr, flush=True)
-    needed = [*record.read_launch(run)["needs"], str(record.folder(run) / f"{stage}.json")]
+    attempt = attempts.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
+    print(attempts.marker(attempt), file=sys.stderr, flush=True)
+    needed = [*attempts.read_launch(run)["needs"], str(attempts.folder(run) / f"{stage}.json")]
     try:
         lacking = scheduler.lacking([sys.executable, *needed], nodes)
     except scheduler.SlurmError as error:
-        record.leave_word(run, job_id, restart_count(), record.SCRIPT, error=str(error), code=1)
+        attempts.leave_word(run, job_id, restart_count(), attempts.SCRIPT, error=str(error), code=1)
         return finish(run, stage, 1)
     if lacking:
         words = {"error": lacking, "code": 2, "final": True}
-        record.leave_word(run, job_id, restart_count(), record.SCRIPT, **words)
-        record.finish(run, stage, 2)
+        attempts.leave_word(run, job_id, restart_count(), attempts.SCRIPT, **words)
+        attempts.finish(run, stage, 2)
         raise InputError(lacking)
     return 0
 
@@ -217,13 +217,13 @@ def finish(run: Path, stage: str, code: int) -> int:
     Returns:
         The job's exit code: 0 only when the stage is done, so that ``afterok`` means that.
     """
-    ended = record.finish(run, stage, code)
+    ended = attempts.finish(run, stage, code)
     if ended.state == "requeued" and not scheduler.requeue(ended.job_id, ended.restart):
         ended.state, ended.reason = "cancelled", "by scancel"
-        record.save(run, ended)
+        attempts.save(run, ended)
     why = f" ({ended.reason})" if ended.reason else ""
     print(f"{stage}: {ended.state}{why}", file=sys.stderr, flush=True)
-    return {"done": 0, "failed": code or 1}.get(ended.state, record.RESUMABLE)
+    return {"done": 0, "failed": code or 1}.get(ended.state, attempts.RESUMABLE)
 
 
 def main(argv: list[str]) -> int:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xcit_dino.errors import InputError, warn
-from xcit_dino.slurm import record, scheduler
+from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage
-from xcit_dino.slurm.preview import preview, without_effect
+from xcit_dino.slurm.dry_run import preview, without_effect
 from xcit_dino.train.config import dump_yaml, options
-from xcit_dino.train.run import CONFIG_FILE, FREE, check_run
+from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run
 
 OFFICIAL_GPUS = 8  # dino run_with_submitit.py: GPUs of a node where nobody can be asked
 Cluster = Literal["slurm", "local", "debug"]
@@ -54,7 +54,7 @@ def submit_runs(runs: list[Launch], cluster: Cluster) -> int:
             continue
         earlier = number - one.launch.array_parallelism
         start(one, todo, cluster, last_jobs[earlier] if earlier >= 0 else None)
-        last_jobs.append(record.read_launch(one.run)["stages"][todo[-1].name]["job_id"] or None)
+        last_jobs.append(attempts.read_launch(one.run)["stages"][todo[-1].name]["job_id"] or None)
     return 0
 
 
@@ -70,7 +70,7 @@ def run_here(runs: list[Launch], cluster: Cluster) -> int:
     codes = [prepare(one, todo, cluster) for one, todo in waiting]  # so `launch status` knows all
     worst = 0
     for number, (one, todo) in enumerate(waiting):
-        if record.cancelled(one.run):
+        if attempts.cancelled(one.run):
             print(f"{one.run}: cancelled before it started")
             continue
         code = local.run_stages(one, todo, codes[number], inside=cluster == "debug")
@@ -177,7 +177,7 @@ def check_input(launch: Launch) -> None:
     Raises:
         InputError: data are missing or too few, or the folder holds another run.
     """
-    from xcit_dino.data.index import ShardIndex, resolve_split
+    from xcit_dino.data.shards.index import ShardIndex, resolve_split
 
     for stage in launch.stages:
         values = dict(options(stage.config))
@@ -231,7 +231,7 @@ def refuse_busy(launch: Launch, cluster: Cluster) -> None:
 def unfinished(launch: Launch) -> list[Stage]:
     """The stages from the first one that is not done with these very options."""
     for number, stage in enumerate(launch.stages):
-        known = record.load(launch.run, stage.name)
+        known = attempts.load(launch.run, stage.name)
         if known.state != "done" or differs(known.config, dump(stage.config)):
             return list(launch.stages[number:])
         print(f"{stage.name}: done already")
@@ -262,10 +262,10 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None
     code = prepare(launch, todo, cluster)
     if cluster != "slurm":
         return local.run_stages(launch, todo, code, inside=cluster == "debug")
-    note = record.read_launch(launch.run)
+    note = attempts.read_launch(launch.run)
     for name, job_id in submit.submit(launch, todo, code, after).items():
         note["stages"][name]["job_id"] = job_id
-    record.write_launch(launch.run, note)
+    attempts.write_launch(launch.run, note)
     return told(launch, note)
 
 
@@ -278,7 +278,7 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
     from xcit_dino.slurm import snapshot, submit
 
     try:
-        code = snapshot.copy_code(record.folder(launch.run) / "code")
+        code = snapshot.copy_code(attempts.folder(launch.run) / "code")
     except OSError as error:
         raise InputError(f"--output_dir {launch.run}: {error.strerror}") from error
     if cluster == "slurm":
@@ -288,24 +288,24 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
         "cluster": cluster,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "pid_start": record.start_time(os.getpid()),
+        "pid_start": attempts.start_time(os.getpid()),
         "code": str(code),
         "max_requeues": launch.launch.max_requeues,
         "argv": sys.argv,
         "needs": needs(launch),
         "stages": stages,
-        "earlier": record.earlier_stages(launch.run, stages),
+        "earlier": attempts.earlier_stages(launch.run, stages),
     }
-    record.allow(launch.run)
-    record.write_launch(launch.run, note)
+    attempts.allow(launch.run)
+    attempts.write_launch(launch.run, note)
     for stage in todo:
-        record.save(launch.run, record.Record(stage.name))
+        attempts.save(launch.run, attempts.Record(stage.name))
     return code
 
 
 def needs(launch: Launch) -> list[str]:
     """Files that every node has to see: the index of the training data, where it is a file."""
-    from xcit_dino.data.index import is_url, resolve_split
+    from xcit_dino.data.shards.index import is_url, resolve_split
 
     given = (dict(options(stage.config)).get("data_path") for stage in launch.stages)
     folders = (str(path) for path in sorted({str(path) for path in given if path}))

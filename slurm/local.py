@@ -25,10 +25,10 @@ from submitit.local.debug import DebugExecutor
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import STATE_FILE
-from xcit_dino.slurm import record, watch
+from xcit_dino.slurm import attempts, watch
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
+from xcit_dino.slurm.dry_run import counted
 from xcit_dino.slurm.job import SIGNALS, job_of
-from xcit_dino.slurm.preview import counted
 
 GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
 FOREVER = 10**7  # minutes
@@ -130,7 +130,7 @@ def visible_gpus() -> list[str]:
 
 def executor(launch: Launch, stage: Stage) -> Executor:
     """The executor that starts one attempt of a stage."""
-    made = Executor(folder=record.job_folder(launch.run, "%j"), max_num_timeout=0)
+    made = Executor(folder=attempts.job_folder(launch.run, "%j"), max_num_timeout=0)
     made.update_parameters(
         nodes=stage.resources.nodes,
         tasks_per_node=stage.tasks_per_node,
@@ -182,12 +182,12 @@ def without_outer_job() -> Iterator[None]:
 
 def origin(launch: Launch, stage: Stage) -> str:
     """``", goes on from checkpoint-00000120.pth"`` where a training stage finds one."""
-    note = record.read_launch(launch.run)
-    newest = record.newest_checkpoint(launch.run, stage.name, note)
+    note = attempts.read_launch(launch.run)
+    newest = attempts.newest_checkpoint(launch.run, stage.name, note)
     return f", goes on from {newest}" if newest and stage.name in RESUMES else ""
 
 
-def told(launch: Launch, ended: record.Record) -> int:
+def told(launch: Launch, ended: attempts.Record) -> int:
     """Say why the chain ends here; returns the exit code."""
     if ended.state == "failed":
         log = watch.log_path(launch.run, ended.job_id, 0, "err")
@@ -198,14 +198,14 @@ def told(launch: Launch, ended: record.Record) -> int:
     return next(by_signal, 1) if ended.state == "stopped" else 1
 
 
-def run_inside(launch: Launch, stage: Stage) -> record.Record:
+def run_inside(launch: Launch, stage: Stage) -> attempts.Record:
     """Run one stage in this process, for a debugger: no log, no restart, no copy of the code."""
-    attempt = record.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
+    attempt = attempts.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
     job = job_of(launch, stage)
-    executor = DebugExecutor(record.job_folder(launch.run, "debug"))
+    executor = DebugExecutor(attempts.job_folder(launch.run, "debug"))
     started = executor.submit(job)
     attempt.job_id = started.job_id
-    record.save(launch.run, attempt)
+    attempts.save(launch.run, attempt)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     exit_code = 0
     try:
@@ -215,18 +215,18 @@ def run_inside(launch: Launch, stage: Stage) -> record.Record:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return record.finish(launch.run, stage.name, exit_code)
+    return attempts.finish(launch.run, stage.name, exit_code)
 
 
 def run_stage(
     launch: Launch, stage: Stage, code: Path, heard: list[signal.Signals]
-) -> record.Record:
+) -> attempts.Record:
     """Run one stage to its end, again after a failure or a time limit, as SLURM would.
 
     Args:
         heard: takes the signals that come to the launcher; after one, nothing starts again.
     """
-    progress = record.progress_file(launch.run, stage.name)
+    progress = attempts.progress_file(launch.run, stage.name)
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",
@@ -237,23 +237,23 @@ def run_stage(
         environment["OMP_NUM_THREADS"] = str(cores)
     while True:
         try:
-            attempt = record.begin(launch.run, stage.name, "", 0, socket.gethostname())
+            attempt = attempts.begin(launch.run, stage.name, "", 0, socket.gethostname())
         except InputError:  # cancelled in between
-            return record.load(launch.run, stage.name)
+            return attempts.load(launch.run, stage.name)
         with environment_variables(**environment):
             started = executor(launch, stage).submit(job_of(launch, stage))
         attempt.job_id = started.job_id
-        record.save(launch.run, attempt)
+        attempts.save(launch.run, attempt)
         process = cast(local.LocalJob[None], started)._process
         assert process is not None
         with passing_on_signals(process, heard):
             watch.show(launch.run, stage.name, started.job_id, partial(runs, process))
-        ended = record.finish(launch.run, stage.name, process.wait())
+        ended = attempts.finish(launch.run, stage.name, process.wait())
         if heard and ended.state == "requeued":
             if not ended.reason.startswith(heard[0].name):
                 ended.reason = f"{heard[0].name}; {ended.reason}"
             ended.state = "stopped"
-            record.save(launch.run, ended)
+            attempts.save(launch.run, ended)
         if ended.state != "requeued":
             return ended
         print(

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.slurm import record
+from xcit_dino.slurm import attempts
 from xcit_dino.slurm.watch import Tail
 from xcit_dino.train.config import read_yaml
-from xcit_dino.train.metrics import METRICS, Line, read_tries
+from xcit_dino.train.run.metrics import METRICS, Line, read_tries
 
 RECENT = 20  # lines of metrics from which the speed is reckoned
 
@@ -47,10 +47,10 @@ class State:
 
     def look_at_stages(self) -> None:
         """States of the launcher's stages, where the launcher started this run."""
-        if not record.is_launched(self.folder):
+        if not attempts.is_launched(self.folder):
             return
-        stages = record.all_stages(record.read_launch(self.folder))
-        known = [record.load(self.folder, stage) for stage in stages]
+        stages = attempts.all_stages(attempts.read_launch(self.folder))
+        known = [attempts.load(self.folder, stage) for stage in stages]
         self.unfinished = not all(stage.finished for stage in known)
         self.stages = [f"{k.stage} {k.state}{f' ({k.reason})' if k.reason else ''}" for k in known]
 

@@ -40,8 +40,8 @@ from xcit_dino.train.config import (
 STAGES = ("pretrain", "embed", "knn", "linear", "evaluate", "finetune", "distill", "report")
 ENTRIES = {  # the `main` of these commands would take over the job's signals
     "pretrain": "xcit_dino.eval.online:pretrain",
-    "finetune": "xcit_dino.eval.finetune:finetune",
-    "distill": "xcit_dino.eval.distill:distill",
+    "finetune": "xcit_dino.supervised.finetune:finetune",
+    "distill": "xcit_dino.supervised.distill:distill",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import clock
-from xcit_dino.slurm import record, scheduler, watch
+from xcit_dino.slurm import attempts, scheduler, watch
 from xcit_dino.slurm.config import CancelConfig, LogsConfig, StatusConfig
 from xcit_dino.train.provenance import read_results
 
@@ -23,9 +23,9 @@ STALE = 60.0  # seconds without news of a stage after which their age is shown
 
 def owner(run: Path) -> str:
     """Who is at work in a run folder, in words; '' when nobody is."""
-    if not record.is_launched(run):
+    if not attempts.is_launched(run):
         return ""
-    launch = record.read_launch(run)
+    launch = attempts.read_launch(run)
     if launch["cluster"] == "slurm":
         jobs = sorted(queue(launch).items(), key=lambda pair: pair[1]["state"] != "RUNNING")
         return next((f"SLURM job {number} ({job['state']})" for number, job in jobs), "")
@@ -43,7 +43,7 @@ def queue(launch: dict[str, Any]) -> Queue:
 def local_owner(launch: dict[str, Any]) -> bool:
     """Whether the launcher of local processes still runs on this machine."""
     here = launch["host"] == socket.gethostname()
-    return here and record.start_time(launch["pid"]) == launch["pid_start"]
+    return here and attempts.start_time(launch["pid"]) == launch["pid_start"]
 
 
 # -- status ----------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def local_owner(launch: dict[str, Any]) -> bool:
 def status(config: StatusConfig) -> None:
     """Print a table with a row a stage, and below it how far those stages are that have begun; of
     each run where ``--seeds`` made several."""
-    for run in record.seed_runs(config.run) or [config.run]:
+    for run in attempts.seed_runs(config.run) or [config.run]:
         show_status(run)
 
 
@@ -61,13 +61,13 @@ def show_status(run: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    launch = record.read_launch(run)
+    launch = attempts.read_launch(run)
     jobs = queue(launch)
     table = Table(box=None)
     for column in ("stage", "state", "job", "nodes", "restarts", "failures"):
         table.add_column(column, overflow="fold")
     before, lines = None, []
-    for stage in record.all_stages(launch):
+    for stage in attempts.all_stages(launch):
         row = describe(run, stage, launch, jobs, before)
         if progress := row.pop("progress"):
             lines.append(f"{stage}: {progress}")
@@ -80,7 +80,7 @@ def show_status(run: Path) -> None:
 
 def state(run: Path, stage: str) -> str:
     """A stage's state, with the reason for it: ``pending: (Resources)``."""
-    launch = record.read_launch(run)
+    launch = attempts.read_launch(run)
     return describe(run, stage, launch, queue(launch), None)["state"]
 
 
@@ -88,8 +88,8 @@ def describe(
     run: Path, stage: str, launch: dict[str, Any], jobs: Queue, before: dict[str, str] | None
 ) -> dict[str, str]:
     """One row of the table; ``before`` is the row of the stage that this one waits for."""
-    known = record.load(run, stage)
-    job_id = record.all_stages(launch)[stage]["job_id"] or known.job_id
+    known = attempts.load(run, stage)
+    job_id = attempts.all_stages(launch)[stage]["job_id"] or known.job_id
     job = jobs.get(job_id)
     state, reason = known.state, known.reason
     if job is not None:
@@ -97,7 +97,7 @@ def describe(
             job["state"], job["state"].lower()
         )
         reason = job["reason"].replace("(None)", "") if job["state"] == "PENDING" else ""
-    elif known.state == "waiting" and record.cancelled(run):
+    elif known.state == "waiting" and attempts.cancelled(run):
         state, reason = "cancelled", "by `launch cancel`"
     elif not known.finished and not local_owner(launch):
         state, reason = unsaid(run, known, before)
@@ -115,21 +115,21 @@ def describe(
     }
 
 
-def unsaid(run: Path, known: record.Record, before: dict[str, str] | None) -> tuple[str, str]:
+def unsaid(run: Path, known: attempts.Record, before: dict[str, str] | None) -> tuple[str, str]:
     """State and reason of a stage whose job has left without a word of its own."""
-    if record.cancelled(run):
+    if attempts.cancelled(run):
         return "cancelled", "by `launch cancel`"
     if known.state == "waiting" and before and not before["state"].startswith("done"):
         return "cancelled", f"{before['stage']} is {before['state']}"
     state = scheduler.job_state(known.job_id).lower() if known.job_id else ""
-    seen = record.last_seen(run, known.stage) if known.began else ""
+    seen = attempts.last_seen(run, known.stage) if known.began else ""
     where = known.hosts or "any node"
     return state or "lost", f"left without a word on {where}{seen}; launch it again"
 
 
 def progress(run: Path, stage: str) -> str:
     """``pretraining 120/400 steps  eta 0:12:10  epoch 3.00  loss 4.31 ...  knn 45.2``."""
-    state = watch.read_state(record.progress_file(run, stage))
+    state = watch.read_state(attempts.progress_file(run, stage))
     if state is None:
         return "starting"
     rate = (state["done"] - state["start"]) / max(state["seconds"], 1e-9)
@@ -144,23 +144,23 @@ def progress(run: Path, stage: str) -> str:
     return "  ".join(filter(None, parts))
 
 
-def outcome(run: Path, stage: str, launch: dict[str, Any], known: record.Record) -> str:
+def outcome(run: Path, stage: str, launch: dict[str, Any], known: attempts.Record) -> str:
     """``took 0:12:10  top1_k20 41.20``: how long a stage's last attempt was, what it came to."""
     if not (known.began and known.ended):
         return ""
     seconds = datetime.fromisoformat(known.ended) - datetime.fromisoformat(known.began)
     parts = [f"took {clock(seconds.total_seconds())}"]
     if known.state == "done":
-        folder = Path(record.all_stages(launch)[stage]["config"].get("output_dir", run))
+        folder = Path(attempts.all_stages(launch)[stage]["config"].get("output_dir", run))
         metrics = read_results(folder).get(stage, {}).get("metrics", {})
-        last = watch.read_state(record.progress_file(run, stage)) or {"shown": ""}
+        last = watch.read_state(attempts.progress_file(run, stage)) or {"shown": ""}
         parts += [f"{name} {value:.2f}" for name, value in metrics.items()] or [last["shown"]]
     return "  ".join(filter(None, parts))
 
 
 def next_stage(run: Path, launch: dict[str, Any]) -> str:
     """The first stage that has not begun."""
-    waiting = (stage for stage in launch["stages"] if record.load(run, stage).state == "waiting")
+    waiting = (stage for stage in launch["stages"] if attempts.load(run, stage).state == "waiting")
     return next(waiting, "")
 
 
@@ -169,8 +169,8 @@ def next_stage(run: Path, launch: dict[str, Any]) -> str:
 
 def logs(config: LogsConfig) -> None:
     """Print a rank's log, of the stage that began last unless told otherwise."""
-    launch = record.read_launch(config.run)
-    records = {stage: record.load(config.run, stage) for stage in record.all_stages(launch)}
+    launch = attempts.read_launch(config.run)
+    records = {stage: attempts.load(config.run, stage) for stage in attempts.all_stages(launch)}
     begun = {stage: known for stage, known in records.items() if known.job_id}
     stage = config.stage or next(reversed(begun), None)
     if stage is None or stage not in begun:
@@ -186,7 +186,7 @@ def logs(config: LogsConfig) -> None:
         return (
             config.follow
             and bool(owner(config.run))
-            and not record.load(config.run, stage).finished
+            and not attempts.load(config.run, stage).finished
         )
 
     watch.show(config.run, stage, job_id, going_on, config.rank)
@@ -198,20 +198,20 @@ def logs(config: LogsConfig) -> None:
 def cancel(config: CancelConfig) -> None:
     """End the jobs of a run, or of all runs of ``--seeds``; the stage that goes on is told to save
     itself first."""
-    for run in reversed(record.seed_runs(config.run) or [config.run]):  # those that wait first
+    for run in reversed(attempts.seed_runs(config.run) or [config.run]):  # those that wait first
         cancel_run(run)
 
 
 def cancel_run(run: Path) -> None:
     """End one run's jobs; other runs of the same launcher are left alone."""
-    launch = record.read_launch(run)
+    launch = attempts.read_launch(run)
     who = owner(run)
-    record.cancel(run)
+    attempts.cancel(run)
     if launch["cluster"] == "slurm":
         scheduler.cancel(list(reversed(queue(launch))))
-    elif who and all(record.load(run, stage).state == "waiting" for stage in launch["stages"]):
+    elif who and all(attempts.load(run, stage).state == "waiting" for stage in launch["stages"]):
         who = f"{run}, which had not started"
-    elif who and not all(record.load(run, stage).finished for stage in launch["stages"]):
+    elif who and not all(attempts.load(run, stage).finished for stage in launch["stages"]):
         os.kill(launch["pid"], signal.SIGTERM)
     elif who:
         who = ""  # done; the launcher is at work on another run

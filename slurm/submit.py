@@ -12,7 +12,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import STATE_FILE
-from xcit_dino.slurm import record, scheduler
+from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage, slurm_option
 from xcit_dino.slurm.job import job_of
 
@@ -29,7 +29,7 @@ class Executor(SlurmExecutor):
 
 def executor(launch: Launch, stage: Stage, code: Path, after: str | None = None) -> Executor:
     """The executor that submits one stage; ``after`` is what it waits for (``afterok:123``)."""
-    made = Executor(folder=record.job_folder(launch.run, "%j"), max_num_timeout=0)
+    made = Executor(folder=attempts.job_folder(launch.run, "%j"), max_num_timeout=0)
     made.update_parameters(**parameters(launch, stage, code, after))
     return made
 
@@ -62,7 +62,7 @@ def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> d
 
 def before(launch: Launch, stage: Stage, code: Path) -> list[str]:
     """Shell lines in front of srun: the run's own code, the user's lines, the attempt counted."""
-    progress = record.progress_file(launch.run, stage.name)
+    progress = attempts.progress_file(launch.run, stage.name)
     tasks = f"$((SLURM_JOB_NUM_NODES * {stage.tasks_per_node}))"  # a requeued job may have shrunk
     return [
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from xcit_dino.progress import RichBar
-from xcit_dino.slurm import record
+from xcit_dino.slurm import attempts
 
 POLL = 0.2  # seconds
 
@@ -19,7 +19,7 @@ POLL = 0.2  # seconds
 def show(run: Path, stage: str, job_id: str, going_on: Callable[[], bool], rank: int = 0) -> None:
     """Print a rank's log while ``going_on`` says so; on a terminal with the stage's live bar."""
     tails = [(Tail(log_path(run, job_id, rank, kind)), out) for kind, out in streams()]
-    bar = LiveBar(record.progress_file(run, stage)) if sys.stderr.isatty() else None
+    bar = LiveBar(attempts.progress_file(run, stage)) if sys.stderr.isatty() else None
     with bar or contextlib.nullcontext():
         last = False
         while True:
@@ -42,7 +42,7 @@ def streams() -> list[tuple[str, TextIO]]:
 
 def log_path(run: Path, job_id: str, rank: int, kind: str) -> Path:
     """A rank's log, as submitit names it."""
-    return record.job_folder(run, job_id) / f"{job_id}_{rank}_log.{kind}"
+    return attempts.job_folder(run, job_id) / f"{job_id}_{rank}_log.{kind}"
 
 
 class Tail:

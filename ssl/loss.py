@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.models.head import Prototypes
-from xcit_dino.ssl.crossentropy import dino_cross_entropy
-from xcit_dino.train.dist import all_reduce_mean
+from xcit_dino.ssl.fused_loss import dino_cross_entropy
+from xcit_dino.train.distributed.dist import all_reduce_mean
 
 
 class DinoLoss(nn.Module):

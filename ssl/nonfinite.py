@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.index import ShardIndex
+from xcit_dino.data.io.storage import open_source, read_key
 from xcit_dino.data.loader import Batch
-from xcit_dino.data.storage import open_source, read_key
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import RunError, warn
-from xcit_dino.train import dist
-from xcit_dino.train.hostcopy import first_nonfinite
-from xcit_dino.train.sharding import local
+from xcit_dino.train.async_copy import first_nonfinite
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.distributed.fsdp import local
 from xcit_dino.train.state import Checkpoints
 
 MAX_ROLLBACKS = 3  # with the learning rate at an eighth, it is not the learning rate

@@ -7,8 +7,9 @@ evaluating, stopping) stands in ``go_on``.
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,28 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.data.index import ShardIndex, resolve_split
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
+from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, Stopped, warn
-from xcit_dino.models.weights import input_settings, load_pretraining
-from xcit_dino.ssl import sentinel
+from xcit_dino.eval.online import Evaluate, online_knn
+from xcit_dino.eval.pictures.render import TrainingCrops
+from xcit_dino.models.weights.load import input_settings, load_pretraining
+from xcit_dino.ssl import diagnostics
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
 from xcit_dino.ssl.schedule import Hyperparameters, Schedule
 from xcit_dino.ssl.trainer import Trainer, set_up
-from xcit_dino.train import dist, memory, optim, sharding, stop
-from xcit_dino.train.config import absolute, dump_yaml
+from xcit_dino.train import memory, optim, signals
+from xcit_dino.train.amp import autocast, resolve_precision
+from xcit_dino.train.config import absolute, dump_yaml, options
+from xcit_dino.train.distributed import dist, fsdp
 from xcit_dino.train.evaluation import Evaluations
-from xcit_dino.train.lock import held
-from xcit_dino.train.log import RunLog
-from xcit_dino.train.precision import autocast, resolve_precision
-from xcit_dino.train.run import check_run, open_run, say_changes
+from xcit_dino.train.run.folder import check_run, open_run, say_changes
+from xcit_dino.train.run.lock import held
+from xcit_dino.train.run.log import RunLog
+from xcit_dino.train.seeding import seed_drop_path
 from xcit_dino.train.state import Checkpoints, load_checkpoint, weights_file
-from xcit_dino.train.steady import check_shards, steady
 from xcit_dino.train.watchdog import Watchdog
-
-Evaluate = Callable[[nn.Module, int], dict[str, float]]
+from xcit_dino.train.worker_restart import check_shards, steady
 
 
 def train_step(
@@ -46,7 +49,7 @@ def train_step(
     """One optimiser step of DINO over this rank's micro-batches.
 
     Returns:
-        Scalars on the device: the loss and the signs of :mod:`xcit_dino.ssl.sentinel`.
+        Scalars on the device: the loss and the signs of :mod:`xcit_dino.ssl.diagnostics`.
     """
     config, state = trainer.config, trainer.state
     student, teacher, dino_loss = trainer.student, trainer.teacher, trainer.loss
@@ -59,7 +62,7 @@ def train_step(
         targets, features = teach(trainer, views[0], now)
         last = micro == len(batches) - 1
         loss = learn(trainer, views, targets, exchange=last, share=1 / len(batches))
-        signs.append(sentinel.health(loss, targets, features))
+        signs.append(diagnostics.health(loss, targets, features))
 
     state.scaler.unscale_(state.optimizer)
     norms = optim.clip_gradients(student.parameters(), config.optim.clip_grad)
@@ -114,12 +117,38 @@ def learn(
     return torch.stack(losses).sum()
 
 
-def seed_drop_path(seed: int, step: int, rank: int) -> None:
-    """Give drop-path, the one user of torch's generator, numbers that depend on nothing else.
+def main(config: PretrainConfig) -> None:
+    """``xcit-dino pretrain``: :func:`pretrain_with_knn`, with signals that save before they end
+    it."""
+    signals.install(signal.SIGTERM, signal.SIGINT)
+    with dist.leaving():
+        pretrain_with_knn(config)
 
-    torch takes 64 bits, which seeds from some hundred millions on would overflow.
-    """
-    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)
+
+def pretrain_with_knn(config: PretrainConfig) -> None:
+    """:func:`pretrain`, with k-NN every ``--knn_every`` epochs."""
+    world = dist.init(config.run.device)
+    crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
+    evaluations = []
+    for name, data_path, pictures in (
+        ("knn", config.loader.data_path, crops),
+        ("knn_other", config.online.knn_data_path, None),
+    ):
+        if config.online.knn_every and data_path is not None:
+            evaluation = online_knn(
+                data_path,
+                dict(options(config)),
+                world,
+                every=config.online.knn_every,
+                name=name,
+                pictures=pictures,
+            )
+            evaluations += [evaluation] if evaluation else []
+
+    def evaluate(backbone: nn.Module, epoch: int) -> dict[str, Any]:
+        return {k: v for each in evaluations for k, v in each(backbone, epoch).items()}
+
+    pretrain(config, evaluate if evaluations else None)
 
 
 def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
@@ -183,8 +212,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
             except RollBack as reason:
                 rollbacks = state.rollbacks + 1
                 roll_back(reason, rollbacks, checkpoints)
-    if (reason := stop.requested()) and state.step < schedule.total_steps:
-        stop.clear()  # heeded; a request made before the loop began was kept until here
+    if (reason := signals.requested()) and state.step < schedule.total_steps:
+        signals.clear()  # heeded; a request made before the loop began was kept until here
         raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
 
 
@@ -233,7 +262,7 @@ def go_on(
         RunError: that, or memory ran out, workers died, the last checkpoint could not be written.
     """
     config, state, run, world = trainer.config, trainer.state, trainer.config.run, trainer.world
-    vote = stop.Vote()
+    vote = signals.Vote()
     skips = Skips(
         run.max_skipped,
         config.health.on_nonfinite == "rollback",
@@ -242,9 +271,9 @@ def go_on(
         partial(keys_of, loader.index, config.loader),
         run.output_dir,
     )
-    alarms = sentinel.Alarms(
+    alarms = diagnostics.Alarms(
         config.head.out_dim,
-        sentinel.patience(schedule.steps_per_epoch),
+        diagnostics.patience(schedule.steps_per_epoch),
         stop=config.health.on_collapse == "stop",
         views=config.crops.global_crops_number,
         images=run.batch_size_per_gpu,
@@ -277,16 +306,16 @@ def go_on(
 
             epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
             wish = vote.result()
-            stopping = wish == stop.STOP or state.step == last_step
-            late = wish == stop.SAVE and not skips.in_a_row
+            stopping = wish == signals.STOP or state.step == last_step
+            late = wish == signals.SAVE and not skips.in_a_row
             if into_epoch == 0 or stopping or late:
                 state.log = log.state() | {"alarms": alarms.state()}
-                whole = sharding.whole(state.state_dict())
+                whole = fsdp.whole(state.state_dict())
                 if world.is_main:
                     permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
                     checkpoints.save(whole | described(config, epoch), permanent)
                 saved_at = time.monotonic()
-            urgent = wish == stop.STOP and state.step < last_step  # the next try catches up
+            urgent = wish == signals.STOP and state.step < last_step  # the next try catches up
             if evaluate is not None and into_epoch == 0 and not urgent:
                 evaluations(state.step)
             watchdog.beat(state.step)

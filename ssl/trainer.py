@@ -14,10 +14,11 @@ from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.zoo import TIMM_PREFIX, create_model
-from xcit_dino.ssl import dino
+from xcit_dino.ssl import networks
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
-from xcit_dino.train import compiler, dist, optim, sharding, syncbn
+from xcit_dino.train import compiler, optim
+from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
 from xcit_dino.train.state import TrainState
 
 
@@ -27,8 +28,8 @@ class Trainer:
 
     config: PretrainConfig
     world: dist.World
-    student: dino.MultiCropNet
-    teacher: dino.MultiCropNet
+    student: networks.MultiCropNet
+    teacher: networks.MultiCropNet
     loss: DinoLoss
     augment: Augment
     dtype: torch.dtype
@@ -59,7 +60,7 @@ class Trainer:
         if not self.sharded:
             return backbone
         copy = create_model(self.config.model.arch, num_classes=0).requires_grad_(False)
-        copy.load_state_dict(sharding.whole(backbone.state_dict(), everywhere=True))
+        copy.load_state_dict(fsdp.whole(backbone.state_dict(), everywhere=True))
         return copy.to(self.world.device).train()
 
 
@@ -75,7 +76,7 @@ def set_up(
             take.
     """
     device = world.device
-    student, teacher = dino.build(config.model, config.head, config.run.seed)
+    student, teacher = networks.build(config.model, config.head, config.run.seed)
     if config.model.arch.startswith(TIMM_PREFIX):
         crops = config.crops
         sizes = {"global_crops_size": crops.global_crops_size}
@@ -83,8 +84,8 @@ def set_up(
             sizes["local_crops_size"] = crops.local_crops_size
         check_sizes(student.backbone, config.model.arch, sizes, features=True)
     if world.size > 1:
-        syncbn.convert(student)
-        syncbn.convert(teacher)
+        sync_batchnorm.convert(student)
+        sync_batchnorm.convert(teacher)
     student.to(device).train()
     teacher.to(device).train()
     loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
@@ -96,7 +97,7 @@ def set_up(
     if world.size == 1 and config.speed.fsdp:
         print("--fsdp: this is one process, which has nothing to split with others", flush=True)
     if world.size > 1 and config.speed.fsdp:
-        sharding.shard(student, teacher, device)
+        fsdp.shard(student, teacher, device)
     elif world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
         parallel = DistributedDataParallel(
             student, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -110,6 +111,6 @@ def set_up(
         data=data,
         global_batch=global_batch,
     )
-    sharding.take_whole_moments(state.optimizer)
+    fsdp.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
     return Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.demo import make
-from xcit_dino.data.index import ShardIndex
-from xcit_dino.data.indexwriter import write_index
-from xcit_dino.data.writer import Sample, write_shard
+from xcit_dino.data.pack.demo import make
+from xcit_dino.data.pack.shard_writer import Sample, write_shard
+from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.eval.config import SubjectConfig
 from xcit_dino.models.zoo import create_model
 

@@ -80,9 +80,7 @@ def skipping(patch: pytest.MonkeyPatch) -> None:
 
 def slow(patch: pytest.MonkeyPatch) -> None:
     """Steps take a third of a second."""
-    from xcit_dino.eval import supervised
-    from xcit_dino.ssl import pretrain
-    from xcit_dino.train import dist, optim
+    from xcit_dino.train import optim
 
     inner = optim.step_unless_nonfinite
 
@@ -91,7 +89,6 @@ def slow(patch: pytest.MonkeyPatch) -> None:
         return inner(*given)
 
     patch.setattr(optim, "step_unless_nonfinite", late)
-    assert dist and pretrain and supervised
 
 
 def ending(patch: pytest.MonkeyPatch) -> None:
@@ -107,10 +104,10 @@ def ending(patch: pytest.MonkeyPatch) -> None:
 
 def collapsing(patch: pytest.MonkeyPatch) -> None:
     """The alarm for collapse rings at the second step."""
-    from xcit_dino.ssl import sentinel
+    from xcit_dino.ssl import diagnostics
 
-    patch.setattr(sentinel, "patience", lambda *_: 1)
-    inner = sentinel.health
+    patch.setattr(diagnostics, "patience", lambda *_: 1)
+    inner = diagnostics.health
 
     def flat(*given: Any) -> dict[str, torch.Tensor]:
         found = inner(*given)
@@ -118,15 +115,15 @@ def collapsing(patch: pytest.MonkeyPatch) -> None:
             name: torch.zeros(()) for name in ("feature_std", "effective_rank") if name in found
         }
 
-    patch.setattr(sentinel, "health", flat)
+    patch.setattr(diagnostics, "health", flat)
 
 
 def following(patch: pytest.MonkeyPatch) -> None:
     """The stage goes on, and whether its log is followed is printed."""
-    from xcit_dino.slurm import record, status
+    from xcit_dino.slurm import attempts, status
 
     patch.setattr(status, "owner", lambda run: "somebody")
-    patch.setattr(record.Record, "finished", property(lambda known: False))
+    patch.setattr(attempts.Record, "finished", property(lambda known: False))
     patch.setattr(status.watch, "show", lambda run, stage, job, going_on, rank: print(going_on()))
 
 

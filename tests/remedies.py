@@ -607,7 +607,7 @@ ELSEWHERE = {
     "no alarms for collapse: --batch_size_per_gpu {}": "a warning of a run: test_sentinel.py",
     "--grad_checkpointing: this backbone does not have it": "no such backbone: test_compiler.py",
     "--output_dir {}: cannot be written to": "a read-only folder: test_read_only.py",
-    # layouts and lists, whose remedies tests/test_layouts.py follows
+    # layouts and lists, whose remedies tests/data/test_layouts.py follows
     **dict.fromkeys(
         [
             "are both called like {}",

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.slurm_cluster import Cluster, stat
-from xcit_dino.slurm import record
+from xcit_dino.slurm import attempts
 from xcit_dino.slurm.watch import read_state
 
 STUCK = 240  # seconds without a sign of life
@@ -82,7 +82,7 @@ class Run:
         """Launch; the job id of the first stage."""
         done = self.launch(*words, nodes=nodes, nproc=nproc)
         assert done.returncode == 0, done.stderr
-        return next(iter(record.read_launch(self.folder)["stages"].values()))["job_id"]
+        return next(iter(attempts.read_launch(self.folder)["stages"].values()))["job_id"]
 
     # -- waiting -----------------------------------------------------------------------------------
 
@@ -103,22 +103,22 @@ class Run:
         queue = self.slurm.run("squeue", "--noheader", "--format=%i %T %r")
         return f"{queue} {files} {[int(used) for used in self.slurm.processes().values()]}"
 
-    def wait_for_end(self, stage: str = "pretrain") -> record.Record:
+    def wait_for_end(self, stage: str = "pretrain") -> attempts.Record:
         """The record of a stage that is over."""
-        self.wait_until(lambda: record.load(self.folder, stage).finished)
-        return record.load(self.folder, stage)
+        self.wait_until(lambda: attempts.load(self.folder, stage).finished)
+        return attempts.load(self.folder, stage)
 
-    def started_again(self, job: str, attempt: int) -> record.Record:
+    def started_again(self, job: str, attempt: int) -> attempts.Record:
         """Wait until the job runs for the n-th time."""
 
         def begun() -> bool:
-            known = record.load(self.folder, "pretrain")
+            known = attempts.load(self.folder, "pretrain")
             assert not known.finished, self.explain()
             self.slurm.hurry()
             return known.attempts >= attempt
 
         self.wait_until(begun)
-        return record.load(self.folder, "pretrain")
+        return attempts.load(self.folder, "pretrain")
 
     def wait_for_command(self, process: subprocess.Popen[str]) -> None:
         """Wait for a command that follows its jobs."""
@@ -148,7 +148,7 @@ class Run:
         """
 
         def stepped() -> bool:
-            state = read_state(record.progress_file(self.folder, "pretrain"))
+            state = read_state(attempts.progress_file(self.folder, "pretrain"))
             return state is not None and state["done"] > state["start"]
 
         self.wait_until(stepped)

@@ -13,7 +13,7 @@ from pathlib import Path
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.slurm import launch
 from xcit_dino.slurm.config import Launch, LaunchConfig, ResourceConfig, Stage
-from xcit_dino.train import stop
+from xcit_dino.train import signals
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def train(config: StandinConfig) -> None:
         with open(config.output_dir / "steps", "a") as log:
             log.write(f"{step} pid {os.getpid()}\n")
         fail(config, step)
-        if (reason := stop.requested()) is not None:
+        if (reason := signals.requested()) is not None:
             (config.output_dir / "saving").touch()
             time.sleep(config.save_seconds)
             place.write_text(str(step))

@@ -1,6 +1,6 @@
 """The docs are true to the code: links lead somewhere, commands parse, files exist, README runs.
 
-``python tests/test_docs.py`` writes README's list of files anew.
+``python tests/test_docs.py`` updates the list of files in docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -16,18 +16,39 @@ import pytest
 from PIL import Image
 
 from xcit_dino.cli import COMMANDS, find_command, load, main
-from xcit_dino.eval.online import pretrain
+from xcit_dino.ssl.pretrain import pretrain_with_knn as pretrain
 from xcit_dino.train.config import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("xcit_dino", "data", "models", "train", "ssl", "eval", "slurm", "bench")
+CODE = (
+    "xcit_dino",
+    "data",
+    "models",
+    "train",
+    "eval",
+    "ssl",
+    "supervised",
+    "report",
+    "slurm",
+    "bench",
+)
 OURS = ("xcit-dino ", "python slurm/launch.py", "torchrun ")
 TOPICS = (
     "getting_started data pretraining slurm evaluation distillation weights health performance "
     "reliability architecture"
 )
+TREE_PAGE = ROOT / "docs" / "architecture.md"
 TREE = ("<!-- files -->\n```\n", "```\n<!-- /files -->")
+
+
+def folders() -> list[str]:
+    """Folders of code and those inside of them, as paths from the root."""
+    found = []
+    for name in CODE:
+        inner = [] if name == "xcit_dino" else sorted((ROOT / name).rglob("*"))
+        found += [str(p.relative_to(ROOT)) for p in [ROOT / name, *inner] if any(p.glob("*.py"))]
+    return found
 
 
 def name_of(page: Path) -> str:
@@ -139,13 +160,13 @@ def test_make_targets_exist():
             assert target in made, f"{name_of(page)}: make {target}"
 
 
-# -- README: its list of files, and its commands ---------------------------------------------------
+# -- the list of files, and README's commands ------------------------------------------------------
 
 
 def tree() -> str:
     """Every file of code with the first phrase of its docstring."""
     lines = []
-    for folder in FOLDERS:
+    for folder in folders():
         lines.append(f"{folder}/")
         for path in sorted((ROOT / folder).glob("*.py")):
             lines.append(f"  {path.name:<22} {phrase(path)}")
@@ -164,10 +185,9 @@ def phrase(path: Path) -> str:
     return text
 
 
-def test_readme_lists_every_file():
-    readme = (ROOT / "README.md").read_text()
-    listed = readme.split(TREE[0])[1].split(TREE[1])[0]
-    there = {(f, p.name) for f in FOLDERS for p in (ROOT / f).glob("*.py")}
+def test_every_file_is_listed():
+    listed = TREE_PAGE.read_text().split(TREE[0])[1].split(TREE[1])[0]
+    there = {(folder, path.name) for folder in folders() for path in (ROOT / folder).glob("*.py")}
     folder, found = "", set()
     for line in listed.splitlines():
         if line.startswith("  "):
@@ -247,10 +267,9 @@ def test_the_python_of_readme_runs(monkeypatch):
 
 
 def write_tree() -> None:
-    """Put the present list of files into README."""
-    path = ROOT / "README.md"
-    head, rest = path.read_text().split(TREE[0])
-    path.write_text(head + TREE[0] + tree() + TREE[1] + rest.split(TREE[1])[1])
+    """Put the present list of files into its page."""
+    head, rest = TREE_PAGE.read_text().split(TREE[0])
+    TREE_PAGE.write_text(head + TREE[0] + tree() + TREE[1] + rest.split(TREE[1])[1])
 
 
 if __name__ == "__main__":

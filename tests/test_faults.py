@@ -41,7 +41,7 @@ from tests.victims import (
     without_privilege,
 )
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.demo import make
+from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError
 from xcit_dino.ssl.pretrain import pretrain
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_nowait import TINY, pretraining_batch
+from tests.train.test_nowait import TINY, pretraining_batch
 from xcit_dino.data.batch import Batch, Copier
 from xcit_dino.data.ring import Ring
 from xcit_dino.errors import RunError
@@ -18,9 +18,10 @@ from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import Hyperparameters
 from xcit_dino.ssl.trainer import Trainer, set_up
-from xcit_dino.train import dist, memory
+from xcit_dino.train import memory
+from xcit_dino.train.async_copy import HostCopy
 from xcit_dino.train.config import replace
-from xcit_dino.train.hostcopy import HostCopy
+from xcit_dino.train.distributed import dist
 
 NOW = Hyperparameters(1e-3, 0.2, 0.9, 0.05, freeze_last_layer=False)
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("data", "models", "train", "ssl", "eval", "slurm")
+FOLDERS = ("data", "models", "train", "eval", "ssl", "supervised", "report", "slurm")
 IS_STDLIB = (
     "import ssl; assert hasattr(ssl, 'SSLContext'), ssl.__path__; import xcit_dino.ssl.config"
 )
@@ -25,7 +25,7 @@ def test_every_folder_is_linked_into_the_package():
 
 def test_no_folder_is_a_regular_package():
     """A top-level ssl/__init__.py would hide the standard library's ssl from anything run here."""
-    assert not [name for name in FOLDERS if (ROOT / name / "__init__.py").exists()]
+    assert not [file for name in FOLDERS for file in (ROOT / name).rglob("__init__.py")]
     assert not (ROOT / "conftest.py").exists()
     assert hasattr(ssl, "SSLContext")
 
@@ -41,7 +41,7 @@ def test_no_file_carries_the_name_of_an_importable_module():
         "yaml",
     }
     for folder in FOLDERS:
-        assert not {f.stem for f in (ROOT / folder).glob("*.py")} & installed
+        assert not {f.stem for f in (ROOT / folder).rglob("*.py")} & installed
 
 
 SPAWN = """
@@ -99,16 +99,19 @@ def test_torchrun_starts_from_the_root(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, timeout=120, env=env, capture_output=True)
 
 
-# -- layers: data, models < train < ssl < eval < slurm
+# -- layers: data, models < train < eval < ssl, supervised < report < slurm
 
 BELOW = {
     "data": set(),
     "models": set(),
     "train": {"data", "models"},
-    "ssl": {"data", "models", "train"},
-    "eval": {"data", "models", "train", "ssl"},
-    "slurm": {"data", "models", "train", "ssl", "eval"},
+    "eval": {"data", "models", "train"},
+    "ssl": {"data", "models", "train", "eval"},
+    "supervised": {"data", "models", "train", "eval"},
+    "report": {"data", "models", "train", "eval", "ssl", "supervised"},
+    "slurm": {"data", "models", "train", "eval", "ssl", "supervised", "report"},
 }
+MOST_FILES = 16  # in a folder of code: what does not fit wants a room of its own
 
 
 def imported(path: Path) -> set[str]:
@@ -124,9 +127,16 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_imports_only_from_those_before_it(folder):
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         names = imported(path)
         ours = {n.split(".")[1] for n in names if n.startswith("xcit_dino.")} & set(FOLDERS)
         assert ours <= BELOW[folder] | {folder}, path
         if folder != "slurm":
             assert not any(n.split(".")[0] == "submitit" for n in names), path
+
+
+def test_no_folder_of_code_is_crowded():
+    folders = [ROOT / name for name in FOLDERS]
+    folders += [sub for name in FOLDERS for sub in (ROOT / name).rglob("*") if sub.is_dir()]
+    crowded = {f: n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_FILES}
+    assert not crowded

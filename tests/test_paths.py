@@ -13,8 +13,8 @@ from xcit_dino.cli import COMMANDS, load
 from xcit_dino.errors import InputError
 from xcit_dino.paths import LOCATION, expand
 from xcit_dino.slurm.config import LaunchConfig
-from xcit_dino.slurm.rehearse import rehearse_config
 from xcit_dino.slurm.stages import launch_config, return_class
+from xcit_dino.slurm.tools.rehearse import rehearse_config
 from xcit_dino.train.config import option_types, options, parse, replace
 
 WORDS = {  # options that are text and no path

@@ -18,7 +18,7 @@ from tests.conftest import ARCH
 from tests.remedies import ELSEWHERE, PARSED, PRETRAIN, RUN, Case
 from xcit_dino import cli
 from xcit_dino.data.config import DemoConfig
-from xcit_dino.data.demo import make
+from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError
 from xcit_dino.models.zoo import create_model
 

@@ -56,14 +56,15 @@ def train(
     import torch
 
     from xcit_dino.cli import InputError, RunError, Stopped
-    from xcit_dino.train import dist, stop
+    from xcit_dino.train import signals
+    from xcit_dino.train.distributed import dist
 
     folder = Path(options["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1)
-    stop.install(signal.SIGTERM, signal.SIGINT)
+    signals.install(signal.SIGTERM, signal.SIGINT)
     if prepare is not None:
         prepare(*args)
     module, _, name = options.pop("entry", "xcit_dino.ssl.pretrain:pretrain").partition(":")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import warn
-from xcit_dino.train import compiler, dist
-from xcit_dino.train.log import RunLog
-from xcit_dino.train.metrics import tolerated
+from xcit_dino.train import compiler
+from xcit_dino.train.distributed import dist
 from xcit_dino.train.provenance import write_atomic
+from xcit_dino.train.run.log import RunLog
+from xcit_dino.train.run.metrics import tolerated
 
 MARK = "evaluating.json"  # in the run folder while an evaluation runs
 MAX_DEATHS = 2  # tries that may end in one evaluation before it is left out
@@ -29,7 +30,7 @@ class Evaluations:
         folder: of the run.
         log: of the run.
         compute: step -> numbers and pictures to log; empty where none is due. All ranks call it,
-            and it raises on all of them or on none (:func:`xcit_dino.train.dist.together`).
+            and it raises on all of them or on none (``dist.together``).
     """
 
     def __init__(self, folder: Path, log: RunLog, compute: Callable[[int], dict[str, Any]]):

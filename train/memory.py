@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from xcit_dino.errors import RunError
-from xcit_dino.train import dist
 from xcit_dino.train.config import RunConfig
-from xcit_dino.train.sharding import local
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.distributed.fsdp import local
 from xcit_dino.train.state import TrainState
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, CPU, Windows

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.train.dist import all_reduce_sum
-from xcit_dino.train.sharding import is_shard, local
+from xcit_dino.train.distributed.dist import all_reduce_sum
+from xcit_dino.train.distributed.fsdp import is_shard, local
 
 NO_DECAY = ("temperature", "cls_token")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.commit import commit
-from xcit_dino.data.files import locked
+from xcit_dino.data.io.files import locked
 from xcit_dino.errors import InputError, warn
 
 RESULTS = "results.json"

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from xcit_dino.errors import InputError, RunError, warn
-from xcit_dino.train import dist
-from xcit_dino.train.hostcopy import Hashed, HostCopy, first_nonfinite, sync_folder
+from xcit_dino.train.async_copy import Hashed, HostCopy, first_nonfinite, sync_folder
+from xcit_dino.train.distributed import dist
 from xcit_dino.train.provenance import file_checksum, now, write_atomic
 
 FORMAT = 2

@@ -20,28 +20,28 @@ from pathlib import Path
 from types import FrameType
 
 from xcit_dino.errors import warn
-from xcit_dino.train import dist
+from xcit_dino.train.distributed import dist
 
 FOLDER = "stalls"
 # innermost frame that says something: (end of the file name, function or "") -> phase
 PHASES = (
     (("torch/distributed/", ""), "collective"),
-    (("train/dist.py", ""), "collective"),
-    (("train/syncbn.py", ""), "collective"),
-    (("train/stop.py", "result"), "collective"),
+    (("train/distributed/dist.py", ""), "collective"),
+    (("train/distributed/sync_batchnorm.py", ""), "collective"),
+    (("train/signals.py", "result"), "collective"),
     (("torch/autograd/", "backward"), "backward"),
     (("torch/_tensor.py", "backward"), "backward"),
     (("data/loader.py", ""), "data"),
     (("data/workers.py", ""), "data"),
     (("torch/utils/data/", ""), "data"),
     (("train/state.py", ""), "checkpoint"),
-    (("train/hostcopy.py", ""), "checkpoint"),
+    (("train/async_copy.py", ""), "checkpoint"),
     (("train/optim.py", ""), "optimiser"),
     (("train/evaluation.py", ""), "evaluation"),
-    (("eval/validation.py", ""), "evaluation"),
+    (("supervised/validation.py", ""), "evaluation"),
     (("", "train_step"), "forward"),
 )
-EVALUATIONS = ("train/evaluation.py", "eval/validation.py")
+EVALUATIONS = ("train/evaluation.py", "supervised/validation.py")
 
 
 class Watchdog(AbstractContextManager):

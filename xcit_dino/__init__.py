@@ -1,7 +1,7 @@
 """xcit-dino: self-supervised pretraining of XCiT backbones with DINO.
 
 The code lives in the top-level folders ``data models train ssl eval slurm``; this package only
-gives them one import name (``xcit_dino.ssl.dino``), because a top-level package called ``ssl``
+gives them one import name (``xcit_dino.ssl.networks``), because a top-level package called ``ssl``
 would hide Python's own.
 """
 

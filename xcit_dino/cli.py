@@ -25,61 +25,71 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "quickstart": Command(
-        "slurm.quickstart:QuickstartConfig",
-        "slurm.quickstart:run",
+        "slurm.tools.quickstart:QuickstartConfig",
+        "slurm.tools.quickstart:run",
         "the whole pipeline on built-in images, with a report",
     ),
     "shards make": Command(
-        "data.config:MakeConfig", "data.pack:make", "pack images into WebDataset shards"
+        "data.config:MakeConfig", "data.pack.make:make", "pack images into WebDataset shards"
     ),
     "shards check": Command(
-        "data.config:CheckConfig", "data.doctor:check", "verify shards, or index foreign ones"
+        "data.config:CheckConfig", "data.shards.check:check", "verify shards, or index foreign ones"
     ),
-    "shards demo": Command("data.config:DemoConfig", "data.demo:make", "make the built-in images"),
+    "shards demo": Command(
+        "data.config:DemoConfig", "data.pack.demo:make", "make the built-in images"
+    ),
     "pretrain": Command(
         "ssl.config:pretrain_config",
-        "eval.online:main",
+        "ssl.pretrain:main",
         "DINO, in this process or under torchrun",
     ),
     "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy"),
     "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe"),
     "evaluate": Command(
         "eval.config:EvaluateConfig",
-        "eval.classify:run",
+        "eval.evaluate:run",
         "top-1 and top-5 of a classifier, or of a backbone and a head",
     ),
     "finetune": Command(
-        "eval.train_config:finetune_config",
-        "eval.finetune:main",
+        "supervised.config:finetune_config",
+        "supervised.finetune:main",
         "a classifier from pretrained weights or from scratch",
     ),
     "distill": Command(
-        "eval.train_config:distill_config",
-        "eval.distill:main",
+        "supervised.config:distill_config",
+        "supervised.distill:main",
         "a classifier that learns from a teacher too",
     ),
     "attention": Command(
-        "eval.train_config:AttentionConfig",
-        "eval.attention:run",
+        "eval.config:AttentionConfig",
+        "eval.pictures.attention:run",
         "class-attention maps over photos",
     ),
     "embed": Command(
         "eval.config:EmbedConfig", "eval.embed:run", "features of images, labelled or not"
     ),
-    "watch": Command("slurm.monitor:WatchConfig", "slurm.monitor:run", "a run's progress, live"),
-    "report": Command("eval.config:ReportConfig", "eval.report:run", "report.html of runs"),
+    "watch": Command(
+        "slurm.tools.monitor:WatchConfig", "slurm.tools.monitor:run", "a run's progress, live"
+    ),
+    "report": Command("eval.config:ReportConfig", "report.report:run", "report.html of runs"),
     "report compare": Command(
-        "eval.config:CompareConfig", "eval.compare:run", "which run is better, if that can be said"
+        "eval.config:CompareConfig",
+        "report.compare:run",
+        "which run is better, if that can be said",
     ),
     "weights extract": Command(
-        "models.config:ExtractConfig", "models.convert:extract", "one network of a checkpoint"
+        "models.config:ExtractConfig",
+        "models.weights.convert:extract",
+        "one network of a checkpoint",
     ),
     "weights convert": Command(
-        "models.config:ConvertConfig", "models.convert:convert", "official, timm and PASSL layouts"
+        "models.config:ConvertConfig",
+        "models.weights.convert:convert",
+        "official, timm and PASSL layouts",
     ),
     "weights export": Command(
         "models.config:ExportConfig",
-        "models.convert:export",
+        "models.weights.convert:export",
         "safetensors or ONNX, verified, with a model card",
     ),
     "launch": Command(
@@ -90,7 +100,9 @@ COMMANDS = {
     ),
     "launch logs": Command("slurm.config:LogsConfig", "slurm.status:logs", "a rank's log"),
     "launch rehearse": Command(
-        "slurm.rehearse:rehearse_config", "slurm.rehearse:run", "is anything lost on this cluster?"
+        "slurm.tools.rehearse:rehearse_config",
+        "slurm.tools.rehearse:run",
+        "is anything lost on this cluster?",
     ),
     "launch cancel": Command(
         "slurm.config:CancelConfig", "slurm.status:cancel", "save and end a run's jobs"

@@ -1,0 +1,85 @@
+"""Where the bytes of one image lie, in a file, a tar or a zip, and reading them from there."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from functools import lru_cache
+from typing import NamedTuple
+
+from xcit_dino.data.decode import BadImage
+from xcit_dino.data.io.storage import MAX_BYTES
+
+
+class Image(NamedTuple):
+    """The bytes of one image: a whole file, or a part of an archive."""
+
+    name: str
+    """Path inside the source, with slashes."""
+    path: str
+    """The file that holds it."""
+    offset: int = -1
+    """-1: the whole file. In a zip: of the local header."""
+    size: int = 0
+    """Bytes of the image."""
+    method: int = -1
+    """-1: not in a zip; else the zip's compression method (0 stored, 8 deflated)."""
+    stored: int = 0
+    """Bytes that it takes in a zip."""
+    crc: int = 0
+    """Of the decompressed bytes, in a zip."""
+    label: str | None = None
+    """Class, where the source itself says it (a list of path,label)."""
+    split: str | None = None
+    """Split, where a list says it."""
+
+
+def read_image(image: Image) -> bytes:
+    """The encoded image.
+
+    Raises:
+        BadImage: it cannot be read, or is absurdly large.
+    """
+    if max(image.size, image.stored) > MAX_BYTES:
+        raise BadImage(f"{image.size} bytes are no image")
+    try:
+        if image.offset < 0:
+            with open(image.path, "rb") as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise BadImage(f"more than {MAX_BYTES} bytes are no image")
+            return data
+        if image.method < 0:
+            return _part(image.path, image.offset, image.size)
+        return _unzip(image)
+    except (OSError, zlib.error) as error:
+        raise BadImage(f"cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=64)
+def _descriptor(path: str) -> int:
+    return os.open(path, os.O_RDONLY)
+
+
+def _part(path: str, offset: int, size: int) -> bytes:
+    data = os.pread(_descriptor(path), size, offset)
+    if len(data) < size:
+        raise BadImage("the archive is truncated")
+    return data
+
+
+def _unzip(image: Image) -> bytes:
+    header = _part(image.path, image.offset, 30)  # APPNOTE.TXT 4.3.7, local file header
+    if header[:4] != b"PK\3\4":
+        raise BadImage("damaged zip entry")
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    data = _part(image.path, image.offset + 30 + name + extra, image.stored)
+    if image.method == zipfile.ZIP_DEFLATED:
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = inflate.decompress(data, MAX_BYTES)
+        if inflate.unconsumed_tail:
+            raise BadImage(f"more than {MAX_BYTES} bytes are no image")
+    if zlib.crc32(data) != image.crc:
+        raise BadImage("damaged zip entry (checksum)")
+    return data

@@ -1,0 +1,99 @@
+"""What was found in a source of images: the images, and all that was left out, with the reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+from xcit_dino.data.pack.image_file import Image
+from xcit_dino.data.shards.scan import IMAGE_EXTENSIONS
+
+ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz|zip)$", re.IGNORECASE)
+TABLES = ("csv", "tsv", "jsonl")
+# Files of other extensions are looked into: JPEGs are often called .jpg_large, or nothing at all.
+NO_IMAGES = frozenset(
+    "txt json xml csv tsv jsonl cls npy npz mat py pyc md html css js pdf db ini yaml yml gz bz2 "
+    "xz zst tar tgz zip rar 7z mp4 avi mov wav mp3 pt pth pkl h5 parquet log lock tmp part".split()
+)
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+
+
+@dataclass
+class Listing:
+    """What was found in a source."""
+
+    images: list[Image] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many files were left out as no images, by reason."""
+    is_list: bool = False
+    """The source is a list of path,label: folders in the names mean nothing."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """``{"source", "reason"}`` of what could not be used and should be looked at."""
+    notes: list[str] = field(default_factory=list)
+    """What was taken for something, renamed or left out, a line each."""
+    tables: list[str] = field(default_factory=list)
+    """Lists beside the images, which may hold their labels."""
+    by_content: int = 0
+    """Images whose names do not say so."""
+    foreign_names: int = 0
+    """Names in zips whose encoding is not known."""
+
+    def finished(self) -> Listing:
+        """The same, with a note for each count."""
+        if self.by_content:
+            self.notes.append(
+                f"{self.by_content:,} files are images by their content, not by their extension"
+            )
+        if self.foreign_names:
+            self.notes.append(
+                f"{self.foreign_names:,} names are in an unknown encoding (read as code page 437)"
+            )
+        return self
+
+    def add(self, other: Listing) -> None:
+        """Take in what was found in an archive in this source."""
+        self.images += other.images
+        self.bad += other.bad
+        self.skipped += other.skipped
+        self.tables += other.tables
+        self.by_content += other.by_content
+        self.foreign_names += other.foreign_names
+
+    def wants(self, name: str, start: Callable[[], bytes]) -> bool:
+        """True for an image to pack; counts the others.
+
+        Args:
+            start: reads the first 16 bytes, for names that do not say what a file is.
+        """
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            self.bad.append({"source": name, "reason": "its name leaves the archive"})
+        elif hidden(name):
+            self.skipped["hidden files"] += 1
+        elif (extension := path.suffix[1:].lower()) in IMAGE_EXTENSIONS:
+            return True
+        elif extension not in NO_IMAGES and _is_image(start()):
+            self.by_content += 1
+            return True
+        else:
+            if extension in TABLES:
+                self.tables.append(name)
+            self.skipped[f"{path.suffix[:20].lower() or 'no extension'} files"] += 1
+        return False
+
+
+def archive_stem(name: str) -> str:
+    """``train.tar.gz`` -> ``train``; other names as they are."""
+    return ARCHIVE.sub("", name)
+
+
+def _is_image(start: bytes) -> bool:
+    return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+
+
+def hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)

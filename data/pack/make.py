@@ -1,0 +1,268 @@
+"""``xcit-dino shards make SRC DST``: images from anywhere into WebDataset shards and their index.
+
+The plan comes first: all images, sorted by name, shuffled with a seed and cut into shards. Each
+shard is then a function of the plan alone, so that the shards are the same bytes whatever the
+number of processes, and a run that was interrupted goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xcit_dino.data.config import MakeConfig
+from xcit_dino.data.decode import Deep
+from xcit_dino.data.io.files import write_atomically
+from xcit_dino.data.pack.archives import compressed_in, decompression, list_archive
+from xcit_dino.data.pack.classes import Part
+from xcit_dino.data.pack.labels import FOUND_BESIDE
+from xcit_dino.data.pack.layout import arrange
+from xcit_dino.data.pack.listing import Listing, archive_stem
+from xcit_dino.data.pack.lists import LIST_SUFFIXES, list_images
+from xcit_dino.data.pack.shard_job import (
+    PLAN,
+    QUARANTINE,
+    WORK,
+    Encoding,
+    Shard,
+    load_part,
+    pack_shard,
+)
+from xcit_dino.data.pack.sources import list_folder
+from xcit_dino.data.pack.splits import NONE
+from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
+from xcit_dino.data.parallel import map_processes
+from xcit_dino.data.rng import keyed_permutation, text_key
+from xcit_dino.data.shards.index import INDEX, ShardIndex
+from xcit_dino.data.shards.index_writer import ShardPart, write_index
+from xcit_dino.data.shards.split_names import SPLITS, split_folders
+from xcit_dino.errors import InputError, suggest
+from xcit_dino.progress import progress
+
+GOES_ON = "the same command goes on where it stopped"
+
+
+def make(config: MakeConfig) -> int:
+    """Pack ``config.src`` into ``config.dst``; returns the exit code.
+
+    Raises:
+        InputError: the source holds nothing to pack, or the folder holds something else.
+    """
+    if config.split is None and config.dst.name in SPLITS:  # DST says which split it is
+        if config.splits not in ((), NONE):
+            raise InputError(f"--splits: {config.dst} is one split; give the folder above it")
+        config = dataclasses.replace(config, dst=config.dst.parent, split=config.dst.name)
+    with _locked(config.dst):
+        work = config.dst / WORK
+        try:
+            listing, src = _list(config, work)
+            parts = arrange(listing, config, src)
+        except InputError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        # Of the source as a whole: they go into the first split's list.
+        problems, notes = listing.bad, listing.finished().notes
+        notes += [f"left out: {count:,} {what}" for what, count in listing.skipped.most_common()]
+        for split, part in parts.items():
+            part.notes[:0] = notes
+            for line in part.notes:
+                print(line)
+            _pack(config.dst / split, part, problems, config)
+            problems, notes = [], []
+        shutil.rmtree(work, ignore_errors=True)
+    return 0
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One packing at a time in a folder; it is made, and goes again if nothing was put into it."""
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".packing.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another process is packing into this folder") from None
+        try:
+            yield
+        finally:
+            os.unlink(file.name)
+            if is_new:
+                with suppress(OSError):  # it holds shards
+                    folder.rmdir()
+
+
+def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
+    """The images of the source, and its path if it has one."""
+    src = Path(config.src)
+    if not src.exists():
+        if config.src.lower() in torchvision_names():
+            root = config.root or config.dst.parent
+            if config.label_column:
+                raise InputError(f"--label_column: {config.src} comes with its labels")
+            return list_torchvision(config.src.lower(), root, config.download, work), None
+        raise InputError(
+            f"{src}: no such folder, file or data set{suggest(config.src, torchvision_names())}"
+        )
+    if config.root or config.download:
+        option = "root" if config.root else "download"
+        raise InputError(f"--{option}: {src} exists, and is no data set that torchvision downloads")
+    if src.is_dir() and (src / INDEX).exists():
+        raise InputError(f"{src} holds shards already; train on it with --data_path {src}")
+    if src.resolve() == config.dst.resolve():
+        raise InputError(f"{src}: the shards need a folder of their own; give another DST")
+    if src.is_file() and src.suffix.lower() in (*LIST_SUFFIXES, ".txt"):
+        return list_images(src, config.label_column), src
+    if src.is_dir():
+        inside = config.dst if config.dst.resolve().is_relative_to(src.resolve()) else None
+        return _no_shards(list_folder(src, work, FOUND_BESIDE, inside), src), src
+    listing = _no_shards(list_archive(src, work), src)
+    if split_folders([archive_stem(src.name)]):  # ILSVRC2012_img_train.tar is a train folder
+        for n, image in enumerate(listing.images):
+            listing.images[n] = image._replace(name=f"{archive_stem(src.name)}/{image.name}")
+    return listing, src
+
+
+def _no_shards(listing: Listing, src: Path) -> Listing:
+    """Refuse WebDataset shards, which need an index only."""
+    if not listing.skipped[".cls files"]:
+        return listing
+    folder = src if src.is_dir() else src.parent
+    packed = compressed_in(folder)
+    first = f"decompress them ({decompression(folder, packed[0])}), then " if packed else ""
+    raise InputError(
+        f"{src} holds WebDataset shards; {first}index them: xcit-dino shards check {folder}"
+    )
+
+
+# ---------------------------------------------------------------------------- the plan
+
+
+def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
+    """The shards of a split. The size limits count source bytes, which are known beforehand."""
+    images, labels = part.images, part.labels
+    order: Iterable[int] = sorted(range(len(images)), key=lambda n: images[n].name)
+    if config.shuffle:
+        by_name = list(order)
+        order = (by_name[n] for n in keyed_permutation(len(images), text_key("pack"), config.seed))
+    groups: list[list[int]] = [[]]
+    num_bytes = 0
+    for n in order:
+        full = (
+            len(groups[-1]) >= config.shard_size or num_bytes + images[n].size > config.shard_bytes
+        )
+        if full and groups[-1]:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(n)
+        num_bytes += images[n].size
+    encoding = Encoding(config.resize, config.quality, config.verify, config.bits)
+    firsts = np.cumsum([0, *map(len, groups)])
+    return [
+        Shard(folder, number, int(firsts[number]), [images[n] for n in group],
+              [labels[n] for n in group], part.classes, encoding)
+        for number, group in enumerate(groups)
+    ]  # fmt: skip
+
+
+def fingerprint(shards: list[Shard]) -> str:
+    """A digest of everything that the bytes of the shards follow from, but not of where it lies."""
+    # Options that came later count only where they are given, so that old folders stay the same.
+    how = repr(shards[0].encoding).replace(", bits=None", "")
+    digest = hashlib.sha256(f"(1, {how}, {shards[0].classes!r})".encode())
+    for shard in shards:
+        names = [(image.name, image.size) for image in shard.images]
+        digest.update(repr((shard.first, names, shard.labels)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: MakeConfig) -> None:
+    """Write the shards of one split that are not there yet, then the index."""
+    shards = cut(part, folder, config)
+    if not _begin(folder, fingerprint(shards), part.notes):
+        index = ShardIndex.load(folder)
+        print(f"{folder}: {index.num_samples:,} images are packed already; nothing to do")
+        return
+    work = folder / WORK
+    work.mkdir(exist_ok=True)
+    done = [shard for shard in shards if load_part(shard) is not None]
+    todo = [shard for shard in shards if load_part(shard) is None]
+    total = len(part.images)
+    with progress(
+        f"Pack {folder.name}", total, "images", start=sum(len(shard.images) for shard in done)
+    ) as bar:
+        try:
+            for _ in map_processes(pack_shard, todo, config.num_workers, bar):
+                pass
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror or error}; {GOES_ON}") from None
+        except KeyboardInterrupt:
+            print(f"{folder}: {GOES_ON}", file=sys.stderr)
+            raise
+    parts = [load_part(shard) for shard in shards]
+    bad = problems + [item for p in parts if p is not None for item in p.damage]
+    _finish(folder, [p for p in parts if p is not None], part.classes, bad)
+    _summary(folder, bad)
+    for line in sum((p.deep for p in parts if p is not None), Deep()).lines(config.bits):
+        print(f"  {line}")
+
+
+def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
+    """Prepare the folder; False if it holds the finished shards of the same plan.
+
+    What was left out or renamed is kept for ``shards check``, which says it again.
+
+    Raises:
+        InputError: it holds shards of another plan.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        before = json.loads((folder / PLAN).read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if before == digest:
+        return not (folder / INDEX).exists()
+    if before is not None or any(folder.glob("*.tar")) or (folder / INDEX).exists():
+        raise InputError(
+            f"{folder} holds shards of another source or of other options; "
+            "delete them or give another DST"
+        )
+    write_atomically(folder / PLAN, [json.dumps({"fingerprint": digest, "notes": notes}).encode()])
+    return True
+
+
+def _finish(
+    folder: Path, parts: list[ShardPart], classes: list[str] | None, bad: list[dict[str, Any]]
+) -> None:
+    if not sum(len(part.offsets) for part in parts):
+        raise InputError(f"{folder}: none of the images is usable: {bad[0]['reason']}")
+    lines = [json.dumps(item, sort_keys=True).encode() + b"\n" for item in bad]
+    (folder / QUARANTINE).unlink(missing_ok=True)
+    if lines:
+        write_atomically(folder / QUARANTINE, lines)
+    write_index(folder, parts, classes)
+    shutil.rmtree(folder / WORK)
+
+
+def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
+    index = ShardIndex.load(folder)
+    labelled = bool((np.asarray(index.labels) >= 0).any())
+    classes = f" of {len(index.classes)} classes" if index.classes else ""
+    classes = classes if labelled else " without labels"
+    print(
+        f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
+        f"{index.shard_bytes.sum() / 1e6:,.1f} MB"
+    )
+    if bad:
+        print(f"  left out: {len(bad):,} unusable, listed in {folder / QUARANTINE}")

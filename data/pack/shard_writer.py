@@ -1,0 +1,73 @@
+"""Write one WebDataset shard (``<key>.cls <key>.jpg <key>.json``), the same bytes every time.
+
+The members are those of WebDataset's ``TarWriter`` (a test compares the bytes). It is not called
+here because importing it imports torch: seconds, and hundreds of megabytes in every process that
+packs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xcit_dino.data.shards.index_writer import ShardPart
+from xcit_dino.data.shards.scan import scan_shard
+from xcit_dino.data.shards.tar import BLOCK
+
+SHARD_NAME = "shard-{:06d}.tar"  # the usual WebDataset naming: shard-{000000..000099}.tar
+
+
+class Sample(NamedTuple):
+    """What a shard stores of one image."""
+
+    key: str
+    extension: str
+    """Format of ``image`` as WebDataset names it: jpg, png, webp ..."""
+    image: bytes
+    label: int
+    """-1: none, and no ``.cls`` member."""
+    meta: dict[str, Any]
+    """Goes into ``.json``, unless it is empty."""
+
+
+def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardPart:
+    """Write ``folder/name`` atomically and return its share of the index.
+
+    Plain ustar members, sorted by extension, with times and owners fixed: equal samples make equal
+    files. The index entry is read back, so that what it says has been seen in the shard.
+    """
+    temporary = folder / f".{name}.tmp"
+    with temporary.open("wb") as file:
+        for sample in samples:
+            for extension, data in sorted(_members(sample).items()):
+                file.write(_header(f"{sample.key}.{extension}", len(data)))
+                file.write(data)
+                file.write(bytes(-len(data) % BLOCK))
+        file.write(bytes(2 * BLOCK))  # the end of an archive, filled up to a whole record
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+        file.flush()
+        os.fsync(file.fileno())
+    part = scan_shard(folder, temporary.name, with_sha256=True)
+    assert not part.damage, part.damage
+    temporary.replace(folder / name)
+    return part._replace(name=name)
+
+
+def _header(name: str, size: int) -> bytes:
+    header = tarfile.TarInfo(name)  # mtime, uid and gid are 0
+    header.size, header.mode, header.uname, header.gname = size, 0o444, "bigdata", "bigdata"
+    return header.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _members(sample: Sample) -> dict[str, bytes]:
+    members = {sample.extension: sample.image}
+    if sample.label >= 0:
+        members["cls"] = b"%d" % sample.label
+    if sample.meta:
+        meta = json.dumps(sample.meta, sort_keys=True, separators=(",", ":"))
+        members["json"] = meta.encode()
+    return members

@@ -1,0 +1,195 @@
+"""Which folders are splits: their names in the spellings that people use, or ``--splits``."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from xcit_dino.data.pack.image_file import Image
+from xcit_dino.data.shards.split_names import SPLITS, split_folders
+from xcit_dino.errors import InputError
+
+NONE = ("none",)  # --splits none
+
+
+class Found(NamedTuple):
+    """Images by split, and how the source spells each split."""
+
+    parts: dict[str, list[Image]]
+    """The names of the images are without the folder of the split."""
+    spelled: dict[str, str]
+    notes: list[str]
+    """What was renamed or left out, a line each."""
+
+
+def folders(image: Image) -> list[str]:
+    return image.name.split("/")[:-1]
+
+
+def unwrap(images: list[Image], keep: Collection[str] = (), splits: bool = True) -> list[Image]:
+    """Take off folders that merely wrap everything: ``photos/CLASS/x.jpg`` -> ``CLASS/x.jpg``.
+
+    Args:
+        keep: names of classes, which are no wrappers.
+        splits: a folder called like a split is no wrapper either.
+    """
+    while images:
+        tops = {image.name.partition("/")[0] for image in images}
+        flat = any("/" not in image.name for image in images)
+        deeper = any(image.name.count("/") > 1 for image in images)
+        if flat or len(tops) > 1 or not deeper or tops & set(keep):
+            break
+        if splits and split_folders(tops):
+            break
+        images = [image._replace(name=image.name.partition("/")[2]) for image in images]
+    return images
+
+
+# ---------------------------------------------------------------------------- by the names
+
+
+def find_splits(images: list[Image], src: str) -> Found:
+    """Splits by the names of the folders, at whatever depth: ``train/cat/`` or ``cat/train/``.
+
+    Raises:
+        InputError: a layout that can be read in two ways; the message names the options.
+    """
+    paths = Counter(image.name.rpartition("/")[0] for image in images)
+    above = {path: path.split("/") if path else [] for path in paths}
+    for depth in range(max(map(len, above.values()), default=0)):
+        known = split_folders({names[depth] for names in above.values() if len(names) > depth})
+        if not known:
+            continue
+        others = sorted(
+            "/".join(names[: depth + 1]) + "/"
+            for names in above.values()
+            if len(names) > depth and names[depth] not in known
+        )
+        shallow = any(len(names) <= depth for names in above.values())
+        if not others and (depth == 0 or not shallow):
+            return _taken(images, depth, known, src)
+        if depth == 0 or len(set(known.values())) > 1:
+            raise InputError(_ambiguous(src, depth, known, sorted(set(others))))
+    return Found({"": images}, {}, [])
+
+
+def _ambiguous(src: str, depth: int, known: dict[str, str], others: list[str]) -> str:
+    named = " and ".join(f"{name}/" for name in sorted(known))
+    other = " ".join(others[:4])
+    chosen = {split: name for name, split in sorted(known.items())}
+    chosen = {s: chosen.get(s) or chosen.get("test" if s == "val" else "") for s in SPLITS}
+    pairs = [f"{s}={'*/' * depth}{name}" for s, name in chosen.items() if name]
+    option = " ".join(map(shlex.quote, pairs))
+    return (
+        f"{src}: {named} {'is' if len(known) == 1 else 'are'} called like a split, and beside it "
+        f"there {'is' if len(others) == 1 else 'are'} {other or 'images without one'}; "
+        f"--splits none: no splits, all are classes; --splits {option}: the others are left out"
+    )
+
+
+def _taken(images: list[Image], depth: int, known: dict[str, str], src: str) -> Found:
+    by_split: dict[str, list[str]] = {}
+    for name, split in sorted(known.items()):
+        by_split.setdefault(split, []).append(name)
+    for split, names in by_split.items():
+        if len(names) > 1:
+            pair = shlex.quote(f"{split}={'*/' * depth}{names[0]}")
+            raise InputError(
+                f"{src}: {' and '.join(names)} are both called like {split}; choose with "
+                f"--splits, such as --splits {pair} (--splits none: they are classes)"
+            )
+    notes = []
+    if "val" in by_split and "test" in by_split:
+        name = by_split.pop("test")[0]
+        left = sum(folders(i)[depth : depth + 1] == [name] for i in images)
+        notes.append(
+            f"left out: {left:,} images in {name}/, because {by_split['val'][0]}/ is the "
+            "validation set; --splits says it otherwise"
+        )
+    elif "test" in by_split:
+        by_split["val"] = by_split.pop("test")
+    spelled = {split: names[0] for split, names in by_split.items()}
+    parts: dict[str, list[Image]] = {split: [] for split in SPLITS if split in spelled}
+    target = {name: split for split, name in spelled.items()}
+    shallow = 0
+    for image in images:
+        above = folders(image)
+        if len(above) <= depth:
+            shallow += 1
+        elif split := target.get(above[depth]):
+            rest = [*above[:depth], *image.name.split("/")[depth + 1 :]]
+            parts[split].append(image._replace(name="/".join(rest)))
+    if shallow:
+        notes.append(f"left out: {shallow:,} files outside {' and '.join(sorted(target))}")
+    return Found(parts, {s: "*/" * depth + name for s, name in spelled.items()}, notes)
+
+
+# ---------------------------------------------------------------------------- --splits
+
+
+def given_splits(raw: list[Image], options: Sequence[str], src: str) -> Found:
+    """Splits as ``--splits SPLIT=FOLDER ...`` names them.
+
+    FOLDER is a path below the source (or below the folder that wraps all of it); a ``*`` stands
+    for any one folder and stays in the names: ``train=*/train`` for ``CLASS/train/x.jpg``.
+
+    Raises:
+        InputError: no such folder, or options that are none.
+    """
+    patterns: dict[str, list[str]] = {}
+    for option in options:
+        split, _, folder = option.partition("=")
+        if not split.isidentifier() or not folder.strip("/"):
+            raise InputError(
+                f"--splits {option}: expected SPLIT=FOLDER, such as train=Training, or none"
+            )
+        patterns[split] = folder.strip("/").split("/")
+    for images in (raw, unwrap(raw)):
+        parts, left = _matched(images, patterns)
+        if all(parts.values()):
+            _check_inner(parts, patterns)
+            notes = [f"left out: {left:,} images outside --splits"] if left else []
+            spelled = {split: "/".join(parts) for split, parts in patterns.items()}
+            return Found(parts, spelled, notes)
+    parts, _ = _matched(raw, patterns)
+    missing = next(split for split, part in parts.items() if not part)
+    there = sorted({"/".join(folders(image)[:2]) for image in raw} - {""})
+    raise InputError(
+        f"--splits {missing}={'/'.join(patterns[missing])}: {src} has no images in such a folder; "
+        f"it has {', '.join(there[:6]) or 'no folders'}"
+    )
+
+
+def _check_inner(parts: dict[str, list[Image]], patterns: dict[str, list[str]]) -> None:
+    """Refuse splits inside a split, which would be taken for classes."""
+    for split, part in parts.items():
+        tops = {above[0] for image in part if (above := folders(image))}
+        inner = split_folders(tops)
+        if set(inner) == tops and len(set(inner.values())) > 1:
+            folder = "/".join(patterns[split])
+            pairs = " ".join(shlex.quote(f"{s}={folder}/{n}") for n, s in sorted(inner.items()))
+            raise InputError(
+                f"--splits {split}={folder}: that folder holds splits itself; name them: "
+                f"--splits {pairs}"
+            )
+
+
+def _matched(
+    images: list[Image], patterns: dict[str, list[str]]
+) -> tuple[dict[str, list[Image]], int]:
+    parts: dict[str, list[Image]] = {split: [] for split in patterns}
+    left = 0
+    for image in images:
+        above, file = folders(image), image.name.rpartition("/")[2]
+        for split, pattern in patterns.items():
+            if len(above) >= len(pattern) and all(map(fnmatchcase, above, pattern)):
+                kept = [name for name, part in zip(above, pattern, strict=False) if part == "*"]
+                name = "/".join([*kept, *above[len(pattern) :], file])
+                parts[split].append(image._replace(name=name))
+                break
+        else:
+            left += 1
+    return parts, left

@@ -1,0 +1,309 @@
+"""``xcit-dino shards check DST``: is every sample of these shards there, whole and decodable?
+
+Shards that have no index (img2dataset's, or any WebDataset tars) get one first, from their headers.
+With ``--nodes`` or ``--gpus`` a preflight says what a planned run makes of the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from xcit_dino.data.pack.archives import compressed, compressed_in, decompression
+from xcit_dino.data.config import CheckConfig
+from xcit_dino.data.shards.verify import Finding, examine
+from xcit_dino.data.io.files import write_atomically
+from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
+from xcit_dino.data.shards.index_writer import ShardPart, write_index
+from xcit_dino.data.parallel import Advance, map_processes, num_cores
+from xcit_dino.data.pack.shard_job import PLAN, QUARANTINE
+from xcit_dino.data.shards.scan import scan_shard
+from xcit_dino.data.shards.split_names import SPLITS, split_folders, split_of
+from xcit_dino.data.pack.tables import read_text
+from xcit_dino.errors import InputError
+from xcit_dino.progress import progress
+
+REPORT = "check.jsonl"
+SHOWN = 20  # problems printed; all of them are in the report
+CROP_SECONDS = 1.2e-3  # cutting 2x224 + 10x96 crops on one core: bench/crops.py, "crops alone"
+
+
+def check(config: CheckConfig) -> int:
+    """Check every split below ``config.dst``; returns 1 if anything is wrong with a sample.
+
+    Raises:
+        InputError: no shards there.
+    """
+    if is_url(config.dst):
+        raise InputError(
+            f"{config.dst}: check shards where they lie on a disk; their index.json and "
+            "index.*.npy can then be copied beside them"
+        )
+    problems = 0
+    folders = _folders(Path(config.dst))
+    if config.hash and not config.rebuild and all((f / INDEX).exists() for f in folders):
+        raise InputError("--hash: the shards have an index already; add --rebuild")
+    for folder in folders:
+        try:
+            if config.rebuild or not (folder / INDEX).exists():
+                build_index(folder, config)
+        except OSError as error:
+            raise InputError(f"{folder}: the index cannot be written: {error.strerror}") from None
+        index = ShardIndex.load(folder)
+        finding = examine(index, config.sample, config.num_workers)
+        problems += len(finding.bad)
+        _report(index, finding)
+        is_train = split_of(folder.name)[0] not in ("val", "test")
+        if (config.nodes is not None or config.gpus is not None) and is_train:
+            for line in preflight(index.num_samples, int(index.sizes.mean()), finding, config):
+                print(line)
+    return 1 if problems else 0
+
+
+def _folders(dst: Path) -> list[Path]:
+    """The folders of shards below ``dst``, one a split."""
+    if not dst.is_dir():
+        raise InputError(f"{dst}: no such folder")
+    if (dst / INDEX).exists():
+        return [dst]
+    below = sorted(path for path in dst.iterdir() if path.is_dir() and _holds_shards(path))
+    known = split_folders(path.name for path in below)
+    loose = [name for name in _tars(dst) if "/" not in name]
+    if known and not loose:
+        for path in below:
+            if path.name in known:
+                _say_split(path, known)
+            else:
+                print(f"left out: {path} holds shards and is not called like a split")
+        return [path for path in below if path.name in known]
+    if packed := compressed_in(dst):
+        raise InputError(
+            f"{packed[0]} is compressed, and shards are read at any place; decompress them: "
+            f"{decompression(dst, packed[0])}"
+        )
+    if not _tars(dst):
+        raise InputError(
+            f"{dst} holds no shards (*.tar); make some: xcit-dino shards make SRC {dst}"
+        )
+    names = {name: split_of(name.removesuffix(".tar"))[0] for name in _tars(dst)}
+    if len(splits := sorted(set(filter(None, names.values())))) > 1:
+        example = next(name for name, split in names.items() if split == splits[0])
+        raise InputError(
+            f"{dst} holds shards of {' and '.join(splits)} together, by their names ({example}); "
+            f"move each into a folder of its own, {dst}/train and {dst}/val, or every image would "
+            "be a training image"
+        )
+    return [dst]
+
+
+def _holds_shards(folder: Path) -> bool:
+    return (folder / INDEX).exists() or bool(_tars(folder))
+
+
+def _say_split(folder: Path, known: dict[str, str]) -> None:
+    """Which split a folder serves as, where its name is another one."""
+    split = known[folder.name]
+    others = [name for name, other in known.items() if other == "val"]
+    if split == "test" and others:
+        print(f"split: {folder} is used by no command, because {others[0]} is the validation set")
+    elif folder.name not in SPLITS:
+        print(f"split: {folder} serves as {'val' if split == 'test' else split}")
+
+
+def _tars(folder: Path) -> list[str]:
+    """Names of the shards below a folder, in the order in which they are numbered."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*.tar") if path.is_file())
+    return sorted(str(p) for p in paths if not any(part.startswith(".") for part in p.parts))
+
+
+# ---------------------------------------------------------------------------- building an index
+
+
+def build_index(folder: Path, config: CheckConfig) -> None:
+    """Index the shards of a folder from their headers.
+
+    Class names are kept if an earlier index or a ``classes.txt`` (one a line) says them.
+    """
+    names, classes = _tars(folder), _classes(folder)
+    for name in names:
+        if compressed(folder / name):
+            command = decompression(folder, folder / name)
+            raise InputError(
+                f"{folder / name} is compressed, and shards are read at any place; decompress "
+                f"them: {command}"
+            )
+    tasks = [(str(folder), name, config.hash or _hashed(folder)) for name in names]
+    with progress(f"Index {folder.name}", len(names), "shards") as bar:
+        write_index(folder, map_processes(_index_shard, tasks, config.num_workers, bar), classes)
+    if not ShardIndex.load(folder).num_samples:
+        (folder / INDEX).unlink()
+        raise InputError(f"{folder}: its {len(names)} tars hold no images")
+
+
+def _index_shard(task: tuple[str, str, bool], advance: Advance) -> ShardPart:
+    folder, name, with_sha256 = task
+    part = scan_shard(folder, name, with_sha256=with_sha256)
+    advance(1)
+    return part
+
+
+def _classes(folder: Path) -> list[str] | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        classes = json.loads((folder / INDEX).read_bytes())["classes"]
+        if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+            return classes
+    if not (folder / "classes.txt").exists():
+        return None
+    return read_text(folder / "classes.txt").rstrip().splitlines()
+
+
+def _hashed(folder: Path) -> bool:
+    """The index that is there has checksums, which a new one should not lose."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        shards = json.loads((folder / INDEX).read_bytes())["shards"]
+        return bool(shards) and all(shard["sha256"] for shard in shards)
+    return False
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def _report(index: ShardIndex, finding: Finding) -> None:
+    """A table of what was checked, and the first problems; all of them go into check.jsonl."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("check", "result", title=escape(index.root), title_justify="left")
+    for name, value in _rows(index, finding):
+        table.add_row(name, escape(value))
+    console = Console()
+    console.print(table)
+    for line in [*_packing_notes(Path(index.root)), *finding.deep.lines()]:
+        console.print(escape(f"  {line}"), soft_wrap=True)
+    for item in finding.bad[:SHOWN]:
+        line = escape(f"  {item['shard']} {item['key']}: {item['reason']}")
+        console.print(line, style="red", soft_wrap=True)
+    report = Path(index.root) / REPORT
+    if not finding.bad:
+        with contextlib.suppress(OSError):
+            report.unlink(missing_ok=True)  # of an earlier check
+    else:
+        where = _write_report(report, finding)
+        console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}", soft_wrap=True)
+
+
+def _packing_notes(folder: Path) -> list[str]:
+    """What ``shards make`` renamed or left out when it packed these shards."""
+    notes: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        notes = [str(line) for line in json.loads((folder / PLAN).read_bytes())["notes"]]
+    with contextlib.suppress(OSError):
+        count = (folder / QUARANTINE).read_bytes().count(b"\n")
+        notes.append(f"left out: {count:,} unusable, listed in {folder / QUARANTINE}")
+    return notes
+
+
+def _write_report(path: Path, finding: Finding) -> str:
+    try:
+        lines = (json.dumps(item, sort_keys=True).encode() + b"\n" for item in finding.bad)
+        write_atomically(path, lines)
+    except OSError as error:  # shards are often kept read-only
+        return f"(the first {SHOWN} above; {path} cannot be written: {error.strerror})"
+    return f"(all in {path})"
+
+
+def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
+    counts, num_bytes = index.counts, index.shard_bytes
+    yield "samples", f"{index.num_samples:,}"
+    yield (
+        "shards",
+        (
+            f"{len(index.shards):,} of {counts.min():,} to {counts.max():,} samples, "
+            f"{num_bytes.sum() / 1e6:,.1f} MB"
+        ),
+    )
+    yield "image bytes", f"mean {index.sizes.mean() / 1e3:,.1f} kB, largest {index.sizes.max():,}"
+    yield "checksums", f"{finding.hashed:,} of {len(index.shards):,} shards have one, compared"
+    rate = finding.decoded / max(finding.seconds, 1e-9)
+    yield "decoded", f"{finding.decoded:,} images, {rate:,.0f} a second a core"
+    yield "duplicate keys", _duplicates(finding)
+    yield "labels", _balance(index)
+    if passed := [f"{n:,} {kind}" for kind, n in finding.passed.most_common() if kind != ".json"]:
+        yield "not read", ", ".join(passed[:6])
+    yield "problems", f"{len(finding.bad):,}" if finding.bad else "none"
+    yield "index", index.checksum[:16]
+
+
+def _duplicates(finding: Finding) -> str:
+    inside = sum(item["reason"] == "duplicate key" for item in finding.bad)
+    across = finding.keys_across
+    return f"{inside:,} in a shard, {across:,} across shards" + (" (harmless here)" * (across > 0))
+
+
+def _balance(index: ShardIndex) -> str:
+    labels = np.asarray(index.labels)
+    counts = np.bincount(labels[labels >= 0])
+    if not counts.sum():
+        return "none"
+    num_classes = len(index.classes) if index.classes else len(counts)
+    counts = np.pad(counts, (0, max(0, num_classes - len(counts))))
+    empty = int((counts == 0).sum())
+    without = f", {empty:,} of them without images" if empty else ""
+    return (
+        f"{num_classes:,} classes of {counts.min():,} to {counts.max():,} images{without} "
+        f"(median {np.median(counts):,.0f}), {(labels < 0).sum():,} images without"
+    )
+
+
+# ---------------------------------------------------------------------------- preflight
+
+
+def preflight(
+    num_samples: int, mean_bytes: int, finding: Finding, config: CheckConfig
+) -> Iterator[str]:
+    """What a run of ``nodes x gpus`` makes of the data: steps, dropped samples, what starves."""
+    nodes, gpus, per_gpu = config.nodes or 1, config.gpus or 1, config.batch_size_per_gpu
+    batch = nodes * gpus * per_gpu
+    steps, dropped = divmod(num_samples, batch)
+    layout = f"nodes x GPUs x images: {nodes} x {gpus} x {per_gpu}, a global batch of {batch:,}"
+    if not steps:
+        yield (
+            f"{layout}\n  STARVES: {num_samples:,} samples are fewer than one global batch; take "
+            f"at most {max(num_samples // per_gpu, 1)} GPUs in all or --batch_size_per_gpu "
+            f"{max(num_samples // (nodes * gpus), 1)}"
+        )
+        return
+    yield (
+        f"{layout}, {steps:,} steps an epoch on every rank, {dropped:,} samples dropped "
+        f"({dropped / num_samples:.2%}, other ones every epoch)"
+    )
+    workers = max(config.workers, 1)
+    if finding.decoded:
+        seconds = finding.seconds / finding.decoded + CROP_SECONDS
+        yield (
+            f"  {workers} workers feed a GPU about {workers / seconds:,.0f} images/s (estimate: "
+            f"decoding as measured here, and {CROP_SECONDS * 1e3:.1f} ms for 2x224 + 10x96 crops)"
+        )
+        yield from _speed(workers, seconds, mean_bytes, config, gpus)
+    if gpus * workers > num_cores():
+        yield f"  a node needs {gpus * workers} cores for that; this machine has {num_cores()}"
+
+
+def _speed(
+    workers: int, seconds: float, mean_bytes: int, config: CheckConfig, gpus: int
+) -> Iterator[str]:
+    """What training at ``--images_per_second`` asks of storage and workers."""
+    if (rate := config.images_per_second) is None:
+        return
+    storage = rate * gpus * mean_bytes / 1e6
+    yield f"  at {rate:,.0f} images/s a GPU, storage must give a node {storage:,.1f} MB/s"
+    if workers / seconds < rate:
+        yield (
+            f"  STARVES: {workers} workers are too few for that; "
+            f"--num_workers {int(np.ceil(rate * seconds))} would do"
+        )

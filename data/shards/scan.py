@@ -1,0 +1,150 @@
+"""Index one WebDataset shard by its headers: its samples' places, sizes, labels and keys."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xcit_dino.data.io.files import file_sha256
+from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL
+from xcit_dino.data.shards.index_writer import ShardPart
+from xcit_dino.data.shards.tar import Damage, Member, ReadAt, scan
+
+IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm".split())
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """(key, extension) of a member as WebDataset splits them; ("", "") when there is no dot."""
+    match = KEY.match(name)
+    return (match[1], match[2].lower()) if match else ("", "")
+
+
+def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
+    """Index one shard by its headers; its image data are only read for the checksum.
+
+    A sample is a run of members with one key, as WebDataset has it. Its image is its first member
+    with an image extension, its label the number in ``.cls``; a sample with an unreadable label
+    keeps its place with label -1 and is listed in ``damage``, and so are samples without an image
+    and whatever is not a member.
+    """
+    path = Path(root) / name
+    size = path.stat().st_size
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        rows, damage = scan_samples(lambda at, length: os.pread(descriptor, length, at), size)
+    finally:
+        os.close(descriptor)
+    table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
+    sha256 = file_sha256(path) if with_sha256 else None
+    offsets, sizes, labels = (table[:, i].astype(d) for i, d in enumerate(ARRAYS.values()))
+    return ShardPart(
+        name, size, sha256, offsets, sizes, labels, [{"shard": name, **item} for item in damage]
+    )
+
+
+class _Sample:
+    """A run of members with one key."""
+
+    def __init__(self, key: str):
+        self.key, self.label = key, -1
+        self.image: Member | None = None
+        self.second: list[tuple[str, Member]] = []
+        """Images whose extension has dots (``22.05.png``: key 22, extension 05.png)."""
+        self.others: list[tuple[str, int]] = []
+
+
+def scan_samples(
+    read_at: ReadAt, end: int, passed: Counter[str] | None = None
+) -> tuple[list[tuple[int, int, int, str]], list[dict[str, Any]]]:
+    """([(offset, size, label, key)], [{"key", "reason", "offset"}]) of the samples of one tar.
+
+    Members without a key (macOS's ``._x``) are passed over, as the webdataset library does.
+
+    Args:
+        passed: counts the members that are neither image nor label, by extension.
+    """
+    rows: list[tuple[int, int, int, str]] = []
+    damage: list[dict[str, Any]] = []
+    orphans: list[dict[str, Any]] = []
+    passed = Counter() if passed is None else passed
+    sample = _Sample("")
+    for member in scan(read_at, end):
+        key, extension = split_key(member.name)
+        if isinstance(member, Damage):
+            damage.append({"key": key, "reason": member.reason, "offset": member.offset})
+            continue
+        if not key:
+            hidden = member.name.rpartition("/")[2].startswith("._")
+            passed["._ files of macOS" if hidden else "without a key"] += 1
+            continue
+        if key != sample.key:
+            _close(sample, rows, damage, orphans, passed)
+            sample = _Sample(key)
+        _take(sample, extension, member, read_at, damage)
+    _close(sample, rows, damage, orphans, passed)
+    there = {row[3] for row in rows}
+    for item in orphans:
+        if item["key"] in there:
+            item["reason"] = (
+                "its image lies elsewhere in the tar: the members of a sample must follow each "
+                "other (tar --sort=name)"
+            )
+    return rows, damage + orphans
+
+
+def _take(
+    sample: _Sample, extension: str, member: Member, read_at: ReadAt, damage: list[dict[str, Any]]
+) -> None:
+    kind = extension.rpartition(".")[2]
+    if extension in IMAGE_EXTENSIONS and sample.image is None:
+        sample.image = member
+    elif kind in IMAGE_EXTENSIONS and extension not in IMAGE_EXTENSIONS:
+        sample.second.append((extension, member))
+    elif kind == "cls" and (extension == "cls" or sample.label < 0):
+        raw = read_at(member.offset, min(member.size, 16))
+        sample.label = _label(raw)
+        if sample.label < 0:
+            shown = raw.decode("utf-8", "replace").strip()
+            reason = f"unreadable label {shown!r}: .cls holds a number from 0 to {MAX_LABEL:,}"
+            damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
+        sample.others.append((extension, member.offset))
+    else:
+        sample.others.append((extension, member.offset))
+
+
+def _close(
+    sample: _Sample, rows: list[tuple[int, int, int, str]], damage: list[dict[str, Any]],
+    orphans: list[dict[str, Any]], passed: Counter[str],
+) -> None:  # fmt: skip
+    """Take in a sample whose members are all read."""
+    if not sample.key:
+        return
+    image, second = sample.image, sample.second
+    if image is None and second:
+        image = second[0][1]
+        if len(second) > 1:
+            taken, *left = (f".{extension}" for extension, _ in second)
+            reason = (
+                f"{len(second)} images in one sample: {taken} is taken, {' '.join(left)} not, "
+                "because a key ends at its first dot; rename the files"
+            )
+            damage.append({"key": sample.key, "reason": reason[:300], "offset": image.offset})
+        second = second[1:]
+    for extension in [e for e, _ in second] + [e for e, _ in sample.others]:
+        if extension.rpartition(".")[2] != "cls":
+            passed[f".{extension}"] += 1
+    if image is not None:
+        rows.append((image.offset, image.size, sample.label, sample.key))
+        return
+    kinds = " .".join(extension for extension, _ in sample.others)
+    reason = f"no image among its members: .{kinds}"[:200]
+    orphans.append({"key": sample.key, "reason": reason, "offset": sample.others[0][1]})
+
+
+def _label(raw: bytes) -> int:
+    digits = raw.strip()
+    return int(digits) if digits.isdigit() and int(digits) <= MAX_LABEL else -1

@@ -1,0 +1,147 @@
+"""Accuracy of a classifier on the validation images: one checkpoint, or a backbone and a linear
+head."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import EvaluateConfig
+from xcit_dino.eval.context import Context
+from xcit_dino.eval.features import LAYERS, extract, num_classes_of
+from xcit_dino.eval.linear import accuracy, top_hits
+from xcit_dino.eval.ranges import Ranges, warn_constant
+from xcit_dino.eval.results import write_result
+from xcit_dino.eval.subject import Network, Subject, pretrained, resolve
+from xcit_dino.models.weights import formats
+from xcit_dino.models.weights.load import load_backbone, load_linear
+from xcit_dino.models.zoo import create_model
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.provenance import file_checksum
+
+
+def run(config: EvaluateConfig) -> None:
+    """Write ``evaluate`` (or ``evaluate/head``) with top-1 and top-5 to ``results.json``.
+
+    Raises:
+        InputError: bad options, unlabelled data, or weights of another architecture or class count.
+    """
+    world = dist.init(config.subject.device)
+    subject, context = resolve(config.subject, world)
+    val = context.index("val")
+    num_classes = num_classes_of(val)
+    began = time.monotonic()
+    if config.head is None:
+        metrics, facts = classifier_accuracy(subject, context, val, num_classes)
+    else:
+        metrics, facts = head_accuracy(config.head, subject, context, val, num_classes)
+    if world.is_main:
+        print(f"top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}", flush=True)
+        write_result(
+            config.subject.output_dir,
+            "evaluate" if config.head is None else "evaluate/head",
+            metrics,
+            facts
+            | context.protocol
+            | {
+                "evaluation": "evaluate",
+                "precision": config.subject.precision,
+                "val_index": val.checksum,
+            },
+            weights_file=subject.weights.name,
+            wall_seconds=round(time.monotonic() - began, 2),
+        )
+    dist.barrier()
+
+
+def classifier_accuracy(
+    subject: Subject, context: Context, val: ShardIndex, num_classes: int
+) -> tuple[dict[str, float], dict[str, object]]:
+    """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks share the
+    images."""
+    world = context.world
+    model = create_model(subject.arch, num_classes=num_classes)
+    report = load_backbone(subject.weights, model, subject.checkpoint_key, head="required")
+    if world.is_main:
+        print(report, flush=True)
+    model = model.to(world.device).eval()
+    first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
+    hits = torch.zeros(3, dtype=torch.float64)  # top-1, top-5, images
+    ranges = Ranges(num_classes, world.device)
+    with torch.inference_mode():
+        for outputs, samples in context.batches(
+            lambda images: {"logits": model(images)}, val, np.arange(first, last), "evaluate"
+        ):
+            ranges.add(outputs["logits"])
+            labels = torch.from_numpy(val.labels[samples].astype(np.int64)).to(world.device)
+            hits[:2] += top_hits(outputs["logits"], labels)
+            hits[2] += len(samples)
+    if ranges.constant() and world.is_main:
+        warn_constant("the classifier's outputs")
+    if world.size > 1:
+        torch.distributed.all_reduce(hits)
+    top1, top5, count = hits.tolist()
+    facts = {
+        "network": report.network,
+        "arch": subject.arch,
+        "weights": file_checksum(subject.weights),
+        "val_images": int(count),
+    }
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}, facts
+
+
+def head_accuracy(
+    head: Path, subject: Subject, context: Context, val: ShardIndex, num_classes: int
+) -> tuple[dict[str, float], dict[str, object]]:
+    """(top1 and top5 in percent, facts) of a backbone and the head that a linear probe saved."""
+    network = pretrained(subject)
+    layers, weight, bias = read_head(head)
+    features = extract(network, val, "val", context)
+    check_head(head, layers, weight, network, features.blocks, num_classes)
+    metrics = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
+    return metrics, network.facts | {
+        "head": file_checksum(head),
+        "layers": layers,
+        "val_images": len(features),
+    }
+
+
+def read_head(path: Path) -> tuple[str, Tensor, Tensor]:
+    """(layer choice, weight (C, D), bias (C,)) of a head of ours, or of an official one."""
+    weight, bias = load_linear(path)
+    facts = formats.metadata(path) if path.suffix == ".safetensors" else {}
+    return facts.get("layers", "cls"), weight.float(), bias.float()
+
+
+def check_head(
+    path: Path,
+    layers: str,
+    weight: Tensor,
+    network: Network,
+    blocks: dict[str, np.ndarray],
+    num_classes: int,
+) -> None:
+    """The head fits backbone and data.
+
+    Raises:
+        InputError: other features or other classes; it names both.
+    """
+    missing = [block for block in LAYERS.get(layers, (layers,)) if block not in blocks]
+    width = 0 if missing else sum(blocks[block].shape[1] for block in LAYERS[layers])
+    if missing or width != weight.shape[1]:
+        raise InputError(
+            f"--head {path}: was trained on {weight.shape[1]} features ({layers}), and "
+            f"{network.facts['arch']} gives {width or 'no such ones'}; name the backbone it "
+            "belongs to with --arch and --pretrained_weights"
+        )
+    if len(weight) != num_classes:
+        raise InputError(
+            f"--head {path}: tells {len(weight)} classes apart, and the data have {num_classes}; "
+            "train a head on these data with: xcit-dino linear"
+        )

@@ -1,0 +1,205 @@
+"""DINO's linear protocol (``eval_linear.py``), for a whole grid of heads at once: RandomResizedCrop
+and flip of every image go through the frozen backbone in every epoch, and all heads learn from the
+same features. Two grids learn at once: one without the held-out images, to choose by, and one from
+all images, whose head is reported. So the choice costs no second training.
+
+Interpolation is bicubic where the official code leaves torchvision's default, bilinear.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcit_dino.data.augment import sample_params
+from xcit_dino.data.config import AugmentConfig, CropsConfig
+from xcit_dino.data.loader import Batch, CropLoader
+from xcit_dino.data.plan import Plan
+from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.eval.config import LinearConfig
+from xcit_dino.eval.context import Context
+from xcit_dino.eval.features import blocks_of
+from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, cosine, hold_out
+from xcit_dino.eval.subject import Network
+from xcit_dino.progress import progress
+from xcit_dino.train.amp import autocast, resolve_precision
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.provenance import write_atomic
+
+SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
+
+
+def train_augmented(
+    network: Network,
+    train: ShardIndex,
+    context: Context,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    facts: dict[str, Any],
+) -> Probe:
+    """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO. The
+    choice is made on centre crops of the held-out images.
+
+    facts: all that the heads depend on, so that an unfinished training of others is not taken up.
+    """
+    device = context.device
+    loader = crop_loader(train, context, config)
+    plan = loader.plan
+    held_out = hold_out(train.num_samples, config.holdout, config.seed)
+    selection, final = two_grids(network, context, choices, num_classes, config, plan)
+
+    saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True))
+    changing = selection.state() + final.state()
+    start = loader.start_step = saved.load_into(changing) * plan.steps_per_epoch
+    steps = config.epochs * plan.steps_per_epoch
+    with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():
+        for (batch,) in islice(loader, steps - start):
+            everyone = gathered(
+                features_of(batch, network, context, config.seed)
+                | {"labels": batch.labels.to(device), "out": held_out[batch.sources].to(device)}
+            )
+            labels, out = everyone.pop("labels"), everyone.pop("out")
+            factor = cosine(batch.epoch / config.epochs)
+            final.step(everyone, labels, factor)
+            if len(kept := torch.nonzero(~out).squeeze(1)):
+                some = {name: block[kept] for name, block in everyone.items()}
+                selection.step(some, labels[kept], factor)
+            bar.advance()
+            if context.world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
+                saved.save(changing, batch.epoch + 1)
+
+    rows = np.flatnonzero(held_out.numpy())
+    with torch.inference_mode():
+        scores = selection.judge(judged(network, train, context, rows))
+    chosen = best(scores)
+    return Probe(choices, scores, chosen, *final.head(chosen))
+
+
+def crop_loader(train: ShardIndex, context: Context, config: LinearConfig) -> CropLoader:
+    """RandomResizedCrops of all labelled images, one of each in every epoch, not flipped yet."""
+    world, size = context.world, context.batch_size * context.world.size
+    inherited = context.loader.decoder if world.device.type == "cuda" else "host"
+    options = replace(context.loader, decoder=config.decoder or inherited)
+    crops = CropsConfig(
+        global_crops_number=1,
+        global_crops_size=context.crop,
+        global_crops_scale=SCALE,
+        local_crops_number=0,
+    )
+    return CropLoader(
+        train,
+        Plan.of(train, options, seed=config.seed, batch_size=size),
+        crops,
+        options,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+        labelled=True,
+    )
+
+
+def two_grids(
+    network: Network,
+    context: Context,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    plan: Plan,
+) -> tuple[Heads, Heads]:
+    """Untrained heads twice: to choose by, and to report."""
+    device = context.device
+    with torch.inference_mode():
+        blocks = blocks_of(network.model.to(device), context.blank())
+    dims = {name: block.shape[1] for name, block in blocks.items()}
+    selection, final = (
+        Heads(choices, dims, num_classes, plan.batch_size, config.seed, device) for _ in range(2)
+    )
+    return selection, final
+
+
+def features_of(batch: Batch, network: Network, context: Context, seed: int) -> Blocks:
+    """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
+    with autocast(context.device, resolve_precision(context.precision, context.device)):
+        blocks = blocks_of(network.model, context.normalize(flipped(batch, seed)))
+    return {name: block.float() for name, block in blocks.items()}
+
+
+def state_file(config: LinearConfig, network: Network) -> Path:
+    """Where an unfinished training of heads is kept; deleted when its result is written."""
+    return config.subject.output_dir / f"linear-dino-{network.name}.state.pth"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The heads after the last whole epoch, for a job that is stopped and started again."""
+
+    path: Path
+    key: str
+    """What the training depends on; a state of another one is not taken."""
+
+    def load_into(self, tensors: list[Tensor]) -> int:
+        """Restore the heads' tensors; returns the epochs they have seen. Rank 0 reads for all."""
+        state = dist.from_main(self._read)
+        if state is None:
+            return 0
+        same = state["key"] == self.key
+        if dist.is_main():
+            what = f"goes on after epoch {state['epochs']}" if same else "begins again"
+            why = f"{self.path.name} is {'of this' if same else 'of another'} training"
+            print(f"linear probe {what}: {why}", flush=True)
+        if not same:
+            return 0
+        for tensor, value in zip(tensors, state["tensors"], strict=True):
+            tensor.copy_(value)
+        return state["epochs"]
+
+    def _read(self) -> dict[str, Any] | None:
+        there = self.path.is_file()
+        return torch.load(self.path, map_location="cpu", weights_only=True) if there else None
+
+    def save(self, tensors: list[Tensor], epochs: int) -> None:
+        """Write the state, whole or not at all."""
+        content = io.BytesIO()
+        torch.save({"key": self.key, "epochs": epochs, "tensors": tensors}, content)
+        write_atomic(self.path, content.getvalue())
+
+
+def flipped(batch: Batch, seed: int) -> Tensor:
+    """The batch's only crop of each image, uint8 (B, 3, H, W), half of them left-right mirrored."""
+    params = sample_params(AugmentConfig(), seed, batch.epoch, batch.samples, range(1), 1)
+    crops = batch.global_crops[0]
+    flip = torch.from_numpy(params.flip).to(crops.device)
+    return torch.where(flip[:, None, None, None], crops.flip(-1), crops)
+
+
+def judged(
+    network: Network, train: ShardIndex, context: Context, rows: np.ndarray
+) -> Iterator[tuple[Blocks, Tensor]]:
+    """Centre-crop features and labels of the held-out images, a batch at a time."""
+    function = partial(blocks_of, network.model)
+    for blocks, samples in context.batches(function, train, rows, "held-out images"):
+        labels = torch.from_numpy(train.labels[samples].astype(np.int64)).to(context.device)
+        yield blocks, labels
+
+
+def gathered(tensors: Blocks) -> dict[str, Tensor]:
+    """Every rank's rows, in rank order, so that all ranks take the same step of the same heads."""
+    if dist.world_size() == 1:
+        return tensors
+    result = {}
+    for name, mine in tensors.items():
+        theirs = [torch.empty_like(mine) for _ in range(dist.world_size())]
+        torch.distributed.all_gather(theirs, mine.contiguous())
+        result[name] = torch.cat(theirs)
+    return result

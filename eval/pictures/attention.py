@@ -1,0 +1,259 @@
+"""``xcit-dino attention``: where the class token looks, one map a head, laid over photos (DINO
+``visualize_attention.py``; XCiT's class attention, arXiv 2106.09681, figure 1).
+
+For ``photo.jpg``: ``DST/photo/head-0.png`` ..., ``mean.png`` and ``all.png``, the photo and every
+map side by side (``DST/photo.jpg/`` where there is a ``photo.png`` too). For an animated GIF or
+WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a video: ``DST/video.mp4``.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageSequence
+
+from xcit_dino.data import video
+from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.data.io.files import unfinished_folder, write_atomically
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import AttentionConfig, SubjectConfig
+from xcit_dino.eval.context import Context, make_context, run_options, settings_of
+from xcit_dino.eval.results import check_writable
+from xcit_dino.models.weights.load import load_backbone
+from xcit_dino.models.xcit import XCiT
+from xcit_dino.models.zoo import canonical_name, create_model
+from xcit_dino.progress import track
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.state import weights_file
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+ANIMATED = (".gif", ".webp")
+ENDINGS = ("", ".gif", ".mp4")  # of what is written for a file: a folder, an animation, a video
+WRITTEN = re.compile(r"(head-\d+|mean|all)\.png")  # in that folder
+COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white (like "inferno")
+    [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (246, 215, 70), (252, 255, 164)]
+)
+OPACITY = 0.65
+Pixels = NDArray[np.uint8]
+
+
+def run(config: AttentionConfig) -> None:
+    """Write the maps of a photo, an animation, a video or all of a folder.
+
+    Raises:
+        InputError: no weights, no XCiT, or nothing that can be read.
+    """
+    files = images_in(config.src)
+    names = output_names(files, config.dst)
+    check_writable(config.dst, "name another folder for the maps", f"DST {config.dst}")
+    world = dist.init(config.device)
+    model, context = network(config, world)
+    bad = []
+    for path in track(files, "attention", len(files), "images"):
+        try:
+            write_maps(model, path, names[path], config, context)
+        except BadImage as reason:
+            bad.append(f"{path}: {reason}")
+    for line in bad:
+        print(f"left out: {line}", flush=True)
+    if len(bad) == len(files):
+        raise InputError(f"{config.src}: no image in it could be read")
+    print(f"attention maps: {config.dst}", flush=True)
+
+
+def images_in(src: Path) -> list[Path]:
+    """The file, or all images of a folder in the order of their names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if src.is_dir():
+        files = sorted(path for path in src.iterdir() if readable(path))
+    else:
+        files = [src] if src.is_file() else []
+    if not files:
+        raise InputError(f"{src}: no image there; give a photo, a GIF, a video or a folder of them")
+    if not readable(files[0]):
+        known = " ".join(SUFFIXES + video.SUFFIXES)
+        raise InputError(f"{src}: files of this kind cannot be read, only {known}")
+    return files
+
+
+def readable(path: Path) -> bool:
+    """Whether the name says photo, animation or video."""
+    return path.suffix.lower() in SUFFIXES + video.SUFFIXES
+
+
+def output_names(files: list[Path], dst: Path) -> dict[Path, str]:
+    """What each file's maps are called: ``photo`` for ``photo.jpg``; where two would then be
+    called alike (``photo.png``), all of them ``photo.jpg``.
+
+    Raises:
+        InputError: two would still be called alike, or would take the place of other files.
+    """
+    both = ""
+    for names in ([path.stem for path in files], [path.name for path in files]):
+        taken = Counter(f"{name}{end}".casefold() for name in names for end in ENDINGS)
+        if max(taken.values()) == 1:
+            check_free(files, names, dst)
+            return dict(zip(files, names, strict=True))
+        both = next(name for name, count in taken.items() if count > 1)
+        print(f"two files would have maps called {both}: all names keep their endings", flush=True)
+    raise InputError(f"{files[0].parent}: two files would have maps called {both}; rename one")
+
+
+def check_free(files: list[Path], names: list[str], dst: Path) -> None:
+    """The maps replace nothing but maps of an earlier call.
+
+    Raises:
+        InputError: names what is in their place.
+    """
+    sources = {path.resolve() for path in files}
+    for place in (dst / f"{name}{end}" for name in names for end in ENDINGS):
+        inside = [path.name for path in place.iterdir()] if place.is_dir() else []
+        other = [name for name in inside if not WRITTEN.fullmatch(name)]
+        if place.resolve() in sources or other:
+            what = f"holds {sorted(other)[0]}, not of attention" if other else "is a source"
+            raise InputError(f"{place}: {what}; name another folder for the maps")
+
+
+def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
+    """The XCiT with its weights, on its device in evaluation mode, and how images reach it.
+
+    Raises:
+        InputError: arch or weights are missing, or another kind of network.
+    """
+    folder = config.pretrained_weights or config.output_dir
+    folder = folder if folder.is_dir() else config.output_dir
+    options = run_options(folder)
+    arch = config.arch or options.get("arch")
+    if not arch:
+        raise InputError(f"--arch: needed, as {folder} holds no config.yaml of a run")
+    arch = canonical_name(arch)
+    model = create_model(arch, num_classes=0)
+    if not isinstance(model, XCiT):
+        raise InputError(f"--arch {arch}: only XCiT has class attention to show")
+    if config.pretrained_weights is not None:
+        weights = weights_file(config.pretrained_weights, "--pretrained_weights")
+    else:
+        weights = weights_file(config.output_dir, "--output_dir")
+    print(load_backbone(weights, model, config.checkpoint_key), flush=True)
+    settings = settings_of(arch, weights, config.checkpoint_key, options)
+    given = SubjectConfig(config.output_dir, mean=config.mean, std=config.std)
+    context = make_context(given, settings, {}, "", world)
+    return model.to(world.device).eval(), context
+
+
+def write_maps(
+    model: XCiT, path: Path, name: str, config: AttentionConfig, context: Context
+) -> None:
+    """The maps of one file, called ``name``; see the module's docstring.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    if path.suffix.lower() in video.SUFFIXES:
+        with (
+            video.reading(path) as frames,
+            video.writing(config.dst / f"{name}.mp4", frames.rate) as maps,
+        ):
+            for frame in track(frames, path.name, frames.count, "frames"):
+                maps.write(pictures_of(model, frame, config, context)["all"])
+        return
+    frames, durations = zip(*read_frames(path), strict=True)
+    pictures = [pictures_of(model, frame, config, context) for frame in frames]
+    if len(pictures) == 1:
+        with unfinished_folder(config.dst / name) as folder:
+            for part, picture in pictures[0].items():
+                save(folder / f"{part}.png", [picture])
+    else:
+        every = [picture["all"] for picture in pictures]
+        save(config.dst / f"{name}.gif", every, duration=list(durations), loop=0)
+
+
+def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
+    """RGB pixels [H, W, 3] and milliseconds of every frame; a photo has one.
+
+    Raises:
+        BadImage: it cannot be read, or is of absurd size.
+    """
+    raw = path.read_bytes()
+    header = read_header(raw)
+    if path.suffix.lower() not in ANIMATED:
+        yield decode(raw, header, Scratch()), 0
+        return
+    with Image.open(path) as image:
+        if image.width * image.height * getattr(image, "n_frames", 1) > MAX_PIXELS:
+            raise BadImage("the animation has too many pixels; take fewer frames")
+        for frame in ImageSequence.Iterator(image):
+            yield np.asarray(frame.convert("RGB")), int(frame.info.get("duration", 100))
+
+
+def pictures_of(
+    model: XCiT, pixels: Pixels, config: AttentionConfig, context: Context
+) -> dict[str, Pixels]:
+    """``head-0`` ..., ``mean`` and ``all`` for one image [H, W, 3]; each [H', W', 3], H' and W'
+    whole patches."""
+    photo = aligned(pixels, config.image_size, model.patch_size)
+    maps = head_maps(model, photo, config, context)
+    overlays = {f"head-{i}": overlay(photo, heat) for i, heat in enumerate(maps)}
+    overlays["mean"] = overlay(photo, maps.mean(0))
+    return overlays | {"all": np.concatenate([photo, *overlays.values()], 1)}
+
+
+def aligned(pixels: Pixels, image_size: int, patch: int) -> Pixels:
+    """Resize the shorter side to ``image_size`` (0: keep it), and both to whole patches."""
+    height, width = pixels.shape[:2]
+    factor = image_size / min(height, width) if image_size else 1.0
+    sides = [max(1, round(side * factor / patch)) * patch for side in (width, height)]
+    return np.asarray(
+        Image.fromarray(pixels).resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+    )
+
+
+@torch.no_grad()
+def head_maps(
+    model: XCiT, photo: Pixels, config: AttentionConfig, context: Context
+) -> NDArray[np.float32]:
+    """The attention of each head to each patch, [h, H, W]; below the threshold 0."""
+    images = context.normalize(torch.tensor(photo).permute(2, 0, 1)[None])
+    maps = model.get_attention(images)[config.layer - 1, 0].float().cpu().numpy()
+    return np.stack([kept(heat, config.threshold) for heat in maps]) if config.threshold else maps
+
+
+def kept(heat: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """The brightest patches that together hold ``share`` of the map's sum; the others 0."""
+    order = np.argsort(-heat, axis=None, kind="stable")
+    running = np.cumsum(heat.flatten()[order])
+    count = int(np.searchsorted(running, share * running[-1])) + 1
+    mask = np.zeros(heat.size, bool)
+    mask[order[:count]] = True
+    return np.where(mask.reshape(heat.shape), heat, 0)
+
+
+def overlay(photo: Pixels, heat: NDArray[np.float32]) -> Pixels:
+    """The map [H, W] in colours, 0 to its maximum, smoothly enlarged and laid over the photo."""
+    height, width = photo.shape[:2]
+    level = Image.fromarray((heat / max(float(heat.max()), 1e-12)).astype(np.float32))
+    smooth = np.asarray(level.resize((width, height), Image.Resampling.BILINEAR))
+    at = np.linspace(0, 1, len(COLORS))
+    colors = np.stack([np.interp(smooth, at, channel) for channel in COLORS.T], -1)
+    return np.rint(OPACITY * colors + (1 - OPACITY) * photo).astype(np.uint8)
+
+
+def save(path: Path, pictures: list[Pixels], **options: Any) -> None:
+    """Write a PNG, or a GIF of several, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    first, *rest = (Image.fromarray(picture) for picture in pictures)
+    more = {"save_all": True, "append_images": rest} if rest else {}
+    first.save(content, path.suffix[1:], **more, **options)
+    write_atomically(path, [content.getvalue()])

@@ -1,0 +1,220 @@
+"""The model card beside an exported file: what it is, of which data and recipe, how good by which
+protocol, what for, and how to load it. Markdown; nothing in it that was not read from the files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xcit_dino.errors import InputError
+from xcit_dino.inputs import InputSettings
+from xcit_dino.models.weights import formats
+from xcit_dino.models.weights.load import input_settings
+from xcit_dino.models.xcit import XCiT
+
+RECIPE = (  # options that a reader looks for first; the others follow whole
+    "epochs batch_size_per_gpu accum_iter lr min_lr warmup_epochs weight_decay weight_decay_end "
+    "drop_path_rate momentum_teacher teacher_temp out_dim global_crops_number global_crops_size "
+    "global_crops_scale local_crops_number local_crops_size local_crops_scale precision seed"
+).split()
+IN_ROW = {"evaluation", "weights", "val_index", "train_index", "recipe", "lrs", "arch", "network"}
+IN_ROW |= {"nb_knn"}  # the row says its k
+
+
+def write(
+    output: Path, source: Path, arch: str, network: str, model: XCiT, results: Path | None
+) -> Path:
+    """Write ``birds.onnx.md`` for ``birds.onnx``, just exported from ``source``; returns its path.
+
+    Args:
+        network: which one of the source's it is: teacher, student, model or model_ema.
+        results: a results.json; left out: that of the run folder in which the source lies. Only
+            accuracies of this very network are taken.
+    """
+    tree = formats.read(source)
+    options = yaml.safe_load(tree["config"]) if isinstance(tree.get("config"), str) else {}
+    entries = matching(source, network, results)
+    settings = input_settings(source, network) or InputSettings()
+    parts = [
+        f"# {output.stem}",
+        summary(arch, network, model, options),
+        facts_table(output, source, arch, network, model, tree, settings),
+        "## Data",
+        data(options, tree),
+        "## Recipe",
+        recipe(options),
+        "## Results",
+        accuracies(entries),
+        "## Intended use",
+        USE.format(kind="classification of its classes" if model.num_classes else "features"),
+        "## How to load",
+        loading(output, arch, model, settings),
+        "## Citation",
+        CITATION,
+    ]
+    path, text = output.with_name(f"{output.name}.md"), "\n\n".join(parts) + "\n"
+
+    def write_file(partial: Path) -> None:
+        partial.write_text(text)
+
+    formats.publish(path, write_file, lambda partial: None)
+    return path
+
+
+USE = """Image {kind}: as a frozen backbone for nearest neighbours and linear classifiers, or as the
+start of finetuning, distillation, detection and segmentation. It carries the biases of its training
+images. It was not made for, or tested in, decisions about people."""
+
+CITATION = """- El-Nouby et al., *XCiT: Cross-Covariance Image Transformers*, NeurIPS 2021,
+  arXiv:2106.09681
+- Caron et al., *Emerging Properties in Self-Supervised Vision Transformers* (DINO), ICCV 2021,
+  arXiv:2104.14294"""
+
+
+def summary(arch: str, network: str, model: XCiT, options: dict[str, Any]) -> str:
+    """One sentence."""
+    how = "with DINO, without labels" if "teacher_temp" in options else "as its file says"
+    what = f"classifier of {model.num_classes} classes" if model.num_classes else "backbone"
+    return f"An XCiT {what} (`{arch}`, the {network}), trained {how}."
+
+
+def facts_table(
+    output: Path,
+    source: Path,
+    arch: str,
+    network: str,
+    model: XCiT,
+    tree: formats.Tree,
+    settings: InputSettings,
+) -> str:
+    """The file and the network in it."""
+    parameters = sum(p.numel() for p in model.parameters())
+    facts = {
+        "architecture": f"`{arch}`, {parameters / 1e6:.1f} M parameters",
+        "output": f"{model.num_classes} classes" if model.num_classes else
+        f"{model.embed_dim} features",
+        "input": f"RGB, sides in multiples of {model.patch_size}"
+        + (f", evaluated at {settings.size} px" if settings.size else "")
+        + f", resized by {settings.interpolation} interpolation, mean "
+        f"{numbers(settings.mean)}, std {numbers(settings.std)}",
+        "taken from": f"`{source.name}`, its {network}, SHA-256 {checksum(source)}…",
+        "trained for": ", ".join(f"{tree[k]} {k}s" for k in ("epoch", "step") if k in tree),
+        "this file": f"`{output.name}`, {output.stat().st_size / 1e6:.1f} MB, "
+        f"SHA-256 {checksum(output)}…",
+    }  # fmt: skip
+    rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def data(options: dict[str, Any], tree: formats.Tree) -> str:
+    """What it was trained on, as far as the checkpoint says."""
+    if not options.get("data_path"):
+        return "The checkpoint does not say."
+    text = f"Shards `{Path(options['data_path']).name}`"
+    return f"{text}, index {str(tree['data'])[:16]}…" if tree.get("data") else f"{text}."
+
+
+def recipe(options: dict[str, Any]) -> str:
+    """The main options in a table, all of them below."""
+    if not options:
+        return "The checkpoint does not say."
+    rows = [f"| {name} | {plain(options[name])} |" for name in RECIPE if name in options]
+    every = yaml.safe_dump(
+        {name: without_folder(value) for name, value in options.items()}, sort_keys=False
+    ).strip()
+    fold = f"<details><summary>All options</summary>\n\n```yaml\n{every}\n```\n\n</details>"
+    return "\n".join(["| option | value |", "|---|---|", *rows, "", fold])
+
+
+def without_folder(value: Any) -> Any:
+    """An absolute path's last part: readers of a card need not know the author's folders."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def matching(source: Path, network: str, results: Path | None) -> dict[str, Any]:
+    """Results of one network of a file, told by checksum and name: key -> entry.
+
+    Raises:
+        InputError: the file that was named cannot be read.
+    """
+    path = results or source.parent.parent / "results.json"
+    if results is None and not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--results {path}: cannot be read ({error})") from error
+    ours = checksum(source)
+    return {key: entry for key, entry in found.items() if is_of(entry, ours, network)}
+
+
+def is_of(entry: Any, weights: str, network: str) -> bool:
+    """Whether a result is of this network; one of an earlier version that does not say which it
+    measured is not."""
+    protocol = entry.get("protocol") if isinstance(entry, dict) else None
+    if not isinstance(protocol, dict):
+        return False
+    return protocol.get("weights") == weights and protocol.get("network") == network
+
+
+def accuracies(entries: dict[str, Any]) -> str:
+    """A row a result (of k-NN: for each k), with its protocol."""
+    if not entries:
+        return "No accuracy of this very network is on record."
+    rows = ["| evaluation | top-1, % | top-5, % | protocol |", "|---|---|---|---|"]
+    for key, entry in entries.items():
+        name, protocol = key.partition("@")[0], dict(entry["protocol"])
+        if "chosen" in entry:
+            protocol["head"] = ", ".join(f"{k} {v}" for k, v in entry["chosen"].items())
+        facts = "; ".join(f"{k} {plain(v)}" for k, v in protocol.items() if k not in IN_ROW)
+        for ending in endings(entry["metrics"]):
+            tops = [entry["metrics"].get(f"top{n}{ending}") for n in (1, 5)]
+            cells = ["" if top is None else f"{top:.2f}" for top in tops]
+            title = f"{name}, k = {ending[2:]}" if ending else name
+            rows.append(f"| {title} | {cells[0]} | {cells[1]} | {facts} |")
+    return "\n".join(rows)
+
+
+def endings(metrics: dict[str, float]) -> list[str]:
+    """``_k10``, ``_k20`` ... of a k-NN result, ascending; else ``[""]``."""
+    ks = [name.removeprefix("top1_k") for name in metrics if name.startswith("top1_k")]
+    return [f"_k{k}" for k in sorted(ks, key=int)] or [""]
+
+
+def loading(output: Path, arch: str, model: XCiT, settings: InputSettings) -> str:
+    """Code for the format of the file."""
+    if output.suffix == ".onnx":
+        code = f"""import onnxruntime
+
+session = onnxruntime.InferenceSession("{output.name}")
+(name,) = [node.name for node in session.get_inputs()]
+outputs = session.run(None, {{name: images}})  # images: float32 [B, 3, H, W], normalised"""
+    else:
+        code = f"""import xcit_dino
+from safetensors.torch import load_file
+
+model = xcit_dino.create_model("{arch}", num_classes={model.num_classes}).eval()
+model.load_state_dict(load_file("{output.name}"))
+outputs = model(images)  # images: float32 [B, 3, H, W], normalised"""
+    channels = f"Mean {numbers(settings.mean)}, std {numbers(settings.std)} of values in [0, 1]."
+    return f"```python\n{code}\n```\n\n{channels}"
+
+
+def numbers(values: tuple[float, ...]) -> str:
+    """``(0.485, 0.456, 0.406)``"""
+    return f"({', '.join(f'{value:g}' for value in values)})"
+
+
+def plain(value: Any) -> str:
+    """A value without brackets or quotes."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def checksum(path: Path) -> str:
+    """First 16 hex digits of the SHA-256, as results.json has them."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

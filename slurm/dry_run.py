@@ -1,0 +1,133 @@
+"""``--dry_run``: what a command line comes to, without torch and without SLURM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xcit_dino.errors import InputError
+from xcit_dino.slurm import attempts
+from xcit_dino.slurm.config import Launch, LaunchConfig, Stage
+from xcit_dino.train.config import dump_yaml, options
+
+
+def preview(launch: Launch, cluster: str) -> None:
+    """Print the run, each stage's resources and script, and the resolved recipe."""
+    print(f"run folder      {launch.run}\ncluster         {cluster}")
+    for line in without_effect(launch, cluster):
+        print(f"WARNING         {line}")
+    for stage in launch.stages:
+        print(f"\n== {stage.name}: {resources(stage)}")
+        facts = (
+            training_facts(stage) if stage.name == "pretrain" else neighbour_facts(launch, stage)
+        )
+        for name, value in facts.items():
+            print(f"{name:<26}{value}")
+        for remark in getattr(stage.config, "remarks", list)():
+            print(f"{'WARNING':<26}{remark}")
+        print(f"\n-- options\n{dump_yaml(stage.config)}", end="")
+        if cluster == "slurm":
+            from xcit_dino.slurm.submit import script
+
+            code = attempts.folder(launch.run) / "code" / "HASH"
+            after = "afterok:JOB" if stage is not launch.stages[0] else None
+            print(f"\n-- submission script\n{script(launch, stage, code, after)}")
+
+
+def resources(stage: Stage) -> str:
+    """``"2 nodes x 8 GPUs, 16 processes"``."""
+    asked = stage.resources
+    devices = counted(asked.ngpus, "GPU") if asked.ngpus else "CPUs"
+    return f"{counted(asked.nodes, 'node')} x {devices}, {counted(stage.num_tasks, 'process')}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``"1 node"``, ``"2 nodes"``, ``"2 processes"``."""
+    ending = "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{number} {noun}{ending if number != 1 else ''}"
+
+
+def training_facts(stage: Stage) -> dict[str, Any]:
+    """What follows from recipe, resources and index."""
+    config = stage.config
+    images_per_step = config.run.batch_size_per_gpu * config.run.accum_iter
+    batch = images_per_step * stage.num_tasks
+    lr = config.optim.lr
+    facts: dict[str, Any] = {
+        "global batch": " x ".join(
+            [
+                f"{batch} = {counted(config.run.batch_size_per_gpu, 'image')}",
+                counted(config.run.accum_iter, "micro-batch"),
+                counted(stage.num_tasks, "process"),
+            ]
+        ),
+        "effective learning rate": f"{lr * batch / 256:.6g} = {lr:g} x {batch} / 256",
+    }
+    try:
+        samples, shards = count_images(config.loader.data_path)
+    except (InputError, OSError, KeyError, ValueError) as error:
+        return facts | {"images": f"unknown ({error})"}
+    steps = samples // batch + (config.loader.last_batch == "wrap" and samples % batch > 0)
+    few = "; fewer images than a global batch: lower --batch_size_per_gpu" if not steps else ""
+    return facts | {
+        "images": f"{samples} in {counted(shards, 'shard')}",
+        "steps per epoch": f"{steps}, {steps * config.run.epochs} in {config.run.epochs} epochs"
+        + few,
+        "images per rank": f"{steps * images_per_step} an epoch",
+    }
+
+
+def neighbour_facts(launch: Launch, stage: Stage) -> dict[str, str]:
+    """Numbers of neighbours that the training set is too small for: they are left out."""
+    values = dict(options(stage.config))
+    if "nb_knn" not in values:
+        return {}
+    run = dict(options(launch.stages[0].config))
+    data_path = values["data_path"] or (run.get("data_path") if launch.stages[0] != stage else None)
+    try:
+        images = count_images(data_path)[0]
+    except (InputError, OSError, KeyError, ValueError):
+        return {}
+    large = ", ".join(str(k) for k in values["nb_knn"] if k > images)
+    if not large:
+        return {}
+    return {"--knn.nb_knn": f"{large} left out: the training split has only {images} images"}
+
+
+def count_images(data_path: Path | str | None) -> tuple[int, int]:
+    """(images, shards) of the training set, from its index alone: importing numpy is slow."""
+    if data_path is None:
+        raise InputError("--data_path is not given")
+    if "://" in str(data_path):
+        raise InputError(f"{data_path} is read when the run starts, not by a dry run")
+    folder = Path(data_path)
+    place = folder / "train" / "index.json"
+    place = place if place.is_file() else folder / "index.json"
+    if not place.is_file():
+        raise InputError(f"--data_path {folder}: no index.json is there, seen from this machine")
+    index = json.loads(place.read_text())
+    return int(index["samples"]), len(index["shards"])
+
+
+ON_SLURM_ONLY = (
+    "partition", "account", "qos", "constraint", "exclude", "comment", "mem", "slurm", "job_name",
+)  # fmt: skip
+IN_DEBUG_NEITHER = ("cpus_per_task", "timeout", "setup", "max_requeues")
+
+
+def without_effect(launch: Launch, cluster: str) -> list[str]:
+    """Lines that name the given options which this kind of launch has no use for."""
+    if cluster == "slurm":
+        return []
+    names = {*ON_SLURM_ONLY, *(IN_DEBUG_NEITHER if cluster == "debug" else ())}
+    if launch.others:
+        names.add("array_parallelism")
+    if cluster == "debug" or not any(stage.resources.timeout for stage in launch.stages):
+        names.add("signal_delay")
+    plain, general = dict(options(LaunchConfig())), dict(options(launch.launch))
+    given = [f"--{name}" for name in general if name in names and general[name] != plain[name]]
+    for stage in launch.stages:
+        own = dict(options(stage.resources)).items()
+        given += [f"--{stage.name}.{k}" for k, v in own if k in names and v != general[k]]
+    return [f"without effect on a {cluster} run: {', '.join(given)}"] if given else []

@@ -1,0 +1,166 @@
+"""``xcit-dino watch RUN``: a run's progress on this terminal, read from its folder alone.
+
+So it works for a run on another machine whose file system is seen here, with or without the
+launcher, and never touches the run.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from xcit_dino.errors import InputError, within
+from xcit_dino.progress import clock
+from xcit_dino.slurm import attempts
+from xcit_dino.slurm.runstate import State, moment
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+SILENCE = 600.0  # seconds without news that are pointed out
+VALUES = {  # metric -> (name, format)
+    "loss": ("loss", ".3f"), "teacher_entropy": ("teacher entropy", ".2f"), "kl": ("KL", ".3f"),
+    "grad_norm": ("gradient norm", ".2f"), "lr": ("learning rate", ".2e"),
+    "images_per_s": ("images/s", ",.0f"), "data_wait": ("data wait", ".1%"),
+    "memory_gib": ("memory, GiB", ".1f"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """A run's progress, live."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
+    """Run folder."""
+    every: float = 2.0
+    """Seconds between two looks at the folder."""
+    once: bool = False
+    """Show the present state and leave; so it is where the output is no terminal."""
+
+    def __post_init__(self) -> None:
+        within(self, 0.1, 3600, "every")
+
+
+def run(config: WatchConfig) -> None:
+    """Show the run until it ends; Ctrl-C leaves, and the run does not notice.
+
+    Raises:
+        InputError: there is no run.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    if seeds := attempts.seed_runs(config.run):
+        raise InputError(f"{config.run}: holds no run; watch one of {', '.join(map(str, seeds))}")
+    if not config.run.is_dir():
+        raise InputError(f"{config.run}: no such run folder")
+    state = State(config.run)
+    state.look()
+    if not (state.lines or state.tries or state.options or state.stages):
+        raise InputError(f"{config.run}: holds no run (no config.yaml, metrics.jsonl, launch)")
+    console = Console()
+    if config.once or not sys.stdout.isatty():
+        console.print(view(state, console.width))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(view(state, console.width), refresh=True)
+            if state.over:
+                return
+            time.sleep(config.every)
+            state.look()
+
+
+def view(state: State, width: int) -> RenderableType:
+    """Everything, as wide as the terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    arch = state.options.get("arch", "")
+    parts: list[RenderableType] = [Text.assemble((str(state.folder), "bold"), f"  {arch}")]
+    parts += [Text(" · ".join(state.stages), style="dim")] if state.stages else []
+    parts += [progress_line(state, width), news(state)]
+    parts += [Text(f"alarm: {kind} collapse", style="bold red") for kind in state.alarms()]
+    parts.append(Text())
+    parts += [values(state), Text()]
+    for name, title in (("loss", "loss"), ("knn_top1", "k-NN top-1"), ("val_top1", "val top-1")):
+        if len(points := state.series(name)) > 1:
+            parts.append(curve(title, [value for _, value in points], width))
+    return Group(*parts)
+
+
+def progress_line(state: State, width: int) -> RenderableType:
+    """Epoch, step, share and the time that is left."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    step = int(state.newest("step") or 0)
+    words = [f"step {step:,}" + (f"/{state.total:,}" if state.total else "")]
+    if state.total and (epochs := state.options.get("epochs")):
+        words.insert(0, f"epoch {step * epochs / state.total:.1f}/{epochs}")
+    if state.total > step and (rate := state.steps_a_second()) and not state.over:
+        words.append(f"eta {clock((state.total - step) / rate)}")
+    row = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=state.total or 1, completed=step, width=min(40, width // 3))
+    row.add_row(bar, "  ".join(words))
+    return row
+
+
+def news(state: State) -> RenderableType:
+    """When it was last heard of, and how often it has started."""
+    from rich.text import Text
+
+    starts = sum(line["event"] == "start" for line in state.tries)
+    words = [f"{starts} start{'s' if starts != 1 else ''}"] if starts else []
+    last = next((line for line in reversed(state.lines) if "time" in line), None)
+    style = "dim"
+    if state.tries and state.tries[-1]["event"] == "end":
+        end = state.tries[-1]
+        words.append(f"ended at step {end['step']:,}: {end.get('reason', '')}")
+    elif last is not None:
+        ago = max(0.0, time.time() - moment(last))
+        words.append(f"last news {clock(ago)} ago")
+        if ago > SILENCE:
+            style = "bold yellow"
+            words.append("(silent: waiting in a queue, evaluating, hung or killed)")
+    return Text("  ".join(words), style=style)
+
+
+def values(state: State) -> RenderableType:
+    """The newest numbers, and the accuracies."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    cells = [
+        (title, format(value, form))
+        for name, (title, form) in VALUES.items()
+        if (value := state.newest(name)) is not None
+    ]
+    for name, title in (("knn_top1", "k-NN top-1"), ("val_top1", "validation top-1")):
+        if points := state.series(name):
+            best = max(value for _, value in points)
+            cells.append((title, f"{points[-1][1]:.1f} at step {points[-1][0]:,}, best {best:.1f}"))
+    for first in range(0, len(cells), 2):
+        pair = cells[first : first + 2]
+        table.add_row(*(text for title, value in pair for text in (f"[dim]{title}[/]", value)))
+    return table
+
+
+def curve(title: str, numbers: list[float], width: int) -> RenderableType:
+    """A line of blocks from the lowest to the highest of the values' means."""
+    from rich.text import Text
+
+    room = max(10, min(60, width - 34))
+    size = -(-len(numbers) // room)
+    groups = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    means = [sum(group) / len(group) for group in groups]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    blocks = "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+    return Text.assemble((f"{title:<12}", "dim"), blocks, (f"  {low:.3g} to {high:.3g}", "dim"))

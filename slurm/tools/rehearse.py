@@ -1,0 +1,277 @@
+"""``launch rehearse``: does this cluster stop, requeue and resume a run without losing anything?
+
+Two tiny runs of the real trainer on the nodes, the partition and the folders that were asked for.
+One goes straight through. The other is told to save itself, as before a time limit, and later all
+its ranks are killed; SLURM (or the local launcher) starts it again each time. Both have to end with
+the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from xcit_dino.errors import InputError, RunError
+from xcit_dino.slurm import attempts, scheduler, status
+from xcit_dino.slurm.config import CancelConfig, Launch
+from xcit_dino.slurm.dry_run import preview
+from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
+from xcit_dino.slurm.stages import launch_config, read_defaults
+from xcit_dino.slurm.watch import read_state
+from xcit_dino.train.config import CONFIGS, pop_path
+
+RECIPE = CONFIGS / "rehearsal.yaml"
+STEPS_PER_EPOCH = 10
+MINUTES = 60.0  # that the rehearsal waits for a busy cluster to get on
+LOOK = 3.0  # seconds between two looks at the queue
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Where and with which launcher options."""
+
+    folder: Path
+    argv: tuple[str, ...]
+
+
+def rehearse_config(argv: Sequence[str], prog: str = "xcit-dino launch rehearse") -> Rehearsal:
+    """The options of ``launch``, for two runs below ``--output_dir`` (runs/rehearsal)."""
+    folder, rest = pop_path(argv, "output_dir")
+    shared = pop_path(argv, "shared_dir")[0]
+    shared = shared or read_defaults(pop_path(argv, "launch_defaults")[0]).shared_dir
+    place = folder or (shared or Path("runs")) / "rehearsal"
+    rehearsal = Rehearsal(Path(os.path.abspath(place)), tuple(rest))
+    launch = resolve(rehearsal, "straight")  # says what is wrong, and prints --help
+    for option, given in (("seeds", launch.others), ("stages", launch.stages[1:])):
+        if given:
+            raise InputError(f"--{option}: a rehearsal is one pretraining; leave the option out")
+    return rehearsal
+
+
+def words(rehearsal: Rehearsal, name: str) -> list[str]:
+    """The command line of one of the two runs."""
+    paths = ["--config", RECIPE, "--data_path", rehearsal.folder / "shards"]
+    return [*map(str, paths), "--output_dir", str(rehearsal.folder / name), *rehearsal.argv]
+
+
+def resolve(rehearsal: Rehearsal, name: str) -> Launch:
+    """One of the two runs."""
+    return launch_config(words(rehearsal, name), "xcit-dino launch rehearse")
+
+
+def run(rehearsal: Rehearsal) -> int:
+    """Rehearse; returns 0 where nothing was lost, else 1."""
+    launch = resolve(rehearsal, "straight")
+    cluster = choose_cluster(launch)
+    launch = with_gpus(launch, cluster)
+    if launch.launch.dry_run:
+        preview(launch, cluster)
+        return 0
+    if (rehearsal.folder / "interrupted").exists():
+        raise InputError(f"--output_dir {rehearsal.folder}: holds an earlier rehearsal; remove it")
+    make_shards(rehearsal.folder / "shards", STEPS_PER_EPOCH * global_batch(launch.stages[0]))
+    straight, interrupted = (rehearsal.folder / name for name in ("straight", "interrupted"))
+
+    straight, interrupted = Submitted(rehearsal, "straight"), Submitted(rehearsal, "interrupted")
+    print(f"straight run, on {cluster}: {straight.folder}", flush=True)
+    with straight:
+        straight.wait(straight.finished)
+    print(f"run that is interrupted: {interrupted.folder}", flush=True)
+    with interrupted:
+        for attempt, number in enumerate((signal.SIGUSR2, signal.SIGKILL), 1):
+            interrupted.wait(partial(interrupted.trains, attempt))
+            interrupt(interrupted.folder, cluster, number)
+            print(f"  attempt {attempt}: sent {number.name} to all ranks", flush=True)
+        interrupted.wait(interrupted.finished)
+    return verdict(straight.folder, interrupted.folder)
+
+
+def make_shards(folder: Path, images: int) -> None:
+    """A training set of so many images, unless it is there."""
+    from xcit_dino.data.config import DemoConfig
+    from xcit_dino.data.pack.demo import make
+
+    if not (folder / "train" / "index.json").is_file():
+        make(DemoConfig(dst=folder, train=images, val=10, size=16))
+
+
+class Submitted:
+    """One of the two runs: ``xcit-dino launch`` in its own process, which ends at once on SLURM,
+    locally with the run."""
+
+    def __init__(self, rehearsal: Rehearsal, name: str):
+        self.folder = rehearsal.folder / name
+        self.log = rehearsal.folder / f"{name}.log"
+        self.command = [sys.executable, "-m", "xcit_dino.cli", "launch", *words(rehearsal, name)]
+
+    def __enter__(self) -> None:
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and status.owner(self.folder):  # Ctrl-C too: leave no jobs behind
+            status.cancel(CancelConfig(self.folder))
+        self.process.wait()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Poll until the run is so far; each new state is shown, with SLURM's reason for it.
+
+        Raises:
+            InputError: it is refused.
+            RunError: it does not get there.
+        """
+        deadline, look, shown = time.monotonic() + 60 * MINUTES, 0.0, ""
+        while not condition():
+            if code := self.process.poll():
+                reason = self.log.read_text().splitlines()[-1].removeprefix("xcit-dino: ")
+                raise InputError(reason) if code == 2 else RunError(f"{reason} (log: {self.log})")
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"{self.folder} does not get on; see: xcit-dino launch status {self.folder}"
+                )
+            if time.monotonic() > look:
+                look = time.monotonic() + LOOK
+                at_work = status.owner(self.folder)
+                if not at_work and code == 0 and not condition():
+                    raise RunError(f"{self.folder}: {status.state(self.folder, 'pretrain')}")
+                state = status.state(self.folder, "pretrain") if at_work else shown
+                if state != shown:
+                    print(f"  {state}", flush=True)
+                shown = state
+            time.sleep(0.1)
+
+    def finished(self) -> bool:
+        """Whether the run has come to its end, of whatever kind."""
+        return attempts.load(self.folder, "pretrain").finished
+
+    def trains(self, attempt: int) -> bool:
+        """Whether the n-th attempt has done a step of its own, or the run is over."""
+        known = attempts.load(self.folder, "pretrain")
+        state = read_state(attempts.progress_file(self.folder, "pretrain"))
+        begun = known.attempts == attempt and state is not None and state["done"] > state["start"]
+        return known.finished or begun
+
+
+def interrupt(folder: Path, cluster: str, number: signal.Signals) -> None:
+    """Send a signal to all ranks."""
+    job_id = attempts.load(folder, "pretrain").job_id
+    if cluster == "slurm":
+        scheduler.signal_step(job_id, number.name)
+    elif number == signal.SIGKILL:
+        kill_ranks(int(job_id))
+    else:
+        os.kill(int(job_id), number)  # the controller passes it on
+
+
+def kill_ranks(controller: int) -> None:
+    """SIGKILL to the processes that a controller has started."""
+    children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+
+
+# -- the verdict -----------------------------------------------------------------------------------
+
+
+def verdict(straight: Path, interrupted: Path) -> int:
+    """Print what was found; returns the exit code."""
+    checks = {
+        "the straight run reached its end": lambda: state(straight, expected=1),
+        "the other was started again twice, and reached its end": lambda: state(interrupted, 3),
+        "each attempt met at a port of its own": lambda: fresh_ports(interrupted),
+        "every checkpoint is whole": lambda: whole(interrupted),
+        "every step is in the metrics once, with the same loss": lambda: curve(
+            straight, interrupted
+        ),
+        "the weights are equal, bit for bit": lambda: weights(straight, interrupted),
+    }
+    wrong = 0
+    for name, check in checks.items():
+        found = check()
+        wrong += bool(found)
+        print(f"{'NO ' if found else 'yes'}  {name}{f': {found}' if found else ''}")
+    logs = f"; logs: xcit-dino launch logs {interrupted}"
+    print(f"verdict: {'NOT safe here' + logs if wrong else 'nothing is lost here'}")
+    return 1 if wrong else 0
+
+
+def state(folder: Path, expected: int) -> str:
+    """'' where a run is done after so many attempts."""
+    known = attempts.load(folder, "pretrain")
+    if known.state == "done" and known.attempts == expected:
+        return ""
+    return f"{known.state} after {known.attempts} attempts {known.reason}".strip()
+
+
+def fresh_ports(folder: Path) -> str:
+    """'' where no two attempts used one port."""
+    jobs = attempts.folder(folder) / "jobs"
+    said = (json.loads(path.read_text()) for path in jobs.glob("*/words-*-0.json"))
+    ports = [word["port"] for word in said if "port" in word]
+    return "" if len(set(ports)) == len(ports) else f"ports {ports}"
+
+
+def whole(folder: Path) -> str:
+    """'' where every checkpoint has its checksum, and nothing half-written is left."""
+    from xcit_dino.train.provenance import file_checksum
+
+    for path in (folder / "checkpoints").iterdir():
+        if path.suffix == ".json":
+            if json.loads(path.read_text())["sha256"] != file_checksum(path.with_suffix(".pth")):
+                return f"{path.stem} is damaged"
+        elif path.suffix != ".pth":
+            return f"{path.name} was left behind"
+    return ""
+
+
+def curve(straight: Path, interrupted: Path) -> str:
+    """'' where both runs logged the same loss at each step, once."""
+    expected, found = losses(straight), losses(interrupted)
+    if expected == found:
+        return ""
+    for one, other in itertools.zip_longest(expected, found):
+        if one != other:
+            return f"(step, loss) {other} instead of {one}"
+    return ""
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """(step, loss) of each line of the metrics that has one."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def weights(straight: Path, interrupted: Path) -> str:
+    """'' where all tensors of the last checkpoints are equal."""
+    from xcit_dino.train.state import load_checkpoint, newest_checkpoint
+
+    pair = [newest_checkpoint(folder) for folder in (straight, interrupted)]
+    if None in pair:
+        return "no checkpoint"
+    expected, found = (load_checkpoint(path) for path in pair if path)
+    if expected["step"] != found["step"]:
+        return f"step {found['step']} instead of {expected['step']}"
+    return first_difference(expected, found, "")
+
+
+def first_difference(one: object, other: object, path: str) -> str:
+    """Path of the first tensor that differs in two nested dicts, or ''."""
+    import torch
+
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return "" if torch.equal(one, other) else f"{path} differs"
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return f"{path} has other entries"
+        found = (first_difference(one[key], other[key], f"{path}/{key}") for key in one)
+        return next(filter(None, found), "")
+    return ""

@@ -1,0 +1,202 @@
+"""Is the run healthy? Signs of collapse, measured on the device, and alarms that name the kind.
+
+The three kinds, and what gives them away (K prototypes, N teacher rows of a micro-batch):
+
+* **uniform**: the teacher gives every image the same flat answer. Entropy near ln K, the loss stuck
+  at ln K; nothing is sharpened (teacher_temp too high). What the answers say of the images, the
+  *information* in them (entropy of the mean answer minus mean entropy), goes to 0, whereas a
+  healthy teacher's is a good part of ln N.
+* **single mode**: the teacher gives every image one of a few sharp answers, in the end the same;
+  nothing is centred. The mean answer covers a few prototypes: the number of *modes* (its
+  perplexity) goes to 1.
+* **dimensional**: answers differ, but the features of the backbone lie along few directions, or on
+  a point: their *effective rank* goes to 1, or their deviation to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xcit_dino.errors import RunError, warn
+from xcit_dino.train.distributed import dist
+
+
+@torch.no_grad()
+def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, Tensor]:
+    """The loss and cheap signs beside it, as device scalars.
+
+    ``teacher_entropy``: mean entropy of the teacher's answers, nats, 0 to ln K.
+    ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
+    ``information``: what the answers say of the images, nats, as a share of ln min(N, K); 0 where
+    there is one row.
+    ``mean_entropy``: entropy of the mean answer as a share of ln K; 0 is a single mode.
+    ``prototypes_used``: share of prototypes that are some image's first choice in this batch.
+    ``feature_std``: mean deviation of a dimension of the unit-length features, times sqrt(D): 1 is
+    spread evenly, 0 is one point.
+    ``effective_rank``: (sum of eigenvalues)^2 / (sum of their squares) of the features' covariance,
+    1 to min(N - 1, D): the directions in use, without computing eigenvalues.
+    """
+    answers_NK = targets_GBK.flatten(0, 1)
+    rows, prototypes = answers_NK.shape
+    possible = max(min(rows, prototypes), 2)
+    entropy = torch.special.entr(answers_NK).sum(-1).mean()
+    mean_entropy = torch.special.entr(answers_NK.mean(0)).sum()
+    used = torch.zeros(prototypes, device=loss.device)
+    used.index_fill_(0, answers_NK.argmax(-1), 1.0)
+
+    unit_ND = F.normalize(features_ND.float(), dim=-1)
+    spread_ND = unit_ND - unit_ND.mean(0)
+    wide = spread_ND.shape[0] < spread_ND.shape[1]
+    gram = spread_ND @ spread_ND.T if wide else spread_ND.T @ spread_ND
+    return {
+        "loss": loss.detach(),
+        "teacher_entropy": entropy,
+        "kl": loss.detach() - entropy,
+        "information": (mean_entropy - entropy) / math.log(possible),
+        "mean_entropy": mean_entropy / math.log(prototypes),
+        "prototypes_used": used.sum() / possible,
+        "feature_std": spread_ND.square().mean(0).sqrt().mean() * math.sqrt(unit_ND.shape[1]),
+        "effective_rank": gram.trace().square() / gram.square().sum().clamp_min(1e-12),
+    }
+
+
+# -- alarms ----------------------------------------------------------------------------------------
+
+Line = dict[str, float]
+LOW_INFORMATION, ENOUGH_INFORMATION = 0.03, 0.06
+FEW_MODES, ENOUGH_MODES = 6.0, 10.0
+FEW_USED, ENOUGH_USED = 0.25, 0.4  # a micro-batch of few images has few modes in good health
+LOW_RANK, ENOUGH_RANK = 1.5, 2.0
+LOW_STD, ENOUGH_STD = 0.02, 0.04
+FEW_IMAGES = 4  # fewer lie along one direction, and have as many modes, in the best of health
+
+
+class Kind(NamedTuple):
+    """A kind of collapse: when it is there, when it is over, what to do about it."""
+
+    name: str
+    sick: Callable[[Line], bool]
+    well: Callable[[Line], bool]
+    sign: str
+    advice: str
+
+
+KINDS = (
+    Kind(
+        "uniform",
+        lambda line: line["information"] < LOW_INFORMATION and line["modes"] > FEW_MODES,
+        lambda line: line["information"] > ENOUGH_INFORMATION or line["modes"] < FEW_MODES,
+        "the teacher answers every image alike, over all prototypes (entropy {teacher_entropy:.2f} "
+        "of ln K = {ceiling:.2f}, KL {kl:.3f}, loss {loss:.2f})",
+        "sharpen: a lower --teacher_temp and --warmup_teacher_temp (0.04); a higher "
+        "--momentum_teacher; for small heads --use_bn_in_head true",
+    ),
+    Kind(
+        "single mode",
+        lambda line: line["modes"] < FEW_MODES and line["used"] <= FEW_USED,
+        lambda line: line["modes"] > ENOUGH_MODES or line["used"] > ENOUGH_USED,
+        "the teacher knows {modes:.1f} answers for all images (entropy {teacher_entropy:.2f}, "
+        "{prototypes_used:.0%} of prototypes used, centre {center_norm:.1f})",
+        "centre: --center_momentum 0.9 (1 never centres); a lower --lr; a longer "
+        "--freeze_last_layer; a higher --momentum_teacher",
+    ),
+    Kind(
+        "dimensional",
+        lambda line: line["effective_rank"] < LOW_RANK or line["feature_std"] < LOW_STD,
+        lambda line: line["effective_rank"] > ENOUGH_RANK and line["feature_std"] > ENOUGH_STD,
+        "the features lie along few directions (effective rank {effective_rank:.2f}, deviation "
+        "{feature_std:.3f})",
+        "a lower --lr, a longer --warmup_epochs, a larger global batch",
+    ),
+)
+
+
+class Alarms:
+    """Alarms with hysteresis: a kind of collapse has to show in every reading for ``patience``
+    steps before it is reported, and to be away as long, by a wider margin, before it is over.
+
+    Args:
+        prototypes: K.
+        patience: steps.
+        stop: whether an alarm ends the run.
+        views, images: G and B of a micro-batch. Views of an image get one answer in good health,
+            so the share of prototypes used is judged as if there were two. No alarm is raised from
+            fewer than ``FEW_IMAGES``, which is said.
+        saved: what :meth:`state` of an earlier try gave.
+    """
+
+    def __init__(
+        self,
+        prototypes: int,
+        patience: int,
+        stop: bool,
+        *,
+        views: int = 2,
+        images: int = 64,
+        saved: dict[str, Any] | None = None,
+    ):
+        self.ceiling = math.log(prototypes)
+        self.as_two = min(views * images, prototypes) / min(2 * images, prototypes)
+        self.blind = images < FEW_IMAGES
+        if self.blind and dist.is_main():
+            warn(
+                f"no alarms for collapse: --batch_size_per_gpu {images} is too few images to judge "
+                f"by; take {FEW_IMAGES} or more"
+            )
+        self.patience, self.stop = patience, stop
+        saved = saved or {"on": [], "since": {}}
+        self.on: set[str] = set(saved["on"])
+        self.since: dict[str, int] = dict(saved["since"])  # kinds about to change: since which step
+
+    def state(self) -> dict[str, Any]:
+        """What the next try needs to ring at the same steps, as plain values."""
+        return {"on": sorted(self.on), "since": dict(self.since)}
+
+    def observe(self, step: int, line: Line) -> Line:
+        """Take in a line of the log; the same on all ranks, so all of them stop together.
+
+        Returns:
+            For the log: ``alarm_KIND`` 1.0 or 0.0, for those that changed.
+
+        Raises:
+            RunError: an alarm, where the run is to stop.
+        """
+        if self.blind:
+            return {}
+        changed = {}
+        line = line | {
+            "modes": math.exp(line["mean_entropy"] * self.ceiling),
+            "used": line["prototypes_used"] * self.as_two,
+        }
+        for kind in KINDS:
+            turns = kind.well if kind.name in self.on else kind.sick
+            if not turns(line):
+                self.since.pop(kind.name, None)
+            elif step - self.since.setdefault(kind.name, step) >= self.patience:
+                del self.since[kind.name]
+                changed[f"alarm_{kind.name.replace(' ', '_')}"] = float(kind.name not in self.on)
+                self._turn(kind, step, line)
+        return changed
+
+    def _turn(self, kind: Kind, step: int, line: Line) -> None:
+        self.on ^= {kind.name}
+        if kind.name not in self.on:
+            text = f"step {step}: no sign of {kind.name} collapse any more"
+        else:
+            sign = kind.sign.format(ceiling=self.ceiling, **line)
+            text = f"step {step}: {kind.name} collapse: {sign}. Turn: {kind.advice}"
+            if self.stop:
+                raise RunError(text)
+        if dist.is_main():
+            warn(text)
+
+
+def patience(steps_per_epoch: int) -> int:
+    """An epoch, but not less than 100 steps and not more than 2,000."""
+    return min(max(100, steps_per_epoch), 2_000)

@@ -1,0 +1,297 @@
+"""Options of supervised training (finetuning, distillation); torch-free.
+
+Names are DeiT's and XCiT's (``main.py``) where they have the concept; defaults are the supervised
+recipe of XCiT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from xcit_dino.data.config import CropsConfig, LoaderConfig
+from xcit_dino.errors import InputError, needs, within
+from xcit_dino.eval.config import NetworkName
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
+from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
+from xcit_dino.train.config import (
+    CONFIGS,
+    OptimConfig,
+    RunConfig,
+    parse,
+    pop_option,
+    pop_path,
+    read_yaml,
+    replace,
+)
+
+Config = TypeVar("Config", bound="FinetuneConfig")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where training starts."""
+
+    pretrained_weights: Path | None = None
+    """A run folder (its newest checkpoint, arch and data), or a file of any kind that `weights`
+    reads: self-supervised or supervised. Left out: from scratch."""
+    checkpoint_key: NetworkName | None = None
+    """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
+    new_head: bool = False
+    """Leave out the classifier that the weights have and start a new one, for other classes."""
+
+
+@dataclass(frozen=True)
+class RegularizationConfig:
+    """What the network sees, and what keeps it from learning that by heart."""
+
+    input_size: int = 224
+    """Side of the training crops and of the validation images in pixels."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels (values in [0, 1]); left out: as the weights to start from were
+    trained, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The channels are divided by it; left out: as for mean."""
+    train_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a training crop covers, from and to (torchvision)."""
+    hflip: float = 0.5
+    """Probability of a left-right flip."""
+    aa: str = "rand-m9-mstd0.5-inc1"
+    """timm's policy of automatic augmentation: rand-..., augmix-..., original, v0, 3a; or none."""
+    color_jitter: float = 0.4
+    """Strength of colour jitter, where there is no automatic augmentation (timm's rule)."""
+    reprob: float = 0.25
+    """Probability of erasing a random rectangle."""
+    remode: Literal["pixel", "rand", "const"] = "pixel"
+    """Filled with noise for each pixel, one random colour, or the mean colour."""
+    recount: int = 1
+    """Rectangles."""
+    repeated_aug: int = 3
+    """Times that a sample stands in a global batch, augmented anew; 1 switches it off. An epoch
+    remains as many images as there are, of fewer samples."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 switches it off."""
+    cutmix: float = 1.0
+    """Alpha of CutMix; 0 switches it off."""
+    mixup_prob: float = 1.0
+    """Probability of mixing at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix instead of mixup, where both are on."""
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    """One mixing for a process's batch, for a pair of images, or for each image."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    model_ema_decay: float = 0.99996
+    """Decay of the moving average of the weights, a step; 0 switches it off."""
+    layer_decay: float = 1.0
+    """The learning rate of a layer is this often multiplied as it lies layers below the head."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
+        within(self, 1, 4096, "input_size")
+        within(self, 0, 1, "mean")
+        within(self, 1e-3, 1e3, "std")
+        within(self, 0, 10, "color_jitter", "mixup", "cutmix")
+        within(self, 1, 100, "recount", "repeated_aug")
+        within(self, 0, 1, "model_ema_decay", "layer_decay")
+        if self.model_ema_decay == 1 or self.layer_decay == 0:
+            raise InputError("--model_ema_decay must be below 1 and --layer_decay above 0")
+        low, high = self.train_scale
+        if not 0 < low <= high <= 1:
+            raise InputError("--train_scale must be two shares of the area, 0 < from <= to <= 1")
+
+    @property
+    def crops(self) -> CropsConfig:
+        """One crop an image, as the loader wants it said."""
+        return CropsConfig(
+            global_crops_number=1,
+            global_crops_size=self.input_size,
+            global_crops_scale=self.train_scale,
+            local_crops_number=0,
+        )
+
+    @property
+    def normalization(self) -> tuple[Channels, Channels]:
+        """Mean and std of the channels; ImageNet's where none are given."""
+        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with one another."""
+        return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Accuracy while training goes on."""
+
+    eval_every: int = 10
+    """Epochs between validations of the raw and the averaged weights; 0: at the end only."""
+    eval_crop_ratio: float = 1.0
+    """Share of the resized image's side that the centre crop keeps (XCiT's --full_crop: 1)."""
+    eval_batch_size: int = 128
+    """Images that a process validates at once."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e6, "eval_every")
+        within(self, 0.1, 1, "eval_crop_ratio")
+        within(self, 1, 1e6, "eval_batch_size")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A complete supervised training: from self-supervised or supervised weights, or scratch."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(epochs=400, batch_size_per_gpu=128))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=0.00025,  # for 256 images: XCiT's 0.0005 is for 512
+            min_lr=1e-5,
+            warmup_epochs=5,
+            warmup_lr=1e-6,
+            weight_decay=0.05,
+            weight_decay_end=0.05,
+            clip_grad=0,
+        )
+    )
+    cooldown_epochs: float = 0.0
+    """The last epochs, at min_lr."""
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e6, "cooldown_epochs")
+        if self.loader.decoder != "host":
+            raise InputError(
+                "--decoder cuda: RandAugment works on the host's pixels; use --decoder host"
+            )
+        if self.regularization.mixes and self.run.batch_size_per_gpu % 2:
+            raise InputError(
+                f"--batch_size_per_gpu {self.run.batch_size_per_gpu}: mixup pairs images, so it "
+                "must be even (or --mixup 0 --cutmix 0)"
+            )
+        if not self.model.arch.startswith(TIMM_PREFIX):
+            size, patch = self.regularization.input_size, model_spec(self.model.arch).patch_size
+            if size % patch:
+                near = max(patch, round(size / patch) * patch)
+                raise InputError(
+                    f"--input_size {size}: {self.model.arch} needs a multiple of its patch size "
+                    f"{patch}, say {near}"
+                )
+
+    def remarks(self) -> list[str]:
+        """What the options do together that one would not expect, a line each."""
+        epochs, warmup = self.run.epochs, self.optim.warmup_epochs
+        found = self.optim.remarks(epochs)
+        if not found and self.cooldown_epochs and warmup + self.cooldown_epochs >= epochs:
+            found.append(
+                f"--warmup_epochs {warmup:g} and --cooldown_epochs {self.cooldown_epochs:g} with "
+                f"--epochs {epochs}: the learning rate falls to --min_lr at once after the warm-up"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Whom the student learns from, and how."""
+
+    teacher_model: str = "regnety_160.deit_in1k"
+    """A timm model, or a built-in one; the default is the teacher of DeiT and XCiT."""
+    teacher_path: Path | None = None
+    """The teacher's weights: a file, or a run folder; left out: timm's own, downloaded once."""
+    teacher_size: int = 0
+    """Side of the images that the teacher sees; 0: its own (its run or timm knows it), else the
+    student's."""
+    distillation_type: Literal["hard", "soft", "symmetric"] = "hard"
+    """hard: cross-entropy with the teacher's choice. soft: KL from the teacher, over classes
+    averaged (both DeiT). symmetric: mean of KL both ways (PASSL)."""
+    distillation_alpha: float = 0.5
+    """Share of the teacher in the loss; the labels have the rest."""
+    distillation_tau: float = 1.0
+    """Temperature of soft and symmetric."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "distillation_alpha")
+        within(self, 1e-3, 1e3, "distillation_tau")
+        within(self, 0, 4096, "teacher_size")
+        soft = self.distillation_type != "hard"
+        needs(self, soft, "with --distillation_type hard", "distillation_tau")
+
+
+@dataclass(frozen=True)
+class DistillConfig(FinetuneConfig):
+    """Supervised training with a frozen teacher beside the labels."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+
+# -- command lines
+
+
+def finetune_config(argv: Sequence[str], prog: str = "xcit-dino finetune") -> FinetuneConfig:
+    """Recipe (``--config FILE``, or ``configs/finetune/ARCH.yaml``) plus command-line overrides.
+
+    Raises:
+        InputError: unknown model, file, option or value, in one line.
+    """
+    return _config(FinetuneConfig(), "finetune", argv, prog, "Train a classifier.")
+
+
+def distill_config(argv: Sequence[str], prog: str = "xcit-dino distill") -> DistillConfig:
+    """Recipe (``--config FILE``, or ``configs/distill/ARCH_dist.yaml``) plus overrides."""
+    return _config(DistillConfig(), "distill", argv, prog, "Train a classifier with a teacher.")
+
+
+def recipe_path(kind: str, arch: str) -> Path | None:
+    """The recipe for a name as published: ``xcit_small_12_p8_384`` has one of its own beside
+    ``xcit_small_12_p8``; None where there is neither.
+
+    Raises:
+        InputError: there is one for 224 pixels only.
+    """
+    suffix = "_dist" if kind == "distill" else ""
+    bare = canonical_name(arch)
+    names = (f"{arch.removesuffix('_dist')}{suffix}", f"{bare}{suffix}")
+    paths = [CONFIGS / kind / f"{name.replace('/', '_')}.yaml" for name in names]
+    found = next((path for path in paths if path.is_file()), None)
+    if found == paths[1] and "_384" in arch:
+        raise InputError(
+            f"--arch {arch}: there is no recipe for 384 pixels; take {bare}{suffix}, and add "
+            "--input_size 384"
+        )
+    return found
+
+
+def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str) -> Config:
+    """Defaults, then what a run folder to start from says, then the recipe, then the flags."""
+    file, argv = pop_path(argv, "config")
+    folder = pop_path(argv, "pretrained_weights")[0]
+    known = _run_options(folder)
+    arch = pop_option(argv, "arch")[0] or known.get("arch") or base.model.arch
+    path = file or recipe_path(kind, arch)
+    config = replace(base, known, source=f"{folder}/config.yaml")
+    if path is None:
+        config = replace(config, {"arch": arch})
+    else:
+        config = replace(config, read_yaml(path), source=str(path))
+    origin = f"Defaults below: {path or 'those of the supervised XCiT recipe'}"
+    config = parse(config, argv, prog, f"{about} {origin} (another with --config FILE).")
+    name = canonical_name(config.model.arch)
+    values: dict[str, Any] = {"arch": name}
+    if config.run.output_dir == RunConfig.output_dir:
+        runs = folder if folder and known else Path("runs") / name.replace("/", "_")
+        values["output_dir"] = runs / kind
+    return replace(config, values)
+
+
+def _run_options(folder: Path | None) -> dict[str, Any]:
+    """What a run folder passes on to its continuation: arch and where the data are."""
+    path = folder / "config.yaml" if folder else None
+    options = read_yaml(path) if path and path.is_file() else {}
+    passed_on = ("arch", "data_path", "shard_url")
+    return {name: options[name] for name in passed_on if options.get(name)}

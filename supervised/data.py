@@ -1,0 +1,180 @@
+"""Labelled shards -> augmented, mixed batches, for supervised training.
+
+The loader of pretraining cuts one RandomResizedCrop an image, so that order, resumption, quarantine
+and remote shards are the same. Its workers then run timm's own PIL operations on the crop
+(:class:`HostAugment`): RandAugment is defined by them, and rewriting fifteen for the device would
+buy little beside the decoding. Erasing and mixing work on normalised batches and are done on the
+device (:class:`DeviceAugment`).
+
+timm draws from the global generators of random, numpy and torch. They are seeded anew for each
+image, from (seed, epoch, sample, copy), or for each micro-batch, from (seed, step, micro, rank): no
+generator's state has to be saved.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from xcit_dino.data.augment import normalize
+from xcit_dino.data.loader import Batch
+from xcit_dino.data.packed import to_device
+from xcit_dino.data.plan import Plan
+from xcit_dino.data.rng import keyed_bits
+from xcit_dino.data.shards.index import ShardIndex, resolve_split
+from xcit_dino.data.workers import Task
+from xcit_dino.errors import InputError
+from xcit_dino.eval.features import num_classes_of
+from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig
+from xcit_dino.train.distributed import dist
+
+HOST_STREAM, ERASE_STREAM, MIX_STREAM = 21, 22, 23
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Training and validation images that belong together."""
+
+    train: ShardIndex
+    val: ShardIndex
+    num_classes: int
+
+
+def open_data(config: FinetuneConfig) -> LabelledData:
+    """The two splits of ``--data_path``.
+
+    Raises:
+        InputError: a split is missing, images without labels, other classes in the two.
+    """
+    path = config.loader.data_path
+    if path is None:
+        raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
+    train, val = (ShardIndex.load(resolve_split(path, split)) for split in ("train", "val"))
+    return LabelledData(train, val, num_classes_of(train, val))
+
+
+def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Plan:
+    """The order of the samples, each ``repeated_aug`` times in a global batch."""
+    return Plan(
+        train.counts,
+        seed=config.run.seed,
+        checksum=train.checksum,
+        batch_size=global_batch,
+        window=config.loader.shuffle_window,
+        last_batch=config.loader.last_batch,
+        repeats=config.regularization.repeated_aug,
+    )
+
+
+class HostAugment:
+    """Flip and timm's automatic augmentation, or colour jitter, of a slot's crops, in the worker.
+
+    Raises:
+        InputError: timm does not know the policy.
+    """
+
+    def __init__(self, config: RegularizationConfig, seed: int):
+        self.hflip, self.seed = config.hflip, seed
+        mean, std = config.normalization
+        try:
+            _, self.transform, _ = create_transform(  # pyright: ignore
+                config.input_size,
+                is_training=True,
+                separate=True,  # crop and flip, what we want, tensor and normalisation
+                auto_augment=None if config.aa in ("", "none") else config.aa,
+                color_jitter=config.color_jitter,
+                interpolation="bicubic",
+                mean=mean,
+                std=std,
+            )
+        except (AssertionError, KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                f"--aa {config.aa}: timm knows no such policy ({error or 'unknown'}); "
+                "write rand-m9-mstd0.5-inc1, or none"
+            ) from error
+
+    def __call__(self, views: list[Tensor], task: Task) -> None:
+        """Change the crops [1, B, 3, S, S], uint8 and channels last, in place."""
+        bits = keyed_bits(self.seed, HOST_STREAM, task.epoch, task.samples)
+        for crop, seed in zip(views[0][0], bits, strict=True):
+            seed_everything(seed)
+            pixels = crop.permute(1, 2, 0).numpy()
+            image = Image.fromarray(pixels)
+            if random.random() < self.hflip:
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            np.copyto(pixels, np.asarray(self.transform(image)))
+
+
+class DeviceAugment:
+    """Normalise, erase, mix: a micro-batch of crops and labels, ready for network and loss."""
+
+    def __init__(self, config: FinetuneConfig, num_classes: int, world: dist.World):
+        options = config.regularization
+        self.seed, self.num_classes, self.world = config.run.seed, num_classes, world
+        self.smoothing, self.normalization = options.smoothing, options.normalization
+        self.erase = RandomErasing(
+            options.reprob, mode=options.remode, max_count=options.recount, device=str(world.device)
+        )
+        self.mix = None
+        if options.mixes:
+            self.mix = Mixup(
+                options.mixup,
+                options.cutmix,
+                prob=options.mixup_prob,
+                switch_prob=options.mixup_switch_prob,
+                mode=options.mixup_mode,
+                label_smoothing=options.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(float32 [B, 3, S, S], soft labels [B, C]), on the device."""
+        device = self.world.device
+        images = batch.global_crops[0].to(device, non_blocking=True)
+        images = normalize(images, *self.normalization)
+        labels = batch.labels.to(device, non_blocking=True)
+        if self.erase.probability > 0:
+            bits = keyed_bits(self.seed, ERASE_STREAM, batch.epoch, batch.samples)
+            for image, seed in zip(images, bits, strict=True):
+                seed_everything(seed)
+                self.erase(image)
+        if self.mix is None:
+            return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
+        keys = (self.seed, MIX_STREAM, batch.step, batch.micro, self.world.rank)
+        seed_everything(keyed_bits(*keys)[0])
+        with QueuedTensors():
+            return self.mix(images, labels)
+
+
+class QueuedTensors(TorchFunctionMode):
+    """Inside, ``torch.tensor(array, device=..., dtype=...)`` does not wait for the device.
+
+    timm makes the labels' weights with it where each image is mixed in its own way.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is not torch.tensor:
+            return func(*args, **kwargs)
+        (array,) = args
+        return to_device(
+            torch.from_numpy(array).to(kwargs["dtype"]), torch.device(kwargs["device"])
+        )
+
+
+def seed_everything(bits: NDArray[np.uint64] | np.uint64) -> None:
+    """Seed the generators that timm draws from."""
+    number = int(bits)
+    random.seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    torch.manual_seed(number)

@@ -1,0 +1,33 @@
+"""``xcit-dino finetune``: a classifier from self-supervised or supervised weights, or from scratch
+(XCiT ``main.py``)."""
+
+from __future__ import annotations
+
+import signal
+
+from xcit_dino.supervised.config import FinetuneConfig
+from xcit_dino.supervised.data import open_data
+from xcit_dino.supervised.loop import soft_cross_entropy, train
+from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
+from xcit_dino.train import signals
+from xcit_dino.train.distributed import dist
+
+
+def main(config: FinetuneConfig) -> None:
+    """The command: :func:`finetune` with signals that save before they end it."""
+    signals.install(signal.SIGTERM, signal.SIGINT)
+    with dist.leaving():
+        finetune(config)
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Train and write ``finetune`` and ``finetune/ema`` to ``results.json``; see
+    :func:`xcit_dino.supervised.loop.train`."""
+    world = dist.init(config.run.device)
+    data = open_data(config)
+    config = with_input_settings(config)
+    run = config.run
+    model, facts = build_model(
+        config.model, config.start, data.num_classes, run.output_dir, run.seed
+    )
+    train(config, Method("finetune", "model", soft_cross_entropy, facts), model, data, world)

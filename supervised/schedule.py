@@ -1,0 +1,92 @@
+"""Schedules and AdamW of supervised training: warm-up, cosine, cool-down; layer-wise rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import group_parameters  # pyright: ignore
+from torch import nn
+
+from xcit_dino.supervised.config import FinetuneConfig
+from xcit_dino.train.schedules import cosine, warmup_cosine
+
+XCIT_LAYERS = {  # as timm's XCiT has them, in official names
+    "stem": r"^cls_token|pos_embeder|patch_embed",
+    "blocks": r"^blocks\.(\d+)",
+    "cls_attn_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
+}
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The scheduled values of one step."""
+
+    lr: float
+    """Of the last layer; those below have their share of it."""
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``schedule(step)``: pure, so that a resumed run is where it would have been."""
+
+    config: FinetuneConfig
+    steps_per_epoch: int
+    global_batch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.run.epochs * self.steps_per_epoch
+
+    @property
+    def peak_lr(self) -> float:
+        """Linear rule: ``lr`` is for 256 images."""
+        return self.config.optim.lr * self.global_batch / 256
+
+    def __call__(self, step: int) -> Hyperparameters:
+        """Values for step ``step``, counted from 0."""
+        opt = self.config.optim
+        warmup = round(opt.warmup_epochs * self.steps_per_epoch)
+        end = self.total_steps - round(self.config.cooldown_epochs * self.steps_per_epoch)
+        return Hyperparameters(
+            lr=warmup_cosine(step, end, self.peak_lr, opt.min_lr, warmup, opt.warmup_lr),
+            weight_decay=cosine(step, end, opt.weight_decay, opt.weight_decay_end),
+        )
+
+
+def adamw(model: nn.Module, layer_decay: float) -> torch.optim.AdamW:
+    """AdamW over :func:`parameter_groups`; the rest is set before every step."""
+    groups = parameter_groups(model, layer_decay)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+
+
+def parameter_groups(model: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    """One group a layer and kind of parameter: ``lr_scale`` is ``layer_decay`` to the power of the
+    layers above it; ``decays`` says whether weight decay applies (not to 1-D tensors and what the
+    model names in ``no_weight_decay``)."""
+    spared = getattr(model, "no_weight_decay", set)()
+    layers = layer_numbers(model)
+    top = max(layers.values())
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = layer_decay ** (top - layers[name])
+            decays = parameter.ndim > 1 and name not in spared
+            new = {"params": [], "lr_scale": scale, "decays": decays}
+            groups.setdefault((scale, decays), new)["params"].append(parameter)
+    return list(groups.values())
+
+
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> its layer, 0 for the stem, the head last."""
+    matcher = getattr(model, "group_matcher", lambda: XCIT_LAYERS)()
+    return group_parameters(model, matcher, reverse=True)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, now: Hyperparameters) -> None:
+    """Each group its share of the learning rate, and weight decay where it applies."""
+    for group in optimizer.param_groups:
+        group["lr"] = now.lr * group["lr_scale"]
+        group["weight_decay"] = now.weight_decay if group["decays"] else 0.0

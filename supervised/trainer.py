@@ -1,0 +1,163 @@
+"""What a supervised step works with, and how it is made ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3  # pyright: ignore
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from xcit_dino.data.loader import Batch
+from xcit_dino.eval.context import run_options, settings_of
+from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
+from xcit_dino.models.weights.load import load_backbone
+from xcit_dino.models.zoo import ModelConfig, create_model
+from xcit_dino.supervised.config import Config, FinetuneConfig, StartConfig
+from xcit_dino.supervised.data import DeviceAugment, LabelledData
+from xcit_dino.supervised.schedule import adamw
+from xcit_dino.train.amp import resolve_precision
+from xcit_dino.train.config import replace
+from xcit_dino.train.distributed import dist, sync_batchnorm
+from xcit_dino.train.provenance import file_checksum
+from xcit_dino.train.state import Checkpoints, TrainState, is_whole, weights_file
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
+
+
+@dataclass
+class Method:
+    """What tells finetuning and distillation apart."""
+
+    name: str
+    """Of the command, and of its results."""
+    network: str
+    """What the trained network is called in checkpoints."""
+    criterion: Criterion
+    facts: dict[str, Any]
+    """Of the start and the teacher; they go into the protocol."""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    """Other networks for the checkpoints."""
+
+
+@dataclass
+class Trainer:
+    """What a step works with."""
+
+    config: FinetuneConfig
+    world: dist.World
+    model: nn.Module
+    average: ModelEmaV3 | None
+    criterion: Criterion
+    augment: Callable[[Batch], tuple[Tensor, Tensor]]
+    dtype: torch.dtype
+    state: TrainState
+    parallel: nn.Module  # the model, in DistributedDataParallel where there are several ranks
+
+    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step, with the last micro-batch."""
+        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
+            return self.parallel.no_sync()
+        return nullcontext()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What is validated: ``""`` the trained network, and ``"ema"`` its moving average once it
+        is made of the training more than of the weights that this began with."""
+        decay = self.config.regularization.model_ema_decay
+        ripe = self.average is not None and initial_share(decay, self.state.step) <= 0.5
+        return {"": self.model} | ({"ema": self.average.module} if ripe and self.average else {})
+
+
+def set_up(
+    config: FinetuneConfig, method: Method, model: nn.Module, data: LabelledData, world: dist.World
+) -> Trainer:
+    """The network on its device, its moving average, the optimiser, and the state of all of it."""
+    run, decay = config.run, config.regularization.model_ema_decay
+    dtype = resolve_precision(run.precision, world.device)
+    if world.size > 1:
+        sync_batchnorm.convert(model)
+    model.to(world.device).train()
+    average = ModelEmaV3(model, decay=decay) if decay else None
+    averages = {} if average is None else {"model_ema": average.module}
+    state = TrainState(
+        {method.network: model, **averages, **method.modules},
+        adamw(model, config.regularization.layer_decay),
+        torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
+        data=data.train.checksum,
+        global_batch=run.batch_size_per_gpu * run.accum_iter * world.size,
+    )
+    parallel: nn.Module = model
+    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
+        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    augment = DeviceAugment(config, data.num_classes, world)
+    return Trainer(config, world, model, average, method.criterion, augment, dtype, state, parallel)
+
+
+def initial_share(decay: float, steps: int) -> float:
+    """Share that the weights before the first step still have in a moving average, 0 to 1."""
+    return decay**steps
+
+
+def say_average(decay: float, steps: int) -> None:
+    """Say before a training whose averaged weights will not be evaluated at its end why."""
+    share = initial_share(decay, steps)
+    if decay and share > 0.5 and dist.is_main():
+        remedy = f"; a decay of {1 - 5 / steps:.4g} suits as many steps" if steps > 5 else ""
+        print(
+            f"--model_ema_decay {decay:g}: after {steps} steps the average is still {share:.0%} "
+            f"the weights before the first one, so it is not evaluated{remedy}",
+            flush=True,
+        )
+
+
+def started(folder: Path) -> bool:
+    """Whether a run folder holds a whole checkpoint, which then has all weights needed."""
+    found = Checkpoints(folder).all()
+    return dist.from_main(lambda: any(is_whole(path) for path in reversed(found)))
+
+
+def with_input_settings(config: Config) -> Config:
+    """The options with ``--mean`` and ``--std`` filled in: those of the run that goes on, else of
+    the weights to start from, else ImageNet's."""
+    start, folder, arch = config.start, config.run.output_dir, config.model.arch
+    settings = None
+    if started(folder):
+        settings = InputSettings.of_run(run_options(folder))
+    elif start.pretrained_weights is not None:
+        path = weights_file(start.pretrained_weights, "--pretrained_weights")
+        settings = settings_of(arch, path, start.checkpoint_key)
+    settings = settings or InputSettings()
+    own = config.regularization
+    found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
+    if dist.is_main() and found["mean"] != IMAGENET_MEAN:
+        print(f"images are normalised by mean {found['mean']}, std {found['std']}", flush=True)
+    return replace(config, found)
+
+
+def build_model(
+    model: ModelConfig, start: StartConfig, num_classes: int, run_folder: Path, seed: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier with the weights to start from, and where those come from.
+
+    Raises:
+        InputError: no such weights, of another architecture, or for another number of classes.
+    """
+    torch.manual_seed(seed)
+    network = create_model(model.arch, num_classes=num_classes, drop_path_rate=model.drop_path_rate)
+    if start.pretrained_weights is None or started(run_folder):
+        return network, {"start": "scratch"}
+    path = weights_file(start.pretrained_weights, "--pretrained_weights")
+    report = load_backbone(
+        path, network, start.checkpoint_key, head="new" if start.new_head else "auto"
+    )
+    if dist.is_main():
+        print(report, flush=True)
+    facts = {"start": report.network, "start_weights": file_checksum(path), "head": report.head}
+    return network, facts

@@ -1,0 +1,111 @@
+"""Accuracy of classifiers in training, on all ranks together, and its place in ``results.json``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.context import Context, make_context
+from xcit_dino.eval.features import evaluating
+from xcit_dino.eval.linear import top_hits
+from xcit_dino.eval.results import write_result
+from xcit_dino.inputs import InputSettings
+from xcit_dino.supervised.config import FinetuneConfig
+from xcit_dino.supervised.data import LabelledData
+from xcit_dino.train.config import options
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.provenance import file_checksum
+
+Results = dict[str, dict[str, float]]
+OF_THE_MACHINE = frozenset(  # options that are no part of a protocol
+    "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device "
+    "pretrained_weights teacher_path checkpoint_minutes saveckp_freq keep_checkpoints log_every "
+    "max_steps may_change eval_every eval_batch_size max_bad_fraction "
+    "mean std".split()  # these two stand in the protocol by themselves
+)
+
+
+def accuracies(
+    networks: dict[str, nn.Module], config: FinetuneConfig, val: ShardIndex, world: dist.World
+) -> Results:
+    """``top1`` and ``top5`` in percent of each network, in fp32 over one pass of the images."""
+    first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
+    context = context_of(config, world)
+    loader = context.images(val, np.arange(first, last))
+    hits = torch.zeros(len(networks) + 1, 2, dtype=torch.float64)
+    with dist.together(), ExitStack() as modes, torch.inference_mode():
+        for network in networks.values():
+            modes.enter_context(evaluating(network))
+        for images, labels, _ in loader:
+            images, labels = context.normalize(images), labels.to(world.device)
+            for row, network in enumerate(networks.values()):
+                hits[row] += top_hits(network(images), labels)
+            hits[-1] += len(labels)
+    if world.size > 1:
+        torch.distributed.all_reduce(hits)
+    if not hits[-1].all():
+        raise InputError(f"--data_path {val.root}: not one image can be read")
+    percent = (100 * hits[:-1] / hits[-1]).tolist()
+    return {
+        name: {"top1": top1, "top5": top5}
+        for name, (top1, top5) in zip(networks, percent, strict=True)
+    }
+
+
+def context_of(config: FinetuneConfig, world: dist.World) -> Context:
+    """How validation images reach the network: as evaluations of the finished run read them."""
+    run = dict(options(config))
+    given = SubjectConfig(
+        config.run.output_dir,
+        batch_size_per_gpu=config.validation.eval_batch_size,
+        num_workers=config.loader.num_workers,
+    )
+    settings = InputSettings.of_run(run) or InputSettings()
+    return make_context(given, settings, run, config.loader.data_path or "", world)
+
+
+def record(
+    name: str,
+    network: str,
+    config: FinetuneConfig,
+    data: LabelledData,
+    results: Results,
+    facts: dict[str, Any],
+    checkpoint: Path,
+) -> None:
+    """Write ``finetune`` and ``finetune/ema`` (or ``distill`` ...) to ``results.json``."""
+    recipe = {key: value for key, value in options(config) if key not in OF_THE_MACHINE}
+    context = context_of(config, dist.World(0, 1, torch.device("cpu")))
+    protocol = (
+        facts
+        | context.protocol
+        | {
+            "evaluation": name,
+            "arch": config.model.arch,
+            "precision": "fp32",
+            "num_classes": data.num_classes,
+            "train_index": data.train.checksum,
+            "val_index": data.val.checksum,
+            "val_images": data.val.num_samples,
+            "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
+        }
+    )
+    weights = file_checksum(checkpoint)
+    for which, metrics in results.items():
+        shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+        print(f"{name}{' (averaged weights)' if which else ''}: {shown}", flush=True)
+        write_result(
+            config.run.output_dir,
+            f"{name}/{which}" if which else name,
+            metrics,
+            protocol | {"network": f"model_{which}" if which else network, "weights": weights},
+            weights_file=checkpoint.name,
+        )

@@ -1,0 +1,162 @@
+"""Attention maps: the network's own numbers, whole patches, files."""
+
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xcit_dino.data import video
+from xcit_dino.errors import InputError
+from xcit_dino.eval.config import AttentionConfig, SubjectConfig
+from xcit_dino.eval.context import make_context
+from xcit_dino.eval.pictures import attention
+from xcit_dino.inputs import InputSettings
+from xcit_dino.models.zoo import create_model
+from xcit_dino.train.distributed.dist import World
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
+
+
+def config_for(run_folder, src, dst, **options):
+    return AttentionConfig(
+        src, dst, run_folder.path, run_folder.weights, image_size=32, device="cpu", **options
+    )
+
+
+def test_sides_become_whole_patches(photo):
+    assert attention.aligned(photo, 0, 8).shape == (48, 72, 3)
+    assert attention.aligned(photo, 32, 8).shape == (32, 48, 3)
+    whole = photo[:40, :64]
+    assert np.array_equal(attention.aligned(whole, 0, 8), whole)
+
+
+def test_maps_are_those_of_the_class_attention(photo):
+    """Caught inside the last block, in a forward pass that knows nothing of maps."""
+    torch.manual_seed(0)
+    model = create_model("xcit_pico_6_p8").eval()
+    caught = []
+    for block in model.cls_attn_blocks:
+        block.attn.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
+    image = attention.aligned(photo, 0, 8)
+    context = make_context(SubjectConfig(), InputSettings(), {}, "", World(0, 1, CPU))
+    model(context.normalize(torch.tensor(image).permute(2, 0, 1)[None]))
+    for layer in (1, 2):
+        config = AttentionConfig(photo, layer=layer)
+        maps = attention.head_maps(model, image, config, context)
+        expected = caught[layer - 1][0, :, 0, 1:].reshape(4, 6, 9)
+        np.testing.assert_allclose(maps, expected.detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def test_the_threshold_keeps_that_share_with_the_fewest_patches(share):
+    heat = np.random.default_rng(1).random((5, 6)).astype(np.float32)
+    kept = attention.kept(heat, share)
+    mask = kept > 0
+    assert np.array_equal(kept[mask], heat[mask])
+    total = heat.sum()
+    assert kept.sum() >= share * total * (1 - 1e-6)
+    assert kept.sum() - heat[mask].min() < share * total
+    assert mask.all() or heat[mask].min() >= heat[~mask].max()
+
+
+def test_colours_follow_the_map():
+    heat = np.zeros((2, 2), np.float32)
+    heat[0, 1] = 5
+    grey = np.full((16, 16, 3), 128, np.uint8)
+    picture = attention.overlay(grey, heat).astype(int)
+    bright, dark = picture[0, -1], picture[-1, 0]
+    expected = np.rint(0.65 * attention.COLORS[[-1, 0]] + 0.35 * 128)
+    assert bright.tolist() == expected[0].tolist() and dark.tolist() == expected[1].tolist()
+
+
+def test_a_folder_with_a_photo_an_animation_and_a_broken_file(run_folder, photo, tmp_path, capsys):
+    src, dst = tmp_path / "src", tmp_path / "maps"
+    src.mkdir()
+    Image.fromarray(photo).save(src / "photo.png")
+    frames = [Image.fromarray(np.roll(photo, 9 * i, 1)) for i in range(3)]
+    frames[0].save(src / "clip.gif", save_all=True, append_images=frames[1:], duration=70)
+    (src / "broken.jpg").write_bytes(b"no image")
+    (src / "notes.txt").write_text("left alone")
+    attention.run(config_for(run_folder, src, dst))
+    assert "left out" in (said := capsys.readouterr().out) and "broken.jpg" in said
+    names = {path.name for path in (dst / "photo").iterdir()}
+    assert names == {"head-0.png", "head-1.png", "head-2.png", "head-3.png", "mean.png", "all.png"}
+    with (
+        Image.open(dst / "photo" / "head-0.png") as head,
+        Image.open(dst / "photo" / "all.png") as row,
+    ):
+        assert head.size == (48, 32) and row.size == (6 * 48, 32)
+    with Image.open(dst / "clip.gif") as clip:
+        assert (clip.n_frames, clip.size, clip.info["duration"]) == (3, (6 * 48, 32), 70)
+
+
+def test_a_video(run_folder, photo, tmp_path, monkeypatch):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"no video")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)  # as where it is not installed
+        with pytest.raises(InputError, match=r"pip install av.*ffmpeg -i VIDEO frames"):
+            attention.run(config_for(run_folder, clip, tmp_path / "none"))
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    with pytest.raises(InputError, match="no image in it could be read"):
+        attention.run(config_for(run_folder, clip, tmp_path / "none"))
+    with video.writing(clip, Fraction(10)) as writer:
+        for i in range(3):
+            writer.write(np.roll(photo[:44], 9 * i, 1))
+    attention.run(config_for(run_folder, clip, tmp_path / "maps"))
+    with av.open(str(tmp_path / "maps" / "clip.mp4")) as maps:
+        frames = list(maps.decode(video=0))
+        assert maps.streams.video[0].average_rate == 10
+    assert [(frame.width, frame.height) for frame in frames] == [(6 * 48, 32)] * 3
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["clip.mp4"]
+
+
+def test_bad_input(run_folder, photo, tmp_path):
+    with pytest.raises(InputError, match="no image there"):
+        attention.run(config_for(run_folder, tmp_path / "missing", tmp_path))
+    (tmp_path / "notes.txt").write_text("0")
+    with pytest.raises(InputError, match="files of this kind cannot be read, only .jpg"):
+        attention.run(config_for(run_folder, tmp_path / "notes.txt", tmp_path))
+    (tmp_path / "x.png").write_bytes(b"0")
+    with pytest.raises(InputError, match="no image in it could be read"):
+        attention.run(config_for(run_folder, tmp_path / "x.png", tmp_path))
+    with pytest.raises(InputError, match="only XCiT"):
+        attention.run(config_for(run_folder, tmp_path / "x.png", tmp_path, arch="timm/resnet10t"))
+    with pytest.raises(InputError, match="--arch: needed"):
+        attention.run(AttentionConfig(tmp_path / "x.png", output_dir=tmp_path / "none"))
+
+
+def test_no_map_takes_the_place_of_another_or_of_a_source(run_folder, photo, tmp_path, capsys):
+    src, dst = tmp_path / "src", tmp_path / "maps"
+    src.mkdir()
+    for name in ("a.jpg", "a.png", "b.png"):
+        Image.fromarray(photo).save(src / name)
+    attention.run(config_for(run_folder, src, dst))
+    assert sorted(path.name for path in dst.iterdir()) == ["a.jpg", "a.png", "b.png"]
+    assert "would have maps called a: all names keep their endings" in capsys.readouterr().out
+    assert len({(dst / name / "all.png").read_bytes() for name in ("a.jpg", "a.png")}) == 2
+    (dst / "b.png" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"b\.png: holds notes\.txt, not of attention"):
+        attention.run(config_for(run_folder, src, dst))
+    clip = src / "clip.gif"
+    Image.fromarray(photo).save(clip)
+    with pytest.raises(InputError, match=r"clip\.gif: is a source"):
+        attention.run(config_for(run_folder, clip, src))
+
+
+def test_maps_of_a_network_with_fewer_heads_leave_none_of_the_others(run_folder, photo, tmp_path):
+    (tmp_path / "maps" / "a").mkdir(parents=True)
+    (tmp_path / "maps" / "a" / "head-99.png").write_bytes(b"")
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    attention.run(config_for(run_folder, tmp_path / "a.png", tmp_path / "maps"))
+    names = {path.name for path in (tmp_path / "maps" / "a").iterdir()}
+    assert "all.png" in names and "head-99.png" not in names
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["a"]

@@ -1,0 +1,340 @@
+"""The report: right numbers, everything escaped, nothing loaded; what is absent is said."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from xcit_dino.errors import InputError
+from xcit_dino.eval import knn, neighbors
+from xcit_dino.eval.config import KnnConfig, ReportConfig
+from xcit_dino.report import report
+from xcit_dino.report.origin import nearest_recipe
+from xcit_dino.report.page import SCRIPT
+from xcit_dino.report.published import published, unlike
+from xcit_dino.report.training import cost, spans
+from xcit_dino.train.config import CONFIGS, read_yaml
+from xcit_dino.train.provenance import record_result, write_atomic
+from xcit_dino.train.run.reader import headline, read_run, title_of
+
+EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
+
+
+class Page(HTMLParser):
+    """Tags and texts of a page; fails on tags that are left open."""
+
+    VOID = {"meta", "br", "img", "link", "input"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def count(self, tag: str, kind: str = "") -> int:
+        return sum(t == tag and kind in (a.get("class") or "") for t, a in self.tags)
+
+
+def make_run(folder: Path, lift: float = 30.0, **options: object) -> Path:
+    folder.mkdir(parents=True)
+    options = {"arch": "demo", "epochs": 3, "lr": 5e-4} | options
+    (folder / "config.yaml").write_text(yaml.safe_dump(options))
+    lines = [
+        {"step": s, "time": f"2026-01-01T00:{s:02d}:00+00:00", "loss": 8 - s / 10, "lr": 5e-4,
+         "images_per_s": 100.0 + s, "data_wait": 0.02}
+        for s in range(1, 30)
+    ]  # fmt: skip
+    lines.append({"step": 30, "knn_top1": 44.0, "loss": math.nan})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for network, top1 in {"": 21.5 + lift, "/random": 21.5, "/pixels": 18.25}.items():
+        metrics = {f"top{n}_k{k}": top1 + n - k / 100 for n in (1, 5) for k in (10, 20)}
+        protocol = {"nb_knn": [10, 20], "temperature": 0.07, "val_images": 100, "val_index": "v"}
+        record_result(folder, f"knn{network}", metrics, protocol, wall_seconds=1.5)
+    return folder
+
+
+def add_tries(folder: Path, last: str = "end") -> None:
+    """Two tries: killed after ten minutes, then twenty minutes on two processes."""
+
+    def line(event: str, minute: int, **facts: object) -> dict[str, object]:
+        return {"event": event, "time": f"2026-01-01T00:{minute:02d}:00+00:00", **facts}
+
+    shared = {"processes": 2, "global_batch": 8, "total_steps": 40, "host": "node1"}
+    shared |= {"hardware": {"gpus": []}, "commit": "abc123"}
+    lines = [
+        line("start", 0, step=0, **shared),
+        line("end", 10, step=10, reason="no word: killed"),
+        line("start", 15, step=8, **shared),
+    ]
+    lines += [line("end", 35, step=30, reason="done")] if last == "end" else []
+    (folder / "tries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def written(*runs: Path, **options: object) -> tuple[str, Page]:
+    """The text of the report of these runs, and its parts."""
+    report.run(ReportConfig(runs, **{"pictures": False} | options))
+    text = (runs[0] / "report.html").read_text()
+    return text, Page(text)
+
+
+def test_shows_what_was_measured(tmp_path):
+    run = make_run(tmp_path / "run")
+    _, page = written(run)
+    assert "k-NN, k = 20, top-1" in page.text and "52.3" in page.text  # 21.5 + 30 + 1 - 0.2
+    assert "+30.0 over random weights, +33.2 over raw pixels" in page.text
+    assert "52.40 / 56.40" in page.text and "wall_seconds1.5" in page.text
+    assert page.count("polyline") == 5  # loss, k-NN, learning rate, throughput, waiting
+    assert "images a second, median115" in page.text and "time waiting for data2.0 %" in page.text
+
+
+def test_a_lift_is_over_a_baseline_of_the_same_protocol_only(tmp_path):
+    run = make_run(tmp_path / "run")
+    same = {"nb_knn": [10, 20], "temperature": 0.07, "val_images": 100, "val_index": "v"}
+    metrics = {f"top{n}_k{k}": 70.0 for n in (1, 5) for k in (10, 20)}
+    record_result(run, "knn", metrics, same | {"crop": 64, "network": "teacher"})
+    _, page = written(run)
+    assert "70.0" in page.text and "over random weights" not in page.text
+    assert "Random weights: measured by another protocol (crop 64 / absent)" in page.text
+    assert "crop absent" in page.text, "the earlier result is in the table, and what it differs in"
+    others = {"network": "random", "seed": 0}
+    record_result(run, "knn/random", metrics | {"top1_k20": 45.0}, same | {"crop": 64} | others)
+    assert "+25.0 over random weights" in written(run)[1].text
+
+
+def test_nothing_is_loaded_and_only_the_named_script_runs(tmp_path):
+    text, page = written(make_run(tmp_path / "run"))
+    assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert not {"src", "onclick", "onload"} & set(attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert policy and policy.startswith("default-src 'none'") and f"'sha256-{digest}'" in policy
+    assert page.count("script") == 1 and f"<script>{SCRIPT}</script>" in text
+
+
+def test_all_foreign_text_is_escaped(tmp_path):
+    run = make_run(tmp_path / "a<b>&'\"", arch=EVIL, data_path=EVIL, **{EVIL: EVIL})
+    record_result(run, EVIL, {EVIL: 1.0}, {EVIL: EVIL, "list": [EVIL], "map": {EVIL: EVIL}})
+    record_result(run, "finetune", {"top1": 1.0}, {"arch": EVIL, "start": EVIL, "crop": EVIL,
+                                                   "resize": EVIL, "precision": EVIL})  # fmt: skip
+    add_tries(run)
+    tries = (run / "tries.jsonl").read_text().replace("node1", EVIL.replace('"', '\\"'))
+    (run / "tries.jsonl").write_text(tries)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 31, EVIL: 3.0, "words": EVIL}) + "\n")
+    other = make_run(tmp_path / "c<script>")
+    for runs in ((run,), (run, other)):
+        text, page = written(*runs, pictures=True)
+        assert text.count("<script") == 1 and "<img" not in text and EVIL in page.text
+        assert all("onerror" not in attributes for _, attributes in page.tags)
+
+
+def test_runs_side_by_side_are_ranked_where_alike(tmp_path):
+    first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", lift=10, lr=0.1)
+    third = make_run(tmp_path / "third", lift=50)
+    record_result(third, "knn", {"top1_k20": 90.0}, {"nb_knn": [20], "val_index": "other"})
+    _, page = written(first, second)
+    assert "★ 52.30" in page.text and "lead 20.00 ± " in page.text and "0.0005" in page.text
+    assert page.count("polyline") >= 10  # each curve twice, and keys
+    _, page = written(first, second, third)
+    assert (
+        "not ranked, the protocols differ" in page.text and "val_index v / v / other" in page.text
+    )
+
+
+def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path):
+    run = make_run(tmp_path / "run", arch="xcit_small_12_p16")
+    record_result(run, "linear", {"top1": 70.0}, {"crop": 224, "val_index": "v"})
+    record_result(run, "distill", {"top1": 80.0}, {"arch": "xcit_nano_12_p8", "val_images": 50_000})
+    _, page = written(run)
+    assert "76.0k-NN (DINO README)" in page.text and "77.8linear" in page.text
+    assert "validation images 100 instead of ImageNet's 50,000" in page.text
+    assert "features of one crop" in page.text
+    assert "80.076.3distilled, 224 (XCiT README)like the published" in page.text
+    assert [p.top1 for p in published("xcit_small_12_p8", "knn")] == [77.1]
+    assert published("xcit_pico_6_p8", "knn") == []
+    assert unlike("knn", {"crop": 224}, 50_000) == []
+
+
+@pytest.mark.parametrize("last", ["start", "end"])
+def test_tries_and_their_cost(tmp_path, last):
+    run = make_run(tmp_path / "run")
+    add_tries(run, last)
+    found = read_run(run)
+    minutes = [span.seconds / 60 for span in spans(found)]
+    facts = cost(found)
+    if last == "end":
+        assert minutes == [10, 20] and facts["training time"] == "0:30:00"
+        assert facts["process hours (CPU)"] == "1.00" and facts["images seen"] == "240"
+        assert not found.absent
+    else:
+        assert "goes on, or was killed (step 30 of 40" in found.absent[0]
+    _, page = written(run)
+    assert "no word: killed" in page.text and page.count("path", "mark") > 0
+
+
+def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "results.json").unlink()
+    _, page = written(run)
+    assert "nothing evaluated yet" in page.text and page.count("polyline") == 5
+    (run / "results.json").write_text('{"knn": {"top1": 3}, "linear": {"metr')
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "lo')
+    assert "not readable" in written(run)[1].text
+    (run / "results.json").write_text('{"knn": {"top1": 3}}')
+    assert "result knn: of another version" in written(run)[1].text
+    (run / "config.yaml").write_text("arch: [")
+    (run / "metrics.jsonl").unlink()
+    record_result(run, "knn", {"top1_k5": 3.0}, {})
+    _, page = written(run, pictures=True)
+    assert "curves: no metrics.jsonl" in page.text and "k-NN, k = 5" in page.text
+    assert "confusions, map of the features: the run does not say where its shards" in page.text
+
+
+def test_nowhere_to_write_is_said(tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--output .*file/report.html: "):
+        report.run(ReportConfig((run,), output=tmp_path / "file" / "report.html", pictures=False))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no run"):
+        report.run(ReportConfig((tmp_path,)))
+
+
+def test_finetuning_inside_a_run_is_shown_with_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    record_result(run / "finetune", "finetune", {"top1": 88.0, "top5": 99.0}, {"crop": 32})
+    record_result(run / "finetune", "finetune/ema", {"top1": 87.0, "top5": 99.0}, {"crop": 32})
+    record_result(run, "evaluate/head", {"top1": 50.0, "top5": 99.0}, {})
+    _, page = written(run)
+    for words in ("Finetuned, top-1", "88.0", "Averaged weights", "Classifier: backbone and head"):
+        assert words in page.text
+
+
+def test_the_nearest_recipe_and_what_differs_from_it(tmp_path):
+    recipe = read_yaml(CONFIGS / "pretrain" / "xcit_small_12_p8.yaml")
+    run = make_run(tmp_path / "run", **recipe | {"lr": 0.123, "epochs": 7, "num_workers": 99})
+    name, different = nearest_recipe(read_run(run))
+    assert name == "pretrain/xcit_small_12_p8.yaml"
+    assert different == {"epochs": (recipe["epochs"], 7), "lr": (recipe["lr"], 0.123)}
+
+
+def test_alarms_are_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "alarm_uniform": 1.0}\n{"step": 40, "alarm_uniform": 0.0}\n')
+    _, page = written(run)
+    assert "step 31: uniform collapse" in page.text and "collapse is over" in page.text
+    assert page.count("polyline") == 5  # they are no curves
+
+
+def test_headlines():
+    assert headline({"top1": 3.0}) == 3.0
+    assert headline({"top1_k10": 1.0, "top1_k20": 2.0}) == 2.0
+    assert headline({"top1_k100": 1.0, "top1_k10": 2.0}) == 2.0
+    assert headline({"loss": 1.0}) is None
+    assert title_of("knn/random", {"top1_k20": 1.0}) == "k-NN, k = 20: random weights"
+
+
+# -- pictures: a real run on the demo images
+
+
+def test_pictures_of_a_real_run(run_folder):
+    write_atomic(run_folder.path / "metrics.jsonl", '{"step": 1, "loss": 3.0}\n')
+    knn.run(KnnConfig(subject=run_folder.subject(), nb_knn=(20,)))
+    text, page = written(run_folder.path, pictures=True)
+    assert "where it looks: no checkpoint" in page.text  # and all else is there
+    assert "cannot be read" not in page.text
+    for words in ("global 2", "local 8", "Class found", "taken for", "principal component"):
+        assert words in page.text, words
+    found = neighbors.classify(run_folder.path, *indexes(run_folder))
+    top1 = json.loads((run_folder.path / "results.json").read_text())["knn"]["metrics"]["top1_k20"]
+    assert 100 * found.right.mean() == pytest.approx(top1)  # the gallery classifies as knn does
+    assert page.count("figure", "tile right") + page.count("figure", "tile wrong") == sum(
+        8 for _ in neighbors.examples(found, 6, 6)
+    )
+    assert text.count("data:image/") == page.count("img")
+
+
+def indexes(run_folder):
+    from xcit_dino.data.shards.index import ShardIndex
+
+    return (ShardIndex.load(run_folder.data / split) for split in ("train", "val"))
+
+
+def test_shards_that_are_gone_are_said(run_folder):
+    config = run_folder.path / "config.yaml"
+    config.write_text(config.read_text().replace(str(run_folder.data), "/nowhere"))
+    record_result(run_folder.path, "knn", {"top1_k20": 30.0}, {})
+    _, page = written(run_folder.path, pictures=True)
+    parts = "what the network sees, nearest neighbours, confusions, map of the features"
+    assert f"{parts}: --data_path /nowhere: no" in page.text
+    assert "30.0" in page.text
+
+
+def test_thousands_of_classes_get_a_table():
+    from xcit_dino.report.images import Images
+    from xcit_dino.report.neighbors import confusions
+    from xcit_dino.train.run.reader import Run
+
+    labels = np.arange(3000) % 1500
+    predicted = np.where(np.arange(3000) < 2000, labels, (labels + 1) % 1500)
+    zeros = np.zeros((3000, 20), np.int64)
+    images = Images(Run(Path("run"), {}, [], [], {}))
+    images.__dict__["found"] = neighbors.Neighbours(
+        labels, zeros, labels, predicted, zeros, zeros, zeros
+    )
+    index = type("Index", (), {"classes": None})()
+    images.__dict__["train"] = images.__dict__["val"] = index
+    page = Page(confusions(images))
+    assert "class 500" in page.text and page.count("svg") == 0
+    assert page.count("tr") < 250
+
+
+def test_winners_by_votes_against_plain_loops():
+    generator = np.random.default_rng(0)
+    similarities = -np.sort(-generator.uniform(-1, 1, (40, 7)).astype(np.float32), 1)
+    labels = generator.integers(0, 4, (40, 7))
+    for row, found in enumerate(neighbors.winners(similarities, labels, 4)):
+        votes = [0.0] * 4
+        for s, label in zip(similarities[row].tolist(), labels[row].tolist(), strict=True):
+            votes[label] += math.exp(s / 0.07)
+        assert votes[found] == pytest.approx(max(votes))
+
+
+def test_principal_plane_against_torch():
+    points = np.random.default_rng(0).normal(size=(50, 5)) * [5, 1, 3, 1, 1]
+    plane, shares = neighbors.principal_plane(points)
+    _, strengths, axes = torch.pca_lowrank(torch.from_numpy(points), q=5, niter=20)
+    expected = (torch.from_numpy(points - points.mean(0)) @ axes[:, :2]).abs().numpy()
+    assert np.abs(plane) == pytest.approx(expected, abs=1e-6)
+    assert shares == pytest.approx((strengths**2 / (strengths**2).sum())[:2].numpy(), abs=1e-6)

@@ -1,0 +1,215 @@
+"""A training step never waits for the device: all its operations, on CPUs, on two processes (in
+test_sharding.py) and on a pretended GPU."""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import replace as replaced
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests import victims
+from tests.nowait import NeverWaits, Waits, pretended_gpu
+from xcit_dino.data.batch import Batch
+from xcit_dino.inputs import InputSettings
+from xcit_dino.models.zoo import create_model
+from xcit_dino.ssl import pretrain
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.schedule import Hyperparameters
+from xcit_dino.ssl.trainer import Trainer, set_up
+from xcit_dino.supervised import loop, trainer
+from xcit_dino.supervised.config import DistillConfig
+from xcit_dino.supervised.data import LabelledData
+from xcit_dino.supervised.distill import DistillationLoss, Teacher
+from xcit_dino.supervised.schedule import Hyperparameters as SupervisedHyperparameters
+from xcit_dino.train.config import replace
+from xcit_dino.train.distributed import dist
+
+TINY = {
+    "arch": "xcit_pico_6_p8", "drop_path_rate": 0.1, "out_dim": 64, "head_hidden_dim": 32,
+    "head_bottleneck_dim": 16, "global_crops_size": 32, "local_crops_size": 16,
+    "local_crops_number": 2, "compile": "off",
+}  # fmt: skip
+PRETRAINING = {  # name -> (dtype, micro-batches, options)
+    "fp32": (torch.float32, 1, {}),
+    "fp16 with its scaler, two micro-batches": (torch.float16, 2, {"clip_grad": 0.3}),
+    "backward by crop group": (torch.bfloat16, 2, {"group_backward": True}),
+    "activations computed again": (
+        torch.bfloat16, 1, {"grad_checkpointing": True, "group_backward": True}
+    ),
+    "no local crops, frozen last layer": (torch.float32, 1, {"local_crops_number": 0}),
+    "batch-norm in the head": (torch.float32, 1, {"use_bn_in_head": True}),
+    "prototypes with lengths, no clipping": (
+        torch.float32, 1, {"norm_last_layer": False, "clip_grad": 0.0}
+    ),
+}  # fmt: skip
+KEPT: list[object] = []  # what a pretended GPU's process must not free
+SUPERVISED = {  # name -> options
+    "mixed by batch": {"reprob": 0.5, "mixup": 0.8, "cutmix": 1.0},
+    "mixed by pair": {"reprob": 0.0, "mixup": 0.8, "cutmix": 1.0, "mixup_mode": "pair"},
+    "mixed by image": {"mixup": 0.8, "mixup_mode": "elem"},
+    "erased only": {"reprob": 1.0, "remode": "const", "mixup": 0.0, "cutmix": 0.0},
+    "mixed by batch, distilled, no average": {
+        "reprob": 0.5, "mixup": 0.8, "model_ema_decay": 0.0, "distillation_type": "soft"
+    },
+    "distilled by first choices": {"distillation_type": "hard"},
+}  # fmt: skip
+
+
+def crops(number: int, size: int, device: torch.device) -> torch.Tensor:
+    """uint8 [number, 4, 3, size, size], channels last."""
+    shape = (number, 4, size, size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
+
+
+def pretraining_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
+    """A step of pretraining, the augmentation with it, under the eye of ``watch``."""
+    dtype, micros, options = PRETRAINING[case]
+    config = replace(PretrainConfig(), TINY | options)
+    with device:
+        trainer = set_up(config, dist.World(0, 1, device), dtype, "", 4)
+    batches = [pretraining_batch(trainer, micro, device) for micro in range(micros)]
+    freeze = "frozen" in case
+    now = Hyperparameters(1e-2, 0.2, 0.9, 0.05, freeze)
+    pretrain.train_step(trainer, batches[:1], now)  # makes the constants and the optimiser's state
+    KEPT.append(trainer)
+    with watch:
+        return pretrain.train_step(trainer, batches, now)
+
+
+def pretraining_batch(trainer: Trainer, micro: int, device: torch.device) -> Batch:
+    """A micro-batch as the loader gives it: crops, labels and recipes on the device."""
+    numbers = np.arange(4) + 4 * micro
+    geometry = trainer.config.crops
+    batch = Batch(
+        0, micro, 0, numbers, numbers, torch.zeros(4, device=device, dtype=torch.int64),
+        crops(geometry.global_crops_number, geometry.global_crops_size, device),
+        crops(geometry.local_crops_number, geometry.local_crops_size, device),
+    )  # fmt: skip
+    return replaced(batch, recipes=trainer.augment.recipes(batch)).to(device)
+
+
+def supervised_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
+    """A step of finetuning, or of distillation from a network with another normalisation."""
+    options = {"arch": "xcit_pico_6_p8", "input_size": 16, "precision": "fp32"}
+    config = replace(DistillConfig(), options | SUPERVISED[case])
+    world, data = dist.World(0, 1, device), LabelledData(Anything(), Anything(), 5)
+    with device:
+        model, other = (create_model("xcit_pico_6_p8", num_classes=5) for _ in range(2))
+        teacher = Teacher(
+            other, InputSettings(), InputSettings(24, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        )
+        criterion = loop.soft_cross_entropy
+        if "distillation_type" in SUPERVISED[case]:
+            criterion = DistillationLoss(teacher, config.teacher)
+        method = trainer.Method("finetune", "model", criterion, {})
+        training = trainer.set_up(config, method, model, data, world)
+    numbers = np.arange(4)
+    labels = torch.zeros(4, device=device, dtype=torch.int64)
+    batch = Batch(0, 0, 0, numbers, numbers, labels, crops(1, 16, device), crops(0, 8, device))
+    now = SupervisedHyperparameters(1e-3, 0.05)
+    loop.train_step(training, [batch], now)
+    KEPT.append(training)
+    with watch:
+        return loop.train_step(training, [batch], now)
+
+
+class Anything:
+    """An index of which the checksum alone matters."""
+
+    checksum = ""
+
+
+STEPS = {
+    **{f"pretraining, {case}": (pretraining_step, case) for case in PRETRAINING},
+    **{f"supervised, {case}": (supervised_step, case) for case in SUPERVISED},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_no_operation_of_a_step_needs_the_host(case):
+    step, name = STEPS[case]
+    own_weights = name in ("mixed by pair", "mixed by image")  # the labels' weights are copied
+    metrics = step(name, torch.device("cpu"), NeverWaits(numbers=own_weights))
+    assert metrics["loss"].isfinite()
+
+
+TRACED = (
+    "pretraining, fp16 with its scaler, two micro-batches",
+    "pretraining, activations computed again",
+    "supervised, mixed by batch, distilled, no average",
+)
+
+
+def on_a_pretended_gpu(case: str, file: str) -> None:
+    """A step, and what the eye does not see there, in a process of its own."""
+    torch.set_num_threads(1)
+    gc.disable()
+    step, name = STEPS[case]
+    with pretended_gpu() as device, torch.autograd.set_multithreading_enabled(False):
+        try:
+            metrics = step(name, device, NeverWaits("gpu"))
+            assert {value.device for value in metrics.values()} == {device}
+            unseen = [name for name, work in WAITING_WORK.items() if not noticed(work, device)]
+            found = f"unseen: {unseen}" if unseen else ""
+        except Exception:
+            found = traceback.format_exc()
+        Path(file).write_text(found)
+        os._exit(0)
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_no_tensor_of_a_step_is_left_on_the_host(case, tmp_path):
+    """Nor is there any other copy: all that a step computes lies on the device it is given."""
+    file = tmp_path / "found"
+    process = victims.SERVER.Process(target=on_a_pretended_gpu, args=(case, str(file)))
+    process.start()
+    assert victims.ended(process) == 0
+    assert file.read_text() == ""
+
+
+# -- the eye itself
+
+
+def noticed(work: Callable[[torch.device], object], device: torch.device) -> bool:
+    """Whether the eye sees that ``work`` waits."""
+    try:
+        with NeverWaits(device.type):
+            work(device)
+    except Waits:
+        return True
+    return False
+
+
+ON_ANY_DEVICE = {
+    "item": lambda d: torch.ones(1, device=d).item(),
+    "truth": lambda d: bool(torch.ones(1, device=d)),
+    "nonzero": lambda d: torch.ones(2, device=d).nonzero(),
+    "mask": lambda d: torch.ones(2, device=d)[torch.ones(2, device=d) > 0],
+    "masked assignment": lambda d: torch.ones(2, device=d).__setitem__(
+        torch.ones(2, device=d) > 0, 1.0
+    ),
+    "masked_select": lambda d: torch.ones(2, device=d).masked_select(torch.ones(2, device=d) > 0),
+    "unique": lambda d: torch.ones(2, device=d).unique(),
+    "new tensor": lambda d: torch.tensor([1.0, 2.0], device=d),
+    "repeat_interleave": lambda d: torch.ones(2, device=d).repeat_interleave(
+        torch.ones(2, dtype=torch.int64, device=d)
+    ),
+}
+WAITING_WORK = ON_ANY_DEVICE | {
+    "list": lambda d: torch.ones(2, device=d).tolist(),
+    "copy to the host": lambda d: torch.ones(2, device=d).cpu(),
+    "copy from the host": lambda d: torch.ones(2).to(d, non_blocking=True),
+    "a number on the host": lambda d: torch.ones(2, device=d) * torch.ones(()),
+}
+
+
+@pytest.mark.parametrize("name", ON_ANY_DEVICE)
+def test_the_eye_sees_what_waits(name):
+    assert noticed(ON_ANY_DEVICE[name], torch.device("cpu"))

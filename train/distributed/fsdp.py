@@ -1,0 +1,108 @@
+"""Student and teacher in shards, one a rank: FSDP2, ``torch.distributed.fsdp.fully_shard``.
+
+A rank keeps its rows of every parameter, gradient and moment. A block's parameters are whole only
+while it computes; gradients are averaged over ranks as DistributedDataParallel does, so the steps
+are the same up to rounding. Checkpoints hold whole tensors: any number of ranks goes on from them,
+with shards or without.
+
+What it needs of torch takes a second to import, so that only sharded runs do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from xcit_dino.train.distributed import dist
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def shard(student: nn.Module, teacher: nn.Module, device: torch.device) -> None:
+    """Replace the parameters of both networks by shards, in place; buffers stay whole.
+
+    student, teacher: with children ``backbone`` and ``head``, the same on all ranks. The student is
+    called as a whole, and what is outside of its blocks stays whole until the backward pass is
+    over: the loss reads the prototypes. The teacher's two halves are called one by one and go back
+    to shards at once, for these move before the next call.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.world_size(),))
+    for network in (student, teacher):
+        for block in getattr(network.backbone, "blocks", ()):
+            fully_shard(block, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    for half in (teacher.backbone, teacher.head):
+        assert isinstance(half, nn.Module)
+        fully_shard(half, mesh=mesh, reshard_after_forward=True)
+    for network in (student, teacher):
+        network.register_load_state_dict_pre_hook(_cut_weights)
+
+
+def take_whole_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimiser of sharded parameters load the state of one of whole parameters."""
+    optimizer.register_load_state_dict_pre_hook(_cut_moments)
+
+
+def whole(state: Any, everywhere: bool = False) -> Any:
+    """``state`` (nested dicts and lists) in host memory, with whole tensors where shards were.
+
+    All ranks have to call it where there are shards; without ``everywhere`` rank 0 alone keeps the
+    result, one tensor after the other.
+    """
+
+    def gathered(tensor: Tensor) -> Tensor | None:
+        if not is_shard(tensor):
+            return tensor
+        full = tensor.full_tensor()
+        return full.cpu() if everywhere or dist.is_main() else None
+
+    return pytree.tree_map_only(Tensor, gathered, state)
+
+
+def is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is one rank's part of a larger one."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, which share its memory; any other as it is."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or NaN; of shards all ranks ask and get the same answer."""
+    finite = local(tensor).isfinite().all()
+    if is_shard(tensor):
+        finite = dist.all_reduce_sum((~finite).float()) == 0
+    return bool(finite)
+
+
+def _cut(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor, which every rank has, in shards as ``like`` is."""
+    if not is_shard(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    there = tensor.to(like.device)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _cut_weights(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    wanted = network.state_dict(prefix=prefix)
+    state |= {name: _cut(tensor, wanted.get(name)) for name, tensor in state.items()}
+
+
+def _cut_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        number: {name: _cut(value, parameters[number]) for name, value in moments.items()}
+        for number, moments in saved["state"].items()
+    }
+    return saved | {"state": state}

@@ -1,0 +1,95 @@
+"""The run folder: one run, one config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from xcit_dino.errors import InputError, suggest
+from xcit_dino.train.config import RunConfig, absolute, dump_yaml, options, read_yaml, replace
+from xcit_dino.train.provenance import write_atomic
+from xcit_dino.train.run.metrics import METRICS
+
+CONFIG_FILE = "config.yaml"
+# These may differ between two tries of one run: they change nothing of what is learnt.
+FREE = frozenset(
+    "output_dir max_steps may_change saveckp_freq keep_checkpoints checkpoint_minutes log_every "
+    "max_skipped on_nonfinite on_collapse on_stall watchdog_minutes "
+    "device batch_size_per_gpu accum_iter compile grad_checkpointing group_backward fsdp "
+    "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
+    "knn_every knn_data_path eval_every eval_batch_size".split()
+)
+
+
+def check_run(config: Any, run: RunConfig) -> None:
+    """Check that the run folder is free, or holds this very run; changes nothing.
+
+    ``batch_size_per_gpu`` and ``accum_iter`` are free because the global batch is checked when the
+    state is loaded; ``data_path`` because the index checksum is.
+
+    Raises:
+        InputError: the folder holds another run (lists the differing options); ``--may_change``
+            names no option.
+    """
+    known = dict(options(config))
+    for name in run.may_change:
+        if name not in known:
+            raise InputError(f"--may_change {name}: no such option{suggest(name, known)}")
+    path = run.output_dir / CONFIG_FILE
+    if not path.is_file() or not begun(run):
+        return
+    before = replace(config, read_yaml(path), source=str(path))
+    changed = {k: v for k, v in bearing(before, config).items() if k not in run.may_change}
+    if changed:
+        raise InputError(
+            f"--output_dir {run.output_dir} holds a run with other options ({words(changed)}); "
+            f"choose another folder, or allow it with --may_change {' '.join(changed)}"
+        )
+
+
+def begun(run: RunConfig) -> bool:
+    """Whether a run folder holds anything learnt, so that its options are settled."""
+    folder, metrics = run.output_dir, run.output_dir / METRICS
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    saved = any(folder.glob("checkpoints/checkpoint-*.pth*"))
+    return saved or logged or (folder / "results.json").is_file()
+
+
+def open_run(config: Any, run: RunConfig) -> None:
+    """Make the run folder, or find this very run in it; its config is there afterwards.
+
+    For the folder's owner, once nothing can refuse the run any more.
+
+    Raises:
+        InputError: the folder holds another run (see :func:`check_run`), or is read-only.
+    """
+    check_run(config, run)
+    try:
+        write_atomic(run.output_dir / CONFIG_FILE, dump_yaml(absolute(config)))
+    except OSError as error:
+        raise InputError(f"--output_dir {run.output_dir}: {error.strerror}") from error
+
+
+def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """``name -> (before, now)`` of the options that bear on what is learnt and differ."""
+    pairs = zip(options(absolute(before)), options(absolute(now)), strict=True)
+    return {
+        name: (old, value) for (name, old), (_, value) in pairs if old != value and name not in FREE
+    }
+
+
+def say_changes(saved: str, config: Any, step: int) -> None:
+    """Say which options that bear on what is learnt a checkpoint was reached with, if others.
+
+    saved: the checkpoint's config, as :func:`dump_yaml` writes it.
+    """
+    known = dict(options(config))
+    before = {k: v for k, v in (yaml.safe_load(saved) or {}).items() if k in known}
+    if changed := bearing(replace(config, before, source="the checkpoint"), config):
+        print(f"step {step} was reached with other options: {words(changed)}", flush=True)
+
+
+def words(changed: dict[str, tuple[Any, Any]]) -> str:
+    """``lr 0.1 -> 0.2, epochs 3 -> 4``."""
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in changed.items())

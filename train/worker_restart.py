@@ -1,0 +1,60 @@
+"""Data go on when a process that prepares them dies, and changed shards are noticed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+
+from xcit_dino.data.loader import Batch, CropLoader
+from xcit_dino.data.shards.index import ShardIndex, is_url
+from xcit_dino.errors import RunError, warn
+from xcit_dino.train.state import TrainState
+
+MAX_DEATHS = 3
+
+
+def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
+    """The loader's steps from ``state.step`` on; where a worker process dies, from new workers.
+
+    Raises:
+        RunError: they die again and again without a step between.
+    """
+    deaths, last = 0, -1
+    while deaths < MAX_DEATHS:
+        loader.start_step = state.step
+        with closing(iter(loader)) as steps:
+            try:
+                for batches in steps:
+                    # torch's handler would raise wherever the main thread is, halfway through a
+                    # step; without it a death is noticed where the loader is asked for more
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    yield batches
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                deaths, last = (1 if state.step > last else deaths + 1), state.step
+                warn(f"{error}; starting new workers at step {state.step + 1}")
+    raise RunError(
+        f"loader workers died {MAX_DEATHS} times at step {state.step + 1}, most likely because the "
+        "machine ran out of memory: with a lower --num_workers or --prefetch_factor the same "
+        "command goes on"
+    )
+
+
+def check_shards(index: ShardIndex) -> None:
+    """Say which shards on a local file system are gone, or are not as long as when the index was
+    made. Their unreadable samples will be left out; too many of them end the run."""
+    if is_url(index.root):
+        return  # remote shards are checked when they are fetched
+    for number, expected in enumerate(index.shard_bytes.tolist()):
+        try:
+            found = f"has {os.stat(index.path(number)).st_size:,} bytes"
+        except OSError as error:
+            found = f"cannot be opened ({error.strerror})"
+        if found != f"has {expected:,} bytes":
+            warn(
+                f"--data_path: {index.path(number)} {found} and had {expected:,} when it was "
+                "indexed (xcit-dino shards check says what is wrong)"
+            )
