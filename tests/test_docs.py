@@ -93,6 +93,19 @@ def test_files_that_are_named_exist(page):
         assert generated or (ROOT / name).is_file(), f"{name_of(page)}: {name}"
 
 
+def test_tests_that_are_named_exist():
+    """Each `tests/test_x.py -k words` of docs/reliability.md selects something."""
+    named = re.findall(
+        r"`(tests/(?:\w+/)?test_\w+\.py)(?: -m faults)?(?: -k (?:\"([\w ]+)\"|(\w+)))?`",
+        (ROOT / "docs/reliability.md").read_text(),
+    )
+    assert len(named) > 40
+    for name, words, word in named:
+        tests = " ".join(re.findall(r"def test_\w+", (ROOT / name).read_text()))
+        for each in words.split(" or ") if words else [word]:
+            assert each in tests, f"{name}: no test has {each} in its name"
+
+
 # -- commands --------------------------------------------------------------------------------------
 
 
