@@ -35,9 +35,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from xcit_dino.data.shards.index import ShardIndex
-from xcit_dino.eval.config import LinearConfig, SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig, LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.subject import Subject, pretrained, resolve
+from xcit_dino.eval.target import EvalTarget, pretrained, resolve
 from xcit_dino.train.distributed import dist
 
 LRS = LinearConfig().lrs
@@ -138,11 +138,11 @@ def num_classes(context: Context) -> int:
     return int(context.index("train").labels.max()) + 1
 
 
-def command(folder: Path, subject: Subject, context: Context, *options: str) -> Seconds:
+def command(folder: Path, target: EvalTarget, context: Context, *options: str) -> Seconds:
     """Seconds of the command ``xcit-dino linear``, start included."""
     words = [
-        "--output_dir", folder, "--arch", subject.arch, "--data_path", context.data_path,
-        "--pretrained_weights", subject.weights, "--crop_size", context.crop,
+        "--output_dir", folder, "--arch", target.arch, "--data_path", context.data_path,
+        "--pretrained_weights", target.weights, "--crop_size", context.crop,
         "--resize_size", context.resize, "--num_workers", 2, *options,
     ]  # fmt: skip
     began = now()
@@ -167,21 +167,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     args = parser.parse_args()
     world = dist.World(0, 1, torch.device("cpu"))
-    subject, context = resolve(SubjectConfig(output_dir=args.run, device="cpu"), world)
-    model = pretrained(subject).model
+    target, context = resolve(EvalTargetConfig(output_dir=args.run, device="cpu"), world)
+    model = pretrained(target).model
     folder = Path(tempfile.mkdtemp())
-    times(args, subject, context, model, folder)
+    times(args, target, context, model, folder)
     shutil.rmtree(folder)
 
 
 def times(
-    args: argparse.Namespace, subject: Subject, context: Context, model: nn.Module, folder: Path
+    args: argparse.Namespace, target: EvalTarget, context: Context, model: nn.Module, folder: Path
 ) -> None:
     """Measure and print seconds."""
     epochs = ("--epochs", str(args.epochs))
     dino_grid = ("--layers", "cls", "--weight_decays", "0")
     first, again = (
-        command(folder, subject, context, "--epochs", "1", "--lrs", "0.1", *dino_grid)
+        command(folder, target, context, "--epochs", "1", "--lrs", "0.1", *dino_grid)
         for _ in range(2)
     )
     features = first - again
@@ -194,13 +194,13 @@ def times(
     seconds: dict[str, list[Seconds]] = {name: [] for name in grids}
     for _ in range(args.repeats):
         for name, options in grids.items():
-            seconds[name].append(command(folder, subject, context, *epochs, *options))
+            seconds[name].append(command(folder, target, context, *epochs, *options))
     median = {name: np.median(values, axis=0) for name, values in seconds.items()}
     images, part = official_seconds(context, model, args.seconds)
     whole = part / images * context.index("train").num_samples * args.epochs
     one, grid, one3, grid3 = median.values()
 
-    print(f"{subject.arch}, {args.epochs} epochs, {torch.get_num_threads()} threads")
+    print(f"{target.arch}, {args.epochs} epochs, {torch.get_num_threads()} threads")
     print(f"{'seconds':<64}{'clock':>10}{'processor':>12}")
     rows = {"features of both splits, once": features}
     rows |= {f"xcit-dino linear, features cached: {name}": x for name, x in median.items()}

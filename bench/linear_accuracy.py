@@ -32,11 +32,11 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
 from bench.linear import BATCH, BICUBIC, LRS, classifiers, loader, num_classes
-from xcit_dino.eval.config import LinearConfig, SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig, LinearConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.linear_augmented import crop_loader, flipped
 from xcit_dino.eval.linear_grid import Choice, Heads, cosine
-from xcit_dino.eval.subject import pretrained, resolve
+from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.progress import progress
 from xcit_dino.train.distributed import dist
 
@@ -120,12 +120,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    options = SubjectConfig(
+    options = EvalTargetConfig(
         output_dir=args.run, device="cpu", batch_size_per_gpu=BATCH, num_workers=2
     )
-    subject, context = resolve(options, dist.World(0, 1, CPU))
-    config = LinearConfig(subject=options)
-    model, classes = pretrained(subject).model, num_classes(context)
+    target, context = resolve(options, dist.World(0, 1, CPU))
+    config = LinearConfig(target=options)
+    model, classes = pretrained(target).model, num_classes(context)
     val = embedded(model, [loader(context, "val")], "centre crops")
     kinds = {
         "torchvision, bilinear": their_crops(context, transforms.InterpolationMode.BILINEAR),
@@ -146,7 +146,7 @@ def main() -> None:
         means, spreads = best.mean(0), best.std(0, ddof=1)
         columns = [f"{x:.2f} ± {sd:.2f}" for x, sd in zip(means, spreads, strict=True)]
         table.add_row(name, *columns, f"{calm.max():.2f}", f"{apart.max():.2f}")
-    print(f"{subject.arch}, {args.epochs} epochs, {args.orders} orders; best of 13 learning rates,")
+    print(f"{target.arch}, {args.epochs} epochs, {args.orders} orders; best of 13 learning rates,")
     print("top-1 in percent, mean and standard deviation; at most by how much they differ")
     Console(width=100).print(table)
 

@@ -16,7 +16,7 @@ NetworkName = Literal["teacher", "student", "model", "model_ema"]
 
 
 @dataclass(frozen=True)
-class SubjectConfig:
+class EvalTargetConfig:
     """Which network is evaluated, on which images, and how they are computed."""
 
     output_dir: Path = Path("runs/default")
@@ -82,7 +82,7 @@ class SubjectConfig:
 class KnnConfig:
     """Weighted k-NN (DINO ``eval_knn.py``)."""
 
-    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours; one search serves all. 20 usually works best."""
     temperature: float = 0.07
@@ -99,7 +99,7 @@ class KnnConfig:
 class LinearConfig:
     """Linear probe: a grid of heads trained side by side in one pass over the features."""
 
-    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     protocol: Literal["cached", "dino"] = "cached"
     """cached: features of the centre crop, extracted once. dino: RandomResizedCrop + flip, every
     epoch through the backbone (DINO ``eval_linear.py``)."""
@@ -152,13 +152,13 @@ class EvaluateConfig:
     """Top-1 and top-5 of a classifier: one checkpoint, or a backbone and the head of a linear
     probe."""
 
-    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     head: Path | None = None
     """Head saved by `linear` (linear_head.safetensors); left out: the weights file holds a
     classifier."""
 
     def __post_init__(self) -> None:
-        if self.subject.baselines:
+        if self.target.baselines:
             raise InputError(
                 "--baselines: a random network has no classifier; compare by knn or linear, or "
                 "leave it out"
@@ -172,7 +172,7 @@ class EmbedConfig:
 
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DST]")] = None
     """Folder to write; left out: embeddings/SPLIT in the run folder."""
-    subject: SubjectConfig = field(default_factory=SubjectConfig)
+    target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     split: Literal["train", "val"] = "train"
     """Which shards of --data_path; one set of shards without train/ and val/ is train."""
     examples: int = 8

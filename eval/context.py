@@ -25,7 +25,7 @@ from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import TIMM_PREFIX
@@ -150,7 +150,7 @@ class Context:
 
 
 def make_context(
-    options: SubjectConfig,
+    options: EvalTargetConfig,
     settings: InputSettings,
     run: Mapping[str, Any],
     data_path: str | Path,
@@ -202,7 +202,7 @@ def resize_of(inputs: InputSettings) -> int:
 
 
 def loader_of(
-    options: SubjectConfig, run: Mapping[str, Any], data_path: str | Path
+    options: EvalTargetConfig, run: Mapping[str, Any], data_path: str | Path
 ) -> LoaderConfig:
     """The data plane's options: those given, then the run's. Its ``shard_url`` belongs to its own
     data, and no other."""

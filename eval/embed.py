@@ -24,11 +24,11 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import extracted
+from xcit_dino.eval.features import cached_features
 from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
 from xcit_dino.eval.results import check_writable
-from xcit_dino.eval.subject import networks, resolve
+from xcit_dino.eval.target import networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
@@ -44,17 +44,17 @@ def run(config: EmbedConfig) -> None:
     Raises:
         InputError: no weights or shards, or none of the images can be read.
     """
-    world = dist.init(config.subject.device)
-    subject, context = resolve(config.subject, world)
+    world = dist.init(config.target.device)
+    target, context = resolve(config.target, world)
     index = context.index(config.split)
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")
-    dst = config.dst or config.subject.output_dir / "embeddings" / config.split
+    dst = config.dst or config.target.output_dir / "embeddings" / config.split
     dst = Path(os.path.abspath(dst))
     dist.from_main(lambda: check_free(dst))
     with unfinished_folder(dst) if world.is_main else nullcontext(dst) as unfinished:
-        for network in networks(config.subject, subject):
-            cache = extracted(network, index, config.split, context)
+        for network in networks(config.target, target):
+            cache = cached_features(network, index, config.split, context)
             samples = np.flatnonzero(np.load(cache.path / "seen.npy"))
             if not len(samples):
                 raise InputError(f"--data_path {index.root}: none of the images can be read")

@@ -14,11 +14,11 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvaluateConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import LAYERS, extract, num_classes_of
+from xcit_dino.eval.features import LAYERS, load_features, num_classes_of
 from xcit_dino.eval.linear import accuracy, top_hits
 from xcit_dino.eval.ranges import Ranges, warn_constant
 from xcit_dino.eval.results import write_result
-from xcit_dino.eval.subject import Network, Subject, pretrained, resolve
+from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import load_backbone, load_linear
 from xcit_dino.models.zoo import create_model
@@ -32,42 +32,42 @@ def run(config: EvaluateConfig) -> None:
     Raises:
         InputError: bad options, unlabelled data, or weights of another architecture or class count.
     """
-    world = dist.init(config.subject.device)
-    subject, context = resolve(config.subject, world)
+    world = dist.init(config.target.device)
+    target, context = resolve(config.target, world)
     val = context.index("val")
     num_classes = num_classes_of(val)
     began = time.monotonic()
     if config.head is None:
-        metrics, facts = classifier_accuracy(subject, context, val, num_classes)
+        metrics, facts = classifier_accuracy(target, context, val, num_classes)
     else:
-        metrics, facts = head_accuracy(config.head, subject, context, val, num_classes)
+        metrics, facts = head_accuracy(config.head, target, context, val, num_classes)
     if world.is_main:
         print(f"top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}", flush=True)
         write_result(
-            config.subject.output_dir,
+            config.target.output_dir,
             "evaluate" if config.head is None else "evaluate/head",
             metrics,
             facts
             | context.protocol
             | {
                 "evaluation": "evaluate",
-                "precision": config.subject.precision,
+                "precision": config.target.precision,
                 "val_index": val.checksum,
             },
-            weights_file=subject.weights.name,
+            weights_file=target.weights.name,
             wall_seconds=round(time.monotonic() - began, 2),
         )
     dist.barrier()
 
 
 def classifier_accuracy(
-    subject: Subject, context: Context, val: ShardIndex, num_classes: int
+    target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
 ) -> tuple[dict[str, float], dict[str, object]]:
     """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks share the
     images."""
     world = context.world
-    model = create_model(subject.arch, num_classes=num_classes)
-    report = load_backbone(subject.weights, model, subject.checkpoint_key, head="required")
+    model = create_model(target.arch, num_classes=num_classes)
+    report = load_backbone(target.weights, model, target.checkpoint_key, head="required")
     if world.is_main:
         print(report, flush=True)
     model = model.to(world.device).eval()
@@ -89,20 +89,20 @@ def classifier_accuracy(
     top1, top5, count = hits.tolist()
     facts = {
         "network": report.network,
-        "arch": subject.arch,
-        "weights": file_checksum(subject.weights),
+        "arch": target.arch,
+        "weights": file_checksum(target.weights),
         "val_images": int(count),
     }
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}, facts
 
 
 def head_accuracy(
-    head: Path, subject: Subject, context: Context, val: ShardIndex, num_classes: int
+    head: Path, target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
 ) -> tuple[dict[str, float], dict[str, object]]:
     """(top1 and top5 in percent, facts) of a backbone and the head that a linear probe saved."""
-    network = pretrained(subject)
+    network = pretrained(target)
     layers, weight, bias = read_head(head)
-    features = extract(network, val, "val", context)
+    features = load_features(network, val, "val", context)
     check_head(head, layers, weight, network, features.blocks, num_classes)
     metrics = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
     return metrics, network.facts | {

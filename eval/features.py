@@ -28,7 +28,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import CachedFeatures
 from xcit_dino.eval.ranges import Ranges, warn_constant
-from xcit_dino.eval.subject import Network
+from xcit_dino.eval.target import Network
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.distributed import dist
 
@@ -128,12 +128,14 @@ def num_classes_of(*indexes: ShardIndex) -> int:
     return max([highest, *(len(classes) for classes in lists)])
 
 
-def extract(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
-    """Features and labels of a split, for an accuracy; see :func:`extracted`."""
-    return _open(extracted(network, index, split, context), index)
+def load_features(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
+    """Features and labels of a split, for an accuracy; see :func:`cached_features`."""
+    return _open(cached_features(network, index, split, context), index)
 
 
-def extracted(network: Network, index: ShardIndex, split: str, context: Context) -> CachedFeatures:
+def cached_features(
+    network: Network, index: ShardIndex, split: str, context: Context
+) -> CachedFeatures:
     """The folder with the features of all readable images of a split, labelled or not: from the run
     folder's cache, or computed by all ranks and put there.
 

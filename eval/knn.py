@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import Features, extract, num_classes_of
+from xcit_dino.eval.features import Features, load_features, num_classes_of
 from xcit_dino.eval.results import write_result
-from xcit_dino.eval.subject import Network, networks, resolve
+from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
@@ -42,27 +42,27 @@ def run(config: KnnConfig) -> None:
     Raises:
         InputError: bad options, unlabelled data, or a bank smaller than every k.
     """
-    world = dist.init(config.subject.device)
-    subject, context = resolve(config.subject, world)
+    world = dist.init(config.target.device)
+    target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
     num_classes = num_classes_of(train, val)
     fitting_ks(config.nb_knn, int((train.labels >= 0).sum()))
-    for network in networks(config.subject, subject):
+    for network in networks(config.target, target):
         began = time.monotonic()
-        bank = extract(network, train, "train", context)
-        queries = extract(network, val, "val", context)
+        bank = load_features(network, train, "train", context)
+        queries = load_features(network, val, "val", context)
         ks = fitting_ks(config.nb_knn, len(bank), tell=network.name == "pretrained")
         metrics = evaluate(bank, queries, ks, config.temperature, num_classes, world)
         if world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             print(f"k-NN, {network.name}: {shown}", flush=True)
             write_result(
-                config.subject.output_dir,
+                config.target.output_dir,
                 f"knn{network.suffix}",
                 metrics,
                 protocol(config, ks, context, network, bank, queries)
                 | {"train_index": train.checksum, "val_index": val.checksum},
-                weights_file=subject.weights.name if network.name == "pretrained" else None,
+                weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )
     dist.barrier()
@@ -103,7 +103,7 @@ def protocol(
             "evaluation": "knn",
             "nb_knn": list(ks),
             "temperature": config.temperature,
-            "precision": config.subject.precision,
+            "precision": config.target.precision,
             "features": "cls, L2-normalised"
             if network.name != "pixels"
             else "pixels, L2-normalised",

@@ -24,7 +24,7 @@ from xcit_dino.data.io.files import locked
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import LAYERS, Features, extract, num_classes_of
+from xcit_dino.eval.features import LAYERS, Features, load_features, num_classes_of
 from xcit_dino.eval.linear_augmented import state_file, train_augmented
 from xcit_dino.eval.linear_grid import (
     Blocks,
@@ -38,7 +38,7 @@ from xcit_dino.eval.linear_grid import (
     quick_products,
 )
 from xcit_dino.eval.results import write_result
-from xcit_dino.eval.subject import Network, networks, resolve
+from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.models.weights import formats
 from xcit_dino.progress import progress
 from xcit_dino.train.distributed import dist
@@ -57,18 +57,18 @@ def run(config: LinearConfig) -> None:
     Raises:
         InputError: bad options, unlabelled data, or too few images to hold some out.
     """
-    world = dist.init(config.subject.device)
-    subject, context = resolve(config.subject, world)
+    world = dist.init(config.target.device)
+    target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
     num_classes = num_classes_of(train, val)
     name = "linear" if config.protocol == "cached" else "linear-dino"
-    for network in networks(config.subject, subject):
+    for network in networks(config.target, target):
         began = time.monotonic()
         choices = choices_for(config, network)
         facts = protocol(config, context, network, train)
-        val_features = extract(network, val, "val", context)
+        val_features = load_features(network, val, "val", context)
         if config.protocol == "cached":
-            train_features = extract(network, train, "train", context)
+            train_features = load_features(network, train, "train", context)
             probe = train_cached(train_features, choices, num_classes, config, world.device)
         elif network.name == "pixels":
             continue  # crops of raw pixels are no features
@@ -80,17 +80,17 @@ def run(config: LinearConfig) -> None:
             facts["val_index"] = val.checksum
             tell(network, probe.choice, metrics, config)
             write_result(
-                config.subject.output_dir, f"{name}{network.suffix}", metrics, facts,
+                config.target.output_dir, f"{name}{network.suffix}", metrics, facts,
                 grid=[
                     asdict(choice) | {"holdout_top1": top1}
                     for choice, (top1, _) in zip(choices, probe.scores, strict=True)
                 ],
                 chosen=asdict(probe.choice),
-                weights_file=subject.weights.name if network.name == "pretrained" else None,
+                weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
             if network.name == "pretrained":
-                save_head(config.subject.output_dir / HEAD_FILE, probe, facts, train.classes)
+                save_head(config.target.output_dir / HEAD_FILE, probe, facts, train.classes)
             state_file(config, network).unlink(missing_ok=True)
     dist.barrier()
 
@@ -253,7 +253,7 @@ def protocol(
             "layers": list(config.layers),
             "chosen_on": f"{100 * config.holdout:g} % of the training images, held out",
             "augmentation": "RandomResizedCrop + flip" if dino else "none",
-            "precision": config.subject.precision,
+            "precision": config.target.precision,
             "seed": config.seed,
             "train_index": train.checksum,
         }

@@ -30,7 +30,7 @@ from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import blocks_of
 from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, cosine, hold_out
-from xcit_dino.eval.subject import Network
+from xcit_dino.eval.target import Network
 from xcit_dino.progress import progress
 from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
@@ -137,7 +137,7 @@ def features_of(batch: Batch, network: Network, context: Context, seed: int) -> 
 
 def state_file(config: LinearConfig, network: Network) -> Path:
     """Where an unfinished training of heads is kept; deleted when its result is written."""
-    return config.subject.output_dir / f"linear-dino-{network.name}.state.pth"
+    return config.target.output_dir / f"linear-dino-{network.name}.state.pth"
 
 
 @dataclass(frozen=True)

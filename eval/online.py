@@ -15,7 +15,7 @@ from torch import nn
 
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import blocks_of, evaluating, num_classes_of
 from xcit_dino.eval.knn import knn_hits
@@ -59,7 +59,7 @@ def online_knn(
     train, val, classes = labelled_splits(data_path)
     given = {name: run[name] for name in ("num_workers", "precision") if name in run}
     settings = InputSettings.of_run(run) or InputSettings()
-    context = make_context(SubjectConfig(**given), settings, run, data_path, world)
+    context = make_context(EvalTargetConfig(**given), settings, run, data_path, world)
     # unreadable images are left out, and said: they are for the training to stop at
     context = replace(context, loader=replace(context.loader, max_bad_fraction=1.0))
     few = replace(context.loader, num_workers=0)

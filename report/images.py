@@ -11,7 +11,7 @@ import torch
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.pictures import render
 from xcit_dino.inputs import InputSettings
@@ -63,7 +63,7 @@ class Images:
     def context(self) -> Context:
         """How evaluations of the run's own network read images, in this process; unreadable ones
         end nothing."""
-        options = SubjectConfig(self.run.folder, num_workers=0, max_bad_fraction=1.0)
+        options = EvalTargetConfig(self.run.folder, num_workers=0, max_bad_fraction=1.0)
         settings = InputSettings.of_run(self.options) or InputSettings()
         data_path = self.options.get("data_path") or ""
         world = dist.World(0, 1, torch.device("cpu"))

@@ -12,7 +12,7 @@ from torch import nn
 
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import evaluating
 from xcit_dino.eval.linear import top_hits
@@ -63,7 +63,7 @@ def accuracies(
 def context_of(config: FinetuneConfig, world: dist.World) -> Context:
     """How validation images reach the network: as evaluations of the finished run read them."""
     run = dict(options(config))
-    given = SubjectConfig(
+    given = EvalTargetConfig(
         config.run.output_dir,
         batch_size_per_gpu=config.validation.eval_batch_size,
         num_workers=config.loader.num_workers,

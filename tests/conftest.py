@@ -16,7 +16,7 @@ from xcit_dino.data.pack.demo import make
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.models.zoo import create_model
 
 ARCH = "xcit_pico_6_p8"
@@ -30,10 +30,10 @@ class RunFolder:
     data: Path
     weights: Path
 
-    def subject(self, **changes: Any) -> SubjectConfig:
+    def target(self, **changes: Any) -> EvalTargetConfig:
         """Options that evaluate it in this process."""
         options = {"output_dir": self.path, "pretrained_weights": self.weights, "num_workers": 0}
-        return SubjectConfig(**(options | {"device": "cpu"} | changes))
+        return EvalTargetConfig(**(options | {"device": "cpu"} | changes))
 
 
 @pytest.fixture(scope="session")

@@ -276,7 +276,7 @@ DISTILL: Cases = FINETUNE | {
 
 A, F, C, P = ({"shows": part} for part in ("accuracies", "features", "contents", "printed"))
 COPIED = {"data_path": "file://{here}/data", "cache_dir": "copies"}
-SUBJECT: Cases = {
+EVAL_TARGET: Cases = {
     "output_dir": [turn("other", **F)],
     "pretrained_weights": [turn("other", **F)],
     "checkpoint_key": [turn("student", **F), refused("model", "model_ema", by="holds no model")],
@@ -297,12 +297,12 @@ SUBJECT: Cases = {
     "precision": [turn("bf16", **F), refused("fp16", by="needs a GPU")],
     "device": [NO_GPU],
 }
-KNN = SUBJECT | {
+KNN = EVAL_TARGET | {
     "nb_knn": [turn("3", **A)],
     "temperature": [turn("10", "0.001", shows="calls")],
 }
 DINO_PROBE = {"protocol": "dino", "batch_size_per_gpu": "8"}
-LINEAR = SUBJECT | {
+LINEAR = EVAL_TARGET | {
     "protocol": [turn("dino", **A)],
     "epochs": [turn("9", **A)],
     "lrs": [turn("0.01", **A)],
@@ -316,7 +316,7 @@ LINEAR = SUBJECT | {
     "decoder": [refused("cuda", by="--decoder")],
     "seed": [turn("1", **A), turn("1", **A, given=DINO_PROBE)],
 }
-EVALUATE = SUBJECT | {
+EVALUATE = EVAL_TARGET | {
     "output_dir": [turn("tuned2", **A)],
     "pretrained_weights": [turn("tuned2.pth", **A)],
     "checkpoint_key": [turn("model_ema", **P), refused("teacher", "student", by="holds no",
@@ -335,7 +335,7 @@ EVALUATE = SUBJECT | {
     "head": [],
     "cache_gb": [refused("1e-6", by="--cache_gb", given=COPIED)],
 }  # fmt: skip
-EMBED = SUBJECT | {
+EMBED = EVAL_TARGET | {
     "dst": [turn("elsewhere", shows="files")],
     "split": [turn("val", **C)],
     "examples": [turn("1", "0", **C)],

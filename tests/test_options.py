@@ -16,7 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.option_cases import ARCH, BASES, CASES, DISTILL, EVALUATE, EXCEPTIONS, FINETUNE, SUBJECT
+from tests.option_cases import (
+    ARCH,
+    BASES,
+    CASES,
+    DISTILL,
+    EVAL_TARGET,
+    EVALUATE,
+    EXCEPTIONS,
+    FINETUNE,
+)
 from tests.turning import Outcome, Turn, done, fresh, run, words_of
 from xcit_dino.cli import COMMANDS, load
 from xcit_dino.slurm.config import LaunchConfig
@@ -27,7 +36,7 @@ ELSEWHERE = {"launch": "test_launch_options.py"}  # turns every option of that c
 RECIPES = ("pretrain", "finetune", "distill")  # take --config
 # Turned by make faults only: options whose code another command shares, and what takes minutes.
 REPEATED = {"finetune": FINETUNE, "distill": DISTILL, "evaluate": EVALUATE}
-REPEATED |= {"linear": SUBJECT, "embed": SUBJECT}
+REPEATED |= {"linear": EVAL_TARGET, "embed": EVAL_TARGET}
 
 
 def options_of(command: str) -> dict[str, Any]:

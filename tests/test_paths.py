@@ -100,7 +100,7 @@ def test_the_launcher_opens_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         [*words, "--output_dir", "~/run", "--stages", "pretrain,knn", "--knn.data_path=~/s"]
     )
     assert named.run == tmp_path / "run"
-    assert named.stages[1].config.subject.data_path == f"{tmp_path}/s"
+    assert named.stages[1].config.target.data_path == f"{tmp_path}/s"
     assert rehearse_config(["--output_dir=~/try"]).folder == tmp_path / "try"
 
 

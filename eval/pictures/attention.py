@@ -24,7 +24,7 @@ from xcit_dino.data import video
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from xcit_dino.data.io.files import unfinished_folder, write_atomically
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import AttentionConfig, SubjectConfig
+from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
 from xcit_dino.eval.results import check_writable
 from xcit_dino.models.weights.load import load_backbone
@@ -147,7 +147,7 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
         weights = weights_file(config.output_dir, "--output_dir")
     print(load_backbone(weights, model, config.checkpoint_key), flush=True)
     settings = settings_of(arch, weights, config.checkpoint_key, options)
-    given = SubjectConfig(config.output_dir, mean=config.mean, std=config.std)
+    given = EvalTargetConfig(config.output_dir, mean=config.mean, std=config.std)
     context = make_context(given, settings, {}, "", world)
     return model.to(world.device).eval(), context
 

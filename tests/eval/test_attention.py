@@ -10,7 +10,7 @@ from PIL import Image
 
 from xcit_dino.data import video
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import AttentionConfig, SubjectConfig
+from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import make_context
 from xcit_dino.eval.pictures import attention
 from xcit_dino.inputs import InputSettings
@@ -46,7 +46,7 @@ def test_maps_are_those_of_the_class_attention(photo):
     for block in model.cls_attn_blocks:
         block.attn.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
     image = attention.aligned(photo, 0, 8)
-    context = make_context(SubjectConfig(), InputSettings(), {}, "", World(0, 1, CPU))
+    context = make_context(EvalTargetConfig(), InputSettings(), {}, "", World(0, 1, CPU))
     model(context.normalize(torch.tensor(image).permute(2, 0, 1)[None]))
     for layer in (1, 2):
         config = AttentionConfig(photo, layer=layer)

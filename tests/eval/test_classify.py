@@ -12,8 +12,8 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import evaluate, linear
 from xcit_dino.eval.config import EvaluateConfig, LinearConfig
-from xcit_dino.eval.features import extract
-from xcit_dino.eval.subject import pretrained, resolve
+from xcit_dino.eval.features import load_features
+from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed.dist import World
 
@@ -29,18 +29,18 @@ def test_a_classifier_checkpoint(run_folder, tmp_path):
     index = ShardIndex.load(run_folder.data / "val")
     model = create_model(ARCH, num_classes=len(index.classes or []))
     torch.save({"model": model.state_dict()}, tmp_path / "classifier.pth")
-    subject = run_folder.subject(
+    target = run_folder.target(
         pretrained_weights=tmp_path / "classifier.pth", batch_size_per_gpu=20
     )
-    evaluate.run(EvaluateConfig(subject))
+    evaluate.run(EvaluateConfig(target))
 
     backbone = create_model(ARCH)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     backbone.load_state_dict(state)
     torch.save({"model": state}, tmp_path / "backbone.pth")
-    config = run_folder.subject(pretrained_weights=tmp_path / "backbone.pth")
+    config = run_folder.target(pretrained_weights=tmp_path / "backbone.pth")
     found, context = resolve(config, World(0, 1, torch.device("cpu")))
-    features = extract(pretrained(found), index, "val", context)
+    features = load_features(pretrained(found), index, "val", context)
     logits = model.head(torch.tensor(features.blocks["cls"]))
     order = logits.argsort(1, descending=True)
     places = (order == torch.tensor(features.labels)[:, None]).int().argmax(1)
@@ -51,8 +51,8 @@ def test_a_classifier_checkpoint(run_folder, tmp_path):
 
 
 def test_backbone_and_head_repeat_the_probes_accuracy(run_folder):
-    linear.run(LinearConfig(run_folder.subject(), epochs=3))
-    evaluate.run(EvaluateConfig(run_folder.subject(), head=run_folder.path / linear.HEAD_FILE))
+    linear.run(LinearConfig(run_folder.target(), epochs=3))
+    evaluate.run(EvaluateConfig(run_folder.target(), head=run_folder.path / linear.HEAD_FILE))
     probe, again = result(run_folder, "linear"), result(run_folder, "evaluate/head")
     assert again["metrics"] == {k: probe["metrics"][k] for k in ("top1", "top5")}
     assert again["protocol"]["weights"] == probe["protocol"]["weights"]
@@ -72,14 +72,14 @@ def test_a_head_that_does_not_fit_is_refused(run_folder, tmp_path, shape, match)
         {"weight": torch.zeros(shape), "bias": torch.zeros(shape[0])}, head, {"layers": "cls"}
     )
     with pytest.raises(InputError, match=match):
-        evaluate.run(EvaluateConfig(run_folder.subject(), head=head))
+        evaluate.run(EvaluateConfig(run_folder.target(), head=head))
 
 
 def test_a_backbone_is_no_classifier(run_folder):
     with pytest.raises(InputError, match="no classifier"):
-        evaluate.run(EvaluateConfig(run_folder.subject()))
+        evaluate.run(EvaluateConfig(run_folder.target()))
 
 
 def test_unlabelled_images_are_refused(run_folder, unlabelled):
     with pytest.raises(InputError, match="carry no label"):
-        evaluate.run(EvaluateConfig(run_folder.subject(data_path=str(unlabelled))))
+        evaluate.run(EvaluateConfig(run_folder.target(data_path=str(unlabelled))))

@@ -22,9 +22,9 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import evaluate, knn
 from xcit_dino.eval.config import EvaluateConfig, KnnConfig
-from xcit_dino.eval.features import extract
+from xcit_dino.eval.features import load_features
 from xcit_dino.eval.online import OnlineKnn, online_knn
-from xcit_dino.eval.subject import pretrained, resolve
+from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import input_settings
@@ -66,10 +66,10 @@ def test_timms_networks_see_what_timm_shows_them(run_folder, tmp_path):
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     own = resolve_data_config(model=model)
     assert own["mean"] == (0.5, 0.5, 0.5) and own["input_size"][-1] == 160
-    config = run_folder.subject(arch="timm/test_resnet", pretrained_weights=tmp_path / "theirs.pth")
-    subject, context = resolve(config, ONE)
+    config = run_folder.target(arch="timm/test_resnet", pretrained_weights=tmp_path / "theirs.pth")
+    target, context = resolve(config, ONE)
     index = context.index("val")
-    found = extract(pretrained(subject), index, "val", context).blocks["cls"]
+    found = load_features(pretrained(target), index, "val", context).blocks["cls"]
     transform = create_transform(**own)
     images = torch.stack([transform(picture) for picture in pictures(index)])
     with torch.no_grad():
@@ -84,11 +84,11 @@ def test_timms_networks_see_what_timm_shows_them(run_folder, tmp_path):
 
 def test_a_runs_own_mean_and_std_are_used(run_folder):
     own_statistics(run_folder)
-    subject, context = resolve(run_folder.subject(), ONE)
-    index, network = context.index("val"), pretrained(subject)
+    target, context = resolve(run_folder.target(), ONE)
+    index, network = context.index("val"), pretrained(target)
     with torch.no_grad():
         expected = network.model(plain(index, MEAN, STD))
-    found = extract(network, index, "val", context)
+    found = load_features(network, index, "val", context)
     np.testing.assert_allclose(found.blocks["cls"], expected, atol=1e-4)
     online = online_knn(run_folder.data, {"global_crops_size": 32, "mean": MEAN, "std": STD}, ONE)
     assert isinstance(online, OnlineKnn)
@@ -97,13 +97,13 @@ def test_a_runs_own_mean_and_std_are_used(run_folder):
 
 def test_options_win_and_other_weights_do_not_take_the_runs_settings(run_folder, tmp_path):
     own_statistics(run_folder)
-    given = run_folder.subject(mean=(0.5, 0.5, 0.5), interpolation="bilinear", crop_size=24)
+    given = run_folder.target(mean=(0.5, 0.5, 0.5), interpolation="bilinear", crop_size=24)
     _, context = resolve(given, ONE)
     assert context.inputs.mean == (0.5, 0.5, 0.5) and list(context.inputs.std) == STD
     assert (context.inputs.interpolation, context.crop) == ("bilinear", 24)
     torch.save({"x": torch.zeros(1)}, tmp_path / "other.pth")
     other = {"arch": "timm/test_resnet", "pretrained_weights": tmp_path / "other.pth"}
-    _, context = resolve(run_folder.subject(**other), ONE)
+    _, context = resolve(run_folder.target(**other), ONE)
     assert context.inputs.mean == (0.5, 0.5, 0.5) and context.crop == 160
 
 
@@ -134,7 +134,7 @@ def test_an_extracted_file_carries_its_settings(ending, run_folder, tmp_path, ca
         file = tmp_path / f"{name}.{ending}"
         assert input_settings(file) == expected
         create_model(ARCH).load_state_dict(formats.read(file))  # as with any other file
-        fresh = run_folder.subject(
+        fresh = run_folder.target(
             output_dir=tmp_path / "fresh", arch=ARCH, data_path=str(run_folder.data),
             pretrained_weights=file,
         )  # fmt: skip
@@ -199,11 +199,11 @@ def test_features_that_are_all_equal_are_pointed_out(run_folder, tmp_path, capsy
     for name in ("weight", "bias"):
         state["teacher"][f"backbone.norm.{name}"].fill_(0.25 * (name == "bias"))
     torch.save(state, tmp_path / "flat.pth")
-    config = KnnConfig(run_folder.subject(pretrained_weights=tmp_path / "flat.pth"), (5,))
+    config = KnnConfig(run_folder.target(pretrained_weights=tmp_path / "flat.pth"), (5,))
     for _ in range(2):
         knn.run(config)
         assert "train features (pretrained) are the same for all" in capsys.readouterr().err
-    knn.run(KnnConfig(run_folder.subject(), (5,)))
+    knn.run(KnnConfig(run_folder.target(), (5,)))
     assert "the same for all" not in capsys.readouterr().err
 
 
@@ -211,7 +211,7 @@ def test_features_that_are_all_equal_are_pointed_out(run_folder, tmp_path, capsy
 def test_shards_that_lie_elsewhere_are_found_as_in_training(
     ending, run_folder, tmp_path, monkeypatch
 ):
-    knn.run(KnnConfig(run_folder.subject(), (5,)))
+    knn.run(KnnConfig(run_folder.target(), (5,)))
     here, there = tmp_path / "index", tmp_path / "store"
     for split in ("train", "val"):
         shutil.copytree(run_folder.data / split, here / split)
@@ -223,15 +223,15 @@ def test_shards_that_lie_elsewhere_are_found_as_in_training(
     path = run_folder.path / "config.yaml"
     text = path.read_text().replace(str(run_folder.data), str(here))
     path.write_text(f"{text}shard_url: file://{there}/{ending}\nmax_bad_fraction: 0.25\n")
-    knn.run(KnnConfig(run_folder.subject(), (5,)))
+    knn.run(KnnConfig(run_folder.target(), (5,)))
     assert json.loads((run_folder.path / "results.json").read_text())["knn"]["metrics"] == before
-    _, context = resolve(run_folder.subject(max_bad_fraction=0.5), ONE)
+    _, context = resolve(run_folder.target(max_bad_fraction=0.5), ONE)
     assert context.loader.max_bad_fraction == 0.5
-    assert resolve(run_folder.subject(), ONE)[1].loader.max_bad_fraction == 0.25
+    assert resolve(run_folder.target(), ONE)[1].loader.max_bad_fraction == 0.25
     monkeypatch.chdir(tmp_path)
-    other = run_folder.subject(data_path=str(run_folder.data))  # not the run's
+    other = run_folder.target(data_path=str(run_folder.data))  # not the run's
     assert resolve(other, ONE)[1].loader.shard_url is None
-    assert resolve(run_folder.subject(data_path="index"), ONE)[1].loader.shard_url
+    assert resolve(run_folder.target(data_path="index"), ONE)[1].loader.shard_url
 
 
 def test_where_val_lies_is_not_guessed(run_folder, tmp_path):

@@ -16,9 +16,9 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import embed, features
 from xcit_dino.eval.config import EmbedConfig
-from xcit_dino.eval.features import extract
+from xcit_dino.eval.features import load_features
 from xcit_dino.eval.neighbors import nearest_others
-from xcit_dino.eval.subject import pretrained, resolve
+from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.train.distributed.dist import init as cpu_world
 from xcit_dino.train.provenance import file_checksum
 
@@ -29,11 +29,11 @@ def rows_of(folder):
 
 
 def test_rows_are_the_networks_features_and_their_images(run_folder, tmp_path):
-    config = run_folder.subject(baselines=True)
+    config = run_folder.target(baselines=True)
     embed.run(EmbedConfig(tmp_path / "out", config, split="val", examples=3))
-    subject, context = resolve(config, cpu_world("cpu"))
+    target, context = resolve(config, cpu_world("cpu"))
     index = context.index("val")
-    expected = extract(pretrained(subject), index, "val", context)
+    expected = load_features(pretrained(target), index, "val", context)
     found = np.load(tmp_path / "out" / "features.npy")
     np.testing.assert_array_equal(found, expected.blocks["cls"])
     rows = rows_of(tmp_path / "out")
@@ -70,7 +70,7 @@ def test_a_row_says_which_file_it_was_packed_from(run_folder, tmp_path):
         Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(path)
     shards = tmp_path / "packed"
     assert main(["shards", "make", str(photos), str(shards), "--shard_size", "4"]) == 0
-    config = run_folder.subject(data_path=str(shards))
+    config = run_folder.target(data_path=str(shards))
     embed.run(EmbedConfig(tmp_path / "out", config, examples=0))
     rows = rows_of(tmp_path / "out")
     assert len({row["shard"] for row in rows}) == 3
@@ -84,18 +84,18 @@ def test_a_row_says_which_file_it_was_packed_from(run_folder, tmp_path):
 
 
 def test_accuracies_take_their_images_from_the_same_features(run_folder, tmp_path, monkeypatch):
-    config = run_folder.subject()
+    config = run_folder.target()
     embed.run(EmbedConfig(tmp_path / "out", config, split="val", examples=0))
     monkeypatch.setattr(features, "_compute", None)  # would be called to compute them again
-    subject, context = resolve(config, cpu_world("cpu"))
+    target, context = resolve(config, cpu_world("cpu"))
     index = context.index("val")
-    assert len(extract(pretrained(subject), index, "val", context)) == 48
+    assert len(load_features(pretrained(target), index, "val", context)) == 48
 
 
 def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(embed, "mosaic", lambda rows: (shown.append(rows), rows[0][0])[1])
-    embed.run(EmbedConfig(tmp_path / "out", run_folder.subject(), split="val", examples=48))
+    embed.run(EmbedConfig(tmp_path / "out", run_folder.target(), split="val", examples=48))
     table = np.load(tmp_path / "out" / "features.npy")
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     similar = unit @ unit.T
@@ -113,10 +113,10 @@ def test_another_folder_is_not_replaced(run_folder, tmp_path):
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     (tmp_path / "mine" / "images.csv").write_text("y")
     with pytest.raises(InputError, match="mine: holds thesis.tex, not of embed"):
-        embed.run(EmbedConfig(tmp_path / "mine", run_folder.subject()))
+        embed.run(EmbedConfig(tmp_path / "mine", run_folder.target()))
     assert len(list((tmp_path / "mine").iterdir())) == 2
     with pytest.raises(InputError, match="thesis.tex: Not a directory"):
-        embed.run(EmbedConfig(tmp_path / "mine" / "thesis.tex", run_folder.subject()))
+        embed.run(EmbedConfig(tmp_path / "mine" / "thesis.tex", run_folder.target()))
 
 
 def test_nearest_others_by_brute_force_copies_included():
@@ -148,18 +148,18 @@ def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabelled):
 
 def test_what_fails_leaves_nothing_and_the_folder_before_as_it_was(run_folder, tmp_path):
     dst = tmp_path / "out"
-    embed.run(EmbedConfig(dst, run_folder.subject(), split="val", examples=0))
+    embed.run(EmbedConfig(dst, run_folder.target(), split="val", examples=0))
     before = {path.name: path.read_bytes() for path in dst.iterdir()}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="full"):
         patch.setattr(embed, "write_names", lambda *_: (_ for _ in ()).throw(OSError("full")))
-        embed.run(EmbedConfig(dst, run_folder.subject(), split="val", examples=0))
+        embed.run(EmbedConfig(dst, run_folder.target(), split="val", examples=0))
     assert {path.name: path.read_bytes() for path in dst.iterdir()} == before
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
 
 
 def test_a_run_folder_elsewhere_gives_arch_and_data(run_folder, tmp_path):
     """The remedy for a run folder that cannot be written to."""
-    elsewhere = run_folder.subject(
+    elsewhere = run_folder.target(
         output_dir=tmp_path / "elsewhere", pretrained_weights=run_folder.path
     )
     checkpoints = run_folder.path / "checkpoints"

@@ -22,10 +22,10 @@ from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import feature_cache, features
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import make_context
-from xcit_dino.eval.features import Rows, extract, num_classes_of
-from xcit_dino.eval.subject import Pixels, networks, pretrained, random_network, resolve
+from xcit_dino.eval.features import Rows, load_features, num_classes_of
+from xcit_dino.eval.target import Pixels, networks, pretrained, random_network, resolve
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed.dist import World
@@ -45,10 +45,10 @@ def images_of(index: ShardIndex, numbers: range) -> torch.Tensor:
 
 
 def test_features_are_the_networks_outputs(run_folder):
-    config = run_folder.subject(batch_size_per_gpu=20)
-    subject, context = resolve(config, ONE)
-    index, network = context.index("val"), pretrained(subject)
-    found = extract(network, index, "val", context)
+    config = run_folder.target(batch_size_per_gpu=20)
+    target, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(target)
+    found = load_features(network, index, "val", context)
     with torch.no_grad():
         images = images_of(index, range(48))
         cls = network.model(images)
@@ -62,29 +62,29 @@ def test_features_are_the_networks_outputs(run_folder):
 
 
 def test_cached_until_something_changes(run_folder, monkeypatch):
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
-    index, network = context.index("val"), pretrained(subject)
-    extract(network, index, "val", context)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(target)
+    load_features(network, index, "val", context)
     calls = []
     compute = features._compute
     monkeypatch.setattr(features, "_compute", lambda *a: (calls.append(1), compute(*a))[1])
-    extract(network, index, "val", context)
+    load_features(network, index, "val", context)
     assert not calls
-    extract(network, index, "val", dataclasses.replace(context, crop=24))
+    load_features(network, index, "val", dataclasses.replace(context, crop=24))
     inputs = dataclasses.replace(context.inputs, std=(0.5, 0.5, 0.5))
-    extract(network, index, "val", dataclasses.replace(context, inputs=inputs))
+    load_features(network, index, "val", dataclasses.replace(context, inputs=inputs))
     other = dataclasses.replace(network, facts=network.facts | {"weights": "0" * 16})
-    extract(other, index, "val", context)
+    load_features(other, index, "val", context)
     assert len(calls) == 3
     folders = [path.name for path in (run_folder.path / "features").glob("[!.]*")]
     assert len(folders) == 1, "features of earlier weights take no room"
 
 
 def test_an_interrupted_extraction_leaves_nothing_under_its_name(run_folder, monkeypatch):
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
-    network = pretrained(subject)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
+    network = pretrained(target)
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -92,19 +92,19 @@ def test_an_interrupted_extraction_leaves_nothing_under_its_name(run_folder, mon
     with monkeypatch.context() as patch:
         patch.setattr(features.Rows, "write", fail)
         with pytest.raises(KeyboardInterrupt):
-            extract(network, context.index("val"), "val", context)
+            load_features(network, context.index("val"), "val", context)
     left = [path.name for path in (run_folder.path / "features").iterdir()]
     assert len(left) == 1 and left[0].endswith(".lock")
-    assert len(extract(network, context.index("val"), "val", context)) == 48
+    assert len(load_features(network, context.index("val"), "val", context)) == 48
 
 
 def test_ranks_fill_one_file(run_folder, monkeypatch):
     """Three ranks (threads) write their rows; the result is that of one process."""
-    config = run_folder.subject(batch_size_per_gpu=7)
-    subject, context = resolve(config, ONE)
+    config = run_folder.target(batch_size_per_gpu=7)
+    target, context = resolve(config, ONE)
     index = context.index("val")
-    network = dataclasses.replace(pretrained(subject), model=Pixels(), facts={"network": "pixels"})
-    alone = extract(network, index, "val", context)
+    network = dataclasses.replace(pretrained(target), model=Pixels(), facts={"network": "pixels"})
+    alone = load_features(network, index, "val", context)
     expected = np.array(alone.blocks["cls"])
     gate, box = threading.Barrier(3), {}
 
@@ -124,7 +124,7 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
     def work(rank: int) -> None:
         world = World(rank, 3, torch.device("cpu"))
         mine = dataclasses.replace(other, world=world)
-        found[rank] = extract(network, index, "val", mine)
+        found[rank] = load_features(network, index, "val", mine)
 
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(3)]
     for thread in threads:
@@ -137,9 +137,9 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
 
 def test_two_commands_at_once_compute_features_once(run_folder, monkeypatch):
     """The second (a thread) waits for the first, which is held up, and takes its features."""
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
-    index, network = context.index("val"), pretrained(subject)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(target)
     calls, found, release = [], {}, threading.Event()
     compute = features._compute
 
@@ -149,7 +149,7 @@ def test_two_commands_at_once_compute_features_once(run_folder, monkeypatch):
         return compute(*arguments)
 
     def work(number: int) -> None:
-        found[number] = extract(network, index, "val", context)
+        found[number] = load_features(network, index, "val", context)
 
     monkeypatch.setattr(features, "_compute", held_up)
     monkeypatch.setattr(feature_cache, "POLL", 0.01)
@@ -164,13 +164,13 @@ def test_two_commands_at_once_compute_features_once(run_folder, monkeypatch):
 
 
 def test_features_that_are_read_are_not_removed(run_folder):
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
-    index, network = context.index("val"), pretrained(subject)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
+    index, network = context.index("val"), pretrained(target)
 
     def kept(crop: int) -> set[str]:
         at = dataclasses.replace(context, crop=crop)
-        features = extract(network, index, "val", at)
+        features = load_features(network, index, "val", at)
         assert features.cache is not None
         used.append(features)
         return {path.name for path in (run_folder.path / "features").glob("[!.]*")}
@@ -182,31 +182,31 @@ def test_features_that_are_read_are_not_removed(run_folder):
 
 
 def test_what_a_killed_extraction_left_is_removed(run_folder):
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
     node, folder = platform.node(), run_folder.path / "features"
     dead, live = (folder / f".pretrained-val-{n}.{node}.{pid}.tmp" for n, pid in
                   (("0", 2**22 + 1), ("1", 1)))  # fmt: skip
     dead.mkdir(parents=True), live.mkdir()
-    extract(pretrained(subject), context.index("val"), "val", context)
+    load_features(pretrained(target), context.index("val"), "val", context)
     assert live.is_dir() and not dead.exists()
 
 
 def test_unreadable_images_are_left_out(run_folder, tmp_path):
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
     index = ShardIndex.load(broken_copy(context.index("val"), tmp_path / "broken"))
-    found = extract(pretrained(subject), index, "val", context)
+    found = load_features(pretrained(target), index, "val", context)
     assert found.unreadable == 1 and len(found) == 47
     np.testing.assert_array_equal(found.labels, np.delete(index.labels, 5))
     assert np.abs(found.blocks["cls"]).sum(1).min() > 0
 
 
 def test_images_without_a_label_are_left_out(run_folder):
-    config = run_folder.subject()
-    subject, context = resolve(config, ONE)
+    config = run_folder.target()
+    target, context = resolve(config, ONE)
     index = without_label(context.index("val"), 7)
-    found = extract(pretrained(subject), index, "val", context)
+    found = load_features(pretrained(target), index, "val", context)
     assert found.unreadable == 1 and (found.labels >= 0).all()
     np.testing.assert_array_equal(found.labels, np.delete(index.labels, 7))
 
@@ -254,7 +254,7 @@ def test_rows_land_where_they_belong(tmp_path):
 
 
 def test_baselines(run_folder):
-    config = run_folder.subject(baselines=True)
+    config = run_folder.target(baselines=True)
     found = {network.name: network for network in networks(config, resolve(config, ONE)[0])}
     assert list(found) == ["pretrained", "random", "pixels"]
     torch.manual_seed(0)
@@ -282,14 +282,14 @@ def test_baselines(run_folder):
 )
 def test_geometry(options, trained, expected):
     settings = InputSettings(size=trained)
-    context = make_context(SubjectConfig(**options), settings, {}, "", ONE)
+    context = make_context(EvalTargetConfig(**options), settings, {}, "", ONE)
     assert (context.resize, context.crop) == expected
 
 
 def test_bad_input_is_named(tmp_path, run_folder):
     def refused(match: str, **options):
         with pytest.raises(InputError, match=match):
-            resolve(SubjectConfig(**options), ONE)
+            resolve(EvalTargetConfig(**options), ONE)
 
     refused("--arch: needed", output_dir=tmp_path)
     refused("--data_path: needed", output_dir=tmp_path, arch="xcit_pico_6_p8")

@@ -113,7 +113,7 @@ def test_k_larger_than_the_bank_is_left_out(capsys):
 
 
 def test_the_default_ks_serve_a_small_bank(run_folder, capsys):
-    knn.run(KnnConfig(run_folder.subject()))
+    knn.run(KnnConfig(run_folder.target()))
     result = json.loads((run_folder.path / "results.json").read_text())["knn"]
     assert result["protocol"]["nb_knn"] == [10, 20]
     assert set(result["metrics"]) == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
@@ -136,7 +136,7 @@ def test_ranks_share_the_queries(monkeypatch):
 
 
 def test_run_writes_results_with_their_protocol(run_folder):
-    knn.run(KnnConfig(run_folder.subject(baselines=True), nb_knn=(1, 5)))
+    knn.run(KnnConfig(run_folder.target(baselines=True), nb_knn=(1, 5)))
     results = json.loads((run_folder.path / "results.json").read_text())
     assert set(results) == {"knn", "knn/random", "knn/pixels"}
     assert set(results["knn"]["metrics"]) == {"top1_k1", "top5_k1", "top1_k5", "top5_k5"}
@@ -149,11 +149,11 @@ def test_run_writes_results_with_their_protocol(run_folder):
     for network in ("random", "pixels"):
         assert baseline(run, results["knn"], f"knn/{network}") == results[f"knn/{network}"]
     before = results["knn"]["metrics"]
-    knn.run(KnnConfig(run_folder.subject(), nb_knn=(5, 1)))
+    knn.run(KnnConfig(run_folder.target(), nb_knn=(5, 1)))
     results = json.loads((run_folder.path / "results.json").read_text())
     assert results["knn"]["metrics"] == before and "knn@" not in "".join(results)
 
 
 def test_unlabelled_images_are_refused(run_folder, unlabelled):
     with pytest.raises(InputError, match="carry no label"):
-        knn.run(KnnConfig(run_folder.subject(data_path=str(unlabelled)), nb_knn=(1,)))
+        knn.run(KnnConfig(run_folder.target(data_path=str(unlabelled)), nb_knn=(1,)))

@@ -17,7 +17,7 @@ from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.linear import accuracy, top_hits, train_cached
 from xcit_dino.eval.linear_grid import Choice, Heads, best, cosine, grid, hold_out
-from xcit_dino.eval.subject import Network
+from xcit_dino.eval.target import Network
 from xcit_dino.train.provenance import digest
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_top_hits_by_hand():
 
 
 def test_run_cached(run_folder):
-    config = LinearConfig(run_folder.subject(baselines=True), epochs=3, lrs=(0.01, 0.1, 1.0))
+    config = LinearConfig(run_folder.target(baselines=True), epochs=3, lrs=(0.01, 0.1, 1.0))
     linear.run(config)
     results = json.loads((run_folder.path / "results.json").read_text())
     assert set(results) == {"linear", "linear/random", "linear/pixels"}
@@ -143,10 +143,10 @@ def test_run_cached(run_folder):
     with safe_open(run_folder.path / linear.HEAD_FILE, "pt") as file:
         assert file.metadata()["layers"] == entry["chosen"]["layers"]
         assert len(json.loads(file.metadata()["classes"])) == file.get_tensor("bias").shape[0]
-    linear.run(LinearConfig(run_folder.subject(), epochs=3, lrs=(0.01, 0.1, 1.0)))
+    linear.run(LinearConfig(run_folder.target(), epochs=3, lrs=(0.01, 0.1, 1.0)))
     again = json.loads((run_folder.path / "results.json").read_text())["linear"]
     assert again["metrics"] == entry["metrics"]
-    linear.run(LinearConfig(run_folder.subject(), epochs=2, lrs=(0.01, 0.1, 1.0)))
+    linear.run(LinearConfig(run_folder.target(), epochs=2, lrs=(0.01, 0.1, 1.0)))
     earlier = linear.HEAD_FILE.replace(".", f"@{digest(entry['protocol'])}.")
     for name, epochs in ((linear.HEAD_FILE, 2), (earlier, 3)):  # another protocol, another head
         with safe_open(run_folder.path / name, "pt") as file:
@@ -165,7 +165,7 @@ def test_run_dino(run_folder):
         step(self, blocks, labels, factor)
 
     config = LinearConfig(
-        run_folder.subject(batch_size_per_gpu=32), protocol="dino", epochs=2, lrs=(0.1, 1.0)
+        run_folder.target(batch_size_per_gpu=32), protocol="dino", epochs=2, lrs=(0.1, 1.0)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear_augmented.Heads, "step", watched)
@@ -181,8 +181,8 @@ def test_run_dino(run_folder):
 
 
 def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run_folder):
-    subject = run_folder.subject(batch_size_per_gpu=32)
-    config = LinearConfig(subject, protocol="dino", epochs=3, lrs=(0.1, 1.0), layers=("cls",))
+    target = run_folder.target(batch_size_per_gpu=32)
+    config = LinearConfig(target, protocol="dino", epochs=3, lrs=(0.1, 1.0), layers=("cls",))
     linear.run(config)
     whole = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
     steps = []
@@ -199,10 +199,10 @@ def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run
         with pytest.raises(KeyboardInterrupt):
             linear.run(config)
         patch.chdir(run_folder.data.parent)  # other workers, another spelling: the same training
-        typed = run_folder.subject(
+        typed = run_folder.target(
             batch_size_per_gpu=32, num_workers=1, data_path=run_folder.data.name
         )
-        linear.run(dataclasses.replace(config, subject=typed))
+        linear.run(dataclasses.replace(config, target=typed))
     assert len(steps) == 2 * (8 + 3), "two whole epochs were kept"
     again = json.loads((run_folder.path / "results.json").read_text())["linear-dino"]
     assert again["metrics"] == whole["metrics"] and again["grid"] == whole["grid"]

@@ -9,10 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval import online
-from xcit_dino.eval.features import extract
+from xcit_dino.eval.features import load_features
 from xcit_dino.eval.knn import evaluate
 from xcit_dino.eval.online import online_knn
-from xcit_dino.eval.subject import pretrained, resolve
+from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain_with_knn
 from xcit_dino.train.config import replace
@@ -25,11 +25,11 @@ RUN = {"global_crops_size": 32, "num_workers": 0, "precision": "fp32"}
 
 
 def test_equals_the_evaluation_and_disturbs_nothing(run_folder):
-    config = run_folder.subject()
-    subject, context = resolve(config, CPU)
-    network = pretrained(subject)
+    config = run_folder.target()
+    target, context = resolve(config, CPU)
+    network = pretrained(target)
     bank, queries = (
-        extract(network, context.index(split), split, context) for split in ("train", "val")
+        load_features(network, context.index(split), split, context) for split in ("train", "val")
     )
     expected = evaluate(bank, queries, (20,), 0.07, bank.num_classes, CPU)
     callback = online_knn(run_folder.data, RUN, CPU)

@@ -40,9 +40,9 @@ def run(tmp_path_factory, demo_shards) -> Path:
     """A small run that was really trained and evaluated, with its report."""
     folder = tmp_path_factory.mktemp("browser") / "a small run"
     pretrain(replace(PretrainConfig(), TINY | {"output_dir": folder, "data_path": demo_shards}))
-    subject = replace(KnnConfig(), {"output_dir": folder, "num_workers": 0, "nb_knn": (10, 20),
+    target = replace(KnnConfig(), {"output_dir": folder, "num_workers": 0, "nb_knn": (10, 20),
                                     "baselines": True, "device": "cpu"})  # fmt: skip
-    knn.run(subject)
+    knn.run(target)
     report.run(ReportConfig((folder,)))
     return folder
 

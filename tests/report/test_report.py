@@ -270,7 +270,7 @@ def test_headlines():
 
 def test_pictures_of_a_real_run(run_folder):
     write_atomic(run_folder.path / "metrics.jsonl", '{"step": 1, "loss": 3.0}\n')
-    knn.run(KnnConfig(subject=run_folder.subject(), nb_knn=(20,)))
+    knn.run(KnnConfig(target=run_folder.target(), nb_knn=(20,)))
     text, page = written(run_folder.path, pictures=True)
     assert "where it looks: no checkpoint" in page.text  # and all else is there
     assert "cannot be read" not in page.text

@@ -90,7 +90,7 @@ def test_one_line_configures_all_stages(tmp_path: Path) -> None:
     assert (knn.resources.partition, report.resources.partition) == ("short", "gpu")
     assert report.resources.ngpus == 0
     assert knn.config.nb_knn == (5,) and embed.config.split == "val"
-    assert knn.config.subject.output_dir == pretrain.config.run.output_dir == tmp_path / "run"
+    assert knn.config.target.output_dir == pretrain.config.run.output_dir == tmp_path / "run"
 
 
 def test_pretraining_may_be_named_like_the_other_stages() -> None:
@@ -101,10 +101,10 @@ def test_pretraining_may_be_named_like_the_other_stages() -> None:
 def test_relative_paths_are_those_of_the_command() -> None:
     words = [*ARCH, "--stages", "pretrain,knn", "--data_path", "shards", "--knn.data_path", "other"]
     pretrain, knn = launch_config(words).stages
-    assert pretrain.config.loader.data_path == Path.cwd() / "shards"
-    assert knn.config.subject.data_path == str(Path.cwd() / "other")
+    assert pretrain.config.loader.data_path == str(Path.cwd() / "shards")
+    assert knn.config.target.data_path == str(Path.cwd() / "other")
     url = launch_config([*words, "--knn.data_path", "s3://bucket/shards"]).stages[1]
-    assert url.config.subject.data_path == "s3://bucket/shards"
+    assert url.config.target.data_path == "s3://bucket/shards"
 
 
 def test_run_folder_is_named_after_the_arch() -> None:
@@ -117,7 +117,7 @@ def test_one_run_for_each_seed(tmp_path: Path) -> None:
     first = launch_config([*words, "--seeds", "3", "5", "--job_name", "sweep"])
     for plan, seed in zip((first, *first.others), (3, 5), strict=True):
         assert plan.stages[0].config.run.seed == seed
-        assert plan.run == plan.stages[1].config.subject.output_dir == tmp_path / f"a-seed{seed}"
+        assert plan.run == plan.stages[1].config.target.output_dir == tmp_path / f"a-seed{seed}"
         assert plan.job_name == f"sweep-seed{seed}"
     with pytest.raises(InputError, match="--seeds: give each seed once"):
         launch_config([*words, "--seeds", "3", "3"])

@@ -16,7 +16,7 @@ from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.loader import Batch
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError, Stopped
-from xcit_dino.eval.subject import run_options
+from xcit_dino.eval.target import run_options
 from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config

@@ -17,7 +17,7 @@ from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval import evaluate
-from xcit_dino.eval.config import EvaluateConfig, SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
 from xcit_dino.models.zoo import create_model
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.supervised import loop
@@ -379,7 +379,7 @@ def test_the_launcher_starts_it_from_the_pretraining_run(tmp_path):
 
 
 def test_evaluate_repeats_its_accuracy(uninterrupted):
-    config = EvaluateConfig(SubjectConfig(uninterrupted, num_workers=0, device="cpu"))
+    config = EvaluateConfig(EvalTargetConfig(uninterrupted, num_workers=0, device="cpu"))
     evaluate.run(config)
     found = results(uninterrupted)
     assert found["evaluate"]["metrics"] == found["finetune"]["metrics"]

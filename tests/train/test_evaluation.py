@@ -232,7 +232,7 @@ def blind(rank):
 
 
 def test_ranks_agree_where_an_evaluation_fails_on_one(shards, tmp_path):
-    run, entry = tmp_path / "run", "xcit_dino.eval.online:pretrain"
+    run, entry = tmp_path / "run", "xcit_dino.ssl.pretrain:pretrain"
     options = {"entry": entry, "knn_every": 1, "epochs": 2}
     assert [ended(r, 100) for r in two_ranks(run, shards, blind, 1, **options)] == [0, 0]
     words = said(run)

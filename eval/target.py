@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import SubjectConfig
+from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
 from xcit_dino.eval.results import check_writable
 from xcit_dino.models.weights.load import load_backbone
@@ -26,7 +26,7 @@ PIXELS = 32  # raw pixels are averaged to at most this side
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalTarget:
     """The pretrained network: its architecture, and where its weights are."""
 
     arch: str
@@ -60,7 +60,7 @@ class Pixels(nn.Module):
         return small.flatten(1)
 
 
-def resolve(config: SubjectConfig, world: dist.World) -> tuple[Subject, Context]:
+def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Context]:
     """What is evaluated, and how images reach it; what the options leave out comes from the run
     folder; where that is a new one, from the run folder that the weights come from.
 
@@ -89,30 +89,30 @@ def resolve(config: SubjectConfig, world: dist.World) -> tuple[Subject, Context]
             f"--output_dir {config.output_dir} holds no checkpoint: pretrain first, "
             "or name a file with --pretrained_weights"
         )
-    subject = Subject(canonical_name(arch), weights, config.checkpoint_key)
-    settings = settings_of(subject.arch, weights, config.checkpoint_key, run)
-    return subject, make_context(config, settings, run, data_path, world)
+    target = EvalTarget(canonical_name(arch), weights, config.checkpoint_key)
+    settings = settings_of(target.arch, weights, config.checkpoint_key, run)
+    return target, make_context(config, settings, run, data_path, world)
 
 
-def networks(config: SubjectConfig, subject: Subject) -> Iterator[Network]:
+def networks(config: EvalTargetConfig, target: EvalTarget) -> Iterator[Network]:
     """The pretrained network and, with ``--baselines``, a randomly initialised one and raw
     pixels."""
-    yield pretrained(subject)
+    yield pretrained(target)
     if config.baselines:
-        yield random_network(subject.arch)
+        yield random_network(target.arch)
         yield Network("pixels", Pixels(), {"network": "pixels", "side": PIXELS})
 
 
-def pretrained(subject: Subject) -> Network:
-    """The backbone with the subject's weights."""
-    model = create_model(subject.arch, num_classes=0)
-    report = load_backbone(subject.weights, model, which=subject.checkpoint_key)
+def pretrained(target: EvalTarget) -> Network:
+    """The backbone with the target's weights."""
+    model = create_model(target.arch, num_classes=0)
+    report = load_backbone(target.weights, model, which=target.checkpoint_key)
     if dist.is_main():
         print(report, flush=True)
     facts = {
         "network": report.network,
-        "arch": subject.arch,
-        "weights": file_checksum(subject.weights),
+        "arch": target.arch,
+        "weights": file_checksum(target.weights),
     }
     return Network("pretrained", model.eval(), facts)
 
