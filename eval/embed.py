@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.io.files import unfinished_folder
 from xcit_dino.data.io.storage import open_source, read_origin
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
@@ -29,6 +28,7 @@ from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
 from xcit_dino.eval.results import check_writable
 from xcit_dino.eval.target import networks, resolve
+from xcit_dino.files import unfinished_folder
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 

@@ -19,11 +19,11 @@ from xcit_dino.eval.linear import accuracy, top_hits
 from xcit_dino.eval.ranges import Ranges, warn_constant
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve
+from xcit_dino.files import file_checksum
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import load_backbone, load_linear
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import file_checksum
 
 
 def run(config: EvaluateConfig) -> None:

@@ -12,10 +12,9 @@ import weakref
 from pathlib import Path
 from typing import Any, Literal
 
-from xcit_dino.data.io.files import FileLock
 from xcit_dino.errors import RunError
+from xcit_dino.files import FileLock, write_atomic
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import write_atomic
 
 POLL = 0.5  # seconds between two looks at features that another command computes
 

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from xcit_dino.data.io.files import locked
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
@@ -39,10 +38,11 @@ from xcit_dino.eval.linear_grid import (
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.target import Network, networks, resolve
+from xcit_dino.files import locked, write_atomic
 from xcit_dino.models.weights import formats
 from xcit_dino.progress import progress
+from xcit_dino.provenance import LOCK, digest
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import LOCK, digest, write_atomic
 
 HEAD_FILE = "linear_head.safetensors"
 CHUNK = 4096  # images of one batch when heads are only applied

@@ -31,10 +31,10 @@ from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import blocks_of
 from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, cosine, hold_out
 from xcit_dino.eval.target import Network
+from xcit_dino.files import write_atomic
 from xcit_dino.progress import progress
 from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import write_atomic
 
 SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
 

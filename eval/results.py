@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.data.io.files import locked
 from xcit_dino.errors import InputError, RunError, warn
-from xcit_dino.train.provenance import LOCK, record_result
+from xcit_dino.files import locked
+from xcit_dino.provenance import LOCK, record_result
 from xcit_dino.train.run.folder import FREE
 from xcit_dino.train.run.reader import EVALUATIONS, Run, read_run
 from xcit_dino.train.run.tensorboard_log import write_hparams

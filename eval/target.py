@@ -15,10 +15,10 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
 from xcit_dino.eval.results import check_writable
+from xcit_dino.files import file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import file_checksum
 from xcit_dino.train.state import newest_checkpoint, weights_file
 
 RANDOM_SEED = 0  # of the randomly initialised baseline

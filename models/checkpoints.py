@@ -7,13 +7,13 @@ Beside each ``checkpoint-STEP.pth`` lies a small JSON with its step, size and SH
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import InputError, warn
+from xcit_dino.files import file_checksum
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")
@@ -43,7 +43,7 @@ def is_whole(path: Path) -> bool:
     """Whether the JSON beside a checkpoint vouches for it; False too where it is just going."""
     with contextlib.suppress(FileNotFoundError):  # the run that writes here dropped it
         facts, size = facts_of(path), path.stat().st_size
-        return size == facts.get("bytes") and checksum(path) == facts.get("sha256")
+        return size == facts.get("bytes") and file_checksum(path) == facts.get("sha256")
     return False
 
 
@@ -54,9 +54,3 @@ def facts_of(path: Path) -> dict[str, Any]:
     except (ValueError, FileNotFoundError):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, first 16 hex digits, as the JSON has it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

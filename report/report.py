@@ -14,10 +14,11 @@ from typing import Any
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import ReportConfig
 from xcit_dino.eval.results import check_writable
+from xcit_dino.files import write_atomic
+from xcit_dino.provenance import now
 from xcit_dino.report import accuracy, origin, training
 from xcit_dino.report.page import chips, document, moment, navigation, plain, section
 from xcit_dino.report.training import spans
-from xcit_dino.train.provenance import now, write_atomic
 from xcit_dino.train.run.reader import Run, read_runs
 
 Section = tuple[str, str, str]

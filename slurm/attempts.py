@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xcit_dino.errors import InputError
-from xcit_dino.train.provenance import now, write_atomic
+from xcit_dino.files import write_atomic
+from xcit_dino.provenance import now
 
 SCRIPT = "script"  # stands for a rank where the job's script leaves a word
 RESUMABLE = 75  # exit code of a job that saved itself and is not done (EX_TEMPFAIL of sysexits.h)

@@ -19,6 +19,7 @@ import traceback
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
 
@@ -27,7 +28,6 @@ import submitit
 from xcit_dino.errors import InputError, RunError, Stopped
 from xcit_dino.slurm import attempts, env, scheduler
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
-from xcit_dino.slurm.stages import load
 from xcit_dino.train import signals
 from xcit_dino.train.config import options, replace
 
@@ -55,7 +55,7 @@ class StageJob:
         here.listen()
         try:
             store = here.join()  # kept until the end: it is the group's meeting point
-            load(self.entry)(here.fitted(self.config))
+            resolve_name(self.entry)(here.fitted(self.config))
             leave_group()
             del store
             if here.place.global_rank == 0:

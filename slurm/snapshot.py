@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from xcit_dino.train.provenance import commit
+from xcit_dino.provenance import commit
 
 PACKAGE = Path(__file__).resolve().parents[1] / "xcit_dino"
 if not PACKAGE.is_dir():  # an installed package: its folders lie inside it
@@ -33,7 +33,7 @@ def copy_code(folder: Path) -> Path:
     for name, path in files:
         (temporary / "xcit_dino" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, temporary / "xcit_dino" / name)
-    (temporary / "COMMIT").write_text(commit() + "\n")  # xcit_dino/commit.py reads it
+    (temporary / "COMMIT").write_text(commit() + "\n")  # xcit_dino/provenance.py reads it
     temporary.rename(place)
     return place
 

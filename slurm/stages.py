@@ -8,13 +8,13 @@ xcit_small_12_p8 --epochs 100``); a later stage's options carry its name (``--kn
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import typing
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from xcit_dino.cli import COMMANDS, load
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.slurm.config import (
     RESUMES,
@@ -69,7 +69,7 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
 def refuse_words(argv: Sequence[str]) -> None:
     """Raise :class:`InputError` for a misspelt ``launch status`` and the like."""
     if argv and not argv[0].startswith("-"):
-        others = [name.split()[1] for name in commands() if name.startswith("launch ")]
+        others = [name.split()[1] for name in COMMANDS if name.startswith("launch ")]
         close = suggest(argv[0], others) or f" (there are {', '.join(others)})"
         raise InputError(f"no command 'launch {argv[0]}'{close}")
 
@@ -148,7 +148,7 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], l
 
 def stage_names(words: str) -> list[str]:
     """``"pretrain,knn"`` -> names, checked."""
-    known = [name for name in STAGES if name in commands()]
+    known = [name for name in STAGES if name in COMMANDS]
     names = [name.strip() for name in words.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -160,16 +160,9 @@ def stage_names(words: str) -> list[str]:
     return sorted(names, key=STAGES.index)
 
 
-def commands() -> dict[str, Any]:
-    """The sub-commands; the stages are some of them, so that each is defined in one place."""
-    from xcit_dino.cli import COMMANDS
-
-    return COMMANDS
-
-
 def pretrain_stage(launch: LaunchConfig, argv: list[str], prog: str) -> Stage:
     """The pretraining job; the run folder is ``runs/ARCH`` where none is given."""
-    make: Callable[..., Any] = load(f"xcit_dino.{commands()['pretrain'].config}")
+    make: Callable[..., Any] = load(COMMANDS["pretrain"].config)
     refuse_unknown(argv, option_types(LaunchConfig) | option_types(return_class(make)))
     config = make(argv, prog)
     if config.run.output_dir == RunConfig.output_dir:
@@ -188,7 +181,7 @@ def training_stage(
 ) -> Stage:
     """Finetuning or distillation: in a folder of its own inside the run's, from its newest
     checkpoint; resources are those of pretraining unless it is told otherwise."""
-    make: Callable[..., Any] = load(f"xcit_dino.{commands()[name].config}")
+    make: Callable[..., Any] = load(COMMANDS[name].config)
     refuse_unknown(argv, RESOURCES | option_types(return_class(make)), prefix=f"{name}.")
     resources, theirs = own_resources(name, launch, launch.resources, argv, prog)
     words = []
@@ -213,7 +206,7 @@ def later_stage(
     """A job that works on the run folder; one node and one GPU unless it is told otherwise."""
     if run is None and pop_option(argv, "output_dir")[0] is None:
         raise InputError(f"--{name}.output_dir: name the run folder, or put pretrain into --stages")
-    config_class = load(f"xcit_dino.{commands()[name].config}")
+    config_class = load(COMMANDS[name].config)
     default = config_class(**{"output_dir": run}) if name == "report" else config_class()
     if run is not None:
         default = replace(default, {"output_dir": run})
@@ -221,8 +214,8 @@ def later_stage(
     ngpus = launch.resources.ngpus
     one = {"nodes": 1, "nproc": 1, "ngpus": 0 if name == "report" or ngpus == 0 else 1}
     resources, theirs = own_resources(name, launch, replace(launch.resources, one), argv, prog)
-    config = absolute(parse(default, theirs, f"{prog} --{name}.*", commands()[name].about))
-    return Stage(name, f"xcit_dino.{commands()[name].run}", config, resources)
+    config = absolute(parse(default, theirs, f"{prog} --{name}.*", COMMANDS[name].about))
+    return Stage(name, f"xcit_dino.{COMMANDS[name].run}", config, resources)
 
 
 RESOURCES = option_types(ResourceConfig)
@@ -256,9 +249,3 @@ def partition(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], l
             target = chosen if word[2:].partition("=")[0].replace("-", "_") in names else others
         target.append(word)
     return chosen, others
-
-
-def load(path: str) -> Any:
-    """``"xcit_dino.eval.config:KnnConfig"`` -> that object."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)

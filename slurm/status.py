@@ -13,9 +13,9 @@ from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import clock
+from xcit_dino.provenance import read_results
 from xcit_dino.slurm import attempts, scheduler, watch
 from xcit_dino.slurm.config import CancelConfig, LogsConfig, StatusConfig
-from xcit_dino.train.provenance import read_results
 
 Queue = dict[str, dict[str, str]]
 STALE = 60.0  # seconds without news of a stage after which their age is shown

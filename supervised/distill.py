@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.eval.context import settings_of
+from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.weights.load import input_settings, load_backbone
@@ -29,7 +30,6 @@ from xcit_dino.supervised.trainer import Method, build_model, with_input_setting
 from xcit_dino.train import signals
 from xcit_dino.train.config import options, replace
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import file_checksum
 from xcit_dino.train.state import Checkpoints, weights_file
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import Stopped, warn
 from xcit_dino.models.probe import check_sizes
+from xcit_dino.provenance import read_results
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import HostAugment, LabelledData, plan_of
 from xcit_dino.supervised.schedule import Hyperparameters, Schedule, set_hyperparameters
@@ -29,7 +30,6 @@ from xcit_dino.train.amp import autocast
 from xcit_dino.train.config import absolute, dump_yaml
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.evaluation import Evaluations
-from xcit_dino.train.provenance import read_results
 from xcit_dino.train.run.folder import check_run, open_run, say_changes
 from xcit_dino.train.run.lock import held
 from xcit_dino.train.run.log import RunLog

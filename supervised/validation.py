@@ -17,12 +17,12 @@ from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import evaluating
 from xcit_dino.eval.linear import top_hits
 from xcit_dino.eval.results import write_result
+from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import LabelledData
 from xcit_dino.train.config import options
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import file_checksum
 
 Results = dict[str, dict[str, float]]
 OF_THE_MACHINE = frozenset(  # options that are no part of a protocol

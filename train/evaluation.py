@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import warn
+from xcit_dino.files import write_atomic
 from xcit_dino.train import compiler
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import write_atomic
 from xcit_dino.train.run.log import RunLog
 from xcit_dino.train.run.metrics import tolerated
 

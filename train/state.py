@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from xcit_dino.errors import InputError, RunError, warn
+from xcit_dino.files import file_checksum, write_atomic
+from xcit_dino.provenance import now
 from xcit_dino.train.async_copy import Hashed, HostCopy, first_nonfinite, sync_folder
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import file_checksum, now, write_atomic
 
 FORMAT = 2
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from xcit_dino import __version__
@@ -178,10 +178,9 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     return int(load(command.run)(config) or 0)
 
 
-def load(path: str) -> Callable[..., Any]:
+def load(path: str) -> Any:
     """``"ssl.config:PretrainConfig"`` -> that object of ``xcit_dino.ssl.config``."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(f"xcit_dino.{module}"), name)
+    return resolve_name(f"xcit_dino.{path}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from xcit_dino.files import write_atomic
+
 T = TypeVar("T")
 PLAIN_SECONDS = 60.0  # between plain lines, where the output is a log file
 STATE_SECONDS = 1.0  # between states of the bar, for a launcher that shows it elsewhere
@@ -141,7 +143,7 @@ class PlainBar:
             self.line()
         if self.state_file and time.monotonic() >= self.next_state:
             self.next_state = time.monotonic() + STATE_SECONDS
-            self.publish()
+            self.publish(self.state_file)
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -150,9 +152,9 @@ class PlainBar:
         if self.told != self.done:
             self.line()
         if self.state_file:
-            self.publish()
+            self.publish(self.state_file)
 
-    def publish(self) -> None:
+    def publish(self, path: str) -> None:
         """Write the state for a launcher that shows this bar; read whole or not at all."""
         state = {
             name: getattr(self, name)
@@ -160,8 +162,7 @@ class PlainBar:
         }
         state |= {"seconds": time.monotonic() - self.began, "time": time.time()}
         with contextlib.suppress(OSError):  # a full disk must not end the run for this
-            Path(f"{self.state_file}.tmp").write_text(json.dumps(state))
-            os.replace(f"{self.state_file}.tmp", str(self.state_file))
+            write_atomic(Path(path), json.dumps(state), sync=False)
 
     def line(self) -> None:
         self.told = self.done

@@ -9,16 +9,15 @@ that still reads one keeps it open and does not notice.
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from xcit_dino.data.io.remote import Unreadable
 from xcit_dino.data.plan import Plan
+from xcit_dino.files import atomic_path, locked
 
 PART = ".part"
 Chunks = Callable[[str, int], Iterator[bytes]]
@@ -71,7 +70,7 @@ class ShardCache:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             if not path.exists():
                 self._download(shard, path)
         return path
@@ -79,7 +78,7 @@ class ShardCache:
     def _download(self, shard: int, path: Path) -> None:
         part, digest = path.with_name(path.name + PART), hashlib.sha256()
         try:
-            with part.open("wb") as file:
+            with atomic_path(path, part), part.open("wb") as file:
                 self._make_room(file.fileno(), self.sizes[shard])
                 for chunk in self.chunks(self.names[shard], self.sizes[shard]):
                     file.write(chunk)
@@ -88,19 +87,14 @@ class ShardCache:
                         break
                 if file.tell() != self.sizes[shard]:
                     raise Unreadable(f"shard has {file.tell()} bytes, not {self.sizes[shard]}")
-                file.flush()
-                os.fsync(file.fileno())
-            if self.sha256[shard] not in (None, digest.hexdigest()):
-                raise Unreadable("shard has changed since it was indexed (SHA-256)")
-            part.replace(path)
+                if self.sha256[shard] not in (None, digest.hexdigest()):
+                    raise Unreadable("shard has changed since it was indexed (SHA-256)")
         except OSError as error:
             raise Unreadable(f"{type(error).__name__} in the cache: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
 
     def _make_room(self, part: int, size: int) -> None:
         """Reserve ``size`` bytes for the file ``part``; the copies unused for longest make way."""
-        with _locked(self.folder / ".lock"):
+        with locked(self.folder / ".lock"):
             kept = sorted(_copies(self.folder), key=lambda item: item[1].st_mtime)
             total = sum(status.st_size for _, status in kept)
             for path, status in kept:
@@ -167,11 +161,3 @@ def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:
         except FileNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An exclusive lock between processes and threads; the kernel frees it if its holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -23,6 +23,7 @@ from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import ARCHIVE, Listing, archive_stem, hidden
 from xcit_dino.data.shards.tar import BLOCK, Damage, scan
 from xcit_dino.errors import InputError
+from xcit_dino.files import atomic_path
 from xcit_dino.progress import progress
 
 COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
@@ -70,8 +71,12 @@ def _decompress(path: Path, opener: Any, target: Path, listing: Listing) -> Path
     """The decompressed archive beside the shards to be; kept until they are complete."""
     if target.exists():
         return target
-    temporary = target.with_suffix(".tmp")
-    with path.open("rb") as raw, temporary.open("wb") as out:
+    partial_path = target.with_suffix(".tmp")
+    with (
+        path.open("rb") as raw,
+        atomic_path(target, partial_path),
+        partial_path.open("wb") as out,
+    ):
         with progress(f"Decompress {path.name}", path.stat().st_size, "bytes") as bar:
             before = 0
             try:
@@ -83,7 +88,6 @@ def _decompress(path: Path, opener: Any, target: Path, listing: Listing) -> Path
             except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
                 reason = f"the compressed archive is damaged or truncated: {error}"
                 listing.bad.append({"source": path.name, "reason": reason})
-    temporary.replace(target)
     return target
 
 

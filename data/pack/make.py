@@ -23,7 +23,6 @@ import numpy as np
 
 from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.decode import Deep
-from xcit_dino.data.io.files import write_atomically
 from xcit_dino.data.pack.archives import compressed_in, decompression, list_archive
 from xcit_dino.data.pack.classes import Part
 from xcit_dino.data.pack.labels import FOUND_BESIDE
@@ -48,6 +47,7 @@ from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
 from xcit_dino.errors import InputError, suggest
+from xcit_dino.files import write_atomic
 from xcit_dino.progress import progress
 
 GOES_ON = "the same command goes on where it stopped"
@@ -238,7 +238,7 @@ def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
             f"{folder} holds shards of another source or of other options; "
             "delete them or give another DST"
         )
-    write_atomically(folder / PLAN, [json.dumps({"fingerprint": digest, "notes": notes}).encode()])
+    write_atomic(folder / PLAN, json.dumps({"fingerprint": digest, "notes": notes}))
     return True
 
 
@@ -250,7 +250,7 @@ def _finish(
     lines = [json.dumps(item, sort_keys=True).encode() + b"\n" for item in bad]
     (folder / QUARANTINE).unlink(missing_ok=True)
     if lines:
-        write_atomically(folder / QUARANTINE, lines)
+        write_atomic(folder / QUARANTINE, lines)
     write_index(folder, parts, classes)
     shutil.rmtree(folder / WORK)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header, rescaled
-from xcit_dino.data.io.files import write_atomically
 from xcit_dino.data.pack.image_file import Image, read_image
 from xcit_dino.data.pack.shard_writer import SHARD_NAME, Sample, write_shard
 from xcit_dino.data.parallel import Advance
 from xcit_dino.data.shards.index import ARRAYS, printable
 from xcit_dino.data.shards.index_writer import ShardPart
+from xcit_dino.files import write_atomic
 
 WORK = ".packing"  # finished shards' parts, until all are there
 PLAN = "packing.json"  # what the shards were made of, and what was left out or renamed
@@ -66,7 +66,7 @@ def pack_shard(shard: Shard, advance: Advance) -> None:
     meta = {"bytes": part.bytes, "sha256": part.sha256, "damage": bad, "deep": deep}
     arrays = {name: getattr(part, name) for name in ARRAYS}
     np.savez(buffer, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
-    write_atomically(_part_path(shard), [buffer.getvalue()])
+    write_atomic(_part_path(shard), buffer.getvalue())
 
 
 def _part_path(shard: Shard) -> Path:

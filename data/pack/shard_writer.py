@@ -8,7 +8,6 @@ packs.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.data.shards.scan import scan_shard
 from xcit_dino.data.shards.tar import BLOCK
+from xcit_dino.files import atomic_path
 
 SHARD_NAME = "shard-{:06d}.tar"  # the usual WebDataset naming: shard-{000000..000099}.tar
 
@@ -40,8 +40,16 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardPart
     Plain ustar members, sorted by extension, with times and owners fixed: equal samples make equal
     files. The index entry is read back, so that what it says has been seen in the shard.
     """
-    temporary = folder / f".{name}.tmp"
-    with temporary.open("wb") as file:
+    # Of one name in all processes, so that the next attempt overwrites what a killed one left.
+    with atomic_path(folder / name, folder / f".{name}.tmp") as temporary:
+        _write_tar(temporary, samples)
+        part = scan_shard(folder, temporary.name, with_sha256=True)
+        assert not part.damage, part.damage
+    return part._replace(name=name)
+
+
+def _write_tar(path: Path, samples: Iterable[Sample]) -> None:
+    with path.open("wb") as file:
         for sample in samples:
             for extension, data in sorted(_members(sample).items()):
                 file.write(_header(f"{sample.key}.{extension}", len(data)))
@@ -49,12 +57,6 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardPart
                 file.write(bytes(-len(data) % BLOCK))
         file.write(bytes(2 * BLOCK))  # the end of an archive, filled up to a whole record
         file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
-        file.flush()
-        os.fsync(file.fileno())
-    part = scan_shard(folder, temporary.name, with_sha256=True)
-    assert not part.damage, part.damage
-    temporary.replace(folder / name)
-    return part._replace(name=name)
 
 
 def _header(name: str, size: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from xcit_dino.data.pack.archives import compressed, compressed_in, decompression
 from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.shards.verify import Finding, examine
-from xcit_dino.data.io.files import write_atomically
+from xcit_dino.files import write_atomic
 from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
 from xcit_dino.data.parallel import Advance, map_processes, num_cores
@@ -211,7 +211,7 @@ def _packing_notes(folder: Path) -> list[str]:
 def _write_report(path: Path, finding: Finding) -> str:
     try:
         lines = (json.dumps(item, sort_keys=True).encode() + b"\n" for item in finding.bad)
-        write_atomically(path, lines)
+        write_atomic(path, lines)
     except OSError as error:  # shards are often kept read-only
         return f"(the first {SHOWN} above; {path} cannot be written: {error.strerror})"
     return f"(all in {path})"

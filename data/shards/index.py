@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.io.files import write_atomically
+from xcit_dino.files import write_atomic
 from xcit_dino.data.io.remote import Remote, Unreadable, persistent_chunks
 from xcit_dino.data.shards.split_names import split_folders
 from xcit_dino.data.shards.tar import name_behind
@@ -232,14 +232,14 @@ def _fetch(url: str, remote: Remote, cache: Path) -> Path:
     raw = remote.whole(INDEX)
     folder = cache / hashlib.sha256(raw).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / INDEX, [raw])
+    write_atomic(folder / INDEX, raw)
     meta = _read_meta(url, folder)
     for name, dtype in ARRAYS.items():
         file = folder / f"index.{name}.npy"
         if not file.exists():
             size = NPY_HEADER + meta["samples"] * dtype.itemsize
             pieces = persistent_chunks(remote.chunks, file.name, size)
-            write_atomically(file, _verified(pieces, file.name, meta["arrays"][name]))
+            write_atomic(file, _verified(pieces, file.name, meta["arrays"][name]))
     return folder
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from xcit_dino.data.decode import Deep
-from xcit_dino.data.io.files import file_sha256, write_atomically
+from xcit_dino.files import atomic_path, file_sha256, write_atomic
 from xcit_dino.data.shards.index import ARRAYS, INDEX, NPY_HEADER, VERSION, checksum_of
 
 
@@ -39,7 +38,7 @@ def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str]
     root, shards = Path(root), []
     (root / INDEX).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
-        files = {n: stack.enter_context((root / f".index.{n}.tmp").open("wb+")) for n in ARRAYS}
+        files = {n: stack.enter_context(_opened(root / f"index.{n}.npy")) for n in ARRAYS}
         for file in files.values():
             file.write(bytes(NPY_HEADER))  # its text, the number of samples, comes last
         for part in parts:
@@ -55,15 +54,17 @@ def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str]
             header = {"descr": ARRAYS[name].str, "fortran_order": False, "shape": (samples,)}
             np.lib.format.write_array_header_1_0(file, header)
             assert file.tell() == NPY_HEADER
-            file.flush()
-            os.fsync(file.fileno())
-    for name in ARRAYS:
-        (root / f".index.{name}.tmp").replace(root / f"index.{name}.npy")
     meta = {
         "version": VERSION, "samples": samples, "bytes": sum(shard["bytes"] for shard in shards),
         "classes": classes, "shards": shards,
         "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in ARRAYS},
     }  # fmt: skip
     meta["checksum"] = checksum_of(meta)
-    write_atomically(root / INDEX, [json.dumps(meta, indent=1).encode()])
+    write_atomic(root / INDEX, json.dumps(meta, indent=1))
     return meta["checksum"]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with atomic_path(path) as temporary, temporary.open("wb+") as file:
+        yield file

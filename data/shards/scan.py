@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.io.files import file_sha256
+from xcit_dino.files import file_sha256
 from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.data.shards.tar import Damage, Member, ReadAt, scan

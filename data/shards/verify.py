@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header
-from xcit_dino.data.io.files import file_sha256
+from xcit_dino.files import file_sha256
 from xcit_dino.data.shards.index import ARRAYS, INDEX, MAX_LABEL, ShardIndex, printable, sparse_labels
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.shards.scan import scan_samples

@@ -22,11 +22,11 @@ from PIL import Image, ImageSequence
 
 from xcit_dino.data import video
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
-from xcit_dino.data.io.files import unfinished_folder, write_atomically
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
 from xcit_dino.eval.results import check_writable
+from xcit_dino.files import unfinished_folder, write_atomic
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.models.zoo import canonical_name, create_model
@@ -256,4 +256,4 @@ def save(path: Path, pictures: list[Pixels], **options: Any) -> None:
     first, *rest = (Image.fromarray(picture) for picture in pictures)
     more = {"save_all": True, "append_images": rest} if rest else {}
     first.save(content, path.suffix[1:], **more, **options)
-    write_atomically(path, [content.getvalue()])
+    write_atomic(path, content.getvalue())

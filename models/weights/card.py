@@ -3,7 +3,6 @@ protocol, what for, and how to load it. Markdown; nothing in it that was not rea
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from xcit_dino.errors import InputError
+from xcit_dino.files import file_checksum, write_atomic
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import input_settings
@@ -57,11 +57,7 @@ def write(
         CITATION,
     ]
     path, text = output.with_name(f"{output.name}.md"), "\n\n".join(parts) + "\n"
-
-    def write_file(partial: Path) -> None:
-        partial.write_text(text)
-
-    formats.publish(path, write_file, lambda partial: None)
+    write_atomic(path, text)
     return path
 
 
@@ -101,10 +97,10 @@ def facts_table(
         + (f", evaluated at {settings.size} px" if settings.size else "")
         + f", resized by {settings.interpolation} interpolation, mean "
         f"{numbers(settings.mean)}, std {numbers(settings.std)}",
-        "taken from": f"`{source.name}`, its {network}, SHA-256 {checksum(source)}…",
+        "taken from": f"`{source.name}`, its {network}, SHA-256 {file_checksum(source)}…",
         "trained for": ", ".join(f"{tree[k]} {k}s" for k in ("epoch", "step") if k in tree),
         "this file": f"`{output.name}`, {output.stat().st_size / 1e6:.1f} MB, "
-        f"SHA-256 {checksum(output)}…",
+        f"SHA-256 {file_checksum(output)}…",
     }  # fmt: skip
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
     return "\n".join(["| | |", "|---|---|", *rows])
@@ -148,7 +144,7 @@ def matching(source: Path, network: str, results: Path | None) -> dict[str, Any]
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--results {path}: cannot be read ({error})") from error
-    ours = checksum(source)
+    ours = file_checksum(source)
     return {key: entry for key, entry in found.items() if is_of(entry, ours, network)}
 
 
@@ -212,9 +208,3 @@ def numbers(values: tuple[float, ...]) -> str:
 def plain(value: Any) -> str:
     """A value without brackets or quotes."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def checksum(path: Path) -> str:
-    """First 16 hex digits of the SHA-256, as results.json has them."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

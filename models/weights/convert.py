@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino import __version__
-from xcit_dino.commit import commit
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.inputs import KEY
 from xcit_dino.models.checkpoints import checkpoint_of
@@ -31,6 +30,7 @@ from xcit_dino.models.weights.load import (
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.progress import progress
+from xcit_dino.provenance import commit
 
 TOLERANCE = 1e-5  # largest difference between two outputs, relative to the largest value
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from xcit_dino.errors import InputError
+from xcit_dino.files import atomic_path
 
 Tree = dict[str, Any]
 MAX_ENTRIES, MAX_DEPTH = 10**6, 32  # of nested dicts; checkpoints have thousands, in five levels
@@ -112,16 +113,11 @@ def publish(
 ) -> None:
     """Write beside the final name, check what was written, then rename: a file under its final
     name is whole and has passed the check."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
+    with atomic_path(
+        path, path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    ) as partial:
         write_file(partial)
         check_file(partial)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_torch(path: Path) -> Any:

@@ -222,7 +222,7 @@ def fresh_ports(folder: Path) -> str:
 
 def whole(folder: Path) -> str:
     """'' where every checkpoint has its checksum, and nothing half-written is left."""
-    from xcit_dino.train.provenance import file_checksum
+    from xcit_dino.files import file_checksum
 
     for path in (folder / "checkpoints").iterdir():
         if path.suffix == ".json":

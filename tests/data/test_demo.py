@@ -9,10 +9,10 @@ import pytest
 
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.decode import Scratch, decode, read_header
-from xcit_dino.data.io.files import file_sha256
 from xcit_dino.data.pack.demo import CLASSES, make, render
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
+from xcit_dino.files import file_sha256
 
 
 def test_an_image_depends_on_seed_split_and_number_only():

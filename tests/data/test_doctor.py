@@ -178,7 +178,7 @@ def test_a_read_only_folder_still_gets_its_answer(
     def refuse(path: Path, pieces: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(check_module, "write_atomically", refuse)
+    monkeypatch.setattr(check_module, "write_atomic", refuse)
     assert check(CheckConfig(dst=str(folder), num_workers=1)) == 1
     assert "cannot be written: Permission denied" in " ".join(capsys.readouterr().out.split())
 

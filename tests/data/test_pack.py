@@ -30,7 +30,6 @@ from PIL import Image
 
 from xcit_dino.cli import main
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.io.files import file_sha256
 from xcit_dino.data.pack import image_file, shard_job
 from xcit_dino.data.pack import make as make_module
 from xcit_dino.data.pack.make import make
@@ -38,6 +37,7 @@ from xcit_dino.data.pack.mat_file import read_mat
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
+from xcit_dino.files import file_sha256
 
 # A stand-in for the devkit's meta.mat, written by SciPy (savemat, compressed): synsets with
 # ILSVRC2012_ID 1-6 and the WordNet ids below, in an order that is not alphabetical.

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xcit_dino.cli import main
 from xcit_dino.data.config import CheckConfig, DemoConfig, MakeConfig
-from xcit_dino.data.io.files import file_sha256
+from xcit_dino.files import file_sha256
 
 POSITIONAL = {"src", "dst"}
 MAKE = {  # changed: other files; same: the same by intention; a text: refused with it

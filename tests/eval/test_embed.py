@@ -19,8 +19,8 @@ from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.features import load_features
 from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.target import pretrained, resolve
+from xcit_dino.files import file_checksum
 from xcit_dino.train.distributed.dist import init as cpu_world
-from xcit_dino.train.provenance import file_checksum
 
 
 def rows_of(folder):

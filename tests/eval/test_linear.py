@@ -18,7 +18,7 @@ from xcit_dino.eval.features import Features
 from xcit_dino.eval.linear import accuracy, top_hits, train_cached
 from xcit_dino.eval.linear_grid import Choice, Heads, best, cosine, grid, hold_out
 from xcit_dino.eval.target import Network
-from xcit_dino.train.provenance import digest
+from xcit_dino.provenance import digest
 
 CPU = torch.device("cpu")
 

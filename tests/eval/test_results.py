@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.eval.results import write_result
-from xcit_dino.train.provenance import digest, read_results, record_result
+from xcit_dino.provenance import digest, read_results, record_result
 from xcit_dino.train.run.reader import read_run
 from xcit_dino.train.run.tensorboard_log import HPARAMS, Board
 

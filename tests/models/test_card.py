@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from xcit_dino.errors import InputError
+from xcit_dino.files import file_checksum
 from xcit_dino.models.config import ExportConfig
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.convert import export
 from xcit_dino.models.zoo import create_model
-from xcit_dino.train.provenance import file_checksum, record_result
+from xcit_dino.provenance import record_result
 
 
 @pytest.fixture

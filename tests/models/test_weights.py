@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError, RunError
+from xcit_dino.files import file_checksum
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
 from xcit_dino.models.head import DINOHead
 from xcit_dino.models.weights import convert, formats, layouts
@@ -32,7 +33,6 @@ from xcit_dino.models.weights.load import (
     load_pretraining,
 )
 from xcit_dino.models.zoo import create_model
-from xcit_dino.train.provenance import file_checksum
 
 State = dict[str, Tensor]
 

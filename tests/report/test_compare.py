@@ -7,8 +7,8 @@ import math
 import pytest
 
 from xcit_dino.cli import main
+from xcit_dino.provenance import record_result
 from xcit_dino.report.compare import differences, rank
-from xcit_dino.train.provenance import record_result
 from xcit_dino.train.run.reader import read_run, read_runs
 
 PROTOCOL = {"crop": 224, "temperature": 0.07, "val_images": 10_000, "weights": "a", "arch": "x"}

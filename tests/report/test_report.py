@@ -17,13 +17,14 @@ import yaml
 from xcit_dino.errors import InputError
 from xcit_dino.eval import knn, neighbors
 from xcit_dino.eval.config import KnnConfig, ReportConfig
+from xcit_dino.files import write_atomic
+from xcit_dino.provenance import record_result
 from xcit_dino.report import report
 from xcit_dino.report.origin import nearest_recipe
 from xcit_dino.report.page import SCRIPT
 from xcit_dino.report.published import published, unlike
 from xcit_dino.report.training import cost, spans
 from xcit_dino.train.config import CONFIGS, read_yaml
-from xcit_dino.train.provenance import record_result, write_atomic
 from xcit_dino.train.run.reader import headline, read_run, title_of
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'

@@ -350,14 +350,14 @@ def test_nothing_breaks_out_of_the_script(comment: str, folder: str) -> None:
 def test_a_run_keeps_the_code_it_was_launched_with(tmp_path: Path) -> None:
     code = snapshot.copy_code(tmp_path)
     assert snapshot.copy_code(tmp_path) == code
-    program = "import xcit_dino.commit as p; print(p.__file__, p.commit())"
+    program = "import xcit_dino.provenance as p; print(p.__file__, p.commit())"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}, cwd=ROOT,
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     file, commit = done.stdout.split()
-    assert Path(file) == code / "xcit_dino" / "commit.py"
+    assert Path(file) == code / "xcit_dino" / "provenance.py"
     assert commit == (code / "COMMIT").read_text().strip() != ""
     assert (code / "xcit_dino" / "configs" / "rehearsal.yaml").is_file()
     assert (tmp_path / code.name / "COMMIT").is_file()

@@ -21,13 +21,13 @@ from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import Stopped
+from xcit_dino.provenance import read_results
 from xcit_dino.ssl.diagnostics import Alarms
 from xcit_dino.ssl.pretrain import pretrain, pretrain_with_knn
 from xcit_dino.supervised import loop
 from xcit_dino.train import signals
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.evaluation import MARK
-from xcit_dino.train.provenance import read_results
 from xcit_dino.train.run.log import RunLog
 from xcit_dino.train.run.metrics import read_metrics
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from xcit_dino.errors import InputError, suggest
+from xcit_dino.files import write_atomic
 from xcit_dino.train.config import RunConfig, absolute, dump_yaml, options, read_yaml, replace
-from xcit_dino.train.provenance import write_atomic
 from xcit_dino.train.run.metrics import METRICS
 
 CONFIG_FILE = "config.yaml"

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xcit_dino.errors import InputError
+from xcit_dino.provenance import now
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import now
 
 LOCK = "owner.lock"
 HEARTBEAT = 10.0  # seconds between two signs of life of a run's owner

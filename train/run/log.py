@@ -14,9 +14,9 @@ from torch import Tensor
 
 from xcit_dino.errors import RunError
 from xcit_dino.progress import progress
+from xcit_dino.provenance import provenance
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.provenance import provenance
 from xcit_dino.train.run.metrics import RunFiles, process_seconds, read_metrics
 from xcit_dino.train.run.tensorboard_log import Board
 

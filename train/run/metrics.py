@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import warn
-from xcit_dino.train.provenance import now, provenance, write_atomic
+from xcit_dino.files import write_atomic
+from xcit_dino.provenance import now, provenance
 
 METRICS, TRIES = "metrics.jsonl", "tries.jsonl"
 Line = dict[str, Any]

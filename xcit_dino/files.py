@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, locks between processes, checksums."""
+"""Atomic writes of files and folders, locks between processes, checksums."""
 
 from __future__ import annotations
 
@@ -15,30 +15,45 @@ from pathlib import Path
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-def write_atomically(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write ``pieces`` under a temporary name, flush them to disk, then give the final name."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+@contextmanager
+def atomic_path(path: Path, temporary: Path | None = None, *, sync: bool = True) -> Iterator[Path]:
+    """A temporary path beside ``path``. The file written there is flushed to disk and takes its
+    final name when the block ends; it is removed where the block fails.
+
+    Args:
+        temporary: another temporary path than one of this process's own, with a suffix that a
+            writer needs, or one that the next process finds if this one is killed.
+        sync: wait for the disk; without, a machine that goes down may leave an empty file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary or path.with_name(_temporary(path.name))
     try:
-        with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if sync:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes | Iterable[bytes], *, sync: bool = True) -> None:
+    """Write a whole file (text as UTF-8) or none, by :func:`atomic_path`."""
+    content = content.encode() if isinstance(content, str) else content
+    with atomic_path(path, sync=sync) as temporary, temporary.open("wb") as file:
+        for piece in (content,) if isinstance(content, bytes) else content:
+            file.write(piece)
 
 
 @contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
     """A new folder beside ``target``, which takes its place when the block ends and is removed
     where it fails; what a killed process of this machine left is removed first."""
-    prefix = f".{target.name}.{platform.node()}."
-    for left in target.parent.glob(f"{prefix}*.tmp"):
-        pid = left.name.removeprefix(prefix).removesuffix(".tmp")
+    for left in target.parent.glob(_temporary(target.name, "*")):
+        pid = left.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             shutil.rmtree(left, ignore_errors=True)
-    folder = target.with_name(f"{prefix}{os.getpid()}.tmp")
+    folder = target.with_name(_temporary(target.name))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -91,7 +106,7 @@ class FileLock:
                     if isinstance(error, BlockingIOError):
                         return False
                     raise
-            if self._is_there(file):
+            if self._still_exists(file):
                 self.file = file
                 return True
             os.close(file)  # its last holder removed it while we waited
@@ -105,7 +120,7 @@ class FileLock:
                 fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
 
-    def _is_there(self, file: int) -> bool:
+    def _still_exists(self, file: int) -> bool:
         try:
             return os.path.samestat(os.fstat(file), os.stat(self.path))
         except FileNotFoundError:
@@ -124,5 +139,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """The first 16 of those digits, which stand for weights in results and in cache keys."""
+    return file_sha256(path)[:16]
+
+
+def _temporary(name: str, process: int | str | None = None) -> str:
+    """Hidden, and of this process alone, on machines that share a folder."""
+    return f".{name}.{platform.node()}.{os.getpid() if process is None else process}.tmp"

@@ -6,15 +6,15 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.commit import commit
-from xcit_dino.data.io.files import locked
 from xcit_dino.errors import InputError, warn
+from xcit_dino.files import locked, write_atomic
 
 RESULTS = "results.json"
 LOCK = ".results.lock"
@@ -30,26 +30,6 @@ LIBRARIES = (
 )
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: temporary name, flush, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file, first 16 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def provenance() -> dict[str, Any]:
     """Commit, versions, hardware and time of this process, as plain JSON values."""
     return {"commit": commit(), "versions": versions(), "hardware": hardware(), "time": now()}
@@ -58,6 +38,29 @@ def provenance() -> dict[str, Any]:
 def now() -> str:
     """UTC time, ISO 8601, seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@cache
+def commit() -> str:
+    """Commit of the checkout (``+changes`` where files differ) or of a snapshot; else "unknown"."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / "COMMIT").is_file():  # a copy of the code that a launcher made
+        return (root / "COMMIT").read_text().strip()
+    if not (root / ".git").exists():  # installed: a repository further up would be another's
+        return "unknown"
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip()[:12] + ("+changes" if changed.stdout.strip() else "")
 
 
 @cache
