@@ -39,7 +39,7 @@ from xcit_dino.train.config import (
 
 STAGES = ("pretrain", "embed", "knn", "linear", "evaluate", "finetune", "distill", "report")
 ENTRIES = {  # the `main` of these commands would take over the job's signals
-    "pretrain": "xcit_dino.ssl.pretrain:pretrain",
+    "pretrain": "xcit_dino.ssl.pretrain:pretrain_with_knn",
     "finetune": "xcit_dino.supervised.finetune:finetune",
     "distill": "xcit_dino.supervised.distill:distill",
 }

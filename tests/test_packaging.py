@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -140,3 +141,13 @@ def test_no_folder_of_code_is_crowded():
     folders += [sub for name in FOLDERS for sub in (ROOT / name).rglob("*") if sub.is_dir()]
     crowded = {f: n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_FILES}
     assert not crowded
+
+
+def test_names_of_functions_in_strings_exist():
+    """A job loads them, long after the command line was accepted."""
+    for folder in (*FOLDERS, "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for module, name in re.findall(r'"(xcit_dino(?:\.\w+)+):(\w+)"', path.read_text()):
+                file = ROOT / f"xcit_dino/{module.split('.', 1)[1].replace('.', '/')}.py"
+                there = re.findall(r"^(?:def|class) (\w+)|^([A-Z]+) =", file.read_text(), re.M)
+                assert name in {word for pair in there for word in pair}, (path, module, name)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
 
 from tests.standin import plan_of
+from xcit_dino.cli import COMMANDS
 from xcit_dino.errors import InputError
 from xcit_dino.slurm import attempts, launch, local, submit
 from xcit_dino.slurm.config import Launch, LaunchConfig
 from xcit_dino.slurm.dry_run import without_effect
-from xcit_dino.slurm.stages import launch_config
+from xcit_dino.slurm.stages import ENTRIES, launch_config
 from xcit_dino.train.config import option_types, replace
 
 ARCH = ["--arch", "xcit_nano_12_p16", "--ngpus", "0"]
@@ -148,3 +150,15 @@ def test_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert launch.submit_runs([plan, *plan.others], "slurm") == 0
     assert after == [None, None, "1", "2"]
     assert "--array_parallelism" in " ".join(without_effect(plan, "local"))
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_job_trains_as_the_command_does(name, monkeypatch):
+    """The job's function is the one that ``main`` calls: with the k-NN of pretraining, too."""
+    module, _, function = ENTRIES[name].partition(":")
+    home, called = importlib.import_module(module), []
+    monkeypatch.setattr(home, function, called.append)
+    monkeypatch.setattr("xcit_dino.train.signals.install", lambda *signals: None)
+    assert f"xcit_dino.{COMMANDS[name].run}" == f"{module}:main"
+    home.main("the config")
+    assert called == ["the config"]

@@ -218,21 +218,21 @@ def test_online_k_nn_with_shards_elsewhere(place, shards, tmp_path, capsys):
 
 def blind(rank):
     """Let one rank's evaluations fail to read their images."""
-    from xcit_dino.eval import features
+    from xcit_dino.data import loader as images
     from xcit_dino.train.distributed import dist
 
-    inner = features.ImageLoader.__iter__
+    inner = images.ImageLoader.__iter__
 
     def read(loader):
         if dist.rank() == rank:
             raise OSError("Stale file handle")
         return inner(loader)
 
-    features.ImageLoader.__iter__ = read
+    images.ImageLoader.__iter__ = read
 
 
 def test_ranks_agree_where_an_evaluation_fails_on_one(shards, tmp_path):
-    run, entry = tmp_path / "run", "xcit_dino.ssl.pretrain:pretrain"
+    run, entry = tmp_path / "run", "xcit_dino.ssl.pretrain:pretrain_with_knn"
     options = {"entry": entry, "knn_every": 1, "epochs": 2}
     assert [ended(r, 100) for r in two_ranks(run, shards, blind, 1, **options)] == [0, 0]
     words = said(run)
