@@ -76,7 +76,7 @@ def main() -> None:
 
 def svg(title: str, curves: list[tuple[str, list[tuple[float, float]]]]) -> str:
     """The report's chart as a file of its own: solid the first curve, dashed the second."""
-    figure = line_chart(title, curves, "megapixels", from_zero=True)
+    figure = str(line_chart(title, curves, "megapixels", from_zero=True))
     start, end = figure.rindex("<svg "), figure.rindex("</figure>")
     return (
         figure[start:end]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from dataclasses import dataclass
 from typing import Any
 
 from xcit_dino.report import compare
 from xcit_dino.report.charts import number
-from xcit_dino.report.page import bar, card, facts_table, fold, grid, moment, table
-from xcit_dino.report.published import published, unlike
+from xcit_dino.report.page import Section, Table, tables, timestamp
+from xcit_dino.report.published import differences_from_published, published
 from xcit_dino.train.run.reader import (
     EVALUATIONS,
     NETWORKS,
@@ -18,62 +18,71 @@ from xcit_dino.train.run.reader import (
     Run,
     bare,
     headline,
+    headline_k,
     in_order,
     ks_of,
     title_of,
 )
 
-
-def headlines(run: Run) -> str:
-    """A card for each evaluation: accuracy, what it is better than, protocol."""
-    return grid(headline_card(run, evaluation) for evaluation in EVALUATIONS)
-
-
-def headline_card(run: Run, evaluation: str) -> str:
-    """The newest result of one evaluation, beside what was measured by the same protocol; '' where
-    it was not made."""
-    entry = run.entry(evaluation)
-    top1 = run.top1(evaluation)
-    if entry is None or top1 is None:
-        return ""
-    names = NETWORKS if evaluation in ("knn", "linear", "linear-dino") else TRAINED
-    measured, unlike = beside(run, evaluation, entry, names)
-    lifts = [
-        f"{round(top1, 1) - round(value, 1):+.1f} over {names[network].lower()}"
-        for network, value in measured.items()
-        if network in ("random", "pixels")
-    ]
-    beaten = all(top1 > value for network, value in measured.items() if network != "")
-    bars = "".join(bar(names[n], value, not n) for n, value in measured.items())
-    words = "".join(f'<p class="how">{escape(w)}</p>' for w in (*unlike, in_short(run, entry)))
-    return card(
-        f'<p class="kind">{escape(title_of(evaluation, entry["metrics"]))}, top-1</p>'
-        f'<p class="headline">{top1:.1f}<small> %</small></p>'
-        f'<p class="lift{"" if lifts and beaten else " none"}">'
-        f"{escape(', '.join(lifts)) or '&nbsp;'}</p>{bars}{words}"
-    )
+RANKED = (
+    "Top-1 accuracy. Runs are ranked only where their protocols are equal, field by field; "
+    "± is one standard error from the number of validation images."
+)
 
 
-def beside(
-    run: Run, evaluation: str, entry: dict[str, Any], names: dict[str, str]
-) -> tuple[dict[str, float], list[str]]:
-    """(network -> top-1 of those measured by the same protocol, a sentence for each of the
-    others)."""
-    measured, unlike = {}, []
-    for network, title in names.items():
+@dataclass(frozen=True)
+class Headline:
+    """The newest result of one evaluation."""
+
+    title: str
+    top1: float
+    bars: dict[str, float]
+    """Network -> top-1 in percent by the same protocol; the first is this result."""
+    lifts: list[str]
+    """Its lead over each baseline."""
+    notes: list[str]
+
+    @property
+    def best(self) -> bool:
+        """Whether it is better than baselines and other networks."""
+        _, *others = self.bars.values()
+        return bool(self.lifts) and all(self.top1 > value for value in others)
+
+
+def headlines(run: Run) -> Section:
+    """A card per evaluation: accuracy, lead over baselines, protocol."""
+    found = [headline_of(run, *result) for result in newest_results(run)]
+    return Section("Accuracy", "headlines", found)
+
+
+def newest_results(run: Run) -> list[tuple[str, dict[str, Any], float]]:
+    """(evaluation, newest entry, top-1 in percent) of each evaluation that was made."""
+    found = ((name, run.entry(name), run.top1(name)) for name in EVALUATIONS)
+    return [(name, entry, top1) for name, entry, top1 in found if entry and top1 is not None]
+
+
+def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> Headline:
+    """A result beside the baselines and other networks that were measured by its protocol."""
+    networks = NETWORKS if evaluation in ("knn", "linear", "linear-dino") else TRAINED
+    bars, lifts, notes = {networks[""]: top1}, [], []
+    for network, title in networks.items():
         name = f"{evaluation}/{network}"
-        other = compare.baseline(run, entry, name) if network else entry
-        if other is not None:
-            measured[network] = headline(other["metrics"])
-        elif others := run.entries(name):
-            fields = compare.unlike_baseline(entry, others[0])
-            words = (f"{field} {compare.versus(values)}" for field, values in fields.items())
-            unlike.append(f"{title}: measured by another protocol ({'; '.join(words)})")
-    return {network: value for network, value in measured.items() if value is not None}, unlike
+        if not network or not (others := run.entries(name)):
+            continue
+        same = compare.baseline(run, entry, name)
+        if same is None:
+            fields = compare.listed(compare.baseline_differences(entry, others[0]))
+            notes.append(f"{title}: measured by another protocol ({fields})")
+        elif (value := headline(same["metrics"])) is not None:
+            bars[title] = value
+            if network in ("random", "pixels"):
+                lifts.append(f"{round(top1, 1) - round(value, 1):+.1f} over {title.lower()}")
+    notes.append(protocol_summary(run, entry))
+    return Headline(title_of(evaluation, entry["metrics"]), top1, bars, lifts, notes)
 
 
-def in_short(run: Run, entry: dict[str, Any]) -> str:
-    """The protocol in a line."""
+def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
+    """The protocol in one line."""
     protocol = entry["protocol"]
     images = val_images(run, entry)
     facts = [
@@ -92,89 +101,90 @@ def in_short(run: Run, entry: dict[str, Any]) -> str:
 
 
 def val_images(run: Run, entry: dict[str, Any]) -> int | None:
-    """How many images an accuracy rests on; another result on the same index may say it."""
+    """Number of validation images, if need be from another result on the same index."""
     index = entry["protocol"].get("val_index")
     same = (e["protocol"] for e in run.results.values() if e["protocol"].get("val_index") == index)
     found = (protocol.get("val_images") for protocol in (entry["protocol"], *same))
     return next((count for count in found if count), None)
 
 
-def beside_published(run: Run) -> str:
-    """Published numbers of the same model, and what keeps them from being compared with ours."""
+def beside_published(run: Run) -> Section:
+    """Published numbers of the same model, and how the protocols differ."""
+    title = "Compared with published numbers"
     arch, rows = str(run.config.get("arch", "")), []
-    for evaluation in EVALUATIONS:
-        entry, top1 = run.entry(evaluation), run.top1(evaluation)
-        if entry is None or top1 is None:
-            continue
-        arch = entry["protocol"].get("arch", arch)
-        words = unlike(evaluation, entry["protocol"], val_images(run, entry))
+    for evaluation, entry, top1 in newest_results(run):
+        protocol = entry["protocol"]
+        arch = protocol.get("arch", arch)
+        fields = differences_from_published(evaluation, protocol, val_images(run, entry))
         rows += [
             [
                 title_of(evaluation, entry["metrics"]), f"{top1:.1f}", f"{other.top1:.1f}",
-                f"{other.what} ({other.source})", "; ".join(words) or "like the published",
+                f"{other.what} ({other.source})", "; ".join(fields) or "same as published",
             ]
             for other in published(arch, evaluation)
         ]  # fmt: skip
     if not rows:
         sentence = f"No number was published for {arch or 'this model'} in these evaluations."
-        return f'<p class="about">{escape(sentence)}</p>' if run.results else ""
+        return Section(title, "tables", sentence if run.results else "")
     header = ["evaluation", "ours", "published", "of, on ImageNet-1k", "how ours differs"]
-    return card(table(header, rows, sort=False), "texts")
+    return tables(title, Table(header, rows, sortable=False, prose=True))
 
 
-def all_results(run: Run) -> str:
+def all_results(run: Run) -> Section:
     """Every entry of the results, and every k of k-NN."""
     rows = []
     for name, entry in ordered(run.results):
         metrics = entry["metrics"]
-        top1, top5 = headline(metrics), metrics.get("top5")
-        if ks := ks_of(metrics):
-            top5 = metrics.get(f"top5_k{20 if 20 in ks else ks[0]}")
+        top5 = metrics.get(f"top5_k{headline_k(metrics)}" if ks_of(metrics) else "top5")
         rows.append([
             title_of(name, metrics),
-            "" if top1 is None else f"{top1:.2f}",
-            "" if top5 is None else f"{top5:.2f}",
+            *("" if value is None else f"{value:.2f}" for value in (headline(metrics), top5)),
             f"{entry['wall_seconds']:,.1f}" if "wall_seconds" in entry else "",
             str(entry["protocol"].get("weights") or entry["protocol"].get("network", "")),
-            moment(entry.get("time", "")),
-            unlike_newest(run, name),
+            timestamp(entry.get("time", "")),
+            differences_from_newest(run, name),
         ])  # fmt: skip
     header = ["result", "top-1, %", "top-5, %", "seconds", "weights", "time (UTC)", "differs in"]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return card(table(header, rows))
+    about = "Click a column's name to sort by it."
+    return tables("All results", Table(header, rows), knn_table([run]), about=about)
 
 
-def unlike_newest(run: Run, key: str) -> str:
-    """How an older result's protocol differs from that of the newest of its name."""
-    newest = run.results.get(bare(key), run.results[key])
-    ours, theirs = (compare.flattened(e["protocol"]) for e in (run.results[key], newest))
-    names = [n for n in dict.fromkeys([*ours, *theirs]) if ours.get(n) != theirs.get(n)]
-    return "; ".join(f"{name} {compare.versus([ours.get(name)])}" for name in names)
+def differences_from_newest(run: Run, key: str) -> str:
+    """Fields of an older result's protocol that differ from the newest result of its name."""
+    entries = run.results[key], run.results.get(bare(key), run.results[key])
+    fields = compare.aligned([compare.flatten(entry["protocol"]) for entry in entries])
+    return "; ".join(f"{name} {compare.versus([a])}" for name, (a, b) in fields.items() if a != b)
 
 
-def knn_table(runs: Sequence[Run]) -> str:
-    """Every k of every network: top-1, with top-5 behind the slash."""
-    rows, every = (
+def knn_by_k(runs: Sequence[Run]) -> Section:
+    """k-NN accuracies of several runs."""
+    return tables("k-NN by number of neighbors", knn_table(runs))
+
+
+def knn_table(runs: Sequence[Run]) -> Table:
+    """Every k of every network: top-1, with top-5 after the slash."""
+    rows, columns = (
         [],
         sorted({k for r in runs for e in r.results.values() for k in ks_of(e["metrics"])}),
     )
     for run in runs:
         for name, entry in ordered(run.results):
             metrics = entry["metrics"]
-            if ks := ks_of(metrics):
-                network = bare(name).partition("/")[2]
-                title = NETWORKS.get(network, network)
-                if unlike := unlike_newest(run, name):
-                    title = f"{title} ({unlike})"
-                cells = [
-                    f"{metrics[f'top1_k{k}']:.2f} / {metrics.get(f'top5_k{k}', 0):.2f}"
-                    if k in ks
-                    else ""
-                    for k in every
-                ]
-                rows.append([f"{run.name}: {title}" if len(runs) > 1 else title, *cells])
-    return card(table(["k-NN, top-1 / top-5, %", *(f"k = {k}" for k in every)], rows))
+            if not (ks := ks_of(metrics)):
+                continue
+            network = bare(name).partition("/")[2]
+            title = f"{run.name}: " if len(runs) > 1 else ""
+            title += NETWORKS.get(network, network)
+            if fields := differences_from_newest(run, name):
+                title += f" ({fields})"
+            cells = (
+                f"{metrics[f'top1_k{k}']:.2f} / {metrics.get(f'top5_k{k}', 0):.2f}" for k in ks
+            )
+            found = dict(zip(ks, cells, strict=True))
+            rows.append([title, *(found.get(k, "") for k in columns)])
+    return Table(["k-NN, top-1 / top-5, %", *(f"k = {k}" for k in columns)], rows)
 
 
 def ordered(results: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -182,27 +192,24 @@ def ordered(results: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(name, results[name]) for name in in_order(results)]
 
 
-def side_by_side(runs: Sequence[Run]) -> str:
+def side_by_side(runs: Sequence[Run]) -> Section:
     """Accuracies of several runs, ranked only where the protocols are equal."""
-    rows = []
-    for ranking in compare.rank(runs):
-        cells = ["" if value is None else f"{value:.2f}" for value in ranking.top1]
-        if (best := ranking.best) is not None:
-            cells[best] = f"★ {cells[best]}"
-        rows.append([ranking.title, *cells, ranking.verdict])
-    return card(table(["top-1, %", *(run.name for run in runs), "verdict"], rows), "texts")
+    rows = [[r.title, *r.cells(best="★ {}"), r.verdict] for r in compare.rank(runs)]
+    header = ["top-1, %", *(run.name for run in runs), "verdict"]
+    return tables("Side by side", Table(header, rows, prose=True), about=RANKED)
 
 
-def protocols(run: Run) -> str:
+def protocols(run: Run) -> Section:
     """Each result with its numbers, protocol and provenance, folded."""
-    folds = []
+    folds = {}
     for name, entry in ordered(run.results):
         metrics = {m: number(entry["metrics"][m]) for m in by_number(entry["metrics"])}
         rest = {k: v for k, v in entry.items() if k not in ("metrics", "protocol", "grid")}
         top1 = headline(entry["metrics"])
         title = name if top1 is None else f"{name}: top-1 {top1:.2f} %"
-        folds.append(fold(title, facts_table(metrics | entry["protocol"] | rest)))
-    return card("".join(folds))
+        folds[title] = metrics | entry["protocol"] | rest
+    about = "Everything that two accuracies must share to be comparable."
+    return Section("Protocols", "protocols", folds, about)
 
 
 def by_number(names: Iterable[str]) -> list[str]:

@@ -1,24 +1,26 @@
-"""Charts of curves as inline SVG. No script, no network; colours and dashes come from the page's
-style sheet."""
+"""Line charts as inline SVG: positions, ticks and labels; templates/line_chart draws them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from xcit_dino.report.page import render
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 340, 210  # of a curve's canvas, about the pixels that it gets
-LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 40
+WIDTH, HEIGHT = 340, 210  # of a line chart's canvas, about its size on screen
+LEFT, RIGHT, TOP, BOTTOM = 58, 10, 8, 40  # margins around the plot
 MOST_POINTS = 400  # more than a screen shows; longer curves are averaged down
-STYLES = 6  # colours with their dashes, in report.css
+STYLES = 6  # colors with their dashes, in report.css
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the values of a chart lie on its canvas."""
+    """Where the values of a chart lie on its canvas, in pixels from the upper left corner."""
 
     left: float
     right: float
@@ -26,13 +28,32 @@ class Frame:
     high: float
     width: float = WIDTH
     height: float = HEIGHT
+    plot_left: float = LEFT
+    plot_top: float = TOP
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        """Canvas position of a point."""
-        across = (x - self.left) / max(self.right - self.left, 1e-12)
-        up = (y - self.low) / max(self.high - self.low, 1e-12)
-        room = self.height - TOP - BOTTOM
-        return LEFT + across * (self.width - LEFT - RIGHT), self.height - BOTTOM - up * room
+    @property
+    def plot_right(self) -> float:
+        return self.width - RIGHT
+
+    @property
+    def plot_bottom(self) -> float:
+        return self.height - BOTTOM
+
+    @property
+    def plot_height(self) -> float:
+        return self.plot_bottom - self.plot_top
+
+    @property
+    def plot_center(self) -> float:
+        return (self.plot_left + self.plot_right) / 2
+
+    def x(self, value: float) -> float:
+        share = (value - self.left) / max(self.right - self.left, 1e-12)
+        return self.plot_left + share * (self.plot_right - self.plot_left)
+
+    def y(self, value: float) -> float:
+        share = (value - self.low) / max(self.high - self.low, 1e-12)
+        return self.plot_bottom - share * self.plot_height
 
 
 def line_chart(
@@ -42,112 +63,69 @@ def line_chart(
     unit: str = "",
     marks: Sequence[float] = (),
     from_zero: bool = False,
-) -> str:
-    """A figure with one curve each of ``lines``; nothing where none has points.
+) -> Markup:
+    """A figure with one curve per line; empty where none has points.
 
     Args:
         title: above the chart.
-        lines: (name, points); the n-th takes the page's n-th colour and dash.
+        lines: (name, points); the n-th has the n-th color and dash of the style sheet.
         x_label: of the horizontal axis.
-        unit: of the vertical axis, said in the title.
-        marks: where a dotted vertical line stands (restarts).
+        unit: of the vertical axis, shown in the title.
+        marks: positions of dotted vertical lines (restarts).
         from_zero: whether the vertical axis begins at 0, whatever the values.
     """
     lines = [(name, thin(finite(points))) for name, points in lines]
     drawn = [points for _, points in lines if points]
     if not drawn:
-        return ""
+        return Markup()
     xs = [x for points in drawn for x, _ in points]
     ys = [y for points in drawn for _, y in points]
     low = min(0.0, min(ys)) if from_zero else min(ys)
-    y_ticks = ticks(*around(low, max(ys)), 4)
+    y_ticks = ticks(*padded(low, max(ys)), 4)
     frame = Frame(min(xs), max(xs), min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
-    parts = [rules(frame, y_ticks), x_axis(frame, x_label)]
-    for x in (x for x in marks if frame.left < x < frame.right):
-        at, _ = frame.place(x, frame.low)
-        parts.append(f'<path class="mark" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-    parts += [curve(frame, n, name, points) for n, (name, points) in enumerate(lines) if points]
-    last = number(drawn[0][-1][1]) if len(drawn) == 1 else ""
-    names = legend([name for name, _ in lines]) if len(lines) > 1 else ""
-    return figure(f"{title}, {unit}" if unit else title, "".join(parts), last, names)
-
-
-def figure(
-    title: str,
-    content: str,
-    last: str = "",
-    names: str = "",
-    size: tuple[float, float] = (WIDTH, HEIGHT),
-) -> str:
-    """A canvas with a title, the last value beside it, and a legend below it."""
-    return (
-        f'<figure><figcaption>{escape(title)}<span class="last">{escape(last)}</span></figcaption>'
-        f'{names}<svg viewBox="0 0 {size[0]:.0f} {size[1]:.0f}" role="img" '
-        f'aria-label="{escape(title)}">{content}</svg></figure>'
+    x_ticks = [x for x in ticks(frame.left, frame.right, 4) if frame.left <= x <= frame.right]
+    curves = [
+        {
+            "name": name,
+            "style": n % STYLES,
+            "points": [(frame.x(x), frame.y(y)) for x, y in points],
+            "last": number(points[-1][1]),
+        }
+        for n, (name, points) in enumerate(lines)
+        if points
+    ]
+    return render(
+        "line_chart",
+        title=f"{title}, {unit}" if unit else title,
+        frame=frame,
+        x_label=x_label,
+        x_ticks=list(zip(map(frame.x, x_ticks), tick_labels(x_ticks), strict=True)),
+        y_ticks=list(zip(map(frame.y, y_ticks), tick_labels(y_ticks), strict=True)),
+        marks=[frame.x(x) for x in marks if frame.left < x < frame.right],
+        curves=curves,
+        last=curves[0]["last"] if len(curves) == 1 else "",
+        legend=[name for name, _ in lines] if len(lines) > 1 else [],
+        styles=STYLES,
     )
 
 
-def legend(names: Sequence[str]) -> str:
-    """What the lines of a chart are, drawn as they are."""
-    items = (
-        f'<span class="line-{n % STYLES}"><svg class="key" viewBox="0 0 24 6">'
-        f'<polyline points="0,3 24,3"/></svg>{escape(name)}</span>'
-        for n, name in enumerate(names)
-    )
-    return f'<p class="legend">{"".join(items)}</p>'
-
-
-def around(low: float, high: float) -> tuple[float, float]:
-    """Room above and below a constant."""
+def padded(low: float, high: float) -> tuple[float, float]:
+    """A range that is not empty: room above and below a constant."""
     if high > low:
         return low, high
     return (low - 0.1 * abs(low), low + 0.1 * abs(low)) if low else (0.0, 1.0)
-
-
-def rules(frame: Frame, y_ticks: Sequence[float]) -> str:
-    """Horizontal lines with their values."""
-    parts = []
-    for y, word in zip(y_ticks, tick_words(y_ticks), strict=True):
-        _, at = frame.place(frame.left, y)
-        parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{word}</text>')
-    return "".join(parts)
-
-
-def x_axis(frame: Frame, label: str) -> str:
-    """Values along the horizontal axis, and its name."""
-    parts = []
-    x_ticks = [x for x in ticks(frame.left, frame.right, 4) if frame.left <= x <= frame.right]
-    for x, word in zip(x_ticks, tick_words(x_ticks), strict=True):
-        at, _ = frame.place(x, frame.low)
-        at = min(at, WIDTH - RIGHT - 8)
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 22}" text-anchor="middle">{word}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(label)}</text>')
-    return "".join(parts)
-
-
-def curve(frame: Frame, n: int, name: str, points: Points) -> str:
-    """One line; its name and last value show when pointed at."""
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.place(*point) for point in points))
-    x, y = frame.place(*points[-1])
-    return (
-        f'<g class="line-{n % STYLES}"><title>{escape(name)}: last {number(points[-1][1])}</title>'
-        f'<polyline points="{path}"/><circle class="end" cx="{x:.1f}" cy="{y:.1f}" r="3"/></g>'
-    )
 
 
 # -- numbers ---------------------------------------------------------------------------------------
 
 
 def finite(points: Points) -> Points:
-    """The points that can be drawn."""
+    """Points without NaN and infinity."""
     return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
 
 
 def thin(points: Points) -> Points:
-    """At most MOST_POINTS points: means of runs of neighbours, the first and the last as they
-    are."""
+    """At most MOST_POINTS points: means of adjacent ones; the first and the last are kept."""
     if len(points) <= MOST_POINTS:
         return points
     size = math.ceil(len(points) / (MOST_POINTS - 2))
@@ -168,11 +146,11 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [n * step for n in range(first, last + 1)]
 
 
-def tick_words(values: Sequence[float]) -> list[str]:
-    """Short forms, with as many digits as it takes to tell neighbours apart."""
-    words = [number(value) for value in values]
-    if len(set(words)) == len(words):
-        return words
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Short forms, with as many digits as it takes to distinguish adjacent ones."""
+    labels = [number(value) for value in values]
+    if len(set(labels)) == len(labels):
+        return labels
     digits = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-9))
     return [f"{value:,.{digits}f}" for value in values]
 

@@ -1,4 +1,4 @@
-"""The images, network and features of a run, for the report's pictures."""
+"""A run's images, settings and classified samples, for the report's pictures."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.pictures import render
 from xcit_dino.inputs import InputSettings
-from xcit_dino.report.origin import known_options
-from xcit_dino.report.page import tile
+from xcit_dino.report.page import Tile
+from xcit_dino.report.provenance import known_options
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.reader import Run
 
 
 class Images:
-    """What pictures are made of; read when it is first needed."""
+    """What the pictures are made from; read when it is first needed."""
 
     def __init__(self, run: Run):
         self.run = run
@@ -34,10 +34,10 @@ class Images:
         """The shards of a split.
 
         Raises:
-            InputError: they are not there (any more).
+            InputError: they do not exist (any more).
         """
         if not self.options.get("data_path"):
-            raise InputError("the run does not say where its shards are")
+            raise InputError("the run's config.yaml has no data_path")
         return ShardIndex.load(resolve_split(self.options["data_path"], split))
 
     @cached_property
@@ -61,8 +61,7 @@ class Images:
 
     @cached_property
     def context(self) -> Context:
-        """How evaluations of the run's own network read images, in this process; unreadable ones
-        end nothing."""
+        """How evaluations of the run's network read images; unreadable ones are skipped."""
         options = EvalTargetConfig(self.run.folder, num_workers=0, max_bad_fraction=1.0)
         settings = InputSettings.of_run(self.options) or InputSettings()
         data_path = self.options.get("data_path") or ""
@@ -70,7 +69,7 @@ class Images:
         return make_context(options, settings, self.options, data_path, world)
 
     def photos(self, index: ShardIndex, samples: Sequence[int]) -> dict[int, Any]:
-        """Sample number -> pixels, of those that can be read."""
+        """Sample number -> pixels, of the readable ones."""
         found = render.photos(index, samples, self.context)
         self.unreadable |= {(index.checksum, n) for n in samples if n not in found}
         return found
@@ -81,7 +80,7 @@ class Images:
         return classes[label] if classes and label < len(classes) else f"class {label}"
 
 
-def picture(pixels: render.Pixels, caption: str, kind: str = "") -> str:
-    """A tile of the page; small pictures are enlarged pixel by pixel, photos smoothly."""
-    smooth = "smooth" if len(pixels) > render.SMALL else ""
-    return tile(render.data_uri(pixels), caption, f"{kind} {smooth}".strip())
+def tile(pixels: render.Pixels, caption: str, style: str = "") -> Tile:
+    """A tile of the page; small images are enlarged pixel by pixel, photos smoothly."""
+    smooth = " smooth" if len(pixels) > render.SMALL else ""
+    return Tile(render.data_uri(pixels), caption, f"{style}{smooth}".strip())

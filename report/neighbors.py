@@ -1,78 +1,74 @@
-"""The report on single images: nearest neighbours, confusions, a map of the features."""
+"""The report on single images: nearest neighbors, confusions, a map of the features."""
 
 from __future__ import annotations
 
-from html import escape
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from xcit_dino.eval import neighbors
 from xcit_dino.report.figures import matrix, point_map
-from xcit_dino.report.images import Images, picture
-from xcit_dino.report.page import card, fold, grid, table, tiles
+from xcit_dino.report.images import Images, tile
+from xcit_dino.report.page import Table, Tile
 
-RIGHT, WRONG, SHOWN_NEIGHBOURS = 6, 6, 8
-MATRIX_CLASSES = 40  # more are told in a table of the most frequent mistakes
+RIGHT, WRONG, SHOWN_NEIGHBORS = 6, 6, 8
+MATRIX_CLASSES = 40  # more are shown as a table of the most frequent confusions
 MAPPED_CLASSES, MAPPED_POINTS = 12, 1000
 PAIRS = 14
 CLASSES_AT_AN_END = 100
 
 
-def neighbours(images: Images) -> str:
-    """Validation images with their nearest training images; without labels see :func:`alike`."""
+def nearest(images: Images) -> dict[str, Any]:
+    """Validation images with their nearest training images; see :func:`nearest_unlabeled`."""
     if images.train.labels.max() < 0:
-        return alike(images)
+        return nearest_unlabeled(images)
     found = images.found
     rows = neighbors.examples(found, RIGHT, WRONG)
-    shown_neighbours = found.neighbours[rows, :SHOWN_NEIGHBOURS]
+    numbers = found.neighbours[rows, :SHOWN_NEIGHBORS]
     queries = images.photos(images.val, found.queries[rows].tolist())
-    bank = images.photos(images.train, shown_neighbours.ravel().tolist())
-    groups: dict[bool, list[list[str]]] = {True: [], False: []}
+    bank = images.photos(images.train, numbers.ravel().tolist())
+    groups: dict[str, list[list[Tile]]] = {"Class found": [], "Class missed": []}
     for row in rows:
         query, label = int(found.queries[row]), int(found.labels[row])
         if query not in queries:
             continue
         right = bool(found.right[row])
-        words = images.name(label)
+        caption = images.name(label)
         if not right:
-            words += f", taken for {images.name(int(found.predicted[row]))}"
-        cells = [picture(queries[query], words, "query")]
-        for column in range(shown_neighbours.shape[1]):
-            neighbour = int(found.neighbours[row, column])
-            same = int(found.neighbour_labels[row, column])
-            if neighbour in bank:
-                caption = f"{images.name(same)} {found.similarities[row, column]:.3f}"
-                cells.append(
-                    picture(bank[neighbour], caption, "right" if same == label else "wrong")
-                )
-        groups[right].append(cells)
-    share = f"{100 * found.right.mean():.1f} % of {len(found.right):,} validation images are right."
-    parts = [f'<p class="about">{escape(share)}</p>']
-    for right, title in ((True, "Class found"), (False, "Class missed")):
-        if groups[right]:
-            parts.append(card(f"<h3>{title}</h3>{tiles(groups[right])}"))
-    return "".join(parts)
+            caption += f", classified as {images.name(int(found.predicted[row]))}"
+        tiles = [tile(queries[query], caption, "query")]
+        for column, number in enumerate(found.neighbours[row, :SHOWN_NEIGHBORS].tolist()):
+            other = int(found.neighbour_labels[row, column])
+            if number in bank:
+                caption = f"{images.name(other)} {found.similarities[row, column]:.3f}"
+                style = "right" if other == label else "wrong"
+                tiles.append(tile(bank[number], caption, style))
+        groups["Class found" if right else "Class missed"].append(tiles)
+    accuracy = f"{100 * found.right.mean():.1f} % of {len(found.right):,} validation images"
+    shown = {title: rows for title, rows in groups.items() if rows}
+    return {"summary": f"k-NN finds the class of {accuracy}.", "groups": shown}
 
 
-def alike(images: Images) -> str:
-    """Training images with the others most like them."""
+def nearest_unlabeled(images: Images) -> dict[str, Any]:
+    """Training images with the most similar other training images."""
     features, samples, _ = neighbors.cached(images.run.folder, "train", images.train)
     features = features if len(samples) == len(features) else features[samples]
     rows = neighbors.spread(len(samples), RIGHT + WRONG)
-    nearest, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBOURS)
-    numbers = samples[np.column_stack((rows, nearest))]
+    others, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBORS)
+    numbers = samples[np.column_stack((rows, others))]
     photos = images.photos(images.train, numbers.ravel().tolist())
     shown = []
-    for (query, *others), values in zip(numbers.tolist(), cosines.tolist(), strict=True):
+    for (query, *found), values in zip(numbers.tolist(), cosines.tolist(), strict=True):
         if query in photos:
-            known = [(n, cosine) for n, cosine in zip(others, values, strict=True) if n in photos]
-            neighbours = [picture(photos[n], f"{cosine:.3f}") for n, cosine in known]
-            shown.append([picture(photos[query], "", "query"), *neighbours])
-    return card(tiles(shown))
+            known = [(n, cosine) for n, cosine in zip(found, values, strict=True) if n in photos]
+            tiles = [tile(photos[n], f"{cosine:.3f}") for n, cosine in known]
+            shown.append([tile(photos[query], "", "query"), *tiles])
+    return {"summary": "", "groups": {"": shown}}
 
 
-def confusions(images: Images) -> str:
-    """Which classes are taken for which."""
+def confusions(images: Images) -> dict[str, Any]:
+    """Which classes are confused with which."""
     found = images.found
     classes = (
         len(images.train.classes or []) or int(max(found.labels.max(), found.predicted.max())) + 1
@@ -81,41 +77,40 @@ def confusions(images: Images) -> str:
         [images.name(a), images.name(b), f"{count:,}"]
         for a, b, count in neighbors.most_confused(found, PAIRS)
     ]
-    pairs = card(f'<div class="texts">{table(["class", "taken for", "images"], rows)}</div>')
+    pairs = Table(["class", "classified as", "images"], rows, prose=True)
     if classes > MATRIX_CLASSES:
-        return pairs + card(class_table(images, found))
+        title, table = class_table(images, found)
+        return {"pairs": pairs, "matrix": "", "classes_title": title, "classes": table}
     shares = neighbors.confusion(found, classes)
     names = [images.name(label) for label in range(classes)]
-    title = "True class (rows), class found (columns), % of the row"
-    return grid([card(matrix(title, shares.tolist(), names)), pairs], "halves")
+    title = "True class (rows), predicted class (columns), % of the row"
+    return {"pairs": pairs, "matrix": matrix(title, shares.tolist(), names)}
 
 
-def class_table(images: Images, found: neighbors.Neighbours) -> str:
-    """Accuracy of every class that was seen, the worst first; of very many the two ends. Folded."""
+def class_table(images: Images, found: neighbors.Neighbours) -> tuple[str, Table]:
+    """Accuracy of every class with images, the worst first; of very many classes the two ends."""
     rows = []
     for label in np.unique(found.labels):
         of_class = found.labels == label
-        share = 100 * found.right[of_class].mean()
-        rows.append([images.name(int(label)), f"{share:.1f}", f"{of_class.sum():,}"])
+        accuracy = 100 * found.right[of_class].mean()
+        rows.append([images.name(int(label)), f"{accuracy:.1f}", f"{of_class.sum():,}"])
     rows.sort(key=lambda row: float(row[1]))
     title = f"All {len(rows):,} classes"
     if len(rows) > 2 * CLASSES_AT_AN_END:
         rows = rows[:CLASSES_AT_AN_END] + rows[-CLASSES_AT_AN_END:]
         title = f"{title}: the {CLASSES_AT_AN_END} worst and the {CLASSES_AT_AN_END} best"
-    return fold(title, table(["class", "k-NN top-1, %", "images"], rows))
+    return title, Table(["class", "k-NN top-1, %", "images"], rows)
 
 
-def embedding(images: Images) -> str:
+def feature_map(images: Images) -> Markup:
     """Validation features on their first two principal components."""
     found = images.found
     plane, shares = neighbors.principal_plane(found.features)
     rows = neighbors.spread(len(plane), MAPPED_POINTS)
-    named = neighbors.common_classes(found.labels, MAPPED_CLASSES)
-    names = [images.name(label) for label in named]
-    groups = [named.index(label) if label in named else -1 for label in found.labels[rows].tolist()]
+    mapped = neighbors.common_classes(found.labels, MAPPED_CLASSES)
+    names = [images.name(label) for label in mapped]
+    groups = [mapped.index(n) if n in mapped else -1 for n in found.labels[rows].tolist()]
     axes = tuple(f"{axis} principal component, {100 * share:.0f} % of the variance"
                  for axis, share in zip(("first", "second"), shares, strict=True))  # fmt: skip
     points = [(float(x), float(y)) for x, y in plane[rows]]
-    title = f"{len(rows):,} validation images"
-    figure = point_map(title, points, groups, names, (axes[0], axes[1]))
-    return card(f'<div class="scroll wide">{figure}</div>')
+    return point_map(f"{len(rows):,} validation images", points, groups, names, (axes[0], axes[1]))

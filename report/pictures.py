@@ -1,12 +1,13 @@
-"""The report's pictures: crops, attention, neighbours, confusions, a map of the features.
+"""The report's pictures: crops, attention, neighbors, confusions, a map of the features.
 
-Each part may fail for its own reason (shards moved away, no checkpoint, no features); the reader is
-told which, and sees the others.
+Each may be missing for its own reason (shards moved away, no checkpoint, no features): the page
+lists the reason and shows the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from xcit_dino.errors import InputError
@@ -14,9 +15,9 @@ from xcit_dino.eval import neighbors
 from xcit_dino.eval.pictures import render
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
-from xcit_dino.report.images import Images, picture
-from xcit_dino.report.neighbors import confusions, embedding, neighbours
-from xcit_dino.report.page import card, tiles
+from xcit_dino.report.images import Images, tile
+from xcit_dino.report.neighbors import confusions, feature_map, nearest
+from xcit_dino.report.page import Section, Tile
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import replace
 from xcit_dino.train.run.reader import Run
@@ -26,25 +27,36 @@ CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
 
 
-def pictures_of(run: Run, parts: Sequence[Part]) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Sections (title, content, how to read it), and what could not be shown and why."""
+@dataclass(frozen=True)
+class Part:
+    """A section of pictures."""
+
+    title: str
+    template: str
+    make: Callable[[Images], Any]
+    """Data of the template."""
+    about: str
+
+
+def sections_of(run: Run, parts: Sequence[Part]) -> tuple[list[Section], list[str]]:
+    """Sections, and which are missing and why."""
     images = Images(run)
     shown, reasons = [], dict[str, list[str]]()
-    for title, about, make in parts:
+    for part in parts:
         try:
-            shown.append((title, make(images), about))
+            shown.append(Section(part.title, part.template, part.make(images), part.about))
         except Exception as reason:  # a report is written whatever is wrong with a run's files
-            reasons.setdefault(str(reason), []).append(title.lower())
+            reasons.setdefault(str(reason), []).append(part.title.lower())
     missing = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
     if count := len(images.unreadable):
-        missing.append(f"{count} of the photos: they cannot be read; see xcit-dino shards check")
+        missing.append(f"{count} of the photos: not readable; see xcit-dino shards check")
     return shown, missing
 
 
-def crops(images: Images) -> str:
-    """The crops of a few training images, as the network got them in the last epoch."""
+def crops(images: Images) -> dict[str, Any]:
+    """The crops of a few training images, as in the last epoch."""
     if images.run.kind != "pretrain":
-        raise InputError("only pretraining has several crops an image")
+        raise InputError("only pretraining has several crops per image")
     config = replace(PretrainConfig(), images.options | {"cache_dir": None})
     samples = neighbors.spread(images.train.num_samples, CROP_SAMPLES + 2)[1:-1]
     made = render.TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
@@ -57,12 +69,12 @@ def crops(images: Images) -> str:
             kind = "global" if number < G else "local"
             width = "small" if number >= G and len(row) > 6 else size(row)
             caption = f"{kind} {number + 1 if number < G else number - G + 1}"
-            cells.append(picture(crop, caption, width))
+            cells.append(tile(crop, caption, width))
         shown.append(cells)
-    return card(tiles(shown))
+    return one_card(shown)
 
 
-def attention(images: Images) -> str:
+def attention(images: Images) -> dict[str, Any]:
     """Class-attention maps of every head over validation (else training) photos."""
     weights = newest_checkpoint(images.run.folder)
     if weights is None:
@@ -81,41 +93,48 @@ def attention(images: Images) -> str:
     rows = render.attention_of(model.eval(), photos, images.context)
     shown = []
     for row in rows:
-        heads = len(row) - 2
-        names = ["photo", *(f"head {h + 1}" for h in range(heads)), "mean"]
-        shown.append([picture(p, name, size(row)) for p, name in zip(row, names, strict=True)])
-    return card(tiles(shown))
+        names = ["photo", *(f"head {h + 1}" for h in range(len(row) - 2)), "mean"]
+        shown.append([tile(p, name, size(row)) for p, name in zip(row, names, strict=True)])
+    return one_card(shown)
+
+
+def one_card(rows: list[list[Tile]]) -> dict[str, Any]:
+    """Data of templates/tiles: rows without a title."""
+    return {"summary": "", "groups": {"": rows}}
 
 
 def size(row: Sequence[Any]) -> str:
-    """A row of few tiles has larger ones."""
+    """Short rows have large tiles."""
     return "large" if len(row) <= 7 else ""
 
 
-Part = tuple[str, str, Callable[[Images], str]]
-PARTS: tuple[Part, ...] = (
-    (
+PARTS = (
+    Part(
         "What the network sees",
+        "tiles",
+        crops,
         "Crops of training images after augmentation, as in the last epoch. The teacher sees the "
         "global ones, the student all.",
-        crops,
     ),
-    (
-        "Where it looks",
-        "Attention of the class token to the patches, one map a head of the last layer.",
+    Part(
+        "Attention maps",
+        "tiles",
         attention,
+        "Attention of the class token to the patches, one map per head of the last layer.",
     ),
-    (
-        "Nearest neighbours",
-        "Validation images (without labels: training images) and the training images most like "
-        "them, with the cosine. A solid frame marks the same class, a dashed one another.",
-        neighbours,
+    Part(
+        "Nearest neighbors",
+        "tiles",
+        nearest,
+        "Validation images (without labels: training images) and the most similar training images "
+        "with their cosine similarity. Solid frame: same class; dashed frame: another class.",
     ),
-    ("Confusions", "Which classes k-NN (k = 20) takes for which.", confusions),
-    (
+    Part("Confusions", "confusions", confusions, "Which classes k-NN (k = 20) confuses."),
+    Part(
         "Map of the features",
-        "A plane cannot show all: classes that overlap here may lie apart in the other dimensions.",
-        embedding,
+        "map",
+        feature_map,
+        "Classes that overlap in this plane may be apart in the other dimensions.",
     ),
 )
-IN_COMPARISON = tuple(part for part in PARTS if part[2] in (attention, embedding))
+IN_COMPARISON = tuple(part for part in PARTS if part.make in (attention, feature_map))

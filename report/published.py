@@ -1,16 +1,16 @@
-"""Published accuracies on ImageNet-1k, top-1 in percent, each with where it stands."""
+"""Published top-1 accuracies on ImageNet-1k in percent, each with its source."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-IMAGENET_VAL = 50_000  # validation images behind every number here
+IMAGENET_VAL = 50_000  # validation images of every number here
 DINO_SOURCE = "DINO README"
 XCIT_SOURCE = "XCiT README"
 
 
 class Published(NamedTuple):
-    """One number of a paper's authors."""
+    """One number as its authors report it."""
 
     top1: float
     what: str
@@ -42,7 +42,7 @@ SUPERVISED = {  # arch -> (supervised at 224, distilled at 224, distilled at 384
 
 
 def published(arch: str, evaluation: str) -> list[Published]:
-    """The numbers of the same model that belong beside an evaluation (``knn``, ``linear`` ...)."""
+    """The numbers of an architecture that compare with an evaluation (``knn``, ``linear`` ...)."""
     found = []
     if arch in DINO and evaluation in ("knn", "linear", "linear-dino"):
         top1, what = DINO[arch][evaluation != "knn"], "linear, augmented crops"
@@ -57,15 +57,17 @@ def published(arch: str, evaluation: str) -> list[Published]:
     return found
 
 
-def unlike(evaluation: str, protocol: dict[str, Any], val_images: int | None) -> list[str]:
-    """What keeps a result of ours from being compared with a published one, in words."""
-    words = []
+def differences_from_published(
+    evaluation: str, protocol: dict[str, Any], val_images: int | None
+) -> list[str]:
+    """In which ways a result was measured differently from the published ones."""
+    found = []
     if val_images != IMAGENET_VAL:
         count = "unknown" if val_images is None else f"{val_images:,}"
-        words.append(f"validation images {count} instead of ImageNet's {IMAGENET_VAL:,}")
+        found.append(f"validation images {count} instead of ImageNet's {IMAGENET_VAL:,}")
     if evaluation == "linear":
-        words.append("features of one crop instead of augmented crops (--protocol dino)")
+        found.append("features of one crop instead of augmented crops (--protocol dino)")
     crop = protocol.get("crop")
     if evaluation in ("knn", "linear", "linear-dino") and crop != 224:
-        words.append(f"crop {crop} instead of 224")
-    return words
+        found.append(f"crop {crop} instead of 224")
+    return found

@@ -1,32 +1,36 @@
-"""The report's curves, and what the training took."""
+"""The report's learning curves, and the speed and cost of training."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from xcit_dino.progress import clock
 from xcit_dino.report.charts import line_chart, number
-from xcit_dino.report.page import card, fold, grid, stats, table
+from xcit_dino.report.compare import aligned
+from xcit_dino.report.page import Section, Table, tables
 from xcit_dino.train.run.metrics import Line
 from xcit_dino.train.run.reader import Run
 
-PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is folded away
+Panel = tuple[str, str, Sequence[str]]
+"""Title, unit, and the metrics drawn together."""
+PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
     "Learning and health": (
         ("Loss = teacher entropy + KL", "nats", ("loss", "teacher_entropy", "kl")),
         ("k-NN of the teacher, top-1", "%", ("knn_top1",)),
         ("k-NN on the other data, top-1", "%", ("knn_other_top1",)),
         ("Validation", "%", ("val_top1", "val_ema_top1")),
-        ("Teacher's answers, 0 is collapse", "share", ("information", "mean_entropy")),
-        ("Spread of features, 1 is even", "", ("feature_std",)),
-        ("Directions that features use", "", ("effective_rank",)),
+        ("Teacher outputs, 0 is collapse", "share", ("information", "mean_entropy")),
+        ("Feature std, 1 is uniform", "", ("feature_std",)),
+        ("Effective rank of the features", "", ("effective_rank",)),
         ("Prototypes used", "share", ("prototypes_used",)),
         ("Gradient norm", "", ("grad_norm",)),
-        ("Steps skipped as not finite", "share", ("skipped",)),
+        ("Skipped steps (non-finite)", "share", ("skipped",)),
     ),
     "Schedule": (
         ("Learning rate", "", ("lr",)),
@@ -42,46 +46,50 @@ PANELS = {  # group -> (title, unit, metrics drawn together); what is in none is
 }
 NO_CURVES = {"step", "epoch", "time", "freeze_last_layer"}
 TITLES = {
-    "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of their mean",
+    "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of the mean",
     "val_top1": "last weights", "val_ema_top1": "averaged weights",
 }  # fmt: skip
 
 
-def curves(runs: Sequence[Run]) -> str:
+def curves(runs: Sequence[Run]) -> Section:
     """Charts of everything that was logged, in groups."""
+    groups = {title: charts(runs, panels) for title, panels in PANELS.items()}
+    grouped = {name for panels in PANELS.values() for _, _, names in panels for name in names}
     logged = dict.fromkeys(name for run in runs for line in run.metrics for name in line)
-    names = [
-        n for n in logged if not (n in NO_CURVES or n.startswith("alarm")) and is_curve(runs, n)
+    others = [
+        (name, "", (name,))
+        for name in logged
+        if name not in NO_CURVES | grouped and not name.startswith("alarm")
     ]
-    parts = [alarms(run) for run in runs]
-    known = set()
-    for title, panels in PANELS.items():
-        charts = [chart(runs, *panel) for panel in panels]
-        known |= {name for _, _, drawn in panels for name in drawn}
-        if any(charts):
-            kind = "charts four" if len(panels) == 4 else "charts"
-            parts.append(f"<h3>{title}</h3>{grid(map(card, filter(None, charts)), kind)}")
-    others = [chart(runs, name, "", (name,)) for name in names if name not in known]
-    if any(others):
-        parts.append(card(fold("Other curves", grid(filter(None, others), "charts"))))
-    return "".join(parts)
+    data = {
+        "alarms": [sentence for run in runs for sentence in alarms(run)],
+        "groups": {title: found for title, found in groups.items() if found},
+        "other_curves": charts(runs, others),
+    }
+    restarts = len(runs) == 1 and len(attempts(runs[0])) > 1
+    about = "Dotted vertical lines are restarts." if restarts else ""
+    return Section("Training", "training", data if any(data.values()) else {}, about)
 
 
-def alarms(run: Run) -> str:
-    """Signs of collapse that were reported while the run went on."""
-    items = []
-    for line in run.metrics:
-        for name in (name for name in line if name.startswith("alarm_")):
-            kind = name.removeprefix("alarm_").replace("_", " ")
-            over = "" if line[name] else " is over"
-            items.append(f"{run.name}, step {line['step']:,}: {kind} collapse{over}")
-    words = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f'<div class="notes bad"><p><b>Alarms</b></p><ul>{words}</ul></div>' if items else ""
+def alarms(run: Run) -> list[str]:
+    """Collapse alarms that were logged during training."""
+    return [
+        f"{run.name}, step {line['step']:,}: {kind} collapse{'' if line[name] else ' is over'}"
+        for line in run.metrics
+        for name in line
+        if name.startswith("alarm_")
+        for kind in [name.removeprefix("alarm_").replace("_", " ")]
+    ]
 
 
-def chart(runs: Sequence[Run], title: str, unit: str, names: Sequence[str]) -> str:
-    """One chart: of one run several metrics, of several runs the first metric."""
-    restarts = [line["step"] for run in runs for line in run.tries if line["event"] == "start"]
+def charts(runs: Sequence[Run], panels: Iterable[Panel]) -> list[Markup]:
+    """The charts of a group that have points."""
+    return [found for panel in panels if (found := chart(runs, *panel))]
+
+
+def chart(runs: Sequence[Run], title: str, unit: str, names: Sequence[str]) -> Markup:
+    """One chart: several metrics of one run, or the first metric of several runs."""
+    restarts = [line["step"] for run in runs for line in starts(run)]
     from_zero = any(names == panel[2] for panel in PANELS["Speed"])
     if len(runs) > 1:
         lines = [(run.name, series(run, names[0])) for run in runs]
@@ -94,13 +102,8 @@ def chart(runs: Sequence[Run], title: str, unit: str, names: Sequence[str]) -> s
 
 
 def series(run: Run, name: str) -> list[tuple[float, float]]:
-    """Points over optimiser steps of a number that a run logged."""
+    """(step, value) of a metric."""
     return [(line["step"], line[name]) for line in run.metrics if is_number(line.get(name))]
-
-
-def is_curve(runs: Sequence[Run], name: str) -> bool:
-    """Whether a run logged numbers of this name."""
-    return any(series(run, name) for run in runs)
 
 
 def is_number(value: Any) -> bool:
@@ -112,12 +115,11 @@ def is_number(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Span:
-    """One try, from its first to its last sign of life."""
+class Attempt:
+    """From one start of the training to its end, or to its last line of metrics."""
 
     start: Line
     end: Line
-    """Of the try's end, or of the last metrics of a run that goes on."""
 
     @property
     def seconds(self) -> float:
@@ -132,36 +134,41 @@ class Span:
         return self.seconds * self.start.get("processes", 1) / 3600
 
 
-def spans(run: Run) -> list[Span]:
-    """All tries of a run."""
-    found: list[Span] = []
-    last = {"reason": "goes on, or was killed"} | (run.metrics[-1] if run.metrics else {})
+def starts(run: Run) -> list[Line]:
+    """What was logged at each start."""
+    return [line for line in run.tries if line["event"] == "start"]
+
+
+def attempts(run: Run) -> list[Attempt]:
+    """All attempts of a run; the last one may not have ended yet."""
+    found: list[Attempt] = []
+    last = {"reason": "still running, or killed"} | (run.metrics[-1] if run.metrics else {})
     for line in run.tries:
         if line["event"] == "start":
-            found.append(Span(line, last))
+            found.append(Attempt(line, last))
         elif found:
-            found[-1] = Span(found[-1].start, line)
+            found[-1] = Attempt(found[-1].start, line)
     return found
 
 
 def cost(run: Run) -> dict[str, str]:
-    """Name -> value of what the training took; empty where nothing is known."""
+    """Name -> value; empty where nothing was logged."""
     facts = {}
     if speeds := [line["images_per_s"] for line in run.metrics if "images_per_s" in line]:
-        facts["images a second, median"] = number(statistics.median(speeds))
+        facts["images per second, median"] = number(statistics.median(speeds))
         waits = [line["data_wait"] for line in run.metrics if "data_wait" in line]
         facts["time waiting for data"] = f"{100 * statistics.fmean(waits):.1f} %" if waits else ""
     if memory := [line["memory_gib"] for line in run.metrics if "memory_gib" in line]:
-        facts["memory, most"] = f"{max(memory):.1f} GiB"
+        facts["memory, peak"] = f"{max(memory):.1f} GiB"
     if run.metrics:
         facts["steps"] = f"{run.metrics[-1]['step']:,}"
-    if tries := spans(run):
-        batch = tries[-1].start.get("global_batch")
+    if found := attempts(run):
+        batch = found[-1].start.get("global_batch")
         if batch and run.metrics:
             facts["images seen"] = f"{batch * run.metrics[-1]['step']:,}"
-        on_gpus = bool(tries[-1].start.get("hardware", {}).get("gpus"))
-        facts["training time"] = clock(sum(span.seconds for span in tries))
-        hours = sum(span.process_hours for span in tries)
+        on_gpus = bool(found[-1].start.get("hardware", {}).get("gpus"))
+        facts["training time"] = clock(sum(attempt.seconds for attempt in found))
+        hours = sum(attempt.process_hours for attempt in found)
         facts["GPU hours" if on_gpus else "process hours (CPU)"] = f"{hours:,.2f}"
     evaluations = [entry.get("wall_seconds", 0) for entry in run.results.values()]
     if any(evaluations):
@@ -169,13 +176,10 @@ def cost(run: Run) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def speed(runs: Sequence[Run]) -> str:
-    """What the runs took, a column each."""
-    facts = [cost(run) for run in runs]
-    if not any(facts):
-        return ""
+def speed(runs: Sequence[Run]) -> Section:
+    """Speed and cost of the runs, one column each."""
+    title, facts = "Speed and cost", [cost(run) for run in runs]
     if len(runs) == 1:
-        return stats(facts[0])
-    names = dict.fromkeys(name for found in facts for name in found)
-    rows = [[name, *(found.get(name, "") for found in facts)] for name in names]
-    return card(table(["", *(run.name for run in runs)], rows, sort=False))
+        return Section(title, "stats", facts[0])
+    rows = [[name, *(value or "" for value in row)] for name, row in aligned(facts).items()]
+    return tables(title, Table(["", *(run.name for run in runs)], rows, sortable=False))

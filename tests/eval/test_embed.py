@@ -141,7 +141,7 @@ def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabelled):
     for words in (["report"], ["embed", *weights], ["report"]):
         assert main([*words, *where]) == 0
         page = run_folder.path / "report.html"
-        shown.append("<h2>Nearest neighbours" in page.read_text() if page.is_file() else False)
+        shown.append("<h2>Nearest neighbors" in page.read_text() if page.is_file() else False)
     assert shown == [False, False, True]
     assert "embed, where there are no labels" not in page.read_text()
 

@@ -14,7 +14,7 @@ from xcit_dino.report.charts import (
     line_chart,
     number,
     thin,
-    tick_words,
+    tick_labels,
     ticks,
 )
 from xcit_dino.report.figures import matrix, point_map
@@ -40,7 +40,7 @@ def test_long_curves_are_averaged_and_keep_their_ends():
 
 
 def places(chart: str) -> list[list[float]]:
-    points = re.findall(r'<polyline points="([^"]*)"/><circle', chart)
+    points = re.findall(r'<polyline points="([^"]*)"/>\s*<circle', chart)
     return [[float(v) for p in line.split() for v in p.split(",")] for line in points]
 
 
@@ -66,7 +66,7 @@ def test_the_matrix_is_filled_where_shares_are():
     chart = matrix("m", [[0.75, 0.25], [0, 1]], ["cat", "<dog>"])
     opacities = re.findall(r'fill-opacity="([\d.]+)"', chart)
     assert opacities == ["0.75", "0.25", "0.00", "1.00"]
-    assert "cat taken for &lt;dog&gt;: 25%" in chart
+    assert "cat classified as &lt;dog&gt;: 25%" in chart
 
 
 def test_the_map_has_a_mark_a_point_and_names():
@@ -77,8 +77,8 @@ def test_the_map_has_a_mark_a_point_and_names():
 
 
 def test_ticks_close_together_are_told_apart():
-    assert tick_words([1.2496, 1.25, 1.2504]) == ["1.2496", "1.2500", "1.2504"]
-    assert tick_words([0, 500, 1000]) == ["0", "500", "1,000"]
+    assert tick_labels([1.2496, 1.25, 1.2504]) == ["1.2496", "1.2500", "1.2504"]
+    assert tick_labels([0, 500, 1000]) == ["0", "500", "1,000"]
 
 
 def test_an_axis_may_begin_at_zero():

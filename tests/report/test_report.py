@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jinja2 import UndefinedError
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import knn, neighbors
@@ -20,10 +22,10 @@ from xcit_dino.eval.config import KnnConfig, ReportConfig
 from xcit_dino.files import write_atomic
 from xcit_dino.provenance import record_result
 from xcit_dino.report import report
-from xcit_dino.report.origin import nearest_recipe
-from xcit_dino.report.page import SCRIPT
-from xcit_dino.report.published import published, unlike
-from xcit_dino.report.training import cost, spans
+from xcit_dino.report.page import SCRIPT, TEMPLATES, render
+from xcit_dino.report.provenance import nearest_recipe
+from xcit_dino.report.published import differences_from_published, published
+from xcit_dino.report.training import attempts, cost
 from xcit_dino.train.config import CONFIGS, read_yaml
 from xcit_dino.train.run.reader import headline, read_run, title_of
 
@@ -55,7 +57,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if data.strip():  # not the line breaks between tags
+            self.text += data
 
     def count(self, tag: str, kind: str = "") -> int:
         return sum(t == tag and kind in (a.get("class") or "") for t, a in self.tags)
@@ -110,7 +113,7 @@ def test_shows_what_was_measured(tmp_path):
     assert "+30.0 over random weights, +33.2 over raw pixels" in page.text
     assert "52.40 / 56.40" in page.text and "wall_seconds1.5" in page.text
     assert page.count("polyline") == 5  # loss, k-NN, learning rate, throughput, waiting
-    assert "images a second, median115" in page.text and "time waiting for data2.0 %" in page.text
+    assert "images per second, median115" in page.text and "time waiting for data2.0 %" in page.text
 
 
 def test_a_lift_is_over_a_baseline_of_the_same_protocol_only(tmp_path):
@@ -156,6 +159,14 @@ def test_all_foreign_text_is_escaped(tmp_path):
         assert all("onerror" not in attributes for _, attributes in page.tags)
 
 
+def test_templates_hold_all_html_and_fail_on_unknown_names(tmp_path):
+    for path in TEMPLATES.parent.glob("*.py"):
+        assert not re.search(r"</?[a-z]+[ >]", path.read_text()), path
+    with pytest.raises(UndefinedError, match="has no attribute 'summary'"):
+        render("tiles", data={"groups": {}})
+    assert "&lt;b&gt;" in render("stats", data={"<b>": 1})
+
+
 def test_runs_side_by_side_are_ranked_where_alike(tmp_path):
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", lift=10, lr=0.1)
     third = make_run(tmp_path / "third", lift=50)
@@ -177,10 +188,10 @@ def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path):
     assert "76.0k-NN (DINO README)" in page.text and "77.8linear" in page.text
     assert "validation images 100 instead of ImageNet's 50,000" in page.text
     assert "features of one crop" in page.text
-    assert "80.076.3distilled, 224 (XCiT README)like the published" in page.text
+    assert "80.076.3distilled, 224 (XCiT README)same as published" in page.text
     assert [p.top1 for p in published("xcit_small_12_p8", "knn")] == [77.1]
     assert published("xcit_pico_6_p8", "knn") == []
-    assert unlike("knn", {"crop": 224}, 50_000) == []
+    assert differences_from_published("knn", {"crop": 224}, 50_000) == []
 
 
 @pytest.mark.parametrize("last", ["start", "end"])
@@ -188,7 +199,7 @@ def test_tries_and_their_cost(tmp_path, last):
     run = make_run(tmp_path / "run")
     add_tries(run, last)
     found = read_run(run)
-    minutes = [span.seconds / 60 for span in spans(found)]
+    minutes = [attempt.seconds / 60 for attempt in attempts(found)]
     facts = cost(found)
     if last == "end":
         assert minutes == [10, 20] and facts["training time"] == "0:30:00"
@@ -216,7 +227,7 @@ def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
     record_result(run, "knn", {"top1_k5": 3.0}, {})
     _, page = written(run, pictures=True)
     assert "curves: no metrics.jsonl" in page.text and "k-NN, k = 5" in page.text
-    assert "confusions, map of the features: the run does not say where its shards" in page.text
+    assert "confusions, map of the features: the run's config.yaml has no data_path" in page.text
 
 
 def test_nowhere_to_write_is_said(tmp_path):
@@ -273,9 +284,9 @@ def test_pictures_of_a_real_run(run_folder):
     write_atomic(run_folder.path / "metrics.jsonl", '{"step": 1, "loss": 3.0}\n')
     knn.run(KnnConfig(target=run_folder.target(), nb_knn=(20,)))
     text, page = written(run_folder.path, pictures=True)
-    assert "where it looks: no checkpoint" in page.text  # and all else is there
+    assert "attention maps: no whole checkpoint" in page.text  # and the others are shown
     assert "cannot be read" not in page.text
-    for words in ("global 2", "local 8", "Class found", "taken for", "principal component"):
+    for words in ("global 2", "local 8", "Class found", "classified as", "principal component"):
         assert words in page.text, words
     found = neighbors.classify(run_folder.path, *indexes(run_folder))
     top1 = json.loads((run_folder.path / "results.json").read_text())["knn"]["metrics"]["top1_k20"]
@@ -297,7 +308,7 @@ def test_shards_that_are_gone_are_said(run_folder):
     config.write_text(config.read_text().replace(str(run_folder.data), "/nowhere"))
     record_result(run_folder.path, "knn", {"top1_k20": 30.0}, {})
     _, page = written(run_folder.path, pictures=True)
-    parts = "what the network sees, nearest neighbours, confusions, map of the features"
+    parts = "what the network sees, nearest neighbors, confusions, map of the features"
     assert f"{parts}: --data_path /nowhere: no" in page.text
     assert "30.0" in page.text
 
@@ -316,7 +327,7 @@ def test_thousands_of_classes_get_a_table():
     )
     index = type("Index", (), {"classes": None})()
     images.__dict__["train"] = images.__dict__["val"] = index
-    page = Page(confusions(images))
+    page = Page(str(render("confusions", data=confusions(images))))
     assert "class 500" in page.text and page.count("svg") == 0
     assert page.count("tr") < 250
 
