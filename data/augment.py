@@ -5,8 +5,8 @@ Flip, colour jitter in random order, grey, blur, solarize, normalise. Random cho
 on ranks, workers or micro-batches; applying them (:func:`apply`) is a pure function. Each operation
 is Pillow's with the same parameters, without its rounding to 8 bits after every one.
 
-Which crops an operation changes, and by how much, is worked out on the host (:func:`recipe`) and
-reaches the device in one copy beside the crops; from there on nothing waits for the device.
+Which crops an operation changes, and by how much, is computed on the host (:func:`recipe`) and
+copied to the device in one block beside the crops; from there on nothing waits for the device.
 
 Shapes: V crops of B images; N = V*B crops, crop-major (all images' crop 0, then crop 1, ...).
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
 from xcit_dino.data.packed import Packed
-from xcit_dino.data.rng import keyed_uniforms
+from xcit_dino.data.rng import random_uniforms
 
 AUGMENT_STREAM = 13
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -75,7 +75,7 @@ class Augment:
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """What is done to each of N crops.
+    """Augmentation parameters of N crops.
 
     Attributes:
         flip: bool [N], left-right.
@@ -104,8 +104,8 @@ def sample_params(
     num_global: int,
 ) -> AugmentParams:
     """Draw the parameters of ``crops`` (numbers, globals first) of ``samples``; N = V*B."""
-    numbers = np.asarray(crops, np.int64)  # without a dtype, no crops would be floats
-    u = keyed_uniforms(
+    numbers = np.asarray(crops, np.int64)  # without a dtype an empty list would be float
+    u = random_uniforms(
         seed, AUGMENT_STREAM, epoch, samples[:, None], numbers[:, None, None], np.arange(14)
     ).reshape(-1, 14)
     kind = np.repeat(np.where(numbers >= num_global, 2, np.minimum(numbers, 1)), len(samples))
@@ -132,9 +132,9 @@ class Jitter(NamedTuple, Generic[Array]):
     """One of the four passes of colour jitter over N crops; see :func:`blend`, :func:`shift_hue`.
 
     Attributes:
-        mean, gray, image: float32 [N, 1, 1, 1], what each takes part with in the blend.
-        hue: int64 [n], the crops whose hue turns in this pass.
-        turns: float32 [n, 1, 1], by how many sixths of a circle.
+        mean, gray, image: float32 [N, 1, 1, 1], weight of each in the blend.
+        hue: int64 [n], the crops whose hue is shifted in this pass.
+        turns: float32 [n, 1, 1], the shift in sixths of a circle.
     """
 
     mean: Array
@@ -145,7 +145,7 @@ class Jitter(NamedTuple, Generic[Array]):
 
 
 class Recipe(NamedTuple, Generic[Array]):
-    """What the device needs to know of N crops: numpy arrays on the host, then tensors.
+    """Augmentation of N crops as the device applies it: numpy arrays on the host, then tensors.
 
     Attributes:
         flip, gray, blur, solarize: int64 [n], the crops that the operation changes.
@@ -223,9 +223,9 @@ def apply(
 def channel_constants(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Mean and std as float32 [1, C, 1, 1] on a device; made once, as every copy from the host's
+    """Mean and std as float32 [1, C, 1, 1] on a device; cached, as every copy from pageable host
     memory waits for the device."""
-    with torch.inference_mode(False):  # of use in training too
+    with torch.inference_mode(False):  # usable in training too
         both = torch.tensor((mean, std), device=device).view(2, 1, -1, 1, 1)
     return both[0], both[1]
 
@@ -248,9 +248,9 @@ def color_jitter(x: Tensor, passes: Sequence[Jitter[Tensor]]) -> Tensor:
 
 
 def blend(x: Tensor, with_mean: Tensor, with_gray: Tensor, with_itself: Tensor) -> Tensor:
-    """``factor * x + (1 - factor) * other``, cut to 0..1 (Pillow's ImageEnhance).
+    """``factor * x + (1 - factor) * other``, clamped to 0..1 (Pillow's ImageEnhance).
 
-    ``with_itself`` is the factor; 1 - factor stands in ``with_mean`` where ``other`` is the mean
+    ``with_itself`` is the factor; 1 - factor is in ``with_mean`` where ``other`` is the mean
     grey level (contrast), in ``with_gray`` where it is the grey image (saturation), and in neither,
     where it is black (brightness); the rest is 0. [N, 1, 1, 1] each.
     """
@@ -267,7 +267,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue in HSV space by sixths of a circle, [N, 1, 1]; +-3 gives the complement.
+    """Rotate the hue in HSV space by sixths of a circle, [N, 1, 1]; +-3 gives the complement.
 
     HSV to RGB in closed form: channel c is V - C max(0, min(k, 4 - k, 1)), k = (n_c + 6 H) mod 6
     with n = 5, 3, 1 for red, green, blue, value V and chroma C.
@@ -292,8 +292,8 @@ def gaussian_blur(x: Tensor, boxes: Tensor) -> Tensor:
     """Pillow's GaussianBlur(radius=sigma): three box filters of that total variance.
 
     boxes: :func:`box_sums` of the images' sigmas. As matrix products, x -> F x F^T with F the
-    banded matrix of one box filter, cubed: a kernel an image, edges exactly as Pillow repeats them,
-    and far faster than grouped convolutions.
+    banded matrix of one box filter, cubed: one kernel per image, edges
+    replicated exactly as in Pillow, and far faster than grouped convolutions.
     """
     height, width = x.shape[-2:]
     rows = torch.linalg.matrix_power(_band(boxes, height), 3)
@@ -314,7 +314,7 @@ def extended_box(sigma: NDArray[np.float32]) -> NDArray[np.float64]:
     """Weights [N, 2R+1] of the box filters that, applied three times, have variance sigma^2.
 
     Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering"
-    (SSVM 2011): a box of radius r = l + a has weight 1 out to l and a at l + 1, l whole.
+    (SSVM 2011): a box of radius r = l + a has weight 1 out to l and a at l + 1, l an integer.
     """
     variance = sigma.astype(np.float64) ** 2 / 3  # of one of the three
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
@@ -330,9 +330,9 @@ def solarize(x: Tensor) -> Tensor:
 
 
 def _band(boxes: Tensor, size: int) -> Tensor:
-    """[N, size, size]: row i holds the taps centred on column i, those beyond an edge added to it.
+    """[N, size, size]: row i holds the taps centred on column i, taps beyond an edge added to it.
 
-    Differences of the taps' running sum, so that no two weights compete for one element.
+    Differences of the taps' running sum, so that no two weights are added to one element.
     """
     taps = boxes.shape[1] - 1
     at = torch.arange(size, device=boxes.device)
@@ -349,9 +349,9 @@ def _column(values: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def _change(x: Tensor, where: Tensor, operation: Callable[..., Tensor], *amount: Tensor) -> Tensor:
-    """Change, in place, the images ``where`` (int64 [n]) of ``x``; ``amount``: one row for each.
+    """Apply an operation in place to the images ``where`` (int64 [n]); ``amount``: a row for each.
 
-    How many there are is known on the host, so nothing is computed in vain and nothing waits for a
+    Their number is known on the host, so no image is computed needlessly and nothing waits for the
     device. (``torch.where`` would compute all, and is 30 times slower than an addition on CPUs.)
     """
     if len(where):

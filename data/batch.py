@@ -1,4 +1,4 @@
-"""One rank's micro-batch, and its way to the device."""
+"""One rank's micro-batch, and its copy to the device."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Batch:
 
     Attributes:
         step, micro, epoch: optimiser step (from 0), micro-batch in it, epoch of the step.
-        samples: int64 [B], the plan's numbers; they key every random choice.
-        sources: int64 [B], whose pixels these are: another number where a sample is unreadable.
+        samples: int64 [B], the plan's numbers; keys of every random choice.
+        sources: int64 [B], the samples that were read; a substitute where a sample is unreadable.
         labels: int64 [B], of the sources; -1 where there is none.
         global_crops, local_crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]; channels last.
-        recipes: what the augmentation does to them; None: to be drawn where it is done.
+        recipes: parameters of their augmentation; None: drawn when it is applied.
     """
 
     step: int

@@ -89,14 +89,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """From shards to batches."""
+    """Loading of shards."""
 
     data_path: Location | None = None
     """Folder or URL of shards with their index (``xcit-dino shards make`` writes one)."""
     shard_url: Location | None = None
     """Where the shards lie if not beside their index: http(s)://, s3:// or gs:// and a folder, or
     ``pipe:COMMAND {shard}``, a command (no shell) that writes the named shard to its output.
-    Recipes from elsewhere may hold one, and it is run. ``{split}`` stands for train or val, and so
+    Recipes from elsewhere may hold one and it is run. ``{split}`` stands for train or val, and so
     does a last part of that name."""
     num_workers: int = 10
     """Processes that decode and crop; 0 does it in the training process."""
@@ -137,9 +137,9 @@ class MakeConfig:
     """Pack a source of one split into DST/SPLIT (train, val, ...), whatever its name."""
     splits: tuple[str, ...] = ()
     """Which folders are the splits: none (all are classes), or SPLIT=FOLDER ..., such as
-    train=Training val=Testing; images elsewhere are left out. A * stands for any folder and stays
+    train=Training val=Testing; images elsewhere are skipped. A * stands for any folder and stays
     in the names: train=*/train for CLASS/train/x.jpg. By default names such as train, Testing,
-    seg_train, valid or dev say it."""
+    seg_train, valid or dev are recognized."""
     labels: Path | None = None
     """Labels of a flat source: the ILSVRC2012 devkit, LOC_val_solution.csv, any CSV, TSV or JSONL
     of name,label, or a text file with one label a line in the order of the file names. folders:
@@ -149,7 +149,7 @@ class MakeConfig:
     header. Needed where several columns could be."""
     label_map: Path | None = None
     """Which classes, and their numbers: a text file of class names (line number = label), or JSON
-    {"class name": number}. Classes that it does not name are left out: so a subset is packed."""
+    {"class name": number}. Classes that it does not name are skipped: so a subset is packed."""
     shard_size: int = 10_000
     """Images in a shard at most."""
     shard_bytes: float = 1e9
@@ -164,15 +164,15 @@ class MakeConfig:
     quality: int = 90
     """JPEG quality of resized images (4:2:0 chroma below 90, full chroma from 90 on)."""
     shuffle: bool = True
-    """Mix the images over all shards, which the training's local shuffling relies on."""
+    """Shuffle the images over all shards; training, which shuffles locally, relies on it."""
     seed: int = 0
     """Seed of the shuffling."""
     verify: bool = True
-    """Decode every image once and leave out what cannot be decoded (listed in quarantine.jsonl)."""
+    """Decode every image once and skip what cannot be decoded (listed in quarantine.jsonl)."""
     num_workers: int | None = None
     """Processes; by default one a core. The shards do not depend on it."""
     root: Path | None = None
-    """Folder that holds a torchvision data set, or is to hold it (default: DST/..)."""
+    """Folder that holds a torchvision data set or will hold it (default: DST/..)."""
     download: bool = False
     """Download a torchvision data set that --root does not hold."""
 
@@ -187,14 +187,14 @@ class MakeConfig:
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
         if self.quality != 90 and self.resize is None:
-            raise InputError("--quality: no image is encoded again without --resize")
+            raise InputError("--quality: images are only re-encoded with --resize")
         if self.seed and not self.shuffle:
             raise InputError("--seed: nothing is random with --shuffle false")
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """``xcit-dino shards check DST``: the doctor; it also indexes shards that have no index."""
+    """``xcit-dino shards check DST``: verify shards, or index those without an index."""
 
     dst: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder of shards, or of train/ and val/."""
@@ -207,7 +207,7 @@ class CheckConfig:
     num_workers: int | None = None
     """Processes; by default one a core."""
     nodes: int | None = None
-    """Preflight: nodes of the planned run. With this or --gpus, says whether the data suit it."""
+    """Preflight: nodes of the planned run. This or --gpus prints whether the data fit it."""
     gpus: int | None = None
     """Preflight: GPUs a node."""
     workers: int = 10
@@ -215,7 +215,7 @@ class CheckConfig:
     batch_size_per_gpu: int = 64
     """Preflight: images a GPU takes at once."""
     images_per_second: float | None = None
-    """Preflight: images a second a GPU trains on, to say what the storage must deliver."""
+    """Preflight: images a second a GPU trains on, to compute the storage bandwidth needed."""
 
     def __post_init__(self) -> None:
         within(self, 1, 1e12, "sample")
@@ -243,7 +243,7 @@ class DemoConfig:
     size: int = 32
     """Side of the images in pixels, 16 to 512."""
     seed: int = 0
-    """Another seed draws other images of the same classes."""
+    """Other seeds draw other images of the same classes."""
 
     def __post_init__(self) -> None:
         within(self, 16, 512, "size")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from xcit_dino.data.config import CropsConfig
 from xcit_dino.data.decode import Header, Pixels, Scratch, decode
-from xcit_dino.data.rng import keyed_uniforms
+from xcit_dino.data.rng import random_uniforms
 
 KEEP = 1.5  # a reduced JPEG keeps this many pixels a side for each pixel of every crop
 TRIES = 10  # torchvision's RandomResizedCrop.get_params
@@ -48,7 +48,7 @@ def crop_boxes(
     is_global = crops < config.global_crops_number
     scale = np.where(is_global[:, None], config.global_crops_scale, config.local_crops_scale)
     keys = (samples[:, None, None, None], crops[:, None, None], np.arange(TRIES)[:, None])
-    u = keyed_uniforms(seed, BOX_STREAM, epoch, *keys, np.arange(4))  # [B, V, TRIES, 4]
+    u = random_uniforms(seed, BOX_STREAM, epoch, *keys, np.arange(4))  # [B, V, TRIES, 4]
     H, W = heights[:, None, None], widths[:, None, None]
     area = H * W * (scale[:, :1] + u[..., 0] * (scale[:, 1:] - scale[:, :1]))
     low, high = np.log(config.crops_ratio)

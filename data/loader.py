@@ -1,15 +1,15 @@
-"""Plan -> micro-batches of uint8 crops, in the plan's order, for ever.
+"""Plan -> micro-batches of uint8 crops, in the plan's order, without end.
 
 Worker processes (workers.py) fill slots of shared memory (ring.py); under CUDA the slots are
-page-locked and copied to the device on a side stream, so a crop is written once, from decoding, and
-copied once, to the GPU.
+page-locked and copied to the device on a side stream, so a crop is written once, by the resize,
+and copied once, to the GPU.
 
 An unreadable sample is replaced, never dropped: shapes stay as they are and no other sample moves.
 Its substitute is drawn from (seed, epoch, sample), not from the micro-batch, so that the global
-batch stays the same on any layout; :attr:`Batch.sources` says whose pixels each place holds.
+batch is the same on any layout; :attr:`Batch.sources` holds the sample each place was read from.
 
 A slot is filled again only after its micro-batch has been released: tensors in host memory may be
-used until the step after the next is asked for; tensors on a device are the caller's own.
+used until the step after the next is requested; tensors on a device belong to the caller.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from xcit_dino.data.workers import (
     SUBSTITUTES,
     CropWork,
     Done,
+    HostTransform,
     ImageWork,
-    Retouch,
     Task,
-    answers,
+    run_tasks,
 )
 from xcit_dino.errors import InputError
 
 
 class CropLoader:
-    """Iterates over the optimiser steps from ``start_step`` on, for ever.
+    """Iterates over the optimiser steps from ``start_step`` on, without end.
 
     Yields, for each step, the list of this rank's ``accum`` micro-batches.
 
@@ -59,15 +59,15 @@ class CropLoader:
         crops: geometry.
         config: workers, limits, where the shards are.
         rank, world_size, accum: this rank's part of every global batch.
-        start_step: the first step to deliver; what was delivered before does not matter.
+        start_step: the first step to yield.
         device: where the tensors go; on the CPU they stay in shared memory.
         run_folder: for ``quarantine.jsonl``.
-        retouch: called in the worker on every micro-batch's crops.
-        recipes: draws what the augmentation will do to a micro-batch, which then travels with it.
+        host_transform: called in the worker on the crops of every micro-batch.
+        recipes: draws a micro-batch's augmentation, which is attached to it.
         labelled: an image without a label counts as unreadable.
 
     Attributes:
-        wait_seconds: time for which the caller has waited for data so far.
+        wait_seconds: total time the caller has waited for data.
 
     Raises:
         InputError: the global batch cannot be split evenly; too many bad samples.
@@ -86,7 +86,7 @@ class CropLoader:
         start_step: int = 0,
         device: torch.device | str | None = None,
         run_folder: Path | None = None,
-        retouch: Retouch | None = None,
+        host_transform: HostTransform | None = None,
         recipes: Callable[[Batch], Packed] | None = None,
         labelled: bool = False,
     ) -> None:
@@ -95,15 +95,17 @@ class CropLoader:
                 f"the global batch of {plan.batch_size} cannot be split evenly over {world_size} "
                 f"ranks x {accum} micro-batches; change --batch_size_per_gpu or the accumulation"
             )
-        if config.decoder == "cuda" and (torch.device(device or "cpu").type != "cuda" or retouch):
+        if config.decoder == "cuda" and (
+            torch.device(device or "cpu").type != "cuda" or host_transform
+        ):
             raise InputError(
                 "--decoder cuda needs CUDA, and serves pretraining only; use --decoder host"
             )
-        open_source(index, config)  # refuses options that do not go together
+        open_source(index, config)  # refuses options that conflict
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
-        self.retouch, self.recipes, self.labelled = retouch, recipes, labelled
+        self.host_transform, self.recipes, self.labelled = host_transform, recipes, labelled
         self.device = torch.device(device or "cpu")
         self.wait_seconds = 0.0
         self.quarantine = Quarantine(
@@ -122,7 +124,7 @@ class CropLoader:
         source = open_source(self.index, self.config)
         kind = EncodedWork if on_device else CropWork
         work = kind(
-            self.index, source, ring, self.crops, self.plan.seed, self.retouch, self.labelled
+            self.index, source, ring, self.crops, self.plan.seed, self.host_transform, self.labelled
         )
         crops_of: Callable[[Done], tuple[Done, Tensor, Tensor]] = partial(_in_ring, ring)
         copier = None
@@ -134,7 +136,7 @@ class CropLoader:
         tasks = self._tasks(num_slots)
         cache = source.cache if isinstance(source, CachedSource) else None
         with (
-            closing(answers(work, tasks, self.config, ring, pin=copier is not None)) as results,
+            closing(run_tasks(work, tasks, self.config, ring, pin=copier is not None)) as results,
             ReadAhead(cache, self.plan) as read_ahead,
         ):
             while True:
@@ -178,7 +180,7 @@ class ImageLoader:
     """One pass over labelled images for feature extraction: resized, centre-cropped, not augmented.
 
     Yields (uint8 [B, 3, crop, crop] channels last, int64 labels [B], int64 sample numbers [B]); the
-    images are valid until the batch after the next is asked for. Unreadable images are left out.
+    images are valid until the batch after the next is requested. Unreadable images are skipped.
 
     Args:
         index: of the shards.
@@ -187,8 +189,8 @@ class ImageLoader:
         crop: side of the central square.
         interpolation: bicubic or bilinear.
         batch_size: of this rank; the last batch may be smaller.
-        indices: sample numbers to deliver, in this order; None: all.
-        rank, world_size: this rank delivers every ``world_size``-th of them.
+        indices: sample numbers to yield, in this order; None: all.
+        rank, world_size: this rank yields every ``world_size``-th of them.
         labelled: an image without a label counts as unreadable.
     """
 
@@ -229,13 +231,13 @@ class ImageLoader:
         work = ImageWork(
             self.index, source, ring, self.resize, self.crop, self.labelled, self.interpolation
         )
-        with closing(answers(work, self._tasks(ring.num_slots), self.config, ring)) as results:
+        with closing(run_tasks(work, self._tasks(ring.num_slots), self.config, ring)) as results:
             for done in results:
                 record(self.quarantine, self.index, done)
                 images = ring.views(done.task.slot)[0][0, : len(done.task.samples)]
-                there = done.sources >= 0
-                samples = done.task.samples[there]
-                images = images if there.all() else images[torch.from_numpy(there)]
+                readable = done.sources >= 0
+                samples = done.task.samples[readable]
+                images = images if readable.all() else images[torch.from_numpy(readable)]
                 yield images, torch.from_numpy(self.index.labels[samples].astype(np.int64)), samples
 
     def _tasks(self, num_slots: int) -> Iterator[Task]:
@@ -249,7 +251,7 @@ def _in_ring(ring: Ring, done: Done) -> tuple[Done, Tensor, Tensor]:
 
 
 def record(quarantine: Quarantine, index: ShardIndex, done: Done) -> None:
-    """Enter a worker's bad samples; raises InputError when there are too many."""
+    """Quarantine a worker's bad samples; raises InputError when there are too many."""
     for sample, key, reason in done.bad:
         quarantine.add(sample, index.shards[index.locate(sample)[0]], key, reason)
 

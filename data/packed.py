@@ -1,7 +1,7 @@
-"""Many small arrays that reach a device in one copy, for which the host does not wait.
+"""Many small arrays in one block: one copy to a device, without a host synchronization.
 
-A copy from ordinary host memory, and ``torch.tensor(..., device="cuda")``, hold the host up until
-the GPU has done all work that is queued before it. A copy from page-locked memory is queued like
+A copy from ordinary host memory, and ``torch.tensor(..., device="cuda")``, block the host until
+the GPU has finished all work queued before it. A copy from page-locked memory is queued like
 everything else.
 """
 
@@ -25,7 +25,7 @@ class Packed:
     Attributes:
         block: uint8 [bytes], on the host or on a device.
         places: first byte, dtype and shape of each array.
-        nest: what they are put together to.
+        nest: their structure.
     """
 
     block: Tensor
@@ -50,11 +50,11 @@ class Packed:
         return packed
 
     def to(self, device: torch.device) -> Packed:
-        """The same on ``device``, by one copy; itself where it lies there already."""
+        """Copy to ``device`` in one transfer; no copy if it is there already."""
         return replace(self, block=to_device(self.block, device))
 
     def unpacked(self) -> Any:
-        """The nest with tensors in the place of arrays; they share the block's memory."""
+        """The nest with tensors instead of arrays; they share the block's memory."""
         return pytree.tree_unflatten(self._tensors(), self.nest)
 
     def _tensors(self) -> list[Tensor]:
@@ -65,8 +65,8 @@ class Packed:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on ``device``. To a GPU it goes by way of page-locked memory, which torch
-    keeps, and uses again only when the copy is done."""
+    """A small tensor on ``device``. Copies to a GPU go through page-locked memory, which torch
+    caches and reuses only once the copy is done."""
     if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

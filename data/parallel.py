@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from xcit_dino.progress import Bar
 
-AHEAD = 4  # tasks a process that are handed out or wait with their result: bounds the memory
+AHEAD = 4  # tasks a process that are submitted or hold an unread result: bounds the memory
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
-"""Tells the bar how much has been done since the last call."""
+"""Advances the bar by an amount of work."""
 
 
 def num_cores() -> int:
@@ -61,7 +61,7 @@ def map_processes(
             raise RuntimeError(
                 "a process was killed (out of memory?); fewer --num_workers need less of it"
             ) from None
-        except BaseException:  # also Ctrl-C: let the processes drop what they are at
+        except BaseException:  # also Ctrl-C: let the processes drop their work
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
@@ -75,13 +75,13 @@ _shared: list[Any] = []  # in a worker: the counter and the event of its parent
 
 
 def _start_worker(count: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     _shared[:] = [count, stop]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its pool, which would wait for tasks for ever."""
+    """End with a parent that is killed, instead of waiting for tasks without end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,8 +1,8 @@
-"""Which samples make up the global batch of a step: a pure function of (seed, step, data).
+"""The samples of a step's global batch: a pure function of (seed, step, data).
 
 An epoch visits every sample once. Its order: the shards in random order; then, inside each window
 of consecutive shards in that order, all samples in random order. Storage is thus read window by
-window, nearly in sequence, while neighbours in a shard are torn apart. Nothing here reads data, and
+window, nearly in sequence, while neighbours in a shard are separated. Nothing here reads data, and
 nothing has to be replayed: any step of any epoch is computed directly, from O(shards + window)
 memory, so a run continues at the exact next sample from one integer, on any number of ranks.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.rng import keyed_permutation, text_key
+from xcit_dino.data.rng import random_permutation, text_key
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 
@@ -24,7 +24,7 @@ SHARD_ORDER, WINDOW_ORDER = 1, 2
 
 
 class Plan:
-    """The order of all samples for ever, in global batches.
+    """The order of all samples over all epochs, in global batches.
 
     Args:
         counts: samples of each shard, in the index's order; a sample's number counts through it.
@@ -86,8 +86,8 @@ class Plan:
     def batch(self, step: int) -> NDArray[np.int64]:
         """Sample numbers [batch_size] of the global batch of optimiser step ``step`` (from 0).
 
-        The r-th copy of sample n has the number n + r * num_samples: random choices keyed by it
-        differ between copies.
+        The r-th copy of sample n has the number n + r * num_samples, so that its random
+        choices differ between copies.
         """
         epoch, step = divmod(step, self.steps_per_epoch)
         first = step * self.batch_size
@@ -117,7 +117,7 @@ class Plan:
         return np.concatenate(parts)
 
     def shards_of_window(self, epoch: int, number: int) -> NDArray[np.int64]:
-        """Shard numbers of an epoch's n-th window, in the order in which they are wanted."""
+        """Shard numbers of an epoch's n-th window, in reading order."""
         self._enter(epoch)
         return self._shard_order[number * self.window : (number + 1) * self.window]
 
@@ -134,7 +134,7 @@ class Plan:
         if epoch == self._epoch:
             return
         keys = (self.seed, self._data_key, epoch, SHARD_ORDER)
-        self._shard_order = keyed_permutation(len(self.counts), *keys)
+        self._shard_order = random_permutation(len(self.counts), *keys)
         ends = np.cumsum(self.counts[self._shard_order])
         last_shards = np.arange(self.window, len(ends) + self.window, self.window) - 1
         self._window_ends = ends[np.minimum(last_shards, len(ends) - 1)]
@@ -142,7 +142,7 @@ class Plan:
         self._windows.clear()
 
     def _window_order(self, number: int) -> NDArray[np.int64]:
-        """The samples of one window, shuffled; the last two windows asked for are remembered."""
+        """The samples of one window, shuffled; the last two windows used are cached."""
         if number not in self._windows:
             shards = self.shards_of_window(self._epoch, number)
             counts, starts = self.counts[shards], self.starts[shards]
@@ -150,7 +150,7 @@ class Plan:
                 starts - np.cumsum(counts) + counts, counts
             )
             keys = (self.seed, self._data_key, self._epoch, WINDOW_ORDER, number)
-            order = samples[keyed_permutation(len(samples), *keys)]
+            order = samples[random_permutation(len(samples), *keys)]
             if len(self._windows) > 1:
                 del self._windows[next(iter(self._windows))]
             self._windows[number] = order

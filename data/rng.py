@@ -1,7 +1,7 @@
-"""Randomness as a pure function of what it is for: (seed, epoch, sample, crop, ...) -> uniforms.
+"""Counter-based random numbers: a pure function of integer keys (seed, epoch, sample, crop, ...).
 
-A counter-based generator instead of a stateful one: nothing has to be saved or replayed to resume,
-and a crop looks the same whichever rank, worker or micro-batch it falls to. Each key is folded in
+Unlike a stateful generator it has nothing to save or replay on resume, and a crop is the same on
+whichever rank, worker or micro-batch it is made. Each key is folded in
 with the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014), which passes BigCrush as a generator; it needs only integer arithmetic,
 so numpy draws a whole batch at once and the values never change with a library's version.
@@ -24,23 +24,23 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def keyed_bits(*keys: ArrayLike) -> NDArray[np.uint64]:
+def random_bits(*keys: ArrayLike) -> NDArray[np.uint64]:
     """64 random bits for each combination of integer keys; the keys broadcast like numpy arrays."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         state = np.zeros((1,), np.uint64)
         for key in keys:
             state = mix((state ^ np.asarray(key).astype(np.uint64)) + GOLDEN)
     return state
 
 
-def keyed_uniforms(*keys: ArrayLike) -> NDArray[np.float64]:
+def random_uniforms(*keys: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 53 random bits, one for each combination of integer keys."""
-    return np.ldexp((keyed_bits(*keys) >> np.uint64(11)).astype(np.float64), -53)
+    return np.ldexp((random_bits(*keys) >> np.uint64(11)).astype(np.float64), -53)
 
 
-def keyed_permutation(n: int, *keys: int) -> NDArray[np.int64]:
+def random_permutation(n: int, *keys: int) -> NDArray[np.int64]:
     """A random permutation of ``range(n)``; O(n) memory."""
-    return np.argsort(keyed_bits(*keys, np.arange(n, dtype=np.uint64)), kind="stable")
+    return np.argsort(random_bits(*keys, np.arange(n, dtype=np.uint64)), kind="stable")
 
 
 def text_key(text: str) -> int:

@@ -1,7 +1,7 @@
-"""What the loader's worker processes do: read, decode, crop into a slot of the ring.
+"""The loader's worker processes: read, decode and crop into a slot of the ring.
 
-torch's DataLoader runs them: it keeps the order, limits what is in flight and notices when a worker
-dies. It is given tasks instead of indices, and gets back bookkeeping instead of pixels.
+torch's DataLoader runs them: it keeps the order, limits what is in flight and detects dead workers.
+It takes tasks instead of indices and returns bookkeeping instead of pixels.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from xcit_dino.data.decode import BadImage, Header, Pixels, Scratch, decode, rea
 from xcit_dino.data.io.remote import Unreadable
 from xcit_dino.data.io.storage import Source, read_key
 from xcit_dino.data.ring import Ring
-from xcit_dino.data.rng import keyed_bits
+from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex
 
 T = TypeVar("T")
 SUBSTITUTE_STREAM = 12
-SUBSTITUTES = 50  # unreadable substitutes in a row after which the data set counts as lost
-GRACE = 120  # seconds for which a worker outlives SIGTERM, so that its run can save and leave
+SUBSTITUTES = 50  # unreadable substitutes in a row after which loading fails
+GRACE = 120  # seconds a worker lives on after SIGTERM, so that its run can save and exit
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is asked for: one micro-batch, and the slot to put it in."""
+    """A worker's task: one micro-batch, and the slot that takes it."""
 
     slot: int
     samples: NDArray[np.int64]
@@ -45,17 +45,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """A worker's answer; the pixels are in the slot."""
+    """A worker's result; the pixels are in the slot."""
 
     task: Task
-    sources: NDArray[np.int64]  # -1: nothing in this place
+    sources: NDArray[np.int64]  # -1: an empty place
     bad: list[tuple[int, str, str]]  # (sample, key, reason)
-    images: list[bytes | Pixels] | None = None  # only from devicecrops.EncodedWork ...
+    images: list[bytes | Pixels] | None = None  # only from gpu_crops.EncodedWork ...
     boxes: NDArray[np.int64] | None = None  # ... [B, V, 4]
 
 
-Retouch = Callable[[list[Tensor], Task], None]
-"""Changes the crops of a slot in place: what the host does to pixels beyond cropping."""
+HostTransform = Callable[[list[Tensor], Task], None]
+"""Changes the crops of a slot in place, on the host, after cropping."""
 
 
 class Work(Protocol):
@@ -66,9 +66,10 @@ class Work(Protocol):
 
 @dataclass
 class Reading:
-    """Reads images by sample number and keeps a list of those that cannot be read.
+    """Reads images by sample number and collects those that cannot be read.
 
-    labelled: an image without a label is of no use, and counts as one of them.
+    Args:
+        labelled: count images without a label among them.
     """
 
     index: ShardIndex
@@ -103,11 +104,11 @@ class CropWork:
         ring: Ring,
         crops: CropsConfig,
         seed: int,
-        retouch: Retouch | None = None,
+        host_transform: HostTransform | None = None,
         labelled: bool = False,
     ) -> None:
         self.reading = Reading(index, source, labelled)
-        self.ring, self.crops, self.seed, self.retouch = ring, crops, seed, retouch
+        self.ring, self.crops, self.seed, self.host_transform = ring, crops, seed, host_transform
         self.num_samples = index.num_samples
         self.scratch, self.cutter = Scratch(), Cutter()
 
@@ -122,8 +123,8 @@ class CropWork:
             except (Unreadable, BadImage) as reason:
                 self.reading.reject(int(sources[place]), reason)
                 sources[place] = self._substitute(task, place)
-        if self.retouch is not None:
-            self.retouch(self.ring.views(task.slot), task)
+        if self.host_transform is not None:
+            self.host_transform(self.ring.views(task.slot), task)
         return Done(task, sources, self.reading.take_bad())
 
     def _header(self, image: bytes | Unreadable) -> Header | Exception:
@@ -133,7 +134,7 @@ class CropWork:
             return reason
 
     def _boxes(self, task: Task, headers: list[Header | Exception]) -> NDArray[np.int64]:
-        """[B, V, 4]; those of an unreadable image are never looked at."""
+        """[B, V, 4]; those of an unreadable image are unused."""
         sizes = [(h.height, h.width) if isinstance(h, Header) else (1, 1) for h in headers]
         heights, widths = np.array(sizes).T
         return crop_boxes(
@@ -149,12 +150,12 @@ class CropWork:
     def _substitute(self, task: Task, place: int) -> int:
         """Fill the place with another image, a pure function of (seed, epoch, sample).
 
-        Returns its number, or -1 when SUBSTITUTES in a row are unreadable. Its crops are keyed by
-        the sample it stands for, so they differ from its own.
+        Returns its number, or -1 when SUBSTITUTES in a row are unreadable. Its random
+        numbers are those of the sample it replaces, so the crops differ from its own.
         """
         wanted = task.samples[place : place + 1]
         keys = (self.seed, SUBSTITUTE_STREAM, task.epoch, int(wanted[0]), np.arange(SUBSTITUTES))
-        for candidate in (keyed_bits(*keys) % np.uint64(self.num_samples)).astype(np.int64):
+        for candidate in (random_bits(*keys) % np.uint64(self.num_samples)).astype(np.int64):
             image = self.reading.many(np.array([candidate]))[0]
             header = self._header(image)
             one = Task(task.slot, wanted, task.step, task.micro, task.epoch)
@@ -201,10 +202,10 @@ class ImageWork:
         return Done(task, sources, self.reading.take_bad())
 
 
-def answers(
+def run_tasks(
     work: Work, tasks: Iterable[Task], config: LoaderConfig, ring: Ring, *, pin: bool = False
 ) -> Generator[Done]:
-    """Answers to ``tasks``, in their order, from ``config.num_workers`` processes (0: from here).
+    """Results of ``tasks``, in their order, from ``config.num_workers`` processes (0: this one).
 
     Close the generator to stop the processes.
 
@@ -224,11 +225,11 @@ def answers(
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         results = iter(
             DataLoader(
-                work,  # pyright: ignore[reportArgumentType]  (whatever has __getitem__ will do)
+                work,  # pyright: ignore[reportArgumentType]  (anything with __getitem__ works)
                 batch_size=None,
                 sampler=tasks,
                 num_workers=config.num_workers,
-                collate_fn=_as_it_is,
+                collate_fn=_identity,
                 worker_init_fn=_start_worker,
                 **options,
             )
@@ -249,12 +250,12 @@ def _readable(image: bytes | Unreadable, header: Header | Exception) -> tuple[by
     return image, header
 
 
-def _as_it_is(done: T) -> T:
+def _identity(done: T) -> T:
     return done
 
 
 def _start_worker(_: int) -> None:
-    """Signals go to all processes of a job; what to do about them is for the training process."""
+    """Signals go to all processes of a job; the training process alone handles them."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process

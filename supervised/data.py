@@ -30,7 +30,7 @@ from xcit_dino.data.augment import normalize
 from xcit_dino.data.loader import Batch
 from xcit_dino.data.packed import to_device
 from xcit_dino.data.plan import Plan
-from xcit_dino.data.rng import keyed_bits
+from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.workers import Task
 from xcit_dino.errors import InputError
@@ -105,7 +105,7 @@ class HostAugment:
 
     def __call__(self, views: list[Tensor], task: Task) -> None:
         """Change the crops [1, B, 3, S, S], uint8 and channels last, in place."""
-        bits = keyed_bits(self.seed, HOST_STREAM, task.epoch, task.samples)
+        bits = random_bits(self.seed, HOST_STREAM, task.epoch, task.samples)
         for crop, seed in zip(views[0][0], bits, strict=True):
             seed_everything(seed)
             pixels = crop.permute(1, 2, 0).numpy()
@@ -144,14 +144,14 @@ class DeviceAugment:
         images = normalize(images, *self.normalization)
         labels = batch.labels.to(device, non_blocking=True)
         if self.erase.probability > 0:
-            bits = keyed_bits(self.seed, ERASE_STREAM, batch.epoch, batch.samples)
+            bits = random_bits(self.seed, ERASE_STREAM, batch.epoch, batch.samples)
             for image, seed in zip(images, bits, strict=True):
                 seed_everything(seed)
                 self.erase(image)
         if self.mix is None:
             return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)
         keys = (self.seed, MIX_STREAM, batch.step, batch.micro, self.world.rank)
-        seed_everything(keyed_bits(*keys)[0])
+        seed_everything(random_bits(*keys)[0])
         with QueuedTensors():
             return self.mix(images, labels)
 

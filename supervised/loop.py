@@ -109,7 +109,7 @@ def train(
         accum=run.accum_iter,
         device=world.device,
         run_folder=run.output_dir,
-        retouch=HostAugment(config.regularization, run.seed),
+        host_transform=HostAugment(config.regularization, run.seed),
         labelled=True,
     )
     dist.from_main(lambda: check_run(config, run))

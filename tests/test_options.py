@@ -173,7 +173,7 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
 
         patch.setattr(owner, name, wrapped)
 
-    watch(loader, "answers", lambda work, tasks, config, ring: (
+    watch(loader, "run_tasks", lambda work, tasks, config, ring: (
         config.num_workers, config.prefetch_factor, [tuple(view.shape) for view in ring.views(0)],
         getattr(work, "resize", 0)))  # fmt: skip
     watch(parallel, "ProcessPoolExecutor", lambda workers, *_: workers)

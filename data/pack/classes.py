@@ -160,7 +160,7 @@ def numbered(
     notes = []
     if dropped:
         notes.append(
-            f"left out: {dropped.total():,} images of {_some(sorted(dropped))} that --label_map "
+            f"skipped: {dropped.total():,} images of {_some(sorted(dropped))} that --label_map "
             "does not name"
         )
     if not kept:

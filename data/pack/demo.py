@@ -22,7 +22,7 @@ import simplejpeg
 
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.shard_writer import SHARD_NAME, Sample, write_shard
-from xcit_dino.data.rng import keyed_bits, text_key
+from xcit_dino.data.rng import random_bits, text_key
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.errors import InputError
@@ -81,12 +81,12 @@ class _Draws:
     """Uniform float32 numbers of each image, a function of (seed, split, image number, purpose)."""
 
     def __init__(self, numbers: np.ndarray, split: str, seed: int):
-        self.keys = keyed_bits(seed, SPLITS[split], numbers)
+        self.keys = random_bits(seed, SPLITS[split], numbers)
 
     def __call__(self, purpose: str, *shape: int) -> np.ndarray:
         """[images, *shape], in [0, 1)."""
         places = np.arange(int(np.prod(shape)))
-        bits = keyed_bits(text_key(purpose), self.keys[:, None], places) >> np.uint64(40)
+        bits = random_bits(text_key(purpose), self.keys[:, None], places) >> np.uint64(40)
         return (bits.astype(np.float32) / np.float32(1 << 24)).reshape(-1, *shape)
 
 

@@ -113,7 +113,7 @@ def by_name(
         )
     if unknown:
         notes.append(
-            f"left out: {len(unknown):,} rows of {path.name} that name no image "
+            f"skipped: {len(unknown):,} rows of {path.name} that name no image "
             f"(the first is {unknown[0]})"
         )
     return found

@@ -146,7 +146,7 @@ def _list_splits(listing: Listing, config: MakeConfig) -> Found:
         raise InputError(f"{config.src}: {parts[''][0].name} has no split, though other rows have")
     if "test" in parts and "val" in parts:
         left = len(parts.pop("test"))
-        listing.notes.append(f"left out: {left:,} rows of the split test, because there is a val")
+        listing.notes.append(f"skipped: {left:,} rows of the split test, because there is a val")
     return Found(parts, {}, [])
 
 

@@ -42,7 +42,7 @@ from xcit_dino.data.pack.sources import list_folder
 from xcit_dino.data.pack.splits import NONE
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
-from xcit_dino.data.rng import keyed_permutation, text_key
+from xcit_dino.data.rng import random_permutation, text_key
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
@@ -73,7 +73,7 @@ def make(config: MakeConfig) -> int:
             raise
         # Of the source as a whole: they go into the first split's list.
         problems, notes = listing.bad, listing.finished().notes
-        notes += [f"left out: {count:,} {what}" for what, count in listing.skipped.most_common()]
+        notes += [f"skipped: {count:,} {what}" for what, count in listing.skipped.most_common()]
         for split, part in parts.items():
             part.notes[:0] = notes
             for line in part.notes:
@@ -155,7 +155,7 @@ def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
     order: Iterable[int] = sorted(range(len(images)), key=lambda n: images[n].name)
     if config.shuffle:
         by_name = list(order)
-        order = (by_name[n] for n in keyed_permutation(len(images), text_key("pack"), config.seed))
+        order = (by_name[n] for n in random_permutation(len(images), text_key("pack"), config.seed))
     groups: list[list[int]] = [[]]
     num_bytes = 0
     for n in order:
@@ -265,4 +265,4 @@ def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"
     )
     if bad:
-        print(f"  left out: {len(bad):,} unusable, listed in {folder / QUARANTINE}")
+        print(f"  skipped: {len(bad):,} unusable, listed in {folder / QUARANTINE}")

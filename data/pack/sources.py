@@ -44,7 +44,7 @@ def list_folder(
                 listing.bad.append({"source": name, "reason": reason})
     if empty and listing.images:
         more = f" and {len(empty) - 3:,} more" if len(empty) > 3 else ""
-        listing.notes.append(f"left out: empty folders, {', '.join(empty[:3])}{more}")
+        listing.notes.append(f"skipped: empty folders, {', '.join(empty[:3])}{more}")
     return listing
 
 

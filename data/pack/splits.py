@@ -106,7 +106,7 @@ def _taken(images: list[Image], depth: int, known: dict[str, str], src: str) -> 
         name = by_split.pop("test")[0]
         left = sum(folders(i)[depth : depth + 1] == [name] for i in images)
         notes.append(
-            f"left out: {left:,} images in {name}/, because {by_split['val'][0]}/ is the "
+            f"skipped: {left:,} images in {name}/, because {by_split['val'][0]}/ is the "
             "validation set; --splits says it otherwise"
         )
     elif "test" in by_split:
@@ -123,7 +123,7 @@ def _taken(images: list[Image], depth: int, known: dict[str, str], src: str) -> 
             rest = [*above[:depth], *image.name.split("/")[depth + 1 :]]
             parts[split].append(image._replace(name="/".join(rest)))
     if shallow:
-        notes.append(f"left out: {shallow:,} files outside {' and '.join(sorted(target))}")
+        notes.append(f"skipped: {shallow:,} files outside {' and '.join(sorted(target))}")
     return Found(parts, {s: "*/" * depth + name for s, name in spelled.items()}, notes)
 
 
@@ -151,7 +151,7 @@ def given_splits(raw: list[Image], options: Sequence[str], src: str) -> Found:
         parts, left = _matched(images, patterns)
         if all(parts.values()):
             _check_inner(parts, patterns)
-            notes = [f"left out: {left:,} images outside --splits"] if left else []
+            notes = [f"skipped: {left:,} images outside --splits"] if left else []
             spelled = {split: "/".join(parts) for split, parts in patterns.items()}
             return Found(parts, spelled, notes)
     parts, _ = _matched(raw, patterns)

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from xcit_dino.data.pack.archives import compressed, compressed_in, decompression
 from xcit_dino.data.config import CheckConfig
-from xcit_dino.data.shards.verify import Finding, examine
-from xcit_dino.files import write_atomic
+from xcit_dino.data.pack.archives import compressed, compressed_in, decompression
+from xcit_dino.data.pack.shard_job import PLAN, QUARANTINE
+from xcit_dino.data.pack.tables import read_text
+from xcit_dino.data.parallel import Advance, map_processes, num_cores
 from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
-from xcit_dino.data.parallel import Advance, map_processes, num_cores
-from xcit_dino.data.pack.shard_job import PLAN, QUARANTINE
 from xcit_dino.data.shards.scan import scan_shard
 from xcit_dino.data.shards.split_names import SPLITS, split_folders, split_of
-from xcit_dino.data.pack.tables import read_text
+from xcit_dino.data.shards.verify import Finding, verify_shards
 from xcit_dino.errors import InputError
+from xcit_dino.files import write_atomic
 from xcit_dino.progress import progress
 
 REPORT = "check.jsonl"
@@ -54,7 +54,7 @@ def check(config: CheckConfig) -> int:
         except OSError as error:
             raise InputError(f"{folder}: the index cannot be written: {error.strerror}") from None
         index = ShardIndex.load(folder)
-        finding = examine(index, config.sample, config.num_workers)
+        finding = verify_shards(index, config.sample, config.num_workers)
         problems += len(finding.bad)
         _report(index, finding)
         is_train = split_of(folder.name)[0] not in ("val", "test")
@@ -78,7 +78,7 @@ def _folders(dst: Path) -> list[Path]:
             if path.name in known:
                 _say_split(path, known)
             else:
-                print(f"left out: {path} holds shards and is not called like a split")
+                print(f"skipped: {path} holds shards and is not called like a split")
         return [path for path in below if path.name in known]
     if packed := compressed_in(dst):
         raise InputError(
@@ -204,7 +204,7 @@ def _packing_notes(folder: Path) -> list[str]:
         notes = [str(line) for line in json.loads((folder / PLAN).read_bytes())["notes"]]
     with contextlib.suppress(OSError):
         count = (folder / QUARANTINE).read_bytes().count(b"\n")
-        notes.append(f"left out: {count:,} unusable, listed in {folder / QUARANTINE}")
+        notes.append(f"skipped: {count:,} unusable, listed in {folder / QUARANTINE}")
     return notes
 
 

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.files import write_atomic
 from xcit_dino.data.io.remote import Remote, Unreadable, persistent_chunks
 from xcit_dino.data.shards.split_names import split_folders
 from xcit_dino.data.shards.tar import name_behind
 from xcit_dino.errors import InputError
+from xcit_dino.files import write_atomic
 
 VERSION = 1
 INDEX = "index.json"

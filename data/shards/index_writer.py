@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from xcit_dino.data.decode import Deep
-from xcit_dino.files import atomic_path, file_sha256, write_atomic
 from xcit_dino.data.shards.index import ARRAYS, INDEX, NPY_HEADER, VERSION, checksum_of
+from xcit_dino.files import atomic_path, file_sha256, write_atomic
 
 
 class ShardPart(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.files import file_sha256
 from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.data.shards.tar import Damage, Member, ReadAt, scan
+from xcit_dino.files import file_sha256
 
 IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm".split())
 

@@ -15,11 +15,18 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header
-from xcit_dino.files import file_sha256
-from xcit_dino.data.shards.index import ARRAYS, INDEX, MAX_LABEL, ShardIndex, printable, sparse_labels
-from xcit_dino.data.parallel import Advance, map_processes
-from xcit_dino.data.shards.scan import scan_samples
 from xcit_dino.data.io.storage import MAX_BYTES
+from xcit_dino.data.parallel import Advance, map_processes
+from xcit_dino.data.shards.index import (
+    ARRAYS,
+    INDEX,
+    MAX_LABEL,
+    ShardIndex,
+    printable,
+    sparse_labels,
+)
+from xcit_dino.data.shards.scan import scan_samples
+from xcit_dino.files import file_sha256
 from xcit_dino.progress import progress
 
 MAX_KEYS = 100_000_000  # keys compared across shards at most: 0.8 GB of digests
@@ -66,7 +73,7 @@ class _Task:
     num_classes: int
 
 
-def examine(index: ShardIndex, sample: int | None, num_workers: int | None) -> Finding:
+def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None) -> Finding:
     """Compare every shard with its index; decode all images, or ``sample`` evenly spread ones."""
     chosen = np.arange(index.num_samples)
     if sample is not None and sample < index.num_samples:
@@ -77,7 +84,7 @@ def examine(index: ShardIndex, sample: int | None, num_workers: int | None) -> F
         total.bad.append({"shard": "index.labels.npy", "key": "", "reason": reason})
     tasks = _Tasks(index, chosen)
     with progress(f"Check {Path(index.root).name}", len(chosen), "images") as bar:
-        for finding in map_processes(_examine_shard, tasks, num_workers, bar):
+        for finding in map_processes(_verify_shard, tasks, num_workers, bar):
             total.decoded += finding.decoded
             total.seconds += finding.seconds
             total.hashed += finding.hashed
@@ -123,7 +130,7 @@ def _damaged_arrays(index: ShardIndex) -> list[dict[str, Any]]:
     ]
 
 
-def _examine_shard(task: _Task, advance: Advance) -> Finding:
+def _verify_shard(task: _Task, advance: Advance) -> Finding:
     finding = Finding()
 
     def report(key: str, reason: str) -> None:

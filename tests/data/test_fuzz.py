@@ -1,7 +1,7 @@
 """Hostile input by the thousand: in words or accepted, never executed, never another error.
 
 What else is fuzzed stands with what it is about: archives (test_pack), shards (test_loader,
-test_index, test_doctor), images (test_crops), weights (test_weights), reports (test_report), the
+test_index, test_check), images (test_crops), weights (test_weights), reports (test_report), the
 submission script (test_launch).
 """
 

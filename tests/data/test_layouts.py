@@ -114,11 +114,11 @@ SPLITS = [
            refused="seg_test/ and seg_train/ are .* like a split, and beside it there is seg_pred/",
            remedy="--splits train=seg_train val=seg_test"),
     Layout("train, val and test", "train/a/1.jpg train/b/2.jpg val/a/3.jpg val/b/4.jpg "
-           "test/a/5.jpg", TWO, said=("left out: 1 images in test/, because val/ is the "
+           "test/a/5.jpg", TWO, said=("skipped: 1 images in test/, because val/ is the "
                                       "validation set",)),
     Layout("train, val and test, which one chooses", "train/a/1.jpg train/b/2.jpg val/a/5.jpg "
            "val/b/6.jpg test/a/3.jpg test/b/4.jpg", TWO, options="--splits train=train val=test",
-           said=("left out: 2 images outside --splits",)),
+           said=("skipped: 2 images outside --splits",)),
     Layout("a test set of its own", "train/a/1.jpg val/a/2.jpg train/b/3.jpg test/a/4.jpg",
            {"train": "a:1 b:3", "val": "a:2 b:", "test": "a:4 b:"},
            options="--splits train=train val=val test=test"),
@@ -138,7 +138,7 @@ SPLITS = [
            "a/masks/5.jpg", TWO, refused="test/ and train/ are called like a split, and beside it "
            "there is a/masks/", remedy="--splits 'train=*/train' 'val=*/test'"),
     Layout("a stray image", "train/a/1.jpg train/b/2.jpg val/a/3.jpg val/b/4.jpg cover.jpg", TWO,
-           said=("left out: 1 files outside train and val",)),
+           said=("skipped: 1 files outside train and val",)),
     Layout("one class in one split", "train/a/1.jpg train/b/2.jpg val/a/3.jpg",
            {"train": "a:1 b:2", "val": "a:3 b:"},
            said=("class 'b' of train without images in val",)),
@@ -159,7 +159,7 @@ SPLITS = [
            refused="val has no labels, but train has", remedy="--splits train=train"),
     Layout("YOLO's images and labels", {"images/train/1.jpg": JPEG, "images/val/2.jpg": JPEG,
            "labels/train/1.txt": b"0 .5 .5 .1 .1", "labels/val/2.txt": b""},
-           {"train": "-:1", "val": "-:2"}, said=("left out: 2 .txt files",)),
+           {"train": "-:1", "val": "-:2"}, said=("skipped: 2 .txt files",)),
     Layout("images and masks", "images/1.jpg masks/2.jpg", {"train": "-:1"},
            refused="masks/ beside images/ looks like masks", remedy="--splits train=images"),
     Layout("images and masks, each in splits", "images/train/1.jpg images/val/2.jpg "
@@ -183,14 +183,14 @@ CLASSES = [
            said=("as by ImageFolder: label 0 is '1'",)),
     Layout("hidden files", {"a/1.jpg": JPEG, "b/2.jpg": JPEG, "a/._1.jpg": b"\0" * 99,
            "__MACOSX/a/1.jpg": b"", "a/Thumbs.db": b"x", ".git/3.jpg": JPEG, "b/.DS_Store": b""},
-           {"": "a:1 b:2"}, said=("left out: 4 hidden files", "left out: 1 .db files")),
+           {"": "a:1 b:2"}, said=("skipped: 4 hidden files", "skipped: 1 .db files")),
     Layout("extensions", "a/1.JPG a/2.jpeg a/3.jfif b/4 b/5.jpg_large b/6.JPE",
            {"": "a:1,2,3 b:4,5,6"}, said=("2 files are images by their content",)),
     Layout("no images without an extension", {"a/1.jpg": JPEG, "b/2.jpg": JPEG, "a/README": b"x",
            "a/3.heic": b"\0\0\0\x18ftypheic"}, {"": "a:1 b:2"},
            said=("1 no extension files", "1 .heic files")),
     Layout("an empty class folder", {"a/1.jpg": JPEG, "b/2.jpg": JPEG, "c/": b""}, {"": "a:1 b:2"},
-           said=("left out: empty folders, c/",)),
+           said=("skipped: empty folders, c/",)),
     Layout("case", "train/Cat/1.jpg train/dog/2.jpg val/cat/3.jpg val/dog/4.jpg",
            refused="classes 'Cat' and 'cat' differ in case only"),
     Layout("case, mapped", "train/Cat/1.jpg train/dog/2.jpg val/cat/3.jpg val/dog/4.jpg",
@@ -203,7 +203,7 @@ CLASSES = [
            {"": "grey_wolf:2 red_fox:1"}),
     Layout("a label map with a typing error", "a/1.jpg b/2.jpg c/3.jpg", {"": "a:1 bb:"},
            options="--label_map {}/map.txt", also={"../map.txt": "a\nbb\n"},
-           said=("class 'bb' without images", "left out: 2 images of classes 'b', 'c'")),
+           said=("class 'bb' without images", "skipped: 2 images of classes 'b', 'c'")),
 ]  # fmt: skip
 LABELLED = "--labels {}/l.csv"
 
@@ -256,7 +256,7 @@ LISTS = [
            refused="1.jpg has two labels, a and b"),
     Layout("rows without images, images without rows", FLAT, {"": "a:1 b:2"}, LABELLED,
            also=table("id,label\n1,a\n2,b\nx9,a\n"), bad=2,
-           said=("left out: 1 rows of l.csv that name no image (the first is x9)",)),
+           said=("skipped: 1 rows of l.csv that name no image (the first is x9)",)),
     Layout("a word among numbers", FLAT, {}, LABELLED,
            also=table("id,label\n1,0\n2,1\n3,x\n"), refused="labels are numbers, but 'x' is none"),
     Layout("far apart numbers", FLAT, {}, LABELLED,
@@ -309,7 +309,7 @@ ARCHIVES = [
     Layout("train.tar.gz", {"train.tar.gz": tar("a/1.jpg b/2.jpg", "w:gz")},
            {"train": "a:1 b:2"}, src="src/train.tar.gz"),
     Layout("a zip of macOS", {"x.zip": zipped("é/1.jpg z/2.jpg __MACOSX/é/._1.jpg", utf8=False)},
-           {"": "z:2 é:1"}, src="src/x.zip", said=("left out: 1 hidden files",)),
+           {"": "z:2 é:1"}, src="src/x.zip", said=("skipped: 1 hidden files",)),
     Layout("a zip in a zip", {"x.zip": zipped("a/1.jpg b/2.jpg", train__zip=zipped("3.jpg"))},
            {"": "a:1 b:2"}, src="src/x.zip", bad=1),
     Layout("WebDataset shards", {"0.tar": tar("1.jpg 1.cls")}, {},
@@ -448,7 +448,7 @@ def test_links_are_followed_and_broken_ones_listed(tmp_path: Path):
     assert main(["shards", "make", str(src), str(tmp_path / "dst")]) == 0
     assert described(tmp_path / "dst") == {"": "a:1 b:2,3"}
     notes = json.loads((tmp_path / "dst" / "packing.json").read_bytes())["notes"]
-    assert "left out: 1 links in a circle" in notes
+    assert "skipped: 1 links in a circle" in notes
     assert "4.jpg" in (tmp_path / "dst" / "quarantine.jsonl").read_text()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xcit_dino.data.plan import Plan, rank_slice
-from xcit_dino.data.rng import keyed_bits, keyed_permutation, keyed_uniforms, mix
+from xcit_dino.data.rng import mix, random_bits, random_permutation, random_uniforms
 from xcit_dino.errors import InputError
 
 
@@ -24,20 +24,20 @@ def test_splitmix_against_its_published_sequence():
     assert mix(states).tolist() == expected
 
 
-def test_keyed_uniforms_are_uniform_and_keys_independent():
-    u = keyed_uniforms(3, np.arange(200)[:, None], np.arange(500))
+def test_random_uniforms_are_uniform_and_keys_independent():
+    u = random_uniforms(3, np.arange(200)[:, None], np.arange(500))
     assert u.min() >= 0 and u.max() < 1
     counts = np.histogram(u, bins=64, range=(0, 1))[0]
     expected = u.size / 64
     assert ((counts - expected) ** 2 / expected).sum() < 120  # chi2(63): p < 1e-5
     assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.015
     assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.015
-    assert len(np.unique(keyed_bits(3, np.arange(200)[:, None], np.arange(500)))) == u.size
-    assert keyed_bits(1, 2) != keyed_bits(2, 1)
+    assert len(np.unique(random_bits(3, np.arange(200)[:, None], np.arange(500)))) == u.size
+    assert random_bits(1, 2) != random_bits(2, 1)
 
 
 def test_permutation_places_every_item_everywhere():
-    places = np.stack([keyed_permutation(8, seed) for seed in range(4000)])
+    places = np.stack([random_permutation(8, seed) for seed in range(4000)])
     table = np.stack([(places == item).sum(0) for item in range(8)])
     assert abs(table - 500).max() < 110  # 5 sigma of a binomial(4000, 1/8)
 

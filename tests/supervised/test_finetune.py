@@ -83,10 +83,10 @@ def crops(shards, size, *, workers=0, step=0, repeats=3, **options):
     config = replace(FinetuneConfig(), TINY | options)
     index = ShardIndex.load(shards / "train")
     plan = Plan(index.counts, seed=0, batch_size=size, repeats=repeats)
-    retouch = HostAugment(config.regularization, 0)
+    host_transform = HostAugment(config.regularization, 0)
     loader = CropLoader(
         index, plan, config.regularization.crops, LoaderConfig(num_workers=workers),
-        start_step=step, retouch=retouch,
+        start_step=step, host_transform=host_transform,
     )  # fmt: skip
     (batch,) = next(iter(loader))
     return index, batch, batch.global_crops[0].clone()
@@ -119,7 +119,7 @@ def test_without_augmentation_the_crop_stays_and_half_are_flipped(demo_shards):
 
 def test_the_policy_is_timms(demo_shards):
     """The worker's result is timm's RandAugment on the plain crop, seeded alike."""
-    from xcit_dino.data.rng import keyed_bits
+    from xcit_dino.data.rng import random_bits
     from xcit_dino.supervised.data import HOST_STREAM, seed_everything
 
     _, batch, plain = crops(demo_shards, 24, repeats=1, **PLAIN | {"hflip": 0.0})
@@ -130,7 +130,7 @@ def test_the_policy_is_timms(demo_shards):
     )
     changed = 0
     for crop, image, sample in zip(plain, images, batch.samples, strict=True):
-        seed_everything(keyed_bits(0, HOST_STREAM, 0, sample)[0])
+        seed_everything(random_bits(0, HOST_STREAM, 0, sample)[0])
         __import__("random").random()  # the flip's
         expected = policy(Image.fromarray(crop.permute(1, 2, 0).numpy()))
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(expected))

@@ -1,4 +1,4 @@
-"""The doctor finds what was broken on purpose, nothing in what is whole, and counts steps right."""
+"""``shards check``: finds all deliberate damage, nothing in whole shards, and counts steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xcit_dino.data.shards import check as check_module
 from xcit_dino.data.shards.check import check, preflight
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
-from xcit_dino.data.shards.verify import Finding, examine
+from xcit_dino.data.shards.verify import Finding, verify_shards
 from xcit_dino.errors import InputError
 
 
@@ -165,9 +165,9 @@ def test_duplicate_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_a_sample_is_spread_over_all_shards(tmp_path: Path):
     index = ShardIndex.load(shards(tmp_path / "d"))
-    finding = examine(index, sample=3, num_workers=1)
+    finding = verify_shards(index, sample=3, num_workers=1)
     assert finding.decoded == 3 and finding.bad == []
-    assert examine(index, sample=99, num_workers=1).decoded == 12
+    assert verify_shards(index, sample=99, num_workers=1).decoded == 12
 
 
 def test_a_read_only_folder_still_gets_its_answer(
@@ -228,4 +228,4 @@ def test_mutated_shards_are_reported_and_never_crash(cases: int, tmp_path: Path)
         data[at : at + int(rng.integers(1, 600))] = rng.bytes(int(rng.integers(0, 600)))
         path.write_bytes(data)
         if bytes(data) != good:
-            assert examine(index, None, 1).bad
+            assert verify_shards(index, None, 1).bad
