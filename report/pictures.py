@@ -17,7 +17,7 @@ from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.report.images import Images, tile
 from xcit_dino.report.neighbors import confusions, feature_map, nearest
-from xcit_dino.report.page import Section, Tile
+from xcit_dino.report.page import Section
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import replace
 from xcit_dino.train.run.reader import Run
@@ -45,7 +45,7 @@ def sections_of(run: Run, parts: Sequence[Part]) -> tuple[list[Section], list[st
     for part in parts:
         try:
             shown.append(Section(part.title, part.template, part.make(images), part.about))
-        except Exception as reason:  # a report is written whatever is wrong with a run's files
+        except Exception as reason:  # damaged files never prevent a report
             reasons.setdefault(str(reason), []).append(part.title.lower())
     missing = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
     if count := len(images.unreadable):
@@ -61,17 +61,9 @@ def crops(images: Images) -> dict[str, Any]:
     samples = neighbors.spread(images.train.num_samples, CROP_SAMPLES + 2)[1:-1]
     made = render.TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     rows = render.crops_of(made, images.train, samples.tolist(), max(0, config.run.epochs - 1))
-    G = config.crops.global_crops_number
-    shown = []
-    for row in rows:
-        cells = []
-        for number, crop in enumerate(row):
-            kind = "global" if number < G else "local"
-            width = "small" if number >= G and len(row) > 6 else size(row)
-            caption = f"{kind} {number + 1 if number < G else number - G + 1}"
-            cells.append(tile(crop, caption, width))
-        shown.append(cells)
-    return one_card(shown)
+    captions = [f"global {n + 1}" for n in range(config.crops.global_crops_number)]
+    captions += [f"local {n + 1}" for n in range(len(rows[0]) - len(captions) if rows else 0)]
+    return one_card(rows, captions)
 
 
 def attention(images: Images) -> dict[str, Any]:
@@ -91,21 +83,16 @@ def attention(images: Images) -> dict[str, Any]:
     if not photos:
         raise InputError("none of the photos could be read")
     rows = render.attention_of(model.eval(), photos, images.context)
-    shown = []
-    for row in rows:
-        names = ["photo", *(f"head {h + 1}" for h in range(len(row) - 2)), "mean"]
-        shown.append([tile(p, name, size(row)) for p, name in zip(row, names, strict=True)])
-    return one_card(shown)
+    return one_card(rows, ["photo", *(f"head {h + 1}" for h in range(len(rows[0]) - 2)), "mean"])
 
 
-def one_card(rows: list[list[Tile]]) -> dict[str, Any]:
-    """Data of templates/tiles: rows without a title."""
-    return {"summary": "", "groups": {"": rows}}
-
-
-def size(row: Sequence[Any]) -> str:
-    """Short rows have large tiles."""
-    return "large" if len(row) <= 7 else ""
+def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -> dict[str, Any]:
+    """Data of templates/tiles: rows of images under the same captions, large where they are few."""
+    count = len(captions)
+    large = "large" if count <= 7 else ""
+    sizes = ["small" if name.startswith("local") and count > 6 else large for name in captions]
+    shown = [[tile(*image) for image in zip(row, captions, sizes, strict=True)] for row in rows]
+    return {"summary": "", "groups": {"": shown}}
 
 
 PARTS = (

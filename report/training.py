@@ -74,11 +74,10 @@ def curves(runs: Sequence[Run]) -> Section:
 def alarms(run: Run) -> list[str]:
     """Collapse alarms that were logged during training."""
     return [
-        f"{run.name}, step {line['step']:,}: {kind} collapse{'' if line[name] else ' is over'}"
+        f"{run.name}, step {line['step']:,}: {alarm} collapse{'' if on else ' is over'}"
         for line in run.metrics
-        for name in line
-        if name.startswith("alarm_")
-        for kind in [name.removeprefix("alarm_").replace("_", " ")]
+        for name, on in line.items()
+        if name.startswith("alarm_") and (alarm := name.removeprefix("alarm_").replace("_", " "))
     ]
 
 

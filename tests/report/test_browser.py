@@ -130,7 +130,7 @@ def test_links_lead_somewhere_and_folds_open(browser, run):
 
 
 def test_the_browser_would_notice(browser, tmp_path):
-    """A page with a broken image, a script that fails and an overflow is told from a good one."""
+    """A page with a broken image, a script that fails and an overflow differs from a good one."""
     page = tmp_path / "bad.html"
     page.write_text(
         "<img src='data:image/png;base64,AAAA'><div style='width:3000px'>wide</div>"

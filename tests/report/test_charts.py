@@ -51,7 +51,7 @@ def test_a_curve_runs_from_corner_to_corner():
     assert places(line_chart("one point", [("run", [(3, 3)])], "step"))
 
 
-def test_lines_are_told_apart_by_dash_and_named():
+def test_lines_differ_by_dash_and_are_named():
     chart = line_chart("two", [("a<b", [(0, 1), (1, 2)]), ("c", [(0, 2), (1, 3)])], "step", "%")
     assert "two, %" in chart and "a&lt;b" in chart and chart.count('class="line-1"') == 2
     assert line_chart("one", [("a", [(0, 1), (4, 2)])], "step", marks=[2, 9]).count("mark") == 1
@@ -76,7 +76,7 @@ def test_the_map_has_a_mark_a_point_and_names():
     assert "<title>c7</title>" in chart and "c3" in chart
 
 
-def test_ticks_close_together_are_told_apart():
+def test_labels_of_close_ticks_differ():
     assert tick_labels([1.2496, 1.25, 1.2504]) == ["1.2496", "1.2500", "1.2504"]
     assert tick_labels([0, 500, 1000]) == ["0", "500", "1,000"]
 

@@ -19,7 +19,7 @@ def make(folder, top1, **protocol):
     return folder
 
 
-def test_the_better_of_like_protocols(tmp_path, capsys):
+def test_the_better_of_equal_protocols(tmp_path, capsys):
     a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, weights="b", arch="y")
     (ranking,) = rank([read_run(a), read_run(b)])
     assert ranking.best == 1 and not ranking.differences
@@ -29,15 +29,15 @@ def test_the_better_of_like_protocols(tmp_path, capsys):
     assert "60.00 best" in output and "lead 10.00 ± 0.7" in output
 
 
-def test_unlike_protocols_are_refused_and_the_field_named(tmp_path, capsys):
+def test_different_protocols_are_refused_and_the_field_named(tmp_path, capsys):
     a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, crop=32)
     assert main(["report", "compare", str(a), str(b)]) == 2
-    said = capsys.readouterr()
-    assert "crop 224 / 32" in " ".join(said.out.split()) and "best" not in said.out
-    assert "nothing can be ranked: the protocols differ in crop" in said.err
+    output = capsys.readouterr()
+    assert "crop 224 / 32" in " ".join(output.out.split()) and "best" not in output.out
+    assert "nothing can be ranked: the protocols differ in crop" in output.err
 
 
-def test_one_like_evaluation_is_enough(tmp_path):
+def test_one_comparable_evaluation_is_enough(tmp_path):
     a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, crop=32)
     for folder, top1 in ((a, 70.0), (b, 70.0)):
         record_result(folder, "linear", {"top1": top1}, {"crop": 224})
@@ -72,12 +72,12 @@ def test_an_averaged_network_is_not_ranked_against_a_raw_one(tmp_path, capsys):
     a = make(tmp_path / "a", 48.8, network="model")
     b = make(tmp_path / "b", 12.0, network="model_ema")
     assert main(["report", "compare", str(a), str(b)]) == 2
-    said = capsys.readouterr()
-    assert "network model / model_ema" in " ".join(said.out.split()) and "lead" not in said.out
+    output = capsys.readouterr()
+    assert "network model / model_ema" in " ".join(output.out.split()) and "lead" not in output.out
     assert differences([{"network": "teacher"}, {"network": "student"}])
 
 
-def test_a_file_that_does_not_say_which_network_it_holds_is_ranked_with_a_word(tmp_path):
+def test_a_file_of_an_unspecified_network_is_ranked_with_a_note(tmp_path):
     a = make(tmp_path / "a", 50.0, network="teacher")
     b = make(tmp_path / "b", 60.0, network="model")
     (ranking,) = rank([read_run(a), read_run(b)])
@@ -94,4 +94,4 @@ def test_results_of_one_protocol_find_each_other(tmp_path):
     assert (wide.title, wide.top1) == ("k-NN, k = 20 (crop 96)", [55.0, 58.0])
     make(b, 70.0, crop=32)
     *_, newest = rank([read_run(a), read_run(b)])
-    assert newest.differences == {"crop": [96, 32]}, "a newest one without a partner is said"
+    assert newest.differences == {"crop": [96, 32]}, "newest results without a match"

@@ -1,4 +1,4 @@
-"""The report: right numbers, everything escaped, nothing loaded; what is absent is said."""
+"""The report: right numbers, everything escaped, nothing loaded; what is absent is listed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def make_run(folder: Path, lift: float = 30.0, **options: object) -> Path:
 
 
 def add_tries(folder: Path, last: str = "end") -> None:
-    """Two tries: killed after ten minutes, then twenty minutes on two processes."""
+    """Two attempts: killed after ten minutes, then twenty minutes on two processes."""
 
     def line(event: str, minute: int, **facts: object) -> dict[str, object]:
         return {"event": event, "time": f"2026-01-01T00:{minute:02d}:00+00:00", **facts}
@@ -142,7 +142,7 @@ def test_nothing_is_loaded_and_only_the_named_script_runs(tmp_path):
     assert page.count("script") == 1 and f"<script>{SCRIPT}</script>" in text
 
 
-def test_all_foreign_text_is_escaped(tmp_path):
+def test_all_outside_text_is_escaped(tmp_path):
     run = make_run(tmp_path / "a<b>&'\"", arch=EVIL, data_path=EVIL, **{EVIL: EVIL})
     record_result(run, EVIL, {EVIL: 1.0}, {EVIL: EVIL, "list": [EVIL], "map": {EVIL: EVIL}})
     record_result(run, "finetune", {"top1": 1.0}, {"arch": EVIL, "start": EVIL, "crop": EVIL,
@@ -167,7 +167,7 @@ def test_templates_hold_all_html_and_fail_on_unknown_names(tmp_path):
     assert "&lt;b&gt;" in render("stats", data={"<b>": 1})
 
 
-def test_runs_side_by_side_are_ranked_where_alike(tmp_path):
+def test_runs_are_ranked_where_their_protocols_are_equal(tmp_path):
     first, second = make_run(tmp_path / "first"), make_run(tmp_path / "second", lift=10, lr=0.1)
     third = make_run(tmp_path / "third", lift=50)
     record_result(third, "knn", {"top1_k20": 90.0}, {"nb_knn": [20], "val_index": "other"})
@@ -195,7 +195,7 @@ def test_published_numbers_stand_beside_ours_with_what_differs(tmp_path):
 
 
 @pytest.mark.parametrize("last", ["start", "end"])
-def test_tries_and_their_cost(tmp_path, last):
+def test_attempts_and_their_cost(tmp_path, last):
     run = make_run(tmp_path / "run")
     add_tries(run, last)
     found = read_run(run)
@@ -211,7 +211,7 @@ def test_tries_and_their_cost(tmp_path, last):
     assert "no word: killed" in page.text and page.count("path", "mark") > 0
 
 
-def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
+def test_what_is_absent_is_listed_and_the_rest_shown(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "results.json").unlink()
     _, page = written(run)
@@ -230,7 +230,7 @@ def test_what_is_absent_is_said_and_the_rest_shown(tmp_path):
     assert "confusions, map of the features: the run's config.yaml has no data_path" in page.text
 
 
-def test_nowhere_to_write_is_said(tmp_path):
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--output .*file/report.html: "):
@@ -248,8 +248,8 @@ def test_finetuning_inside_a_run_is_shown_with_it(tmp_path):
     record_result(run / "finetune", "finetune/ema", {"top1": 87.0, "top5": 99.0}, {"crop": 32})
     record_result(run, "evaluate/head", {"top1": 50.0, "top5": 99.0}, {})
     _, page = written(run)
-    for words in ("Finetuned, top-1", "88.0", "Averaged weights", "Classifier: backbone and head"):
-        assert words in page.text
+    for part in ("Finetuned, top-1", "88.0", "Averaged weights", "Classifier: backbone and head"):
+        assert part in page.text
 
 
 def test_the_nearest_recipe_and_what_differs_from_it(tmp_path):
@@ -260,7 +260,7 @@ def test_the_nearest_recipe_and_what_differs_from_it(tmp_path):
     assert different == {"epochs": (recipe["epochs"], 7), "lr": (recipe["lr"], 0.123)}
 
 
-def test_alarms_are_told(tmp_path):
+def test_alarms_are_shown(tmp_path):
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 31, "alarm_uniform": 1.0}\n{"step": 40, "alarm_uniform": 0.0}\n')
@@ -285,9 +285,9 @@ def test_pictures_of_a_real_run(run_folder):
     knn.run(KnnConfig(target=run_folder.target(), nb_knn=(20,)))
     text, page = written(run_folder.path, pictures=True)
     assert "attention maps: no whole checkpoint" in page.text  # and the others are shown
-    assert "cannot be read" not in page.text
-    for words in ("global 2", "local 8", "Class found", "classified as", "principal component"):
-        assert words in page.text, words
+    assert "not readable" not in page.text
+    for part in ("global 2", "local 8", "Class found", "classified as", "principal component"):
+        assert part in page.text, part
     found = neighbors.classify(run_folder.path, *indexes(run_folder))
     top1 = json.loads((run_folder.path / "results.json").read_text())["knn"]["metrics"]["top1_k20"]
     assert 100 * found.right.mean() == pytest.approx(top1)  # the gallery classifies as knn does
@@ -303,7 +303,7 @@ def indexes(run_folder):
     return (ShardIndex.load(run_folder.data / split) for split in ("train", "val"))
 
 
-def test_shards_that_are_gone_are_said(run_folder):
+def test_missing_shards_are_listed(run_folder):
     config = run_folder.path / "config.yaml"
     config.write_text(config.read_text().replace(str(run_folder.data), "/nowhere"))
     record_result(run_folder.path, "knn", {"top1_k20": 30.0}, {})
