@@ -6,8 +6,8 @@ lists the reason and shows the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from xcit_dino.errors import InputError
@@ -27,24 +27,18 @@ CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
 
 
-@dataclass(frozen=True)
-class Part:
-    """A section of pictures."""
+def sections_of(run: Run, parts: Sequence[Section]) -> tuple[list[Section], list[str]]:
+    """Sections with their data, and which are missing and why.
 
-    title: str
-    template: str
-    make: Callable[[Images], Any]
-    """Data of the template."""
-    about: str
-
-
-def sections_of(run: Run, parts: Sequence[Part]) -> tuple[list[Section], list[str]]:
-    """Sections, and which are missing and why."""
+    Args:
+        run: the run.
+        parts: sections with a function of :class:`Images` as data.
+    """
     images = Images(run)
     shown, reasons = [], dict[str, list[str]]()
     for part in parts:
         try:
-            shown.append(Section(part.title, part.template, part.make(images), part.about))
+            shown.append(dataclasses.replace(part, data=part.data(images)))
         except Exception as reason:  # damaged files never prevent a report
             reasons.setdefault(str(reason), []).append(part.title.lower())
     missing = [f"{', '.join(titles)}: {reason}" for reason, titles in reasons.items()]
@@ -96,32 +90,32 @@ def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -
 
 
 PARTS = (
-    Part(
+    Section(
         "What the network sees",
         "tiles",
         crops,
         "Crops of training images after augmentation, as in the last epoch. The teacher sees the "
         "global ones, the student all.",
     ),
-    Part(
+    Section(
         "Attention maps",
         "tiles",
         attention,
         "Attention of the class token to the patches, one map per head of the last layer.",
     ),
-    Part(
+    Section(
         "Nearest neighbors",
         "tiles",
         nearest,
         "Validation images (without labels: training images) and the most similar training images "
         "with their cosine similarity. Solid frame: same class; dashed frame: another class.",
     ),
-    Part("Confusions", "confusions", confusions, "Which classes k-NN (k = 20) confuses."),
-    Part(
+    Section("Confusions", "confusions", confusions, "Which classes k-NN (k = 20) confuses."),
+    Section(
         "Map of the features",
         "map",
         feature_map,
         "Classes that overlap in this plane may be apart in the other dimensions.",
     ),
 )
-IN_COMPARISON = tuple(part for part in PARTS if part.make in (attention, feature_map))
+IN_COMPARISON = tuple(part for part in PARTS if part.data in (attention, feature_map))
