@@ -26,9 +26,8 @@ from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import cached_features
 from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
-from xcit_dino.eval.results import check_writable
 from xcit_dino.eval.target import networks, resolve
-from xcit_dino.files import unfinished_folder
+from xcit_dino.files import check_writable, unfinished_folder
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 

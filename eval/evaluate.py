@@ -101,22 +101,27 @@ def head_accuracy(
 ) -> tuple[dict[str, float], dict[str, object]]:
     """(top1 and top5 in percent, facts) of a backbone and the head that a linear probe saved."""
     network = pretrained(target)
-    layers, weight, bias = read_head(head)
+    checksum, layers, weight, bias = read_head(head)
     features = load_features(network, val, "val", context)
     check_head(head, layers, weight, network, features.blocks, num_classes)
     metrics = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
     return metrics, network.facts | {
-        "head": file_checksum(head),
+        "head": checksum,
         "layers": layers,
         "val_images": len(features),
     }
 
 
-def read_head(path: Path) -> tuple[str, Tensor, Tensor]:
-    """(layer choice, weight (C, D), bias (C,)) of a head of ours, or of an official one."""
-    weight, bias = load_linear(path)
-    facts = formats.metadata(path) if path.suffix == ".safetensors" else {}
-    return facts.get("layers", "cls"), weight.float(), bias.float()
+def read_head(path: Path) -> tuple[str, str, Tensor, Tensor]:
+    """(checksum, layer choice, weight (C, D), bias (C,)) of a head of ours, or of an official one;
+    all of one file, though `linear` may put another in its place meanwhile."""
+    checksum = ""
+    while True:
+        weight, bias = load_linear(path)
+        facts = formats.metadata(path) if path.suffix == ".safetensors" else {}
+        before, checksum = checksum, file_checksum(path)
+        if checksum == before:
+            return checksum, facts.get("layers", "cls"), weight.float(), bias.float()
 
 
 def check_head(

@@ -3,12 +3,15 @@ command reads it."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,6 +93,32 @@ class CachedFeatures:
         for left in self.path.parent.glob(f".{prefix}-*.{platform.node()}.*.tmp"):
             if not Path("/proc", left.name.split(".")[-2]).exists():  # its process was killed
                 _drop(self.path.with_name(left.name.split(".")[1]), left)
+
+
+def newest_first(folder: Path, pattern: str) -> list[Path]:
+    """Folders of features, as far as they are there."""
+    times = {}
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):  # another command has just removed it
+            times[path] = path.stat().st_mtime
+    return sorted(times, key=lambda path: times[path], reverse=True)
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[bool]:
+    """Whether a folder of features is there, which then nobody removes inside. Changes nothing: one
+    without a lock file (of an earlier version) is read without a lock."""
+    try:
+        file = os.open(_lock_of(path), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield path.is_dir()
+        return
+    try:
+        with suppress(OSError):  # no locks there, or somebody is just removing it: then it is gone
+            fcntl.flock(file, fcntl.LOCK_SH)
+        yield path.is_dir()
+    finally:
+        os.close(file)
 
 
 def _drop(target: Path, folder: Path) -> None:

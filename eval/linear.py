@@ -77,10 +77,10 @@ def run(config: LinearConfig) -> None:
         metrics = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
         metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
-            facts["val_index"] = val.checksum
+            whole = facts | {"val_index": val.checksum}
             tell(network, probe.choice, metrics, config)
             write_result(
-                config.target.output_dir, f"{name}{network.suffix}", metrics, facts,
+                config.target.output_dir, f"{name}{network.suffix}", metrics, whole,
                 grid=[
                     asdict(choice) | {"holdout_top1": top1}
                     for choice, (top1, _) in zip(choices, probe.scores, strict=True)
@@ -90,8 +90,8 @@ def run(config: LinearConfig) -> None:
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
             if network.name == "pretrained":
-                save_head(config.target.output_dir / HEAD_FILE, probe, facts, train.classes)
-            state_file(config, network).unlink(missing_ok=True)
+                save_head(config.target.output_dir / HEAD_FILE, probe, whole, train.classes)
+            state_file(config, network, facts).unlink(missing_ok=True)
     dist.barrier()
 
 
@@ -209,6 +209,7 @@ def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str
     """``weight`` (C, D) and ``bias`` (C,) as safetensors; metadata: layers, protocol, class names.
 
     As in results.json, the head of another protocol moves to ``linear_head@DIGEST.safetensors``.
+    At no moment is there no file called ``path``, as `evaluate` may read it.
     """
     from safetensors.torch import save
 
@@ -221,7 +222,9 @@ def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent / LOCK):
         if before := protocol_of(path):
-            path.rename(path.with_stem(f"{path.stem}@{digest(json.loads(before))}"))
+            write_atomic(
+                path.with_stem(f"{path.stem}@{digest(json.loads(before))}"), path.read_bytes()
+            )
         path.with_stem(f"{path.stem}@{digest(facts)}").unlink(missing_ok=True)
         write_atomic(path, save(tensors, metadata))
 

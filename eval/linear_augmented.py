@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -33,6 +34,7 @@ from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, cosin
 from xcit_dino.eval.target import Network
 from xcit_dino.files import write_atomic
 from xcit_dino.progress import progress
+from xcit_dino.provenance import digest
 from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
 
@@ -59,7 +61,7 @@ def train_augmented(
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
     selection, final = two_grids(network, context, choices, num_classes, config, plan)
 
-    saved = Saved(state_file(config, network), json.dumps(facts, sort_keys=True))
+    saved = Saved(state_file(config, network, facts), json.dumps(facts, sort_keys=True))
     changing = selection.state() + final.state()
     start = loader.start_step = saved.load_into(changing) * plan.steps_per_epoch
     steps = config.epochs * plan.steps_per_epoch
@@ -135,9 +137,11 @@ def features_of(batch: Batch, network: Network, context: Context, seed: int) -> 
     return {name: block.float() for name, block in blocks.items()}
 
 
-def state_file(config: LinearConfig, network: Network) -> Path:
-    """Where an unfinished training of heads is kept; deleted when its result is written."""
-    return config.target.output_dir / f"linear-dino-{network.name}.state.pth"
+def state_file(config: LinearConfig, network: Network, facts: dict[str, Any]) -> Path:
+    """Where an unfinished training of heads is kept, each in a file of its own, as several may go
+    on at once; deleted when its result is written."""
+    name = f"linear-dino-{network.name}-{digest(facts)}.state.pth"
+    return config.target.output_dir / name
 
 
 @dataclass(frozen=True)
@@ -153,20 +157,23 @@ class Saved:
         state = dist.from_main(self._read)
         if state is None:
             return 0
-        same = state["key"] == self.key
-        if dist.is_main():
-            what = f"goes on after epoch {state['epochs']}" if same else "begins again"
-            why = f"{self.path.name} is {'of this' if same else 'of another'} training"
-            print(f"linear probe {what}: {why}", flush=True)
-        if not same:
-            return 0
         for tensor, value in zip(tensors, state["tensors"], strict=True):
             tensor.copy_(value)
         return state["epochs"]
 
     def _read(self) -> dict[str, Any] | None:
-        there = self.path.is_file()
-        return torch.load(self.path, map_location="cpu", weights_only=True) if there else None
+        kind = self.path.name.rpartition("-")[0]
+        others = sorted(self.path.parent.glob(f"{kind}*.state.pth"))  # KIND.state.pth: of 0.1
+        for path in (self.path, *(other for other in others if other != self.path)):
+            with suppress(FileNotFoundError):  # also: another command has just ended
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                same = state["key"] == self.key
+                what = f"goes on after epoch {state['epochs']}" if same else "does not go on"
+                why = f"{path.name} is {'of this' if same else 'of another'} training"
+                print(f"linear probe {what}: {why}", flush=True)
+                if same:
+                    return state
+        return None
 
     def save(self, tensors: list[Tensor], epochs: int) -> None:
         """Write the state, whole or not at all."""

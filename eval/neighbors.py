@@ -7,7 +7,8 @@ of the validation images.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
+from xcit_dino.eval.feature_cache import kept, newest_first
 from xcit_dino.eval.knn import Search, unit_rows
 
 K, TEMPERATURE = 20, 0.07
@@ -48,27 +50,31 @@ class Neighbours:
         return self.predicted == self.labels
 
 
+@contextmanager
 def cached(
     run_folder: Path, split: str, index: ShardIndex, like: dict[str, Any] | None = None
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
     """Class tokens [N, D] of the readable images of a split, their sample numbers [N], and what
-    they were computed from.
+    they were computed from; no command removes them meanwhile.
 
     like: these facts of the other split have to be the same (weights, geometry ...).
 
     Raises:
         InputError: ``knn`` has left none, or they are of other shards or weights.
     """
-    folders = list((run_folder / "features").glob(f"pretrained-{split}-*"))
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        facts = json.loads((folder / "meta.json").read_text())
-        same = like is None or {**facts, "index": ""} == {**like, "index": ""}
-        if facts["index"] == index.checksum and same:
-            seen = np.flatnonzero(np.load(folder / "seen.npy"))
-            return np.load(folder / "cls.npy", mmap_mode="c"), seen, facts
+    found = False
+    for folder in newest_first(run_folder / "features", f"pretrained-{split}-*"):
+        with kept(folder) as there:
+            facts = json.loads((folder / "meta.json").read_text()) if there else {}
+            found = found or there
+            same = like is None or {**facts, "index": ""} == {**like, "index": ""}
+            if there and facts["index"] == index.checksum and same:
+                seen = np.flatnonzero(np.load(folder / "seen.npy"))
+                yield np.load(folder / "cls.npy", mmap_mode="c"), seen, facts
+                return
     what = (
         "those kept are of other shards or weights"
-        if folders
+        if found
         else "none are kept; xcit-dino knn makes them (embed, where there are no labels)"
     )
     raise InputError(f"features of the {split} images: {what}")
@@ -83,12 +89,12 @@ def classify(run_folder: Path, train: ShardIndex, val: ShardIndex) -> Neighbours
     """
     if min(train.labels.min(), val.labels.min()) < 0:
         raise InputError("images without labels")
-    table, val_samples, facts = cached(run_folder, "val", val)
-    bank, bank_samples, _ = cached(run_folder, "train", train, like=facts)
-    chosen = val_samples[spread(len(val_samples), MOST_QUERIES)]
-    features = unit_rows(table[chosen])
-    bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]
-    similarities, rows = Search(bank)(features, min(K, len(bank)))
+    with cached(run_folder, "val", val) as (table, val_samples, facts):
+        chosen = val_samples[spread(len(val_samples), MOST_QUERIES)]
+        features = unit_rows(table[chosen])
+    with cached(run_folder, "train", train, like=facts) as (bank, bank_samples, _):
+        bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]
+        similarities, rows = Search(bank)(features, min(K, len(bank)))
     neighbours = bank_samples[rows]
     neighbour_labels = train.labels[neighbours].astype(np.int64)
     classes = int(max(train.labels.max(), val.labels.max())) + 1

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.errors import InputError, RunError, warn
+from xcit_dino.errors import RunError, warn
 from xcit_dino.files import locked
 from xcit_dino.provenance import LOCK, record_result
 from xcit_dino.train.run.folder import FREE
 from xcit_dino.train.run.reader import EVALUATIONS, Run, read_run
 from xcit_dino.train.run.tensorboard_log import write_hparams
-
-
-def check_writable(folder: Path, remedy: str, named: str = "") -> None:
-    """Refuse, before any work, a folder that results cannot be written to; makes nothing.
-
-    named: the option and its value, where it is not ``--output_dir``.
-
-    Raises:
-        InputError: names the folder and the remedy.
-    """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
-        raise InputError(f"{named or f'--output_dir {folder}'}: cannot be written to; {remedy}")
 
 
 def write_result(

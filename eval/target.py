@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
-from xcit_dino.eval.results import check_writable
-from xcit_dino.files import file_checksum
+from xcit_dino.files import check_writable, file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.train.distributed import dist
@@ -68,11 +67,7 @@ def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Co
         InputError: no arch, data or weights, with the option that gives them.
     """
     weights_folder = config.pretrained_weights
-    check_writable(
-        config.output_dir,
-        "name another folder for the results: --output_dir ELSEWHERE --pretrained_weights "
-        f"{weights_folder or config.output_dir}",
-    )
+    check_writable(config.output_dir, f"name another folder for the results: {elsewhere(config)}")
     run = run_options(config.output_dir) or (run_options(weights_folder) if weights_folder else {})
     arch = config.arch or run.get("arch")
     if not arch:
@@ -92,6 +87,18 @@ def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Co
     target = EvalTarget(canonical_name(arch), weights, config.checkpoint_key)
     settings = settings_of(target.arch, weights, config.checkpoint_key, run)
     return target, make_context(config, settings, run, data_path, world)
+
+
+def elsewhere(config: EvalTargetConfig) -> str:
+    """The options by which an evaluation that has these options writes to another folder."""
+    words, run = ["--output_dir ELSEWHERE"], run_options(config.output_dir)
+    if config.pretrained_weights is None:
+        words += [f"--pretrained_weights {config.output_dir}"] if run else []
+    elif not config.pretrained_weights.is_dir():  # then the run folder said the rest
+        for name in ("arch", "data_path"):
+            if getattr(config, name) is None and run.get(name):
+                words.append(f"--{name} {run[name]}")
+    return " ".join(words)
 
 
 def networks(config: EvalTargetConfig, target: EvalTarget) -> Iterator[Network]:

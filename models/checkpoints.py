@@ -1,4 +1,5 @@
-"""The checkpoints of a run folder: which there are, and the newest whole one.
+"""The checkpoints of a run folder, for those who read them: which there are, and the newest whole
+one, which the run that goes on there does not drop meanwhile.
 
 Beside each ``checkpoint-STEP.pth`` lies a small JSON with its step, size and SHA-256, which
 ``train/state.py`` writes first; a checkpoint that its JSON does not vouch for is damaged.
@@ -7,7 +8,9 @@ Beside each ``checkpoint-STEP.pth`` lies a small JSON with its step, size and SH
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from xcit_dino.files import file_checksum
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")
+_reserved: dict[Path, int] = {}  # folder -> the open file of its checkpoint that is being read
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -27,11 +31,28 @@ def checkpoint_of(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    for file in reversed(all_checkpoints(path / FOLDER)):
-        if is_whole(file):
-            return file
-        warn(f"{file} is damaged and is passed over")
-    raise InputError(f"{path}: this folder holds no checkpoint; name a run folder or a file")
+    if (file := newest_whole(path)) is None:
+        raise InputError(f"{path}: this folder holds no checkpoint; name a run folder or a file")
+    return file
+
+
+def newest_whole(run_folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, or None, for reading: nothing is changed.
+
+    A damaged one is passed over, and a run that goes on does not drop the one returned while this
+    process lives (or reads another of the same folder).
+    """
+    paths = all_checkpoints(run_folder / FOLDER)
+    for path in reversed(paths):
+        try:
+            reserve(path)
+            if is_whole(path):
+                return path
+            warn(f"{path} is damaged; passed over")
+        except FileNotFoundError:  # just dropped, as there is a newer one now
+            if all_checkpoints(run_folder / FOLDER) != paths:
+                return newest_whole(run_folder)
+    return None
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -40,11 +61,13 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the JSON beside a checkpoint vouches for it; False too where it is just going."""
-    with contextlib.suppress(FileNotFoundError):  # the run that writes here dropped it
-        facts, size = facts_of(path), path.stat().st_size
-        return size == facts.get("bytes") and file_checksum(path) == facts.get("sha256")
-    return False
+    """Whether a checkpoint is as its JSON says.
+
+    Raises:
+        FileNotFoundError: the run that writes here has dropped it.
+    """
+    facts, size = facts_of(path), path.stat().st_size
+    return size == facts.get("bytes") and file_checksum(path) == facts.get("sha256")
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -54,3 +77,26 @@ def facts_of(path: Path) -> dict[str, Any]:
     except (ValueError, FileNotFoundError):
         return {}
     return facts if isinstance(facts, dict) else {}
+
+
+def reserve(path: Path) -> None:
+    """Keep the run from dropping a checkpoint while this process reads it."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_SH)  # who is just dropping it holds it for a moment
+    if (before := _reserved.pop(path.parent, None)) is not None:
+        os.close(before)
+    _reserved[path.parent] = file
+
+
+def drop_unless_read(path: Path) -> None:
+    """Remove a checkpoint; one that another command reads (see :func:`reserve`) stays until the
+    next time."""
+    with contextlib.suppress(BlockingIOError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+        path.unlink()
+        path.with_suffix(".json").unlink()

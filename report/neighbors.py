@@ -52,10 +52,10 @@ def nearest(images: Images) -> dict[str, Any]:
 
 def nearest_unlabeled(images: Images) -> dict[str, Any]:
     """Training images with the most similar other training images."""
-    features, samples, _ = neighbors.cached(images.run.folder, "train", images.train)
-    features = features if len(samples) == len(features) else features[samples]
-    rows = neighbors.spread(len(samples), RIGHT + WRONG)
-    others, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBORS)
+    with neighbors.cached(images.run.folder, "train", images.train) as (features, samples, _):
+        features = features if len(samples) == len(features) else features[samples]
+        rows = neighbors.spread(len(samples), RIGHT + WRONG)
+        others, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBORS)
     numbers = samples[np.column_stack((rows, others))]
     photos = images.photos(images.train, numbers.ravel().tolist())
     shown = []

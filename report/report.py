@@ -13,8 +13,7 @@ from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import ReportConfig
-from xcit_dino.eval.results import check_writable
-from xcit_dino.files import write_atomic
+from xcit_dino.files import check_writable, write_atomic
 from xcit_dino.provenance import now
 from xcit_dino.report import accuracy, provenance, training
 from xcit_dino.report.page import Section, document

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xcit_dino.errors import InputError, warn
+from xcit_dino.files import check_writable
 from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage
 from xcit_dino.slurm.dry_run import preview, without_effect
@@ -39,6 +40,7 @@ def run(launch: Launch) -> int:
     for line in without_effect(runs[0], cluster):
         warn(line)
     for one in runs:
+        check_writable(one.run, "name another folder: --output_dir ELSEWHERE")
         check_input(one)
         refuse_busy(one, cluster)
     return (submit_runs if cluster == "slurm" else run_here)(runs, cluster)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import InputError
+from xcit_dino.files import check_writable
 from xcit_dino.progress import clock
 from xcit_dino.provenance import read_results
 from xcit_dino.slurm import attempts, scheduler, watch
@@ -206,6 +207,8 @@ def cancel_run(run: Path) -> None:
     """End one run's jobs; other runs of the same launcher are left alone."""
     launch = attempts.read_launch(run)
     who = owner(run)
+    remedy = "call `launch cancel` where and as whom the run was launched"
+    check_writable(attempts.folder(run), remedy, str(run))
     attempts.cancel(run)
     if launch["cluster"] == "slurm":
         scheduler.cancel(list(reversed(queue(launch))))

@@ -34,7 +34,7 @@ from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.config import absolute, dump_yaml, options
 from xcit_dino.train.distributed import dist, fsdp
 from xcit_dino.train.evaluation import Evaluations
-from xcit_dino.train.run.folder import check_run, open_run, say_changes
+from xcit_dino.train.run.folder import check_output, check_run, open_run, say_changes
 from xcit_dino.train.run.lock import held
 from xcit_dino.train.run.log import RunLog
 from xcit_dino.train.seeding import seed_drop_path
@@ -128,6 +128,7 @@ def main(config: PretrainConfig) -> None:
 def pretrain_with_knn(config: PretrainConfig) -> None:
     """:func:`pretrain`, with k-NN every ``--knn_every`` epochs."""
     world = dist.init(config.run.device)
+    dist.from_main(lambda: check_output(config.run))
     crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     evaluations = []
     for name, data_path, pictures in (
@@ -298,7 +299,7 @@ def go_on(
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             vote.cast(overdue)
             now = schedule(state.step, state.rollbacks)
-            with memory.explained(state, run):
+            with memory.explained(state, run, "--local_crops_number, --global_crops_size"):
                 metrics = train_step(trainer, batches, now)
             skips.add(state.step, metrics["skipped"], batches)
             if line := log.step(state.step, metrics, asdict(now), loader.wait_seconds):

@@ -30,6 +30,7 @@ from xcit_dino.supervised.trainer import Method, build_model, with_input_setting
 from xcit_dino.train import signals
 from xcit_dino.train.config import options, replace
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.run.folder import check_output
 from xcit_dino.train.state import Checkpoints, weights_file
 
 
@@ -44,6 +45,7 @@ def distill(config: DistillConfig) -> None:
     """Train and write ``distill`` and ``distill/ema`` to ``results.json``; the checkpoints hold
     ``Student`` and ``Teacher``. See :func:`xcit_dino.supervised.loop.train`."""
     world = dist.init(config.run.device)
+    dist.from_main(lambda: check_output(config.run))
     data = open_data(config)
     config = with_input_settings(config)
     run = config.run

@@ -11,6 +11,7 @@ from xcit_dino.supervised.loop import soft_cross_entropy, train
 from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
 from xcit_dino.train import signals
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.run.folder import check_output
 
 
 def main(config: FinetuneConfig) -> None:
@@ -24,6 +25,7 @@ def finetune(config: FinetuneConfig) -> None:
     """Train and write ``finetune`` and ``finetune/ema`` to ``results.json``; see
     :func:`xcit_dino.supervised.loop.train`."""
     world = dist.init(config.run.device)
+    dist.from_main(lambda: check_output(config.run))
     data = open_data(config)
     config = with_input_settings(config)
     run = config.run

@@ -157,6 +157,7 @@ def go_on(
     config, state, run, world = trainer.config, trainer.state, trainer.config.run, trainer.world
     last_step = run.last_step(schedule.total_steps)
     vote = signals.Vote()
+    unit = 2 if config.regularization.mixes else 1  # mixup pairs a process's images
 
     def due(step: int) -> bool:
         epoch, into_epoch = divmod(step, schedule.steps_per_epoch)
@@ -179,7 +180,7 @@ def go_on(
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             vote.cast(overdue)
             now = schedule(state.step)
-            with memory.explained(state, run):
+            with memory.explained(state, run, "--input_size", unit):
                 metrics = train_step(trainer, batches, now)
             log.step(state.step, metrics, asdict(now), loader.wait_seconds)
 

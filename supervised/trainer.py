@@ -17,6 +17,7 @@ from xcit_dino.data.loader import Batch
 from xcit_dino.eval.context import run_options, settings_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
+from xcit_dino.models.checkpoints import is_whole
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.supervised.config import Config, FinetuneConfig, StartConfig
@@ -25,7 +26,7 @@ from xcit_dino.supervised.schedule import adamw
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist, sync_batchnorm
-from xcit_dino.train.state import Checkpoints, TrainState, is_whole, weights_file
+from xcit_dino.train.state import Checkpoints, TrainState, weights_file
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""

@@ -62,6 +62,16 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def crowd_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands of crowd.py are called."""
+    from tests import crowd
+
+    place = tmp_path_factory.mktemp("crowd")
+    crowd.build(place)
+    return place
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, demo_shards: Path) -> RunFolder:
     """A new run folder on the demo images."""

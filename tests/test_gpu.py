@@ -156,5 +156,5 @@ def test_no_slot_is_overwritten_before_it_is_copied():
 def test_out_of_memory_is_explained():
     trainer = trainer_on(torch.device("cuda", 0))
     with pytest.raises(RunError, match="out of memory in step 1.*batch_size_per_gpu"):
-        with memory.explained(trainer.state, trainer.config.run):
+        with memory.explained(trainer.state, trainer.config.run, "--local_crops_number"):
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")

@@ -19,8 +19,12 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA,
 
 
 @contextmanager
-def explained(state: TrainState, run: RunConfig) -> Iterator[None]:
+def explained(state: TrainState, run: RunConfig, sizes: str, unit: int = 1) -> Iterator[None]:
     """Turn an allocation that fails inside into a message.
+
+    Args:
+        sizes: the options of this training that make an image cheaper, as the message names them.
+        unit: a process's batch has to remain a multiple of it.
 
     Raises:
         RunError: it names the step, what weights and a micro-batch take, and the options to turn.
@@ -31,11 +35,11 @@ def explained(state: TrainState, run: RunConfig) -> Iterator[None]:
         words = str(error)
         if not isinstance(error, MemoryError) and not any(sign in words for sign in SIGNS):
             raise
-        raise RunError(advice(state, run)) from error
+        raise RunError(advice(state, run, sizes, unit)) from error
 
 
-def advice(state: TrainState, run: RunConfig) -> str:
-    """What was needed and what to lower, in one line."""
+def advice(state: TrainState, run: RunConfig, sizes: str, unit: int = 1) -> str:
+    """What was needed and what to lower, in one line; see :func:`explained`."""
     fixed, peak, images = lasting_bytes(state), peak_bytes(), run.batch_size_per_gpu
     each = max(0, peak - fixed) / images
     text = (
@@ -43,14 +47,14 @@ def advice(state: TrainState, run: RunConfig) -> str:
         f"optimiser and teacher take {gib(fixed)}, {images} images at once more than "
         f"{gib(peak - fixed)} (some {each / 2**20:.0f} MiB an image). "
     )
-    if images > 1 and images % 2 == 0:
+    if images % (2 * unit) == 0:
         text += (
             f"Take --batch_size_per_gpu {images // 2} --accum_iter {2 * run.accum_iter}: the "
             "same run goes on, with the same global batch. Or lower "
         )
     else:
         text += "Lower "
-    return text + "--local_crops_number, --global_crops_size or the size of the model"
+    return f"{text}{sizes} or the size of the model"
 
 
 def lasting_bytes(state: TrainState) -> int:

@@ -7,10 +7,8 @@ step, so the step number is the whole random state and the whole data cursor.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,13 +19,19 @@ import torch
 from torch import nn
 
 from xcit_dino.errors import InputError, RunError, warn
-from xcit_dino.files import file_checksum, write_atomic
+from xcit_dino.files import write_atomic
+from xcit_dino.models.checkpoints import (
+    all_checkpoints,
+    drop_unless_read,
+    facts_of,
+    is_whole,
+    newest_whole,
+)
 from xcit_dino.provenance import now
 from xcit_dino.train.async_copy import Hashed, HostCopy, first_nonfinite, sync_folder
 from xcit_dino.train.distributed import dist
 
 FORMAT = 2
-NAME = re.compile(r"checkpoint-(\d{8})\.pth")
 
 
 @dataclass
@@ -175,7 +179,7 @@ class Checkpoints(AbstractContextManager):
 
     def all(self) -> list[Path]:
         """Checkpoints, whole or not, oldest first."""
-        return sorted(p for p in self.folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
+        return all_checkpoints(self.folder)
 
     def clean(self) -> None:
         """Remove what a killed process left half-written, and rename what :meth:`newest` found
@@ -222,72 +226,9 @@ class Checkpoints(AbstractContextManager):
             drop_unless_read(path)
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """What the JSON beside a checkpoint says of it; nothing where that is damaged or gone."""
-    try:
-        facts = json.loads(path.with_suffix(".json").read_bytes())
-    except (ValueError, FileNotFoundError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is as its JSON says.
-
-    Raises:
-        FileNotFoundError: the run that writes here has dropped it.
-    """
-    facts, size = facts_of(path), path.stat().st_size
-    return size == facts.get("bytes") and file_checksum(path) == facts.get("sha256")
-
-
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None, for reading: nothing is changed.
-
-    A damaged one is passed over, and a run that goes on does not drop the one returned while this
-    process lives (or reads another of the same folder). All ranks have to call it.
-    """
-    return dist.from_main(lambda: _newest_to_read(run_folder))
-
-
-def _newest_to_read(run_folder: Path) -> Path | None:
-    paths = Checkpoints(run_folder).all()
-    for path in reversed(paths):
-        try:
-            reserve(path)
-            if is_whole(path):
-                return path
-            warn(f"{path} is damaged; passed over")
-        except FileNotFoundError:  # just dropped, as there is a newer one now
-            if Checkpoints(run_folder).all() != paths:
-                return _newest_to_read(run_folder)
-    return None
-
-
-_reserved: dict[Path, int] = {}  # folder -> the open file of its checkpoint that is being read
-
-
-def reserve(path: Path) -> None:
-    """Keep the run from dropping a checkpoint while this process reads it."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    if (before := _reserved.pop(path.parent, None)) is not None:
-        os.close(before)
-    _reserved[path.parent] = file
-
-
-def drop_unless_read(path: Path) -> None:
-    """Remove a checkpoint; one that another command reads (see :func:`reserve`) stays until the
-    next time."""
-    with contextlib.suppress(BlockingIOError), open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):
-                raise
-        path.unlink()
-        path.with_suffix(".json").unlink()
+    """See :func:`newest_whole`; all ranks have to call it."""
+    return dist.from_main(lambda: newest_whole(run_folder))
 
 
 def weights_file(path: Path, option: str) -> Path:
@@ -300,7 +241,7 @@ def weights_file(path: Path, option: str) -> Path:
 
 
 def _weights_file(path: Path, option: str) -> Path:
-    found = _newest_to_read(path) if path.is_dir() else path
+    found = newest_whole(path) if path.is_dir() else path
     if found is None:
         raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
     if not found.is_file():

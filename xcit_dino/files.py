@@ -12,7 +12,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from xcit_dino.errors import InputError
+
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def check_writable(folder: Path, remedy: str, named: str = "") -> None:
+    """Refuse, before any work, a folder that results cannot be written to; makes nothing.
+
+    named: the option and its value, where it is not ``--output_dir``.
+
+    Raises:
+        InputError: names the folder and the remedy.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise InputError(f"{named or f'--output_dir {folder}'}: cannot be written to; {remedy}")
 
 
 @contextmanager

@@ -25,8 +25,7 @@ from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_he
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, run_options, settings_of
-from xcit_dino.eval.results import check_writable
-from xcit_dino.files import unfinished_folder, write_atomic
+from xcit_dino.files import check_writable, unfinished_folder, write_atomic
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.xcit import XCiT
 from xcit_dino.models.zoo import canonical_name, create_model

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xcit_dino import __version__
 from xcit_dino.errors import InputError, RunError
+from xcit_dino.files import check_writable
 from xcit_dino.inputs import KEY
 from xcit_dino.models.checkpoints import checkpoint_of
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
@@ -35,8 +36,19 @@ from xcit_dino.provenance import commit
 TOLERANCE = 1e-5  # largest difference between two outputs, relative to the largest value
 
 
+def check_output(output: Path) -> None:
+    """Refuse a file that cannot be written, before any work.
+
+    Raises:
+        InputError: names it.
+    """
+    remedy = f"name a file in another folder: --output ELSEWHERE/{output.name}"
+    check_writable(output.parent, remedy, f"--output {output}")
+
+
 def extract(config: ExtractConfig) -> None:
     """Write the tensors under a prefix to a file of their own (``weights extract``)."""
+    check_output(config.output)
     config = replace(config, checkpoint=checkpoint_of(config.checkpoint))
     tree = layouts.flatten(formats.read(config.checkpoint))
     prefix = f"{config.prefix.rstrip('.')}."
@@ -67,6 +79,7 @@ def extract(config: ExtractConfig) -> None:
 
 def convert(config: ConvertConfig) -> None:
     """Write one XCiT in another layout or format (``weights convert``)."""
+    check_output(config.output)
     _convert(replace(config, checkpoint=checkpoint_of(config.checkpoint)))
 
 
@@ -97,6 +110,7 @@ def _convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
 
 def export(config: ExportConfig) -> None:
     """Write a file to hand over, ONNX or safetensors, with its model card (``weights export``)."""
+    check_output(config.output)
     config = replace(config, checkpoint=checkpoint_of(config.checkpoint))
     if config.output.suffix == ".safetensors":
         options = ConvertConfig(

@@ -105,7 +105,8 @@ def write(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> None:
     else:
         tensors = OrderedDict(state)
         setattr(tensors, METADATA, dict(facts))
-        torch.save(tensors, path)
+        with path.open("wb") as file:  # by its name, torch would write that into the file
+            torch.save(tensors, file)
 
 
 def publish(

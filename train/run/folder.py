@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from xcit_dino.errors import InputError, suggest
-from xcit_dino.files import write_atomic
+from xcit_dino.files import check_writable, write_atomic
 from xcit_dino.train.config import RunConfig, absolute, dump_yaml, options, read_yaml, replace
 from xcit_dino.train.run.metrics import METRICS
 
@@ -20,6 +20,15 @@ FREE = frozenset(
     "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
     "knn_every knn_data_path eval_every eval_batch_size".split()
 )
+
+
+def check_output(run: RunConfig) -> None:
+    """Refuse a run folder that cannot be written to, before any work.
+
+    Raises:
+        InputError: names it and the option.
+    """
+    check_writable(run.output_dir, "name another folder: --output_dir ELSEWHERE")
 
 
 def check_run(config: Any, run: RunConfig) -> None:
