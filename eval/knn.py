@@ -10,7 +10,7 @@ votes the lower label.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -197,21 +197,50 @@ def vote_ranks(
     Returns:
         int64 [len(ks), Q].
     """
+    ranks = torch.empty(len(ks), len(targets), dtype=torch.int64)
     rows = max(1, VOTE_CELLS // num_classes)
-    if len(targets) > rows:
-        parts = zip(similarities.split(rows), labels.split(rows), targets.split(rows), strict=True)
-        return torch.cat([vote_ranks(*p, ks, temperature, num_classes) for p in parts], dim=1)
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        own_class = targets[part, None]
+        lower = torch.arange(num_classes) < own_class
+        tables = vote_tables(similarities[part], labels[part], ks, temperature, num_classes)
+        for row, table in enumerate(tables):
+            own = table.gather(1, own_class)
+            ranks[row, part] = ((table > own) | ((table == own) & lower)).sum(1)
+    return ranks
+
+
+def predict(
+    similarities: torch.Tensor, labels: torch.Tensor, temperature: float, num_classes: int
+) -> torch.Tensor:
+    """int64 [Q]: the class with the most votes of all K neighbors; of equal ones the lowest."""
+    predicted = torch.empty(len(labels), dtype=torch.int64)
+    rows = max(1, VOTE_CELLS // num_classes)
+    for start in range(0, len(labels), rows):
+        part = slice(start, start + rows)
+        ks = [labels.shape[1]]
+        (table,) = vote_tables(similarities[part], labels[part], ks, temperature, num_classes)
+        # numpy's argmax takes the first of equal values, torch's any of them
+        predicted[part] = torch.from_numpy(table.numpy().argmax(1))
+    return predicted
+
+
+def vote_tables(
+    similarities: torch.Tensor,
+    labels: torch.Tensor,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> Iterator[torch.Tensor]:
+    """Votes float64 [Q, C] of the first k neighbors, for every k; one tensor that grows."""
     # a factor common to a query's votes changes nothing; this one keeps exp() finite at any T
     votes = ((similarities - similarities[:, :1]).double() / temperature).exp()
-    table = torch.zeros(len(targets), num_classes, dtype=torch.float64)
-    lower = torch.arange(num_classes) < targets[:, None]
-    ranks, done = [], 0
+    table = torch.zeros(len(labels), num_classes, dtype=torch.float64)
+    done = 0
     for k in ks:
         table.scatter_add_(1, labels[:, done:k], votes[:, done:k])
-        own = table.gather(1, targets[:, None])
-        ranks.append(((table > own) | ((table == own) & lower)).sum(1))
+        yield table
         done = k
-    return torch.stack(ranks)
 
 
 class Search:
@@ -229,10 +258,12 @@ class Search:
         if gpu and faiss.get_num_gpus():
             everyone, mine = range(faiss.get_num_gpus()), [torch.cuda.current_device()]
             self.gpus = list(everyone) if dist.world_size() == 1 else mine
-        places = max(1, len(self.gpus))
-        self.size = min(BANK_ROWS, -(-len(bank) // places))
+        # scratch memory (over a gigabyte) and streams; not for two threads at once
+        self.resources = {gpu: faiss.StandardGpuResources() for gpu in self.gpus}
+        self.places = max(1, len(self.gpus))
+        self.size = min(BANK_ROWS, -(-len(bank) // self.places))
         self.starts = range(0, len(bank), self.size)
-        kept = self.starts if len(self.starts) <= places else ()
+        kept = self.starts if len(self.starts) <= self.places else ()
         self.kept = {start: self._index(start) for start in kept}
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -261,12 +292,17 @@ class Search:
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best, sorted; which of equal ones at the end is FAISS's choice."""
-        best = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        with ThreadPoolExecutor(max(1, len(self.gpus))) as pool:
-            for found in pool.map(partial(self._search_part, queries, k), self.starts):
-                similarities, rows = in_order(*map(np.hstack, zip(best, found, strict=True)))
-                best = similarities[:, :k], rows[:, :k]
-        return best
+        with ThreadPoolExecutor(self.places) as pool:
+            found = pool.map(partial(self._search_place, queries, k), range(self.places))
+            return merged(found, len(queries), k)
+
+    def _search_place(
+        self, queries: np.ndarray, k: int, place: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of the parts on one GPU, or on the CPU, one part after the other."""
+        starts = self.starts[place :: self.places]
+        found = (self._search_part(queries, k, start) for start in starts)
+        return merged(found, len(queries), k)
 
     def _search_part(
         self, queries: np.ndarray, k: int, start: int
@@ -283,8 +319,8 @@ class Search:
         rows = self.bank[start : start + self.size]
         index = faiss.IndexFlatIP(rows.shape[1])
         if self.gpus and on_gpu:
-            gpu = self.gpus[start // self.size % len(self.gpus)]
-            index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, index)
+            gpu = self.gpus[start // self.size % self.places]
+            index = faiss.index_cpu_to_gpu(self.resources[gpu], gpu, index)
         for first in range(0, len(rows), ADD_ROWS):
             index.add(unit_rows(rows[first : first + ADD_ROWS]))
         return index
@@ -293,6 +329,17 @@ class Search:
 def unit_rows(rows: np.ndarray) -> np.ndarray:
     """Rows divided by their lengths, float32; a row of zeros stays."""
     return F.normalize(torch.from_numpy(np.ascontiguousarray(rows, np.float32)), dim=1).numpy()
+
+
+def merged(
+    results: Iterable[tuple[np.ndarray, np.ndarray]], num_queries: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of several searches (none: no columns) for the same queries, sorted."""
+    best = np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
+    for found in results:
+        similarities, rows = in_order(*map(np.hstack, zip(best, found, strict=True)))
+        best = similarities[:, :k], rows[:, :k]
+    return best
 
 
 def in_order(similarities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

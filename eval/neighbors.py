@@ -10,19 +10,19 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import kept, newest_first
-from xcit_dino.eval.knn import Search, unit_rows
+from xcit_dino.eval.knn import Search, predict, unit_rows
 
 K, TEMPERATURE = 20, 0.07
 MOST_QUERIES = 2000  # validation images that are classified, spread evenly
-VOTE_ROWS = 256  # queries whose votes are counted at a time
 
 
 @dataclass(frozen=True)
@@ -51,36 +51,38 @@ class Neighbours:
 
 
 @contextmanager
-def cached(
-    run_folder: Path, split: str, index: ShardIndex, like: dict[str, Any] | None = None
+def load_cached(
+    context: Context, split: str, index: ShardIndex, like: dict[str, Any] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
-    """Class tokens [N, D] of the readable images of a split, their sample numbers [N], and what
-    they were computed from; no command removes them meanwhile.
+    """Class tokens [N, D] of all images of a split, the numbers [M] of the readable ones, and the
+    facts of the cache: the newest with the input settings of the context in its folder. No command
+    removes them meanwhile.
 
-    like: these facts of the other split have to be the same (weights, geometry ...).
+    like: further facts that have to be the same (``weights``, ``network`` ...).
 
     Raises:
-        InputError: ``knn`` has left none, or they are of other shards or weights.
+        InputError: ``knn`` has left none, or only ones with other facts; it names one difference.
     """
-    found = False
-    for folder in newest_first(run_folder / "features", f"pretrained-{split}-*"):
-        with kept(folder) as there:
-            facts = json.loads((folder / "meta.json").read_text()) if there else {}
-            found = found or there
-            same = like is None or {**facts, "index": ""} == {**like, "index": ""}
-            if there and facts["index"] == index.checksum and same:
-                seen = np.flatnonzero(np.load(folder / "seen.npy"))
-                yield np.load(folder / "cls.npy", mmap_mode="c"), seen, facts
+    wanted = context.protocol | (like or {}) | {"index": index.checksum}
+    found = ""
+    for folder in newest_first(context.output_dir / "features", f"pretrained-{split}-*"):
+        with kept(folder) as exists:
+            facts = json.loads((folder / "meta.json").read_text()) if exists else {}
+            differing = [name for name, value in wanted.items() if facts.get(name) != value]
+            if exists and not differing:
+                readable = np.flatnonzero(np.load(folder / "seen.npy"))
+                yield np.load(folder / "cls.npy", mmap_mode="c"), readable, facts
                 return
-    what = (
-        "those kept are of other shards or weights"
-        if found
-        else "none are kept; xcit-dino knn makes them (embed, where there are no labels)"
+            if exists and not found:
+                name = differing[0]
+                found = f"those kept are of {name} {facts.get(name)}, not {wanted[name]}"
+    raise InputError(
+        f"features of the {split} images: {found or 'none are kept'}; xcit-dino knn makes them "
+        "(embed, where there are no labels)"
     )
-    raise InputError(f"features of the {split} images: {what}")
 
 
-def classify(run_folder: Path, train: ShardIndex, val: ShardIndex) -> Neighbours:
+def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbours:
     """Neighbours and k-NN classes (k = 20, fewer where the bank is smaller) of a part of the
     validation images.
 
@@ -89,16 +91,18 @@ def classify(run_folder: Path, train: ShardIndex, val: ShardIndex) -> Neighbours
     """
     if min(train.labels.min(), val.labels.min()) < 0:
         raise InputError("images without labels")
-    with cached(run_folder, "val", val) as (table, val_samples, facts):
+    with load_cached(context, "val", val) as (table, val_samples, facts):
         chosen = val_samples[spread(len(val_samples), MOST_QUERIES)]
         features = unit_rows(table[chosen])
-    with cached(run_folder, "train", train, like=facts) as (bank, bank_samples, _):
+    with load_cached(context, "train", train, like=facts) as (bank, bank_samples, _):
         bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]
         similarities, rows = Search(bank)(features, min(K, len(bank)))
     neighbours = bank_samples[rows]
     neighbour_labels = train.labels[neighbours].astype(np.int64)
     classes = int(max(train.labels.max(), val.labels.max())) + 1
-    predicted = winners(similarities, neighbour_labels, classes)
+    predicted = predict(
+        torch.from_numpy(similarities), torch.from_numpy(neighbour_labels), TEMPERATURE, classes
+    ).numpy()
     labels = val.labels[chosen].astype(np.int64)
     return Neighbours(
         chosen, features, labels, predicted, similarities, neighbours, neighbour_labels
@@ -128,18 +132,6 @@ def nearest_others(
 def spread(count: int, most: int) -> np.ndarray:
     """int64: at most ``most`` of the numbers 0 to count - 1, evenly."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
-
-
-def winners(similarities: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [Q]: the class with the most votes exp(cosine / T); of equal ones the lowest."""
-    found = np.empty(len(labels), np.int64)
-    for start in range(0, len(labels), VOTE_ROWS):
-        part = slice(start, start + VOTE_ROWS)
-        votes = np.exp((similarities[part] - similarities[part, :1]).astype(float) / TEMPERATURE)
-        table = np.zeros((len(votes), num_classes))
-        np.add.at(table, (np.arange(len(votes))[:, None], labels[part]), votes)
-        found[part] = table.argmax(1)
-    return found
 
 
 def examples(found: Neighbours, right: int, wrong: int) -> list[int]:

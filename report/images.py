@@ -57,7 +57,7 @@ class Images:
         """
         if self.train.labels.max() < 0:
             raise InputError("the images have no labels")
-        return neighbors.classify(self.run.folder, self.train, self.val)
+        return neighbors.classify(self.context, self.train, self.val)
 
     @cached_property
     def context(self) -> Context:

@@ -52,7 +52,7 @@ def nearest(images: Images) -> dict[str, Any]:
 
 def nearest_unlabeled(images: Images) -> dict[str, Any]:
     """Training images with the most similar other training images."""
-    with neighbors.cached(images.run.folder, "train", images.train) as (features, samples, _):
+    with neighbors.load_cached(images.context, "train", images.train) as (features, samples, _):
         features = features if len(samples) == len(features) else features[samples]
         rows = neighbors.spread(len(samples), RIGHT + WRONG)
         others, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBORS)

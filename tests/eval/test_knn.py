@@ -14,7 +14,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import knn
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.features import Features
-from xcit_dino.eval.knn import Search, fitting_ks, knn_hits, vote_ranks
+from xcit_dino.eval.knn import Search, fitting_ks, knn_hits, predict, vote_ranks
 from xcit_dino.report.compare import baseline
 from xcit_dino.train.distributed.dist import World
 from xcit_dino.train.run.reader import read_run
@@ -65,6 +65,21 @@ def test_a_bank_in_parts_gives_the_same_neighbours(kind, monkeypatch):
             parts = Search(bank.numpy())(queries.numpy(), k)
         np.testing.assert_allclose(parts[0], similarities, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(parts[1], rows)
+
+
+def test_predicted_classes_have_the_most_votes():
+    generator = np.random.default_rng(0)
+    similarities = -np.sort(-generator.uniform(-1, 1, (40, 7)).astype(np.float32), 1)
+    labels = generator.integers(0, 4, (40, 7))
+    found = predict(torch.from_numpy(similarities), torch.from_numpy(labels), 0.07, 4)
+    for row, label in enumerate(found.tolist()):
+        votes = [0.0] * 4
+        for s, neighbor in zip(similarities[row].tolist(), labels[row].tolist(), strict=True):
+            votes[neighbor] += float(np.exp(s / 0.07))
+        assert votes[label] == pytest.approx(max(votes))
+    equal = torch.zeros(1, 4), torch.tensor([[3, 1, 2, 1]]), torch.tensor([[2, 3, 3, 2]])
+    assert predict(equal[0], equal[1], 0.07, 4).tolist() == [1]
+    assert predict(equal[0], equal[2], 0.07, 4).tolist() == [2]  # as many votes as 3
 
 
 def test_equals_the_official_loop():

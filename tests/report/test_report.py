@@ -22,6 +22,7 @@ from xcit_dino.eval.config import KnnConfig, ReportConfig
 from xcit_dino.files import write_atomic
 from xcit_dino.provenance import record_result
 from xcit_dino.report import report
+from xcit_dino.report.images import Images
 from xcit_dino.report.page import SCRIPT, TEMPLATES, render
 from xcit_dino.report.provenance import nearest_recipe
 from xcit_dino.report.published import differences_from_published, published
@@ -288,19 +289,23 @@ def test_pictures_of_a_real_run(run_folder):
     assert "not readable" not in page.text
     for part in ("global 2", "local 8", "Class found", "classified as", "principal component"):
         assert part in page.text, part
-    found = neighbors.classify(run_folder.path, *indexes(run_folder))
+    found = Images(read_run(run_folder.path)).found
     top1 = json.loads((run_folder.path / "results.json").read_text())["knn"]["metrics"]["top1_k20"]
-    assert 100 * found.right.mean() == pytest.approx(top1)  # the gallery classifies as knn does
+    assert 100 * found.right.mean() == pytest.approx(top1)  # as knn classifies
     assert page.count("figure", "tile right") + page.count("figure", "tile wrong") == sum(
         8 for _ in neighbors.examples(found, 6, 6)
     )
     assert text.count("data:image/") == page.count("img")
 
 
-def indexes(run_folder):
-    from xcit_dino.data.shards.index import ShardIndex
-
-    return (ShardIndex.load(run_folder.data / split) for split in ("train", "val"))
+@pytest.mark.parametrize("option", [{"crop_size": 24}, {"mean": (0.5, 0.5, 0.5)}])
+def test_features_of_other_input_settings_are_not_taken(run_folder, option):
+    knn.run(KnnConfig(target=run_folder.target(**option), nb_knn=(5,)))
+    images = Images(read_run(run_folder.path))
+    with pytest.raises(InputError, match=r"those kept are of (resize 24, not 32|mean \[0.5)"):
+        assert images.found
+    knn.run(KnnConfig(target=run_folder.target(), nb_knn=(5,)))  # the remedy
+    assert len(images.found.labels) == 48
 
 
 def test_missing_shards_are_listed(run_folder):
@@ -314,7 +319,6 @@ def test_missing_shards_are_listed(run_folder):
 
 
 def test_thousands_of_classes_get_a_table():
-    from xcit_dino.report.images import Images
     from xcit_dino.report.neighbors import confusions
     from xcit_dino.train.run.reader import Run
 
@@ -330,17 +334,6 @@ def test_thousands_of_classes_get_a_table():
     page = Page(str(render("confusions", data=confusions(images))))
     assert "class 500" in page.text and page.count("svg") == 0
     assert page.count("tr") < 250
-
-
-def test_winners_by_votes_against_plain_loops():
-    generator = np.random.default_rng(0)
-    similarities = -np.sort(-generator.uniform(-1, 1, (40, 7)).astype(np.float32), 1)
-    labels = generator.integers(0, 4, (40, 7))
-    for row, found in enumerate(neighbors.winners(similarities, labels, 4)):
-        votes = [0.0] * 4
-        for s, label in zip(similarities[row].tolist(), labels[row].tolist(), strict=True):
-            votes[label] += math.exp(s / 0.07)
-        assert votes[found] == pytest.approx(max(votes))
 
 
 def test_principal_plane_against_torch():
