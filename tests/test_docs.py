@@ -93,6 +93,29 @@ def test_files_that_are_named_exist(page):
         assert generated or (ROOT / name).is_file(), f"{name_of(page)}: {name}"
 
 
+def test_functions_that_are_named_exist():
+    """``file.py:Class.name`` of docs/architecture.md, in the path of an image and elsewhere."""
+    text = TREE_PAGE.read_text()
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    steps = re.findall(r"^\d+\. `([\w/]+\.py):([\w.]+)`", text, re.MULTILINE)
+    assert 1 < len(steps) <= 10 and len(named) > len(steps)
+    for file, name in named:
+        nodes = ast.parse((ROOT / file).read_text()).body
+        for word in name.split("."):
+            found = [node for node in nodes if word in names_of(node)]
+            assert found, f"{file} has no {name}"
+            nodes = getattr(found[0], "body", [])
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement defines."""
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    return [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
+
+
 def test_tests_that_are_named_exist():
     """Each `tests/test_x.py -k words` of docs/reliability.md selects something."""
     named = re.findall(
