@@ -257,8 +257,8 @@ ON_CPU = ["--num_workers", "0", "--device", "cpu"]
 
 
 def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
-    """README's block on own images as it stands, on few small images; what would take a cluster is tried
-    with --dry_run, and then done with a tiny network in this process."""
+    """README's block on own images as it stands, on few small images; what would take a cluster is
+    tried with --dry_run, and then done with a tiny network in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)

@@ -1,7 +1,7 @@
 """Read a MATLAB 5 ``.mat`` file: as much of the format as ILSVRC's and Flowers102's labels use.
 
 Format: MathWorks, "MAT-File Format", level 5. Numbers, text, cells and structs; nothing in such a
-file can run. SciPy would be a large dependency for two files.
+file can run. Damaged files made SciPy's reader crash the interpreter.
 """
 
 from __future__ import annotations
