@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from xcit_dino.errors import InputError, within
+from xcit_dino.errors import InputError, needs, within
 from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD
 from xcit_dino.paths import Location
 
@@ -43,6 +43,11 @@ class CropsConfig:
         low, high = self.crops_ratio
         if not 0.01 <= low <= high <= 100:
             raise InputError("--crops_ratio must be two ratios, 0.01 <= from <= to <= 100")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        names = ("local_crops_size", "local_crops_scale")
+        return needs(self.local_crops_number, "with --local_crops_number 0", *names)
 
     @property
     def num_crops(self) -> int:
@@ -86,6 +91,15 @@ class AugmentConfig:
         if not 0 < low <= high <= 100:
             raise InputError("--blur_sigma must be two radii in pixels, 0 < from <= to <= 100")
 
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`; what is off twice is not meant."""
+        jitter, prob = any(self.color_jitter), self.color_jitter_prob
+        return {
+            **needs(prob or not jitter, "with --color_jitter_prob 0", "color_jitter"),
+            **needs(jitter or not prob, "with --color_jitter 0 0 0 0", "color_jitter_prob"),
+            **needs(any(self.blur_prob), "with --blur_prob 0 0 0", "blur_sigma"),
+        }
+
 
 @dataclass(frozen=True)
 class LoaderConfig:
@@ -121,6 +135,20 @@ class LoaderConfig:
         within(self, 1, 1e9, "shuffle_window")
         within(self, 0, 1, "max_bad_fraction")
         within(self, 1e-9, 1e9, "cache_gb")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return {
+            **needs(self.num_workers, "with --num_workers 0", "prefetch_factor"),
+            **needs(self.cache_dir, "without --cache_dir", "cache_gb"),
+        }
+
+    def unused_cache(self, *others: str | None) -> dict[str, str]:
+        """The cache's options, where neither these shards nor those at ``others`` are remote."""
+        places = [place for place in (self.shard_url or self.data_path, *others) if place]
+        remote = any("://" in place or place.startswith("pipe:") for place in places)
+        why = "as the shards lie on a file system"
+        return needs(remote or not places, why, "cache_dir", "cache_gb")
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,9 @@ class CropLoader:
                 f"the global batch of {plan.batch_size} cannot be split evenly over {world_size} "
                 f"ranks x {accum} micro-batches; change --batch_size_per_gpu or the accumulation"
             )
-        if config.decoder == "cuda" and (
-            torch.device(device or "cpu").type != "cuda" or host_transform
-        ):
-            raise InputError(
-                "--decoder cuda needs CUDA, and serves pretraining only; use --decoder host"
-            )
+        assert config.decoder == "host" or host_transform is None, "it works on the host's pixels"
+        if config.decoder == "cuda" and torch.device(device or "cpu").type != "cuda":
+            raise InputError("--decoder cuda needs CUDA; use --decoder host")
         open_source(index, config)  # refuses options that conflict
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum

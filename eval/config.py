@@ -143,8 +143,11 @@ class LinearConfig:
         within(self, 1e-6, 0.5, "holdout")
         within(self, 1, 1e6, "epochs", "probe_batch_size")
         within(self, 0, 2**31, "seed")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
         cached = self.protocol == "cached"
-        needs(self, cached, "with --protocol dino: it is --batch_size_per_gpu", "probe_batch_size")
+        return needs(cached, "with --protocol dino: it is --batch_size_per_gpu", "probe_batch_size")
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,10 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         within(self, 0, 100, "examples")
         within(self, 0, 2**31, "seed")
-        needs(self, self.examples, "with --examples 0: nothing is shown", "seed")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return needs(self.examples, "with --examples 0: nothing is shown", "seed")
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,10 @@ class ReportConfig:
     pictures: bool = True
     """Show crops, attention, neighbours, confusions and a map of the features too; they need the
     shards, a checkpoint and the features that `knn` leaves."""
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return needs(not self.runs, "beside run folders", "output_dir")
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, needs
 from xcit_dino.train.config import options
 
 RESUMES = frozenset({"pretrain", "finetune", "distill"})  # these save themselves when told to stop
@@ -73,6 +73,10 @@ class LaunchConfig:
     """Seconds before the time limit at which SLURM tells the job to save itself."""
     dry_run: bool = False
     """Show the submission script, the resolved recipe and what follows from both; run nothing."""
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return needs(self.seeds, "without --seeds", "array_parallelism")
 
 
 @dataclass(frozen=True)

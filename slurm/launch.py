@@ -242,8 +242,14 @@ def unfinished(launch: Launch) -> list[Stage]:
 
 
 def differs(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two configs differ in more than what may change between two tries of a run."""
-    free = FREE - {"max_steps"}
+    """Whether two configs differ in more than what may change between two tries of a run.
+
+    Other data are another stage: a training that goes on compares their index itself, and one that
+    is not started cannot. Where the probe is the augmented one, the batch is its own.
+    """
+    free = FREE - {"max_steps", "data_path"}
+    if now.get("protocol") == "dino":
+        free -= {"batch_size_per_gpu"}
     return any(before.get(name) != value for name, value in now.items() if name not in free)
 
 
@@ -305,13 +311,23 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
     return code
 
 
+DATA = ("data_path", "knn_data_path")
+FILES = ("init_from", "pretrained_weights", "teacher_path", "head", "shard_url")
+
+
 def needs(launch: Launch) -> list[str]:
-    """Files that every node has to see: the index of the training data, where it is a file."""
+    """Files and folders that every node has to see: the index of each data set, weights, shards;
+    those on a file system, and not what stages make in the run folder."""
     from xcit_dino.data.shards.index import is_url, resolve_split
 
-    given = (dict(options(stage.config)).get("data_path") for stage in launch.stages)
-    folders = (str(path) for path in sorted({str(path) for path in given if path}))
-    return [f"{resolve_split(f, 'train')}/index.json" for f in folders if not is_url(f)]
+    def given(names: tuple[str, ...]) -> set[str]:
+        stages = (dict(options(stage.config)) for stage in launch.stages)
+        paths = {str(values[name]) for values in stages for name in names if values.get(name)}
+        return {path for path in paths if not is_url(path) and not path.startswith("pipe:")}
+
+    indexes = {f"{resolve_split(folder, 'train')}/index.json" for folder in given(DATA)}
+    files = {path.replace("{split}", "train") for path in given(FILES)}
+    return sorted(indexes | {path for path in files if not Path(path).is_relative_to(launch.run)})
 
 
 def told(launch: Launch, note: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
-from xcit_dino.errors import InputError, within
+from xcit_dino.errors import InputError, needs, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.paths import Location
 from xcit_dino.train.config import (
@@ -46,6 +46,10 @@ class HeadConfig:
         within(self, 2, 1e7, "out_dim")
         within(self, 1, 1e5, "head_nlayers", "head_hidden_dim", "head_bottleneck_dim")
         within(self, 0, 1e6, "freeze_last_layer")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return needs(self.head_nlayers > 1, "with --head_nlayers 1", "head_hidden_dim")
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "knn_every")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return needs(self.knn_every, "with --knn_every 0", "knn_data_path")
 
 
 @dataclass(frozen=True)
@@ -171,6 +179,10 @@ class PretrainConfig:
                     f"--{name} {size}: {self.model.arch} needs a multiple of its patch size "
                     f"{patch}, say {near}"
                 )
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return self.loader.unused_cache(self.online.knn_data_path)
 
     def remarks(self) -> list[str]:
         """What the options do together that one would not expect, a line each."""

@@ -42,6 +42,11 @@ class StartConfig:
     new_head: bool = False
     """Leave out the classifier that the weights have and start a new one, for other classes."""
 
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        there = self.pretrained_weights
+        return needs(there, "without --pretrained_weights", "checkpoint_key", "new_head")
+
 
 @dataclass(frozen=True)
 class RegularizationConfig:
@@ -101,6 +106,21 @@ class RegularizationConfig:
         low, high = self.train_scale
         if not 0 < low <= high <= 1:
             raise InputError("--train_scale must be two shares of the area, 0 < from <= to <= 1")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`; what is off twice is not meant."""
+        jitters = self.aa in ("", "none") or "3a" in self.aa or not self.color_jitter
+        either, both = self.mixup or self.cutmix, self.mixup and self.cutmix
+        prob = ["mixup_prob"] if self.mixup_prob else []
+        idle = [name for name in ("mixup", "cutmix") if getattr(self, name)]
+        idle += ["mixup_mode", "mixup_switch_prob"]
+        return {
+            **needs(jitters, f"with --aa {self.aa}", "color_jitter"),
+            **needs(self.reprob, "with --reprob 0", "remode", "recount"),
+            **needs(both, "unless both --mixup and --cutmix are on", "mixup_switch_prob"),
+            **needs(either, "with --mixup 0 --cutmix 0", "mixup_mode", *prob),
+            **needs(self.mixup_prob, "with --mixup_prob 0", *idle),
+        }
 
     @property
     def crops(self) -> CropsConfig:
@@ -184,6 +204,10 @@ class FinetuneConfig:
                     f"{patch}, say {near}"
                 )
 
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return self.loader.unused_cache()
+
     def remarks(self) -> list[str]:
         """What the options do together that one would not expect, a line each."""
         epochs, warmup = self.run.epochs, self.optim.warmup_epochs
@@ -219,8 +243,15 @@ class TeacherConfig:
         within(self, 0, 1, "distillation_alpha")
         within(self, 1e-3, 1e3, "distillation_tau")
         within(self, 0, 4096, "teacher_size")
-        soft = self.distillation_type != "hard"
-        needs(self, soft, "with --distillation_type hard", "distillation_tau")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        soft, share = self.distillation_type != "hard", self.distillation_alpha
+        names = ("teacher_size", "distillation_type", "distillation_tau")
+        return {
+            **needs(soft, "with --distillation_type hard", "distillation_tau"),
+            **needs(share, "with --distillation_alpha 0", *names),
+        }
 
 
 @dataclass(frozen=True)
@@ -228,6 +259,12 @@ class DistillConfig(FinetuneConfig):
     """Supervised training with a frozen teacher beside the labels."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        labels = self.teacher.distillation_alpha < 1
+        idle = needs(labels, "with --distillation_alpha 1", "smoothing")
+        return super().ineffective() | idle
 
 
 # -- command lines

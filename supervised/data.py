@@ -14,13 +14,15 @@ generator's state has to be saved.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -39,6 +41,21 @@ from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig
 from xcit_dino.train.distributed import dist
 
 HOST_STREAM, ERASE_STREAM, MIX_STREAM = 21, 22, 23
+SETS = {"tweights", "t3a", "t3aw"}  # of operations, that RandAugment can draw from
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
+    """timm's; 0 bits and below leave a black image, as they always did: Pillow 13 refuses them."""
+    if bits_to_keep > 0:
+        return auto_augment.posterize(image, bits_to_keep)
+    return Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP |= {
+    name: posterize
+    for name, operation in auto_augment.NAME_TO_OP.items()
+    if operation is auto_augment.posterize
+}
 
 
 @dataclass(frozen=True)
@@ -80,13 +97,14 @@ class HostAugment:
     """Flip and timm's automatic augmentation, or colour jitter, of a slot's crops, in the worker.
 
     Raises:
-        InputError: timm does not know the policy.
+        InputError: timm does not know the policy, or would ignore a part of it.
     """
 
     def __init__(self, config: RegularizationConfig, seed: int):
         self.hflip, self.seed = config.hflip, seed
         mean, std = config.normalization
         try:
+            refuse_ignored(config.aa)
             _, self.transform, _ = create_transform(  # pyright: ignore
                 config.input_size,
                 is_training=True,
@@ -97,6 +115,7 @@ class HostAugment:
                 mean=mean,
                 std=std,
             )
+            refuse_too_many(self.transform)
         except (AssertionError, KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"--aa {config.aa}: timm knows no such policy ({error or 'unknown'}); "
@@ -113,6 +132,23 @@ class HostAugment:
             if random.random() < self.hflip:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             np.copyto(pixels, np.asarray(self.transform(image)))
+
+
+def refuse_ignored(policy: str) -> None:
+    """Raise ValueError for a part of a policy that timm would pass over without a word."""
+    name, *parts = policy.split("-")
+    for part in parts:
+        known = re.fullmatch(r"[a-z]+\d.*", part) and not part.startswith("t")
+        if not known and not (name == "rand" and part in SETS):
+            raise ValueError(f"it would ignore {part!r}")
+
+
+def refuse_too_many(transform: Any) -> None:
+    """Raise ValueError where a policy draws more operations, each once, than it has."""
+    for step in transform.transforms:
+        if isinstance(step, auto_augment.RandAugment) and step.choice_weights is not None:
+            if step.num_layers > len(step.ops):
+                raise ValueError(f"n{step.num_layers}, of {len(step.ops)} operations")
 
 
 class DeviceAugment:

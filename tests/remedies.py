@@ -98,6 +98,23 @@ PARSED = [
         "pretrain --warmup_teacher_temp_epochs 1.5",
         "pretrain --warmup_teacher_temp_epochs 2",
     ),
+    case(
+        "--baselines: a random network has no classifier",
+        "evaluate --baselines true",
+        "evaluate",
+        "knn --baselines true",
+        "linear --baselines true",
+    ),
+    case(
+        "--{}: a rehearsal is one pretraining; leave the option out",
+        "launch rehearse --seeds 0 1",
+        "launch rehearse",
+    ),
+    case(
+        "has no effect {}; leave it out",
+        "pretrain --local_crops_number 0 --local_crops_size 48",
+        "pretrain --local_crops_number 0",
+    ),
     case("--nb_knn: give one or more", "knn --nb_knn", "knn --nb_knn 5"),
     case("--{}: give at least one", "linear --lrs", "linear --lrs 0.1"),
     case(
@@ -502,6 +519,18 @@ RUN = [
         f"{PRETRAIN} --data_path {{shards}} --decoder host",
     ),
     case(
+        "=--decoder cuda needs CUDA; use --decoder host",
+        f"linear {BARE} --data_path {{shards}} --epochs 1 --lrs 0.1 --layers cls --protocol dino "
+        "--decoder cuda --batch_size_per_gpu 48",
+        f"linear {BARE} --data_path {{shards}} --epochs 1 --lrs 0.1 --layers cls --protocol dino "
+        "--decoder host --batch_size_per_gpu 48",
+    ),
+    case(
+        "--cache_gb {} is too small: two windows of {} shards take {} GB; raise it",
+        f"{KNN} --data_path file://{{shards}} --cache_dir {{tmp}}/c --cache_gb 1e-6",
+        f"{KNN} --data_path file://{{shards}} --cache_dir {{tmp}}/c --cache_gb 0.01",
+    ),
+    case(
         "--compile on: this backbone has no blocks",
         f"{PRETRAIN} --data_path {{shards}} --arch timm/resnet18 --compile on "
         "--global_crops_size 32 --local_crops_size 32",
@@ -518,6 +547,11 @@ RUN = [
         "=--output_dir {}: {}",
         f"{PRETRAIN} --data_path {{shards}} --output_dir {{classes}}/run",
         f"{PRETRAIN} --data_path {{shards}}",
+    ),
+    case(
+        "--may_change {}: no such option{}",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}} --lr 0.1 --may_change lrs",
+        f"{PRETRAIN} --data_path {{shards}} --output_dir {{run}} --lr 0.1 --may_change lr",
     ),
     case(
         "the global batch is {} and was {}",
@@ -603,10 +637,10 @@ ELSEWHERE = {
     "no image can be read in place of an unreadable one": "damaged shards: test_loader.py",
     "and had {} when it was indexed (xcit-dino shards check": "truncated shards: test_storage.py",
     "--teacher_model {}: timm's weights could not be fetched": "needs the network",
+    "--data_path {}: not one image can be read": "needs a validation set of damaged images",
     "videos need PyAV": "needs PyAV to be missing: test_attention.py",
     "no alarms for collapse: --batch_size_per_gpu {}": "a warning of a run: test_sentinel.py",
     "--grad_checkpointing: this backbone does not have it": "no such backbone: test_compiler.py",
-    "--output_dir {}: cannot be written to": "a read-only folder: test_read_only.py",
     # layouts and lists, whose remedies tests/data/test_layouts.py follows
     **dict.fromkeys(
         [

@@ -7,7 +7,10 @@ from typing import Literal
 import pytest
 import tyro
 
+from xcit_dino import cli
 from xcit_dino.errors import InputError
+from xcit_dino.ssl.config import pretrain_config
+from xcit_dino.supervised.config import finetune_config
 from xcit_dino.train.config import (
     OptimConfig,
     RunConfig,
@@ -20,6 +23,7 @@ from xcit_dino.train.config import (
     read_yaml,
     replace,
 )
+from xcit_dino.train.run.folder import check_run, open_run
 
 
 @dataclass(frozen=True)
@@ -157,3 +161,74 @@ def test_a_value_of_the_wrong_kind_is_named(argv, message):
     with pytest.raises(InputError) as error:
         flags(*argv)
     assert str(error.value) == message
+
+
+# -- options that do nothing beside the others
+
+
+INEFFECTIVE = [
+    ("pretrain --local_crops_number 0", "--local_crops_size 48", "--local_crops_scale 0.1 0.2"),
+    ("pretrain --color_jitter_prob 0", "--color_jitter 0.1 0.1 0.1 0.1"),
+    ("pretrain --color_jitter 0 0 0 0", "--color_jitter_prob 0.5"),
+    ("pretrain --blur_prob 0 0 0", "--blur_sigma 1 2"),
+    ("pretrain --head_nlayers 1", "--head_hidden_dim 64"),
+    ("pretrain --warmup_epochs 0", "--warmup_lr 0.1"),
+    ("pretrain --watchdog_minutes 0", "--on_stall abort"),
+    ("pretrain --knn_every 0", "--knn_data_path a"),
+    ("pretrain --num_workers 0", "--prefetch_factor 3"),
+    ("pretrain --data_path a", "--cache_dir c", "--cache_gb 3"),
+    ("pretrain --data_path s3://a", "--cache_gb 3"),
+    ("distill --data_path a", "--cache_dir c"),
+    ("finetune", "--checkpoint_key student", "--new_head true", "--color_jitter 0.3"),
+    ("finetune --reprob 0", "--remode const", "--recount 2"),
+    ("finetune --mixup 0 --cutmix 0", "--mixup_mode elem", "--mixup_prob 0.3"),
+    ("finetune --cutmix 0", "--mixup_switch_prob 0.3"),
+    ("finetune --mixup_prob 0", "--mixup 0.3", "--cutmix 0.3", "--mixup_mode pair"),
+    ("distill", "--distillation_tau 3"),
+    ("distill --distillation_alpha 0", "--teacher_size 64", "--distillation_type soft"),
+    ("distill --distillation_alpha 1", "--smoothing 0.3"),
+    ("linear --protocol dino", "--probe_batch_size 8"),
+    ("embed --examples 0", "--seed 1"),
+    ("report runs/a", "--output_dir b"),
+    ("launch", "--array_parallelism 2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "option"), [(line, option) for line, *rest in INEFFECTIVE for option in rest]
+)
+def test_an_option_that_does_nothing_beside_the_others_is_refused(line, option):
+    """Also where the command line is that of a recipe, unless it gives the recipe's own value."""
+
+    def parsed(words):
+        name, rest = cli.find_command(words.split())
+        make = cli.load(cli.COMMANDS[name].config)
+        return make(rest, name) if not isinstance(make, type) else parse(make(), rest, name)
+
+    config, name = parsed(line), option.split()[0][2:]
+    with pytest.raises(InputError, match=f"--{name}: has no effect .*; leave it out"):
+        parsed(f"{line} {option}")
+    if line != "launch":
+        value = dict(options(config))[name]
+        if value is not None:
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            assert parsed(f"{line} --{name} {words}") == config
+
+
+def test_a_cache_serves_each_remote_data_set():
+    words = "--data_path a --knn_every 1 --knn_data_path s3://b --cache_dir c --cache_gb 3"
+    assert pretrain_config(words.split()).loader.cache_gb == 3
+
+
+def test_what_does_nothing_may_stand_in_a_recipe_and_may_change(tmp_path):
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text("reprob: 0\nremode: const\nmixup: 0\ncutmix: 0\nmixup_mode: elem\n")
+    words = ["--config", str(recipe), "--output_dir", str(run)]
+    before = finetune_config(words)
+    assert before.regularization.remode == "const"
+    open_run(before, before.run)
+    (run / "metrics.jsonl").write_text("{}\n")
+    now = replace(before, {"remode": "pixel", "mixup_mode": "batch"})
+    check_run(now, now.run)
+    with pytest.raises(InputError, match="remode const -> pixel"):
+        check_run(replace(now, {"reprob": 0.5}), now.run)

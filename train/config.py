@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import tyro
 import yaml
 
-from xcit_dino.errors import InputError, suggest, within
+from xcit_dino.errors import InputError, needs, suggest, within
 from xcit_dino.paths import LOCATION, expand
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -56,6 +56,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         within(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay", "weight_decay_end")
         within(self, 0, 1e6, "warmup_epochs", "clip_grad")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`ineffective`."""
+        return needs(self.warmup_epochs, "with --warmup_epochs 0", "warmup_lr")
 
     def remarks(self, epochs: int) -> list[str]:
         """What the schedules of ``epochs`` epochs do that one would not expect, a line each."""
@@ -111,6 +115,10 @@ class RunConfig:
         within(self, 0, 2**31, "seed")
         within(self, 0, 1e12, "checkpoint_minutes", "watchdog_minutes", "max_steps")
 
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`ineffective`."""
+        return needs(self.watchdog_minutes, "with --watchdog_minutes 0", "on_stall")
+
     def last_step(self, total_steps: int) -> int:
         """The optimiser step after which training stops, at the latest ``total_steps``."""
         return min(total_steps, self.max_steps or total_steps)
@@ -165,6 +173,15 @@ def replace(config: Config, values: dict[str, Any], source: str = "the override"
                     f"{source}: {field.name} must be {expected}, got {brief(given)}"
                 ) from None
     return dataclasses.replace(typing.cast(Any, config), **changed)
+
+
+def ineffective(config: Any) -> dict[str, str]:
+    """``{name: why}`` of the options that do nothing beside the others: what the methods of that
+    name say in a config and its sections. Recipes may hold such options; a command line may not."""
+    own = config.ineffective() if hasattr(config, "ineffective") else {}
+    sections = (getattr(config, field.name) for field in fields(config))
+    inner = (ineffective(section) for section in sections if is_dataclass(section))
+    return {name: why for found in (own, *inner) for name, why in found.items()}
 
 
 def absolute(config: Config) -> Config:
@@ -288,7 +305,8 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
             ``true|false``.
 
     Raises:
-        InputError: an unknown flag or a value of the wrong kind, in one line.
+        InputError: an unknown flag, a value of the wrong kind, or an option that changes nothing
+            beside the others, in one line.
         SystemExit: after ``--help``.
     """
     if "-h" in argv or "--help" in argv:
@@ -302,7 +320,11 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
                 raise InputError(f"{name.upper() if positional else f'--{name}'} is missing")
     except InputError as error:
         raise InputError(f"{error} (see {prog} --help)") from None
-    return replace(default, given)
+    config, before = replace(default, given), dict(options(default))
+    for name, why in ineffective(config).items():
+        if name in given and given[name] != before[name]:
+            raise InputError(f"--{name}: has no effect {why}; leave it out")
+    return config
 
 
 def _print_help(default: Any, prog: str, description: str) -> NoReturn:

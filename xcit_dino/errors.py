@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable
@@ -37,17 +36,10 @@ def within(config: Any, low: float, high: float, *names: str) -> None:
                 raise InputError(f"--{name} {number}: must be from {low:g} to {high:g}")
 
 
-def needs(config: Any, there: object, what: str, *names: str) -> None:
-    """Refuse options that were given (differ from their defaults) although what they bear on is not
-    ``there``: they would do nothing.
-
-    Raises:
-        InputError: names the option and says why; ``what`` is "without --resize" or the like.
-    """
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name in () if there else names:
-        if (value := getattr(config, name)) != defaults[name]:
-            raise InputError(f"--{name} {value}: has no effect {what}")
+def needs(there: object, why: str, *names: str) -> dict[str, str]:
+    """``{name: why}`` of options that do nothing unless something is ``there``; for the
+    ``ineffective`` of a config. ``why`` is "without --resize" or the like."""
+    return {} if there else dict.fromkeys(names, why)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

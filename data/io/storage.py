@@ -104,7 +104,7 @@ def _cache(index: ShardIndex, config: LoaderConfig, base: str) -> ShardCache:
     if capacity < min(needed, sum(sizes)):
         raise InputError(
             f"--cache_gb {config.cache_gb:g} is too small: two windows of {config.shuffle_window} "
-            f"shards take {needed / 1e9:.3g} GB; raise it or lower --shuffle_window"
+            f"shards take {needed / 1e9:.3g} GB; raise it (a training may lower --shuffle_window)"
         )
     chunks = partial(pipe_chunks, base[5:]) if base.startswith("pipe:") else Remote(base).chunks
     return ShardCache(

@@ -21,13 +21,14 @@ from functools import partial
 from pathlib import Path
 
 from xcit_dino.errors import InputError, RunError
+from xcit_dino.models.zoo import TIMM_PREFIX, model_spec
 from xcit_dino.slurm import attempts, scheduler, status
 from xcit_dino.slurm.config import CancelConfig, Launch
 from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
 from xcit_dino.slurm.stages import launch_config, read_defaults
 from xcit_dino.slurm.watch import read_state
-from xcit_dino.train.config import CONFIGS, pop_path
+from xcit_dino.train.config import CONFIGS, pop_option, pop_path, read_yaml
 
 RECIPE = CONFIGS / "rehearsal.yaml"
 STEPS_PER_EPOCH = 10
@@ -60,7 +61,16 @@ def rehearse_config(argv: Sequence[str], prog: str = "xcit-dino launch rehearse"
 def words(rehearsal: Rehearsal, name: str) -> list[str]:
     """The command line of one of the two runs."""
     paths = ["--config", RECIPE, "--data_path", rehearsal.folder / "shards"]
-    return [*map(str, paths), "--output_dir", str(rehearsal.folder / name), *rehearsal.argv]
+    given = [*crops(rehearsal.argv), *rehearsal.argv]
+    return [*map(str, paths), "--output_dir", str(rehearsal.folder / name), *given]
+
+
+def crops(argv: Sequence[str]) -> list[str]:
+    """Sizes of the crops in patches of the network, where those of the recipe do not suit it."""
+    arch = pop_option(argv, "arch")[0]
+    patch = model_spec(arch).patch_size if arch and not arch.startswith(TIMM_PREFIX) else 0
+    small = patch > read_yaml(RECIPE)["local_crops_size"]
+    return f"--global_crops_size {2 * patch} --local_crops_size {patch}".split() if small else []
 
 
 def resolve(rehearsal: Rehearsal, name: str) -> Launch:

@@ -36,6 +36,7 @@ from xcit_dino.slurm.stages import launch_config, split_words
 from xcit_dino.slurm.tools import monitor
 from xcit_dino.slurm.tools.monitor import WatchConfig
 from xcit_dino.slurm.tools.rehearse import rehearse_config
+from xcit_dino.slurm.tools.rehearse import resolve as rehearsal
 from xcit_dino.slurm.tools.rehearse import run as rehearse
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.config import option_types
@@ -220,6 +221,15 @@ def test_a_rehearsal_goes_where_runs_go(tmp_path: Path) -> None:
         rehearse_config(["--nods", "2"])
 
 
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_a_rehearsal_s_crops_suit_the_network(patch: int) -> None:
+    plan = rehearsal(rehearse_config(["--arch", f"xcit_nano_12_p{patch}"]), "straight")
+    crops = plan.stages[0].config.crops
+    assert (crops.local_crops_size, crops.global_crops_size) == (max(8, patch), max(16, 2 * patch))
+    own = rehearse_config(["--arch", "xcit_nano_12_p16", "--local_crops_size", "48"])
+    assert rehearsal(own, "straight").stages[0].config.crops.local_crops_size == 48
+
+
 def test_a_dry_rehearsal_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--output_dir", str(tmp_path / "r"), "--ngpus", "0", "--cluster", "slurm"]
     assert rehearse(rehearse_config([*words, "--dry_run"])) == 0
@@ -294,6 +304,38 @@ def test_nodes_are_asked_for_files_and_not_for_urls(shards: Path, monkeypatch) -
     plan = launch_config([*words, "--knn.data_path", "s3://bucket/shards"])
     assert launch.needs(plan) == [f"{shards}/train/index.json"]
     assert launch.needs(dataclasses.replace(plan, stages=plan.stages[1:])) == []
+
+
+def test_nodes_are_asked_for_all_that_lies_on_a_file_system(shards: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    words = [*ARCH, "--stages", "pretrain,evaluate,distill", "--output_dir", str(run)]
+    words += ["--data_path", str(shards), "--knn_data_path", str(shards / "train")]
+    words += ["--init_from", str(tmp_path / "a.pth"), "--distill.teacher_path", str(other)]
+    words += ["--shard_url", str(tmp_path / "{split}"), "--evaluate.head", str(run / "head.pth")]
+    assert launch.needs(launch_config(words)) == sorted(
+        [f"{shards}/train/index.json", str(tmp_path / "a.pth"), str(other), str(tmp_path / "train")]
+    )
+    piped = launch_config([*ARCH, "--data_path", str(shards), "--shard_url", "pipe:cat {shard}"])
+    assert launch.needs(piped) == [f"{shards}/train/index.json"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "knn", "linear"])
+def test_a_stage_on_other_data_is_not_done_already(stage: str, tmp_path: Path) -> None:
+    words = ["--stages", stage, f"--{stage}.output_dir", str(tmp_path)]
+
+    def dumped(*more: str) -> dict:
+        return launch.dump(launch_config([*words, *more]).stages[0].config)
+
+    before = dumped(f"--{stage}.data_path", "a")
+    assert not launch.differs(before, dumped(f"--{stage}.data_path", "a"))
+    assert not launch.differs(before, before | {"num_workers": 3, "batch_size_per_gpu": 3})
+    assert launch.differs(before, dumped(f"--{stage}.data_path", "b"))
+
+
+def test_the_augmented_probe_with_another_batch_is_another_one() -> None:
+    plan = launch_config(["--stages", "linear", "--linear.output_dir", "r"])
+    config = launch.dump(plan.stages[0].config) | {"protocol": "dino"}
+    assert launch.differs(config, config | {"batch_size_per_gpu": 3})
 
 
 def test_dry_run_names_more_neighbours_than_images(

@@ -21,7 +21,7 @@ from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
 from xcit_dino.models.zoo import create_model
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.supervised import loop
-from xcit_dino.supervised.config import FinetuneConfig, finetune_config
+from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig, finetune_config
 from xcit_dino.supervised.data import DeviceAugment, HostAugment
 from xcit_dino.supervised.finetune import finetune
 from xcit_dino.supervised.schedule import Schedule, parameter_groups
@@ -115,6 +115,32 @@ def test_without_augmentation_the_crop_stays_and_half_are_flipped(demo_shards):
     assert torch.equal(flipped, plain.flip(-1))
     share = np.mean([torch.equal(a, b) for a, b in zip(some, flipped, strict=True)])
     assert 0.3 < share < 0.7
+
+
+@pytest.mark.parametrize("aa", ["v0", "rand-m9-mstd0.5-inc1", "rand-m0", "rand-m20-mmax20-inc1"])
+def test_posterizing_to_no_bits_leaves_a_black_image(aa):
+    """As in every Pillow before 13, which refuses 0 bits; the default policy draws them too."""
+    transform = HostAugment(RegularizationConfig(aa=aa), 0).transform
+    image, found = Image.new("RGB", (8, 8), (200, 100, 50)), []
+    step = transform.transforms[0]
+    ops = getattr(step, "ops", None) or [op for pair in step.policy for op in pair]
+    for op in (op for op in ops if op.name.startswith("Posterize")):
+        op.prob = 1.0
+        found += [op(image).getpixel((0, 0)) for _ in range(200)]
+    assert (0, 0, 0) in found
+
+
+@pytest.mark.parametrize(
+    "aa", ["rand-x", "rand-m9-tfoo", "rand-mstdinf", "v0-x", "augmix-z", "rand-tweights-n30"]
+)
+def test_no_part_of_a_policy_is_ignored(aa):
+    with pytest.raises(InputError, match=f"--aa {aa}"):
+        HostAugment(RegularizationConfig(aa=aa), 0)
+
+
+@pytest.mark.parametrize("aa", ["3a", "original-mstd0.5", "rand-m9-n3-t3a", "augmix-m5-w4-d2"])
+def test_the_policies_of_timm_s_docs_are_taken(aa):
+    HostAugment(RegularizationConfig(aa=aa), 0)
 
 
 def test_the_policy_is_timms(demo_shards):

@@ -8,7 +8,15 @@ import yaml
 
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.files import check_writable, write_atomic
-from xcit_dino.train.config import RunConfig, absolute, dump_yaml, options, read_yaml, replace
+from xcit_dino.train.config import (
+    RunConfig,
+    absolute,
+    dump_yaml,
+    ineffective,
+    options,
+    read_yaml,
+    replace,
+)
 from xcit_dino.train.run.metrics import METRICS
 
 CONFIG_FILE = "config.yaml"
@@ -82,9 +90,10 @@ def open_run(config: Any, run: RunConfig) -> None:
 
 def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     """``name -> (before, now)`` of the options that bear on what is learnt and differ."""
+    free = FREE | (ineffective(before).keys() & ineffective(now).keys())
     pairs = zip(options(absolute(before)), options(absolute(now)), strict=True)
     return {
-        name: (old, value) for (name, old), (_, value) in pairs if old != value and name not in FREE
+        name: (old, value) for (name, old), (_, value) in pairs if old != value and name not in free
     }
 
 
