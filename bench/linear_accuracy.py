@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is
 from bench.linear import BATCH, BICUBIC, LRS, classifiers, loader, num_classes
 from xcit_dino.eval.config import EvalTargetConfig, LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.linear_augmented import crop_loader, flipped
+from xcit_dino.eval.linear_augmented import crop_loader, flip_half
 from xcit_dino.eval.linear_grid import Choice, Heads, cosine
 from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.progress import progress
@@ -64,7 +64,7 @@ def their_crops(context: Context, interpolation: transforms.InterpolationMode) -
 def our_crops(context: Context, config: LinearConfig) -> Iterator[Images]:
     """Those of ``--protocol dino``, an epoch at a time."""
     crops = crop_loader(context.index("train"), context, config)
-    batches = ((context.normalize(flipped(b, config.seed)), b.labels) for (b,) in crops)
+    batches = ((context.normalize(flip_half(b, config.seed)), b.labels) for (b,) in crops)
     while True:
         yield islice(batches, crops.plan.steps_per_epoch)
 

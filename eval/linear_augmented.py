@@ -25,6 +25,7 @@ from torch import Tensor
 from xcit_dino.data.augment import sample_params
 from xcit_dino.data.config import AugmentConfig, CropsConfig
 from xcit_dino.data.loader import Batch, CropLoader
+from xcit_dino.data.packed import to_device
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
@@ -55,7 +56,6 @@ def train_augmented(
 
     facts: all that the heads depend on, so that an unfinished training of others is not taken up.
     """
-    device = context.device
     loader = crop_loader(train, context, config)
     plan = loader.plan
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
@@ -67,23 +67,17 @@ def train_augmented(
     steps = config.epochs * plan.steps_per_epoch
     with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():
         for (batch,) in islice(loader, steps - start):
-            everyone = gathered(
-                features_of(batch, network, context, config.seed)
-                | {"labels": batch.labels.to(device), "out": held_out[batch.sources].to(device)}
-            )
-            labels, out = everyone.pop("labels"), everyone.pop("out")
-            factor = cosine(batch.epoch / config.epochs)
-            final.step(everyone, labels, factor)
-            if len(kept := torch.nonzero(~out).squeeze(1)):
-                some = {name: block[kept] for name, block in everyone.items()}
-                selection.step(some, labels[kept], factor)
+            labels = to_device(batch.labels, context.device)
+            blocks = gather_rows(features_of(batch, network, context, config.seed))
+            rows = gather_rows({"labels": labels, "held_out": held_out[batch.sources]})
+            step_grids(selection, final, blocks, rows, cosine(batch.epoch / config.epochs))
             bar.advance()
             if context.world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
                 saved.save(changing, batch.epoch + 1)
 
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
-        scores = selection.judge(judged(network, train, context, rows))
+        scores = selection.judge(held_out_batches(network, train, context, rows))
     chosen = best(scores)
     return Probe(choices, scores, chosen, *final.head(chosen))
 
@@ -133,8 +127,23 @@ def two_grids(
 def features_of(batch: Batch, network: Network, context: Context, seed: int) -> Blocks:
     """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
     with autocast(context.device, resolve_precision(context.precision, context.device)):
-        blocks = blocks_of(network.model, context.normalize(flipped(batch, seed)))
+        blocks = blocks_of(network.model, context.normalize(flip_half(batch, seed)))
     return {name: block.float() for name, block in blocks.items()}
+
+
+def step_grids(selection: Heads, final: Heads, blocks: Blocks, rows: Blocks, factor: float) -> None:
+    """One step of both grids, for which the host does not wait for the GPU.
+
+    blocks: (B, d) on the device; rows: ``labels`` int64 (B,) there, ``held_out`` bool (B,) on the
+    host, so that the number of rows without the held-out ones is known there.
+    """
+    labels = rows["labels"]
+    final.step(blocks, labels, factor)
+    kept = torch.from_numpy(np.flatnonzero(~rows["held_out"].numpy()))
+    if len(kept):
+        kept = to_device(kept, labels.device)
+        others = {name: block[kept] for name, block in blocks.items()}
+        selection.step(others, labels[kept], factor)
 
 
 def state_file(config: LinearConfig, network: Network, facts: dict[str, Any]) -> Path:
@@ -182,15 +191,15 @@ class Saved:
         write_atomic(self.path, content.getvalue())
 
 
-def flipped(batch: Batch, seed: int) -> Tensor:
+def flip_half(batch: Batch, seed: int) -> Tensor:
     """The batch's only crop of each image, uint8 (B, 3, H, W), half of them left-right mirrored."""
     params = sample_params(AugmentConfig(), seed, batch.epoch, batch.samples, range(1), 1)
     crops = batch.global_crops[0]
-    flip = torch.from_numpy(params.flip).to(crops.device)
+    flip = to_device(torch.from_numpy(params.flip), crops.device)
     return torch.where(flip[:, None, None, None], crops.flip(-1), crops)
 
 
-def judged(
+def held_out_batches(
     network: Network, train: ShardIndex, context: Context, rows: np.ndarray
 ) -> Iterator[tuple[Blocks, Tensor]]:
     """Centre-crop features and labels of the held-out images, a batch at a time."""
@@ -200,8 +209,9 @@ def judged(
         yield blocks, labels
 
 
-def gathered(tensors: Blocks) -> dict[str, Tensor]:
-    """Every rank's rows, in rank order, so that all ranks take the same step of the same heads."""
+def gather_rows(tensors: Blocks) -> Blocks:
+    """Every rank's rows, in rank order, so that all ranks take the same step of the same heads.
+    Rows on the host are exchanged by gloo, beside the GPU's work."""
     if dist.world_size() == 1:
         return tensors
     result = {}

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from tests.nowait import NeverWaits
 from xcit_dino.errors import InputError
 from xcit_dino.eval import linear, linear_augmented
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.linear import accuracy, top_hits, train_cached
+from xcit_dino.eval.linear_augmented import step_grids
 from xcit_dino.eval.linear_grid import Choice, Heads, best, cosine, grid, hold_out
 from xcit_dino.eval.target import Network
 from xcit_dino.provenance import digest
@@ -178,6 +180,23 @@ def test_run_dino(run_folder):
     results = json.loads((run_folder.path / "results.json").read_text())
     assert results["linear-dino"]["protocol"]["augmentation"] == "RandomResizedCrop + flip"
     assert results["linear-dino"]["protocol"]["batch"] == 32
+
+
+def test_a_step_of_the_augmented_grids_never_waits_for_the_device():
+    choices = grid(("cls",), (0.1, 1.0), (0.0, 0.1))
+    selection, final = (Heads(choices, {"cls": 8}, 3, 6, 0, CPU) for _ in range(2))
+    blocks, labels = {"cls": torch.randn(6, 8)}, torch.arange(6) % 3
+    out = torch.tensor([True, False, False, True, False, False])
+    before = [tensor.clone() for tensor in selection.state()]
+    with NeverWaits(numbers=True):
+        rows = {"labels": labels, "held_out": torch.ones(6, dtype=torch.bool)}
+        step_grids(selection, final, blocks, rows, 1)
+    assert all(map(torch.equal, selection.state(), before)), "nothing was left to learn from"
+    with NeverWaits(numbers=True):
+        step_grids(selection, final, blocks, {"labels": labels, "held_out": out}, 1)
+    expected = Heads(choices, {"cls": 8}, 3, 6, 0, CPU)
+    expected.step({"cls": blocks["cls"][~out]}, labels[~out], 1)
+    assert all(map(torch.equal, selection.state(), expected.state()))
 
 
 def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run_folder):
