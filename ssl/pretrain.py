@@ -172,6 +172,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     if config.loader.data_path is None:
         raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
     index = ShardIndex.load(resolve_split(config.loader.data_path, "train"))
+    dist.refuse_other_data(index.checksum, config.loader.data_path)
     global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
     plan = Plan.of(index, config.loader, seed=run.seed, batch_size=global_batch)
     schedule = Schedule(config, plan.steps_per_epoch, global_batch)

@@ -77,6 +77,7 @@ def open_data(config: FinetuneConfig) -> LabelledData:
     if path is None:
         raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
     train, val = (ShardIndex.load(resolve_split(path, split)) for split in ("train", "val"))
+    dist.refuse_other_data(train.checksum + val.checksum, path)
     return LabelledData(train, val, num_classes_of(train, val))
 
 

@@ -629,6 +629,7 @@ ELSEWHERE = {
     "--{} {}: {} does not take images of that size": "networks of timm for one size: test_zoo.py",
     # need several processes, GPUs or a fault
     "whose statistics cannot be shared among processes": "needs several ranks: test_syncbn.py",
+    "found other shards there than rank 0": "needs several ranks: test_run.py",
     "cannot be split evenly over": "needs several ranks: test_loader.py",
     "process {} of this node has no GPU of its own": "needs GPUs",
     "is in use by {}; wait for it": "needs a second process: test_lock.py",

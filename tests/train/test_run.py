@@ -4,8 +4,10 @@ nothing."""
 from __future__ import annotations
 
 import shutil
+import socket
 
 import pytest
+import torch
 
 from tests.trainings import CONFIGS, config, files, train
 from tests.victims import at_step, ended, final_bits, finish, pause, said, same, start, wait_for
@@ -13,6 +15,7 @@ from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError
 from xcit_dino.train.config import options
+from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import FREE, open_run
 from xcit_dino.train.state import Checkpoints, load_checkpoint, newest_checkpoint
 
@@ -179,3 +182,29 @@ def test_resuming_and_stopping_are_said(name, shards, tmp_path, capsys):
     assert f"{label} stopped after step 3 of 10 (--max_steps 3)" in capsys.readouterr().err
     train(name, shards, tmp_path, max_steps=4)
     assert f"{label} goes on from step 3 of 10" in capsys.readouterr().err
+
+
+# -- several processes
+
+
+@ALL
+def test_other_shards_on_another_rank_are_refused(name, shards, tmp_path, monkeypatch):
+    """As if there were three ranks, of which the second sees other data."""
+    monkeypatch.setattr(dist, "on_all_ranks", lambda v: torch.stack([v, v.flip(0), v]))
+    with pytest.raises(InputError, match=f"--data_path {shards}: rank 1 found other shards"):
+        train(name, shards, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_with_other_shards_end_in_one_line_each(shards, other_shards, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = (shards, other_shards)
+    ranks = [
+        start(tmp_path / f"run{n}", place, rank=f"{n} of 2 at {port}", batch_size_per_gpu=2)
+        for n, place in enumerate(places)
+    ]
+    assert [ended(rank) for rank in ranks] == [2, 2]
+    for n in range(2):
+        assert "rank 1 found other shards there than rank 0" in said(tmp_path / f"run{n}")

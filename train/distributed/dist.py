@@ -168,6 +168,27 @@ def on_all_ranks(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(found)
 
 
+def refuse_other_data(checksum: str, place: object) -> None:
+    """Compare the checksum of the data with rank 0's; all ranks call it (one gather).
+
+    The samples are cut up among the ranks by their numbers: nothing else would notice that one node
+    sees other shards.
+
+    Args:
+        checksum: ASCII, equally long on all ranks.
+        place: where the data are, for the message.
+
+    Raises:
+        InputError: on every rank, naming those whose data are others.
+    """
+    rows = on_all_ranks(torch.frombuffer(bytearray(checksum, "ascii"), dtype=torch.uint8))
+    if others := [str(number) for number, row in enumerate(rows) if not row.equal(rows[0])]:
+        raise InputError(
+            f"--data_path {place}: rank {', '.join(others)} found other shards there than rank 0; "
+            "copy the same to all nodes, or take a folder that all see"
+        )
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place; every rank gets it."""
     if world_size() > 1:
