@@ -1,7 +1,7 @@
 """Encoded image -> uint8 crops: decode once, cut and resize every crop, nothing else.
 
-What depends on the pixels only through arithmetic (flip, colour, blur ...) is left to the device
-(augment.py). Every crop is resized straight into the memory from which it goes to the device, by
+Operations on pixel values (flip, colour, blur ...) run on the device (augment.py). Every crop is
+resized directly into the memory from which it is copied to the device, by
 torch's antialiased bicubic on uint8 (Pillow's filter to within one level).
 
 Large JPEGs are decoded at 1/2, 1/4 or 1/8 (inside the DCT, in effect a box reduction) when every
@@ -22,7 +22,7 @@ from xcit_dino.data.decode import Header, Pixels, Scratch, decode
 from xcit_dino.data.rng import random_uniforms
 
 KEEP = 1.5  # a reduced JPEG keeps this many pixels a side for each pixel of every crop
-TRIES = 10  # torchvision's RandomResizedCrop.get_params
+ATTEMPTS = 10  # torchvision's RandomResizedCrop.get_params
 BOX_STREAM = 11
 RESIZES = {
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,  # pyright: ignore[reportAttributeAccessIssue]
@@ -41,14 +41,14 @@ def crop_boxes(
 ) -> NDArray[np.int64]:
     """Boxes (top, left, height, width) of every crop: [B, num_crops, 4], globals first.
 
-    torchvision's RandomResizedCrop.get_params for all images and tries at once: area uniform,
-    log-ratio uniform, the first of ten tries that fits, else the largest central box.
+    torchvision's RandomResizedCrop.get_params for all images and attempts at once: area uniform,
+    log-ratio uniform, the first of ten attempts that fits, else the largest central box.
     """
     crops = np.arange(config.num_crops)
     is_global = crops < config.global_crops_number
     scale = np.where(is_global[:, None], config.global_crops_scale, config.local_crops_scale)
-    keys = (samples[:, None, None, None], crops[:, None, None], np.arange(TRIES)[:, None])
-    u = random_uniforms(seed, BOX_STREAM, epoch, *keys, np.arange(4))  # [B, V, TRIES, 4]
+    keys = (samples[:, None, None, None], crops[:, None, None], np.arange(ATTEMPTS)[:, None])
+    u = random_uniforms(seed, BOX_STREAM, epoch, *keys, np.arange(4))  # [B, V, ATTEMPTS, 4]
     H, W = heights[:, None, None], widths[:, None, None]
     area = H * W * (scale[:, :1] + u[..., 0] * (scale[:, 1:] - scale[:, :1]))
     low, high = np.log(config.crops_ratio)
@@ -58,7 +58,7 @@ def crop_boxes(
     fits = (0 < w) & (w <= W) & (0 < h) & (h <= H)
     top = np.floor(u[..., 2] * (H - h + 1)).astype(np.int64)
     left = np.floor(u[..., 3] * (W - w + 1)).astype(np.int64)
-    boxes = np.stack([top, left, h, w], -1)  # [B, V, TRIES, 4]
+    boxes = np.stack([top, left, h, w], -1)  # [B, V, ATTEMPTS, 4]
     first = fits.argmax(-1)[..., None, None]
     chosen = np.take_along_axis(boxes, first, 2)[:, :, 0]
     central = _central_boxes(heights, widths, config.crops_ratio)[:, None]
@@ -88,9 +88,9 @@ def cut_crops(
 
 
 class Cutter:
-    """Copies boxes of images into memory that is used again for every box.
+    """Copies boxes of images into one reused buffer.
 
-    The resize wants its input without gaps, and torch would allocate that copy each time.
+    The resize needs contiguous input, and torch would allocate that copy each time.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Cutter:
     def cut(self, pixels: Pixels, box: Sequence[int]) -> Tensor:
         """A box (top, left, height, width) of [H, W, 3] as [1, 3, height, width], channels last.
 
-        Use it before the next cut.
+        Valid until the next cut.
         """
         top, left, height, width = box
         size = height * width * 3

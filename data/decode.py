@@ -1,4 +1,4 @@
-"""Encoded image -> RGB pixels, whatever people have: the only place that parses image files.
+"""Encoded image -> RGB pixels, in all common formats: the only module that parses image files.
 
 - libjpeg-turbo through simplejpeg; whatever it refuses (CMYK, PNG, WebP, slightly damaged JPEGs)
   goes to Pillow, with formats that run other programs (EPS) shut out. Both give the same pixels
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
-FORMATS = (  # Pillow knows the last two once their modules are imported
+FORMATS = (  # Pillow registers the last two when their modules are imported
     "JPEG", "PNG", "GIF", "BMP", "PPM",
     str(TiffImagePlugin.TiffImageFile.format), str(WebPImagePlugin.WebPImageFile.format),
 )  # fmt: skip
@@ -50,13 +50,13 @@ class Deep(NamedTuple):
 
     images: int = 0
     bits: int = 0
-    """How many of the 16 bits the largest value of all uses."""
+    """Bits of the 16 that the largest value uses."""
 
     def __add__(self, other: Any) -> Deep:  # type: ignore[override]
         return Deep(self.images + other[0], max(self.bits, other[1]))
 
     def lines(self, packed_with: int | None = None) -> list[str]:
-        """What to say of them, a line or none."""
+        """A line on them, or none."""
         if packed_with is not None:
             known = f"{self.images:,} images of 16 bits stored as 8-bit PNG"
             return [known] if self.images else ["WARNING: --bits: no image has 16 bits"]
@@ -78,7 +78,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image before its pixels are decoded; size as it will be, upright."""
+    """An image's properties before its pixels are decoded; height and width once upright."""
 
     height: int
     width: int
@@ -110,7 +110,7 @@ def read_header(raw: bytes) -> Header:
 def decode(raw: bytes, header: Header, scratch: Scratch, reduce: int = 1) -> Pixels:
     """RGB pixels [H, W, 3]; sides divided by ``reduce`` (rounded up) where the decoder can.
 
-    The result may live in ``scratch``: use it before that is used again.
+    The result may be a view of ``scratch``, valid until its next use.
 
     Raises:
         BadImage: truncated or damaged.
@@ -127,9 +127,9 @@ def decode(raw: bytes, header: Header, scratch: Scratch, reduce: int = 1) -> Pix
 
 
 class Scratch:
-    """Memory used again for every image, so that the kernel need not clear pages each time."""
+    """Memory reused for every image, so that the kernel need not clear pages each time."""
 
-    LARGEST = 1 << 26  # do not hold on to more than 64 MiB
+    LARGEST = 1 << 26  # keep at most 64 MiB
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
@@ -175,7 +175,7 @@ def _pillow_header(raw: bytes) -> Header:
 
 
 def _jpeg_orientation(raw: bytes) -> int:
-    """Pillow is asked only where there is an EXIF segment: opening costs a tenth of decoding."""
+    """Pillow reads it only where there is an EXIF segment: opening costs a tenth of decoding."""
     at = 2
     while raw[at : at + 1] == b"\xff" and raw[at + 1 : at + 2] not in (b"\xda", b""):  # to the scan
         if raw[at + 4 : at + 10] == b"Exif\0\0":
@@ -197,7 +197,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _open(raw: bytes) -> Image.Image:
-    """Whatever a hostile file makes Pillow raise, it is one bad image."""
+    """Turn any error that a hostile file makes Pillow raise into BadImage."""
     if not raw:
         raise BadImage("empty file")
     try:
@@ -248,7 +248,7 @@ def rescaled(header: Header, bits: int, scratch: Scratch) -> bytes:
     assert image is not None
     if not image.mode.startswith("I"):
         raise BadImage(f"16 bits in colour: --bits {bits} rescales grey images only")
-    pixels = decode(b"", header, scratch)  # says what is wrong with it, and notes its bits
+    pixels = decode(b"", header, scratch)  # raises where it is damaged, and records its bits
     if (used := _used_bits(image, pixels)) > bits:
         raise BadImage(f"values of {used} bits, more than --bits {bits}")
     grey = Image.fromarray(_upper_bits(image, bits))
@@ -268,7 +268,7 @@ def _used_bits(image: Image.Image, pixels: Pixels) -> int:
 
 
 def _is_deep(raw: bytes, image: Image.Image) -> bool:
-    """16 bits a channel in PNG or TIFF; PGM and PPM say what their largest value means."""
+    """16 bits a channel in PNG or TIFF; PGM and PPM store their maximum value."""
     if image.format == "PNG":
         return raw[24:25] == b"\x10"
     bits = _tag(image, 258)
@@ -288,7 +288,7 @@ def _tag(image: Image.Image, number: int) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Pillow warns of what it can live with (odd tags, sizes that we check ourselves)."""
+    """Silence Pillow's warnings of harmless tags and of sizes that are checked here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -41,11 +41,11 @@ class EncodedWork(CropWork):
 
 
 class DeviceCropper:
-    """Turns the answers of :class:`EncodedWork` into crops on ``device``.
+    """Turns the results of :class:`EncodedWork` into crops on ``device``.
 
     Args:
-        host: does a micro-batch over again when the device refuses one of its images (torchvision
-            does not say which): it finds the damaged ones and replaces them.
+        host: repeats a micro-batch when the device fails on one of its images (torchvision does not
+            report which), and replaces the damaged ones.
         device: with CUDA; a CPU does the same, slowly.
     """
 
@@ -53,7 +53,7 @@ class DeviceCropper:
         self.host, self.device = host, device
 
     def __call__(self, done: Done) -> tuple[Done, Tensor, Tensor]:
-        """The answer, corrected, and its crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]."""
+        """The final result and its crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]."""
         try:
             return done, *self._crops(done)
         except torch.OutOfMemoryError:
@@ -73,8 +73,11 @@ class DeviceCropper:
         return torch.stack(global_crops, 1), torch.stack(local_crops, 1)
 
     def _decoded(self, images: list[bytes | Pixels]) -> list[Tensor]:
-        """[3, H, W] uint8 on the device, each."""
-        from torchvision.io import ImageReadMode, decode_jpeg  # two seconds that others save
+        """Decode into uint8 [3, H, W] each, on the device."""
+        from torchvision.io import (
+            ImageReadMode,
+            decode_jpeg,
+        )  # two seconds that other commands save
 
         encoded = [
             torch.frombuffer(bytearray(image), dtype=torch.uint8)

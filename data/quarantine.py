@@ -1,4 +1,4 @@
-"""The list of samples that cannot be read, and the point at which a run stops because of it.
+"""The list of unreadable samples, and the share of them that stops a run.
 
 Every rank appends to a file of its own in the run folder (``quarantine.jsonl``, and
 ``quarantine.rankN.jsonl`` beside it: appending from several nodes to one file loses lines on
@@ -37,12 +37,12 @@ class Quarantine:
         self.folder = folder
         self.limit = max(1, int(max_bad_fraction * num_samples)) if max_bad_fraction else 0
         self.max_bad_fraction = max_bad_fraction
-        self.bad: dict[int, str] = {}  # sample -> its line
+        self.bad: dict[int, str] = {}  # sample -> its JSON line
         self._own = f"quarantine.rank{rank}.jsonl" if rank else "quarantine.jsonl"
         self._read_to: dict[Path, int] = {}
 
     def add(self, sample: int, shard: str, key: str, reason: str) -> None:
-        """Write a bad sample down, once.
+        """Record a bad sample, once.
 
         Raises:
             InputError: there are too many; the message names the first of them.
@@ -56,7 +56,7 @@ class Quarantine:
             try:
                 with (self.folder / self._own).open("a") as file:
                     file.write(line + "\n")
-            except OSError as error:  # a full disk must not end a training
+            except OSError as error:  # a full disk must not end a run
                 warn(f"{self.folder / self._own}: {error.strerror}; not written: {line}")
         if len(self.bad) > self.limit:
             raise InputError(self._message())
@@ -67,13 +67,13 @@ class Quarantine:
             with path.open("rb") as file:
                 file.seek(self._read_to.get(path, 0))
                 text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]  # another process may be half-way through a line
+            whole = text[: text.rfind(b"\n") + 1]  # another process may be writing a line
             self._read_to[path] = self._read_to.get(path, 0) + len(whole)
             for line in whole.decode("utf-8", "replace").splitlines():
                 try:
                     self.bad.setdefault(int(json.loads(line)["sample"]), line)
                 except (ValueError, KeyError, TypeError):
-                    continue  # a line torn by a crash; its sample will be found bad again
+                    continue  # a line cut off by a crash; its sample will be recorded again
 
     def _message(self) -> str:
         first = "; ".join(

@@ -15,7 +15,7 @@ from xcit_dino.data.decode import BadImage
 from xcit_dino.errors import InputError
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
-USUAL_RATE = Fraction(25)  # where a file does not say
+USUAL_RATE = Fraction(25)  # where a file has none
 Pixels = NDArray[np.uint8]
 
 
@@ -77,7 +77,7 @@ class Writer:
 
 @contextmanager
 def writing(path: Path, rate: Fraction) -> Iterator[Writer]:
-    """A new video that gets its name when it is whole.
+    """Write a new video, renamed to ``path`` once it is complete.
 
     Raises:
         InputError: PyAV is not installed.

@@ -31,7 +31,7 @@ class ShardCache:
         folder: shared by all who read the same shards; other data sets may share it too.
         chunks: downloads a shard.
         names, sizes, sha256: of the shards, from the index.
-        source: what tells these shards from others of the same names (their URL).
+        source: their URL, which distinguishes shards of the same names.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class ShardCache:
         self.home = folder / hashlib.sha256(source.encode()).hexdigest()[:16]
 
     def open(self, shard: int) -> int:
-        """A file descriptor of the local copy, made if need be.
+        """A file descriptor of the local copy, downloaded if necessary.
 
         Raises:
-            Unreadable: it cannot be had.
+            Unreadable: the shard cannot be read.
         """
         while True:
             path = self.fetch(shard)
@@ -93,7 +93,7 @@ class ShardCache:
             raise Unreadable(f"{type(error).__name__} in the cache: {error.strerror}") from None
 
     def _make_room(self, part: int, size: int) -> None:
-        """Reserve ``size`` bytes for the file ``part``; the copies unused for longest make way."""
+        """Reserve ``size`` bytes for the file ``part``; removes the least recently used copies."""
         with locked(self.folder / ".lock"):
             kept = sorted(_copies(self.folder), key=lambda item: item[1].st_mtime)
             total = sum(status.st_size for _, status in kept)
@@ -107,7 +107,7 @@ class ShardCache:
 
 
 class ReadAhead:
-    """A thread that copies the running and the next window's shards before they are asked for.
+    """A thread that copies the running and the next window's shards before they are requested.
 
     Without a cache it does nothing. It starts with the first step reached, when the workers have
     been forked.
@@ -144,13 +144,13 @@ class ReadAhead:
                     return
                 try:
                     cache.fetch(int(shard))
-                except Unreadable:  # the worker that needs it will say so
+                except Unreadable:  # the worker that needs it reports it
                     continue
             epoch, window = (epoch, window + 1) if window + 1 < windows else (epoch + 1, 0)
 
 
 def _copies(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """Shards and parts of shards in the cache; what vanishes meanwhile does not count."""
+    """Shards and parts of shards in the cache; those removed meanwhile are skipped."""
     found = []
     for path in folder.rglob("*"):
         if path.name.startswith("."):

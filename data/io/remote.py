@@ -1,4 +1,4 @@
-"""Shards on servers, and what to do when these fail.
+"""Shards on servers, with retries.
 
 Requests that fail, stall or come back short are repeated with growing pauses; a copy goes on where
 it stopped; and a shard that failed every attempt is given up for a while, so that a lost shard
@@ -23,19 +23,19 @@ T = TypeVar("T")
 CHUNK = 1 << 23  # bytes a request when a whole shard is copied
 ATTEMPTS = 5
 PAUSE = 0.5  # seconds after the first failed attempt; doubled after each further one
-TIMEOUT = 60.0  # seconds in which a server must answer a request
-HOLD_OFF = 60.0  # seconds for which a shard that failed every attempt is given up
+TIMEOUT = 60.0  # seconds in which a server must respond to a request
+HOLD_OFF = 60.0  # seconds for which a shard that failed every attempt is not retried
 
 
 class Unreadable(Exception):
-    """The bytes cannot be had; the message is the reason."""
+    """The bytes cannot be read; the message is the reason."""
 
 
 class Remote:
     """Files below a URL, through fsspec.
 
     Raises:
-        InputError: fsspec does not know such URLs, or lacks a package for them.
+        InputError: fsspec does not support such URLs, or lacks a package for them.
     """
 
     def __init__(self, base: str) -> None:
@@ -55,10 +55,10 @@ class Remote:
         return fsspec.core.url_to_fs(self.base)
 
     def exists(self, name: str) -> bool:
-        """Asked by reading a byte: a server that fails is asked again, and is no answer.
+        """Tested by reading a byte; a request that fails is repeated.
 
         Raises:
-            Unreadable: no answer.
+            Unreadable: every attempt failed.
         """
 
         def request() -> bool:
@@ -135,7 +135,7 @@ def pipe_chunks(command: str, name: str, size: int, begin: int) -> Iterator[byte
 def persistent_chunks(
     chunks: Callable[[str, int, int], Iterator[bytes]], name: str, size: int
 ) -> Iterator[bytes]:
-    """A shard's bytes; after a failure it goes on where it stopped.
+    """A shard's bytes; after a failure it resumes where it stopped.
 
     Raises:
         Unreadable: ATTEMPTS failures without a byte between them.
@@ -157,7 +157,7 @@ def persistently(request: Callable[[], T]) -> T:
     """The request's result, tried up to ATTEMPTS times.
 
     Raises:
-        Unreadable: each attempt failed, or it makes no sense to try again.
+        Unreadable: each attempt failed, or a retry cannot help.
     """
     failures = 0
     while True:
@@ -170,7 +170,7 @@ def persistently(request: Callable[[], T]) -> T:
 
 
 def _pause_after(failures: int, error: Exception) -> int:
-    """Wait before the next attempt: random, so that not all workers come back at once."""
+    """Wait before the next attempt: random, so that workers do not retry at once."""
     if failures + 1 == ATTEMPTS:
         raise Unreadable(f"{ATTEMPTS} attempts failed, the last: {_words(error)}") from None
     time.sleep(PAUSE * 2**failures * random.SystemRandom().uniform(0.5, 1))

@@ -32,9 +32,9 @@ from xcit_dino.data.shards.index import ShardIndex, is_url, key_of, raw_key
 from xcit_dino.data.shards.tar import BLOCK
 from xcit_dino.errors import InputError
 
-JSON_BYTES = 4096  # before and behind an image: where the facts of it lie, header included
+JSON_BYTES = 4096  # before and behind an image: where its JSON lies, header included
 MAX_OPEN = 128  # files a process keeps open
-MAX_BYTES = 1 << 28  # no photograph is larger; an index that says so is damaged or hostile
+MAX_BYTES = 1 << 28  # no photograph is larger; such an index is damaged or hostile
 REQUESTS = 16  # of a worker under way at once: hides the latency of a distant store
 
 Place = tuple[int, int, int]
@@ -50,10 +50,10 @@ class Source(Protocol):
 
 
 def open_source(index: ShardIndex, config: LoaderConfig) -> LocalSource | RemoteSource:
-    """The source of an index's shards that the options ask for.
+    """The source of an index's shards, by the options.
 
     Raises:
-        InputError: options that do not go together.
+        InputError: options that conflict.
     """
     base = (shards_at(index, config.shard_url) or index.root).rstrip("/")
     pipe = base.startswith("pipe:")
@@ -76,7 +76,7 @@ def shards_at(index: ShardIndex, url: str | None) -> str | None:
     have to lie beside their index, as the names of both splits' shards are the same.
 
     Raises:
-        InputError: it does not say where those of val lie.
+        InputError: it does not cover those of val.
     """
     split = index.root.rstrip("/").rpartition("/")[2]
     if url is None or split not in ("train", "val"):
@@ -122,7 +122,7 @@ def read_key(source: Source, shard: int, offset: int) -> str:
 
 def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, str]:
     """A sample's key, and the file that it was packed from: the ``source`` in the ``.json`` beside
-    its image; "" for what the shard does not say."""
+    its image; "" for what the shard lacks."""
     shard, offset, size = index.locate(sample)
     start, behind = max(offset - BLOCK - JSON_BYTES, 0), offset + -(-size // BLOCK) * BLOCK
     end = min(behind + JSON_BYTES, int(index.shard_bytes[shard]))
@@ -139,7 +139,7 @@ def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, st
 
 
 def _facts_in(blocks: bytes, name: bytes) -> dict[str, Any]:
-    """What the JSON file of that name says, where a part of a tar holds it whole."""
+    """The JSON file of that name, if a part of a tar holds it whole."""
     for start in range(0, len(blocks), BLOCK):
         header = blocks[start : start + BLOCK]
         if header.startswith(name + b"\0"):
@@ -158,7 +158,7 @@ class LocalSource:
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read_many(self, places: Sequence[Place]) -> list[bytes | Unreadable]:
-        """Reads in the order of storage, which discs and their read-ahead like."""
+        """Reads in the order of storage, which suits disks and their read-ahead."""
         results: list[Any] = [None] * len(places)
         for number in sorted(range(len(places)), key=places.__getitem__):
             results[number] = outcome(self._read, places[number])
@@ -188,7 +188,7 @@ class LocalSource:
 
 
 class CachedSource(LocalSource):
-    """Remote shards by way of their local copies."""
+    """Remote shards through their local copies."""
 
     def __init__(self, cache: ShardCache, max_open: int) -> None:
         super().__init__((), max_open)

@@ -1,7 +1,7 @@
 """Images in archives: in a tar (of tars), a compressed tar or a zip.
 
 Archives are never unpacked: names inside them are only labels, so that none can climb out of a
-folder, and links and devices in them are left out. What is left out is counted, with the reason.
+folder, and links and devices in them are skipped. What is skipped is counted, with the reason.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NESTED_TAR_DEPTH = 2  # ILSVRC2012 is a tar of tars; deeper ones are not data se
 
 
 def list_archive(path: Path, work: Path | None, prefix: str = "") -> Listing:
-    """All images in a tar, compressed tar or zip; the kind is seen in the file, not in its name.
+    """All images in a tar, compressed tar or zip; recognized by content, not by name.
 
     Args:
         work: folder for the decompressed tar, so that all processes can read from any place.
@@ -118,7 +118,7 @@ def _scan_tar(
 
 
 def compressed_in(folder: Path) -> list[Path]:
-    """Tars below a folder that are compressed, whatever they are called."""
+    """Tars below a folder that are compressed, whatever their names."""
     paths = sorted(p for p in folder.rglob("*") if ARCHIVE.search(p.name) and p.is_file())
     return [path for path in paths if compressed(path)]
 
@@ -131,7 +131,7 @@ def decompression(folder: Path, path: Path) -> str:
     """The command that decompresses all tars below a folder that are like ``path``."""
     opener = _opener(path)
     tool, suffix = next((t, s) for o, t, s in TOOLS if o is opener)
-    if path.name.endswith(".tar"):  # compressed, but not called so: the tools go by the name
+    if path.name.endswith(".tar"):  # compressed without such a suffix, which the tools require
         script = f'{tool} -t < "$1" 2> /dev/null && mv "$1" "$1.{suffix}" && {tool} "$1.{suffix}"'
         return (
             f"find {shlex.quote(str(folder))} -name '*.tar' -exec sh -c {shlex.quote(script)} _ "
@@ -151,7 +151,7 @@ def _opener(path: Path) -> Any:
 
 
 def _is_tar(header: bytes) -> bool:
-    """False for gzip, zip and the like, whatever they are called."""
+    """False for gzip, zip and the like, whatever their names."""
     return not header.startswith((*COMPRESSED, b"PK\3\4", b"\x28\xb5\x2f\xfd"))
 
 
@@ -194,8 +194,8 @@ def _list_entry(
 
 
 def _zip_name(entry: zipfile.ZipInfo, listing: Listing) -> str:
-    """The name of an entry. Without the flag that says UTF-8 the specification means IBM's code
-    page 437, but macOS and many others write UTF-8 all the same."""
+    """The name of an entry. Without the UTF-8 flag the specification means IBM's code
+    page 437, but macOS and many others write UTF-8 nevertheless."""
     if entry.flag_bits & 0x800 or entry.filename.isascii():
         return entry.filename
     try:
@@ -206,7 +206,7 @@ def _zip_name(entry: zipfile.ZipInfo, listing: Listing) -> str:
 
 
 def _zip_start(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    """The first bytes of an entry; b"" where they cannot be had."""
+    """The first bytes of an entry; b"" where they cannot be read."""
     try:
         with archive.open(entry) as file:
             return file.read(16)

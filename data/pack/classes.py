@@ -30,7 +30,7 @@ class Part:
     """One an image; -1 in a set without labels."""
     classes: list[str] | None
     notes: list[str] = field(default_factory=list)
-    """What of this split was renamed or left out, a line each."""
+    """What was renamed or skipped in this split, a line each."""
 
 
 def check_names(named: dict[str, list[Image]], config: MakeConfig) -> None:
@@ -139,7 +139,7 @@ def numbered(
     classes: list[str] | None,
     listing: Listing,
 ) -> Part:
-    """Class names -> numbers. What has no label in a labelled set is left out, and listed."""
+    """Class names -> numbers. Images without a label in a labelled set are skipped, and listed."""
     if not any(image.label for image in images):
         return Part(list(images), [-1] * len(images), None)
     numbers = known if known is not None else {n: i for i, n in enumerate(classes or [])}

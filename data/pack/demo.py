@@ -2,8 +2,7 @@
 
 Twelve classes, each a shape with its texture (striped disk, banded square ...). Position, size,
 rotation, texture frequency and phase, colours, lighting, clutter and noise are drawn at random and
-say nothing of the class. Two properties make it a fair teacher of what self-supervised pretraining
-does:
+are independent of the class. Two properties make it a fair test of self-supervised pretraining:
 
 * pixels are of little use: a nearest neighbour in raw pixels is one of the same colours and place;
 * what two crops of an image share is the class. Colours change over the image as under coloured
@@ -267,7 +266,7 @@ def _figures(u: np.ndarray, labels: np.ndarray, size: int) -> tuple[Plane, Plane
 def _colours(corners: np.ndarray, size: int) -> np.ndarray:
     """A smooth colour field [n, size, size, 3] through colours [n, k, k, 3]: several lamps.
 
-    The lamps differ little: a field with much structure would tell images apart by itself, and
+    The lamps differ little: a field with much structure would identify images by itself, and
     that is what self-supervised training would then learn.
     """
     cells = corners.shape[1]

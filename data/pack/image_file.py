@@ -30,9 +30,9 @@ class Image(NamedTuple):
     crc: int = 0
     """Of the decompressed bytes, in a zip."""
     label: str | None = None
-    """Class, where the source itself says it (a list of path,label)."""
+    """Class, if the source stores it (a list of path,label)."""
     split: str | None = None
-    """Split, where a list says it."""
+    """Split, if a list stores it."""
 
 
 def read_image(image: Image) -> bytes:

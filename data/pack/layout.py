@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from xcit_dino.data.config import MakeConfig
@@ -26,10 +25,10 @@ from xcit_dino.data.pack.labels import (
 )
 from xcit_dino.data.pack.listing import Listing
 from xcit_dino.data.pack.lists import UNLABELLED
-from xcit_dino.data.pack.splits import NONE, Found, find_splits, folders, given_splits, unwrap
+from xcit_dino.data.pack.splits import NONE, Found, split_images, top_folders, unwrap
 from xcit_dino.errors import InputError
 
-FOLDER_LABELS, NO_LABELS = "folders", "none"  # what --labels may say instead of a file
+FOLDER_LABELS, NO_LABELS = "folders", "none"  # values of --labels other than a file
 MASKS = set("mask masks annotation annotations groundtruth ground_truth gt segmentation".split())
 
 
@@ -42,7 +41,7 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
     """
     if not listing.images:
         raise InputError(_nothing(listing, config.src))
-    found = _renamed(_splits(listing, config), config.split)
+    found = _renamed(split_images(listing, config), config.split)
     notes: dict[str, list[str]] = {
         split: [f"split: {found.spelled[split]}/ -> {split}"]
         if found.spelled.get(split, split) != split else []
@@ -77,7 +76,7 @@ def _noted(part: Part, notes: list[str]) -> Part:
 
 
 def _renamed(found: Found, split: str | None) -> Found:
-    """What ``--split`` makes of a source with one split, or none."""
+    """Name the one split of a source as ``--split`` does."""
     if split is None:
         return found
     old = next(iter(found.parts))
@@ -92,7 +91,7 @@ def _hint_at_labels(
     if config.labels is not None:
         return
     for split, part in named.items():
-        tops = _tops(part)
+        tops = top_folders(part)
         if len(tops) == 1 and all("/" in image.name for image in part):
             notes[split].append(
                 f"no labels: all images lie in one folder, {tops.pop()}/ (--labels folders: it is "
@@ -107,61 +106,6 @@ def _nothing(listing: Listing, src: str) -> str:
     if listing.bad:
         found = f"{len(listing.bad)} unusable ({listing.bad[0]['reason']}) {found}"
     return f"{src} holds no images{f' (only {found})' if found else ''}"
-
-
-# ---------------------------------------------------------------------------- splits
-
-
-def _splits(listing: Listing, config: MakeConfig) -> Found:
-    """Images by split, the split's folder taken off their names."""
-    if listing.is_list:
-        return _list_splits(listing, config)
-    images = unwrap(listing.images, splits=config.splits != NONE)
-    if config.splits == NONE:
-        return Found({"": images}, {}, [])
-    if config.splits:
-        if config.split is not None:
-            raise InputError(f"--split {config.split}: --splits says already what becomes of it")
-        found = given_splits(listing.images, config.splits, config.src)
-    else:
-        found = find_splits(images, config.src)
-    if config.split is not None and len(found.parts) > 1:
-        named = " and ".join(found.spelled.values())
-        raise InputError(
-            f"--split {config.split}: {config.src} holds {named}; choose one with --splits "
-            f"{config.split}={next(iter(found.spelled.values()))}, or give DST without its split"
-        )
-    return Found(_unwrapped(found), found.spelled, found.notes)
-
-
-def _list_splits(listing: Listing, config: MakeConfig) -> Found:
-    if config.splits:
-        raise InputError(f"--splits: {config.src} is a list, whose rows say the split themselves")
-    parts: dict[str, list[Image]] = {}
-    for image in listing.images:
-        parts.setdefault(image.split or "", []).append(image)
-    if len(parts) > 1 and config.split is not None:
-        raise InputError(f"--split {config.split}: the rows of {config.src} say the split")
-    if len(parts) > 1 and "" in parts:
-        raise InputError(f"{config.src}: {parts[''][0].name} has no split, though other rows have")
-    if "test" in parts and "val" in parts:
-        left = len(parts.pop("test"))
-        listing.notes.append(f"skipped: {left:,} rows of the split test, because there is a val")
-    return Found(parts, {}, [])
-
-
-def _unwrapped(found: Found) -> dict[str, list[Image]]:
-    """Take wrapping folders off each split; a folder that is a class in another one stays."""
-    parts = found.parts if not found.spelled else {
-        split: unwrap(part, splits=False) if len(_tops(unwrap(part, splits=False))) > 1 else part
-        for split, part in found.parts.items()
-    }  # fmt: skip
-    classes = set[str]().union(*(tops for p in parts.values() if len(tops := _tops(p)) > 1))
-    return {split: unwrap(part, classes, splits=False) for split, part in parts.items()}
-
-
-def _tops(images: Sequence[Image]) -> set[str]:
-    return {above[0] for image in images if (above := folders(image))}
 
 
 # ---------------------------------------------------------------------------- labels
@@ -182,7 +126,7 @@ def _named(
         raise InputError("--label_column: there is no list of labels; give one with --labels")
     if how == NO_LABELS:
         return parts, False
-    tops = {split: _tops(part) for split, part in parts.items()}
+    tops = {split: top_folders(part) for split, part in parts.items()}
     classes = set[str]().union(*(names for names in tops.values() if len(names) > 1))
     in_folders = {
         split: len(names) > 1 or bool(names & classes) or (how == FOLDER_LABELS and bool(names))

@@ -1,4 +1,4 @@
-"""What was found in a source of images: the images, and all that was left out, with the reason."""
+"""Images of a source, and what was skipped in it, with the reasons."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Listing:
 
     images: list[Image] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many files were left out as no images, by reason."""
+    """Files skipped as no images, by reason."""
     is_list: bool = False
     """The source is a list of path,label: folders in the names mean nothing."""
     bad: list[dict[str, Any]] = field(default_factory=list)
     """``{"source", "reason"}`` of what could not be used and should be looked at."""
     notes: list[str] = field(default_factory=list)
-    """What was taken for something, renamed or left out, a line each."""
+    """What was interpreted, renamed or skipped, a line each."""
     tables: list[str] = field(default_factory=list)
     """Lists beside the images, which may hold their labels."""
     by_content: int = 0
-    """Images whose names do not say so."""
+    """Images whose names have no such extension."""
     foreign_names: int = 0
     """Names in zips whose encoding is not known."""
 
@@ -67,7 +67,7 @@ class Listing:
         """True for an image to pack; counts the others.
 
         Args:
-            start: reads the first 16 bytes, for names that do not say what a file is.
+            start: reads the first 16 bytes, for names without a known extension.
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:

@@ -21,7 +21,7 @@ def list_images(path: Path, label_column: str | None = None) -> Listing:
     """The images that a CSV, TSV, JSONL or text names; paths count from the folder of the list.
 
     A row without a label is unlabelled. JSONL lines hold ``{"path": ..., "label": ...}``. A column
-    called ``split`` says which rows are the training and which the validation set.
+    called ``split`` assigns rows to the training and the validation set.
 
     Raises:
         InputError: it cannot be read, or none of its files exists.

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ from xcit_dino.data.pack.shard_job import (
     PLAN,
     QUARANTINE,
     WORK,
-    Encoding,
-    Shard,
+    cut,
+    fingerprint,
     load_part,
     pack_shard,
 )
@@ -42,7 +41,6 @@ from xcit_dino.data.pack.sources import list_folder
 from xcit_dino.data.pack.splits import NONE
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
-from xcit_dino.data.rng import random_permutation, text_key
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
@@ -59,7 +57,7 @@ def make(config: MakeConfig) -> int:
     Raises:
         InputError: the source holds nothing to pack, or the folder holds something else.
     """
-    if config.split is None and config.dst.name in SPLITS:  # DST says which split it is
+    if config.split is None and config.dst.name in SPLITS:  # DST is named after its split
         if config.splits not in ((), NONE):
             raise InputError(f"--splits: {config.dst} is one split; give the folder above it")
         config = dataclasses.replace(config, dst=config.dst.parent, split=config.dst.name)
@@ -86,7 +84,7 @@ def make(config: MakeConfig) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One packing at a time in a folder; it is made, and goes again if nothing was put into it."""
+    """One packing at a time in a folder; created, and removed if nothing was packed."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".packing.lock").open("w") as file:
@@ -146,47 +144,6 @@ def _no_shards(listing: Listing, src: Path) -> Listing:
     )
 
 
-# ---------------------------------------------------------------------------- the plan
-
-
-def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
-    """The shards of a split. The size limits count source bytes, which are known beforehand."""
-    images, labels = part.images, part.labels
-    order: Iterable[int] = sorted(range(len(images)), key=lambda n: images[n].name)
-    if config.shuffle:
-        by_name = list(order)
-        order = (by_name[n] for n in random_permutation(len(images), text_key("pack"), config.seed))
-    groups: list[list[int]] = [[]]
-    num_bytes = 0
-    for n in order:
-        full = (
-            len(groups[-1]) >= config.shard_size or num_bytes + images[n].size > config.shard_bytes
-        )
-        if full and groups[-1]:
-            groups.append([])
-            num_bytes = 0
-        groups[-1].append(n)
-        num_bytes += images[n].size
-    encoding = Encoding(config.resize, config.quality, config.verify, config.bits)
-    firsts = np.cumsum([0, *map(len, groups)])
-    return [
-        Shard(folder, number, int(firsts[number]), [images[n] for n in group],
-              [labels[n] for n in group], part.classes, encoding)
-        for number, group in enumerate(groups)
-    ]  # fmt: skip
-
-
-def fingerprint(shards: list[Shard]) -> str:
-    """A digest of everything that the bytes of the shards follow from, but not of where it lies."""
-    # Options that came later count only where they are given, so that old folders stay the same.
-    how = repr(shards[0].encoding).replace(", bits=None", "")
-    digest = hashlib.sha256(f"(1, {how}, {shards[0].classes!r})".encode())
-    for shard in shards:
-        names = [(image.name, image.size) for image in shard.images]
-        digest.update(repr((shard.first, names, shard.labels)).encode("utf-8", "backslashreplace"))
-    return digest.hexdigest()
-
-
 def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: MakeConfig) -> None:
     """Write the shards of one split that are not there yet, then the index."""
     shards = cut(part, folder, config)
@@ -221,7 +178,7 @@ def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: Make
 def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
     """Prepare the folder; False if it holds the finished shards of the same plan.
 
-    What was left out or renamed is kept for ``shards check``, which says it again.
+    What was skipped or renamed is stored for ``shards check``, which prints it again.
 
     Raises:
         InputError: it holds shards of another plan.

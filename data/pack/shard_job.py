@@ -1,28 +1,32 @@
-"""Pack one shard: read its images, check or shrink them, write the tar and what the index needs."""
+"""Cut a split into shards; pack one: read, check or shrink its images, write tar and index."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header, rescaled
+from xcit_dino.data.pack.classes import Part
 from xcit_dino.data.pack.image_file import Image, read_image
 from xcit_dino.data.pack.shard_writer import SHARD_NAME, Sample, write_shard
 from xcit_dino.data.parallel import Advance
+from xcit_dino.data.rng import random_permutation, text_key
 from xcit_dino.data.shards.index import ARRAYS, printable
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.files import write_atomic
 
 WORK = ".packing"  # finished shards' parts, until all are there
-PLAN = "packing.json"  # what the shards were made of, and what was left out or renamed
+PLAN = "packing.json"  # what the shards were made of, and what was skipped or renamed
 QUARANTINE = "quarantine.jsonl"
-MAGIC = (  # what a file is, whatever its name says
+MAGIC = (  # the format of a file, regardless of its name
     (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
     (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"RIFF", "webp"),
 )  # fmt: skip
@@ -30,7 +34,7 @@ MAGIC = (  # what a file is, whatever its name says
 
 @dataclass(frozen=True)
 class Encoding:
-    """What becomes of an image on its way into a shard."""
+    """How images are encoded when they are packed."""
 
     resize: int | None
     quality: int
@@ -40,7 +44,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard to be written: a function of this is all that a process computes."""
+    """One shard to be written; its bytes are a function of this alone."""
 
     folder: Path
     number: int
@@ -56,8 +60,46 @@ class Shard:
         return SHARD_NAME.format(self.number)
 
 
+def cut(part: Part, folder: Path, config: MakeConfig) -> list[Shard]:
+    """The shards of a split. The size limits count source bytes, which are known beforehand."""
+    images, labels = part.images, part.labels
+    order: Iterable[int] = sorted(range(len(images)), key=lambda n: images[n].name)
+    if config.shuffle:
+        by_name = list(order)
+        order = (by_name[n] for n in random_permutation(len(images), text_key("pack"), config.seed))
+    groups: list[list[int]] = [[]]
+    num_bytes = 0
+    for n in order:
+        full = (
+            len(groups[-1]) >= config.shard_size or num_bytes + images[n].size > config.shard_bytes
+        )
+        if full and groups[-1]:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(n)
+        num_bytes += images[n].size
+    encoding = Encoding(config.resize, config.quality, config.verify, config.bits)
+    firsts = np.cumsum([0, *map(len, groups)])
+    return [
+        Shard(folder, number, int(firsts[number]), [images[n] for n in group],
+              [labels[n] for n in group], part.classes, encoding)
+        for number, group in enumerate(groups)
+    ]  # fmt: skip
+
+
+def fingerprint(shards: list[Shard]) -> str:
+    """A digest of all that the bytes of the shards depend on, which excludes the source's path."""
+    # Options that came later count only where they are given, so that old folders stay the same.
+    how = repr(shards[0].encoding).replace(", bits=None", "")
+    digest = hashlib.sha256(f"(1, {how}, {shards[0].classes!r})".encode())
+    for shard in shards:
+        names = [(image.name, image.size) for image in shard.images]
+        digest.update(repr((shard.first, names, shard.labels)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
 def pack_shard(shard: Shard, advance: Advance) -> None:
-    """Write one shard, and beside it its part of the index, which says that it is complete."""
+    """Write one shard, and beside it its part of the index, which marks it complete."""
     bad: list[dict[str, Any]] = []
     scratch = Scratch()
     part = write_shard(shard.folder, shard.name, _samples(shard, bad, scratch, advance))

@@ -38,7 +38,7 @@ def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardPart
     """Write ``folder/name`` atomically and return its share of the index.
 
     Plain ustar members, sorted by extension, with times and owners fixed: equal samples make equal
-    files. The index entry is read back, so that what it says has been seen in the shard.
+    files. The index entry is read back from the shard, which verifies it.
     """
     # Of one name in all processes, so that the next attempt overwrites what a killed one left.
     with atomic_path(folder / name, folder / f".{name}.tmp") as temporary:

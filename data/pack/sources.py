@@ -22,7 +22,7 @@ def list_folder(
     """All images below a folder, and in the archives in it: each counts as a folder of its name.
 
     Args:
-        work: folder for decompressed tars; None: compressed tars are left out.
+        work: folder for decompressed tars; None: compressed tars are skipped.
         ignore: names of files that are no sources of images.
         besides: a folder in it that is none either: the shards to be.
     """

@@ -1,4 +1,4 @@
-"""Which folders are splits: their names in the spellings that people use, or ``--splits``."""
+"""Splits of a source: folders by their usual names, by ``--splits``, or the rows of a list."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.image_file import Image
+from xcit_dino.data.pack.listing import Listing
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
 from xcit_dino.errors import InputError
 
@@ -22,7 +24,7 @@ class Found(NamedTuple):
     """The names of the images are without the folder of the split."""
     spelled: dict[str, str]
     notes: list[str]
-    """What was renamed or left out, a line each."""
+    """What was renamed or skipped, a line each."""
 
 
 def folders(image: Image) -> list[str]:
@@ -49,6 +51,59 @@ def unwrap(images: list[Image], keep: Collection[str] = (), splits: bool = True)
 
 
 # ---------------------------------------------------------------------------- by the names
+
+
+def split_images(listing: Listing, config: MakeConfig) -> Found:
+    """Images by split, the split's folder taken off their names."""
+    if listing.is_list:
+        return _list_splits(listing, config)
+    images = unwrap(listing.images, splits=config.splits != NONE)
+    if config.splits == NONE:
+        return Found({"": images}, {}, [])
+    if config.splits:
+        if config.split is not None:
+            raise InputError(f"--split {config.split}: --splits says already what becomes of it")
+        found = given_splits(listing.images, config.splits, config.src)
+    else:
+        found = find_splits(images, config.src)
+    if config.split is not None and len(found.parts) > 1:
+        named = " and ".join(found.spelled.values())
+        raise InputError(
+            f"--split {config.split}: {config.src} holds {named}; choose one with --splits "
+            f"{config.split}={next(iter(found.spelled.values()))}, or give DST without its split"
+        )
+    return Found(_unwrapped(found), found.spelled, found.notes)
+
+
+def _list_splits(listing: Listing, config: MakeConfig) -> Found:
+    if config.splits:
+        raise InputError(f"--splits: {config.src} is a list, whose rows say the split themselves")
+    parts: dict[str, list[Image]] = {}
+    for image in listing.images:
+        parts.setdefault(image.split or "", []).append(image)
+    if len(parts) > 1 and config.split is not None:
+        raise InputError(f"--split {config.split}: the rows of {config.src} say the split")
+    if len(parts) > 1 and "" in parts:
+        raise InputError(f"{config.src}: {parts[''][0].name} has no split, though other rows have")
+    if "test" in parts and "val" in parts:
+        left = len(parts.pop("test"))
+        listing.notes.append(f"skipped: {left:,} rows of the split test, because there is a val")
+    return Found(parts, {}, [])
+
+
+def _unwrapped(found: Found) -> dict[str, list[Image]]:
+    """Take wrapping folders off each split; a folder that is a class in another one stays."""
+    parts = found.parts if not found.spelled else {
+        split: inner if len(top_folders(inner := unwrap(part, splits=False))) > 1 else part
+        for split, part in found.parts.items()
+    }  # fmt: skip
+    classes = set[str]().union(*(tops for p in parts.values() if len(tops := top_folders(p)) > 1))
+    return {split: unwrap(part, classes, splits=False) for split, part in parts.items()}
+
+
+def top_folders(images: Sequence[Image]) -> set[str]:
+    """Names of the outermost folders; images in none do not count."""
+    return {above[0] for image in images if (above := folders(image))}
 
 
 def find_splits(images: list[Image], src: str) -> Found:

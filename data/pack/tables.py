@@ -30,7 +30,7 @@ class Table:
     rows: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     """(name of the image, label, split) as they are written; None where there is none."""
     notes: list[str] = field(default_factory=list)
-    """What was found out about the table and should be said."""
+    """Notes to print, a line each."""
 
 
 def read_text(path: Path, notes: list[str] | None = None) -> str:

@@ -1,7 +1,7 @@
-"""``xcit-dino shards check DST``: is every sample of these shards there, whole and decodable?
+"""``xcit-dino shards check DST``: verify that all samples are present, whole and decodable.
 
 Shards that have no index (img2dataset's, or any WebDataset tars) get one first, from their headers.
-With ``--nodes`` or ``--gpus`` a preflight says what a planned run makes of the data.
+With ``--nodes`` or ``--gpus`` a preflight reports whether the data fit a planned run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.pack.archives import compressed, compressed_in, decompression
 from xcit_dino.data.pack.shard_job import PLAN, QUARANTINE
 from xcit_dino.data.pack.tables import read_text
-from xcit_dino.data.parallel import Advance, map_processes, num_cores
+from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
+from xcit_dino.data.shards.preflight import preflight
 from xcit_dino.data.shards.scan import scan_shard
 from xcit_dino.data.shards.split_names import SPLITS, split_folders, split_of
 from xcit_dino.data.shards.verify import Finding, verify_shards
@@ -29,7 +30,6 @@ from xcit_dino.progress import progress
 
 REPORT = "check.jsonl"
 SHOWN = 20  # problems printed; all of them are in the report
-CROP_SECONDS = 1.2e-3  # cutting 2x224 + 10x96 crops on one core: bench/crops.py, "crops alone"
 
 
 def check(config: CheckConfig) -> int:
@@ -76,9 +76,9 @@ def _folders(dst: Path) -> list[Path]:
     if known and not loose:
         for path in below:
             if path.name in known:
-                _say_split(path, known)
+                _print_split(path, known)
             else:
-                print(f"skipped: {path} holds shards and is not called like a split")
+                print(f"skipped: {path} holds shards, but its name is not that of a split")
         return [path for path in below if path.name in known]
     if packed := compressed_in(dst):
         raise InputError(
@@ -104,8 +104,8 @@ def _holds_shards(folder: Path) -> bool:
     return (folder / INDEX).exists() or bool(_tars(folder))
 
 
-def _say_split(folder: Path, known: dict[str, str]) -> None:
-    """Which split a folder serves as, where its name is another one."""
+def _print_split(folder: Path, known: dict[str, str]) -> None:
+    """Print which split a folder serves as, if its name is another."""
     split = known[folder.name]
     others = [name for name, other in known.items() if other == "val"]
     if split == "test" and others:
@@ -126,7 +126,7 @@ def _tars(folder: Path) -> list[str]:
 def build_index(folder: Path, config: CheckConfig) -> None:
     """Index the shards of a folder from their headers.
 
-    Class names are kept if an earlier index or a ``classes.txt`` (one a line) says them.
+    Class names are kept if an earlier index or a ``classes.txt`` (one a line) lists them.
     """
     names, classes = _tars(folder), _classes(folder)
     for name in names:
@@ -162,7 +162,7 @@ def _classes(folder: Path) -> list[str] | None:
 
 
 def _hashed(folder: Path) -> bool:
-    """The index that is there has checksums, which a new one should not lose."""
+    """Whether the present index has checksums, which a new one should keep."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         shards = json.loads((folder / INDEX).read_bytes())["shards"]
         return bool(shards) and all(shard["sha256"] for shard in shards)
@@ -198,7 +198,7 @@ def _report(index: ShardIndex, finding: Finding) -> None:
 
 
 def _packing_notes(folder: Path) -> list[str]:
-    """What ``shards make`` renamed or left out when it packed these shards."""
+    """What ``shards make`` renamed or skipped when it packed these shards."""
     notes: list[str] = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         notes = [str(line) for line in json.loads((folder / PLAN).read_bytes())["notes"]]
@@ -258,52 +258,3 @@ def _balance(index: ShardIndex) -> str:
         f"{num_classes:,} classes of {counts.min():,} to {counts.max():,} images{without} "
         f"(median {np.median(counts):,.0f}), {(labels < 0).sum():,} images without"
     )
-
-
-# ---------------------------------------------------------------------------- preflight
-
-
-def preflight(
-    num_samples: int, mean_bytes: int, finding: Finding, config: CheckConfig
-) -> Iterator[str]:
-    """What a run of ``nodes x gpus`` makes of the data: steps, dropped samples, what starves."""
-    nodes, gpus, per_gpu = config.nodes or 1, config.gpus or 1, config.batch_size_per_gpu
-    batch = nodes * gpus * per_gpu
-    steps, dropped = divmod(num_samples, batch)
-    layout = f"nodes x GPUs x images: {nodes} x {gpus} x {per_gpu}, a global batch of {batch:,}"
-    if not steps:
-        yield (
-            f"{layout}\n  STARVES: {num_samples:,} samples are fewer than one global batch; take "
-            f"at most {max(num_samples // per_gpu, 1)} GPUs in all or --batch_size_per_gpu "
-            f"{max(num_samples // (nodes * gpus), 1)}"
-        )
-        return
-    yield (
-        f"{layout}, {steps:,} steps an epoch on every rank, {dropped:,} samples dropped "
-        f"({dropped / num_samples:.2%}, other ones every epoch)"
-    )
-    workers = max(config.workers, 1)
-    if finding.decoded:
-        seconds = finding.seconds / finding.decoded + CROP_SECONDS
-        yield (
-            f"  {workers} workers feed a GPU about {workers / seconds:,.0f} images/s (estimate: "
-            f"decoding as measured here, and {CROP_SECONDS * 1e3:.1f} ms for 2x224 + 10x96 crops)"
-        )
-        yield from _speed(workers, seconds, mean_bytes, config, gpus)
-    if gpus * workers > num_cores():
-        yield f"  a node needs {gpus * workers} cores for that; this machine has {num_cores()}"
-
-
-def _speed(
-    workers: int, seconds: float, mean_bytes: int, config: CheckConfig, gpus: int
-) -> Iterator[str]:
-    """What training at ``--images_per_second`` asks of storage and workers."""
-    if (rate := config.images_per_second) is None:
-        return
-    storage = rate * gpus * mean_bytes / 1e6
-    yield f"  at {rate:,.0f} images/s a GPU, storage must give a node {storage:,.1f} MB/s"
-    if workers / seconds < rate:
-        yield (
-            f"  STARVES: {workers} workers are too few for that; "
-            f"--num_workers {int(np.ceil(rate * seconds))} would do"
-        )

@@ -10,7 +10,7 @@ A data set is a folder of WebDataset shards and four files:
 ``index.offsets.npy index.sizes.npy index.labels.npy``
     one entry a sample in shard order: int64 position of the image's bytes in its shard, int32
     length, int32 label (-1: none). They are memory-mapped, so that 1e9 samples cost no memory and
-    no start-up time, and one page is read for the samples that are asked for.
+    no start-up time, and one page is read for the samples that are requested.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ShardIndex:
 
     @staticmethod
     def load(root: str | Path) -> ShardIndex:
-        """Open the index of a folder, or of a URL that fsspec knows (its files are cached here).
+        """Open the index of a folder, or of a URL that fsspec supports (its files are cached here).
 
         Raises:
             InputError: there is no index, or it is damaged.
@@ -214,7 +214,7 @@ def _has_index(root: str) -> bool:
 
 
 def _fetched(url: str) -> Path:
-    """A local folder with the index files of ``url``: kept between runs, keyed by their content."""
+    """A local folder with the index files of ``url``: kept between runs, by content hash."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xcit_dino" / "index"
     try:
         return _fetch(url, Remote(url), cache)
@@ -275,7 +275,7 @@ def _open(root: str, folder: Path) -> ShardIndex:
 
 
 def _read_meta(root: str, folder: Path) -> dict[str, Any]:
-    """What ``index.json`` says, once its version and checksum are right."""
+    """The content of ``index.json``, once its version and checksum are verified."""
     try:
         meta = json.loads((folder / INDEX).read_bytes())
     except FileNotFoundError:

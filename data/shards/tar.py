@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, read from its headers alone and trusting none of them.
+"""Where the members of a tar lie, read from its headers alone and without trusting them.
 
 Nothing is extracted, so no member can name a place to be written to. Links, devices, sparse files
 and members that leave the archive are reported, not followed. After a damaged header the scan goes
@@ -168,7 +168,7 @@ def scan(read_at: ReadAt, end: int, start: int = 0) -> Iterator[Member | Damage]
                 continue
         elif kind != b"5" and not name.endswith("/"):
             yield Damage(name, position, f"not a regular file (tar type {kind!r})")
-            # Links and devices carry no data whatever their size field says (POSIX pax, "size").
+            # Links and devices carry no data whatever their size field (POSIX pax, "size").
             size = 0 if kind in b"12346" else size
         position = data + _padded(max(size, 0))
     yield Damage("", end, "no end-of-archive mark (truncated?)")
@@ -198,7 +198,7 @@ def name_behind(blocks: bytes) -> str:
 
 
 def _extended(kind: bytes, data: bytes) -> dict[str, str]:
-    """What a pax header (x, g) or a GNU long name (L; K is a link's) says of the next member."""
+    """The next member's fields in a pax header (x, g) or GNU long name (L; K is a link's)."""
     if len(data) > MAX_EXTENDED:
         raise ValueError("oversized extended tar header")
     if kind == b"x":

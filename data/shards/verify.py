@@ -1,4 +1,4 @@
-"""Compare shards with their index and decode their images: what ``shards check`` rests on."""
+"""Compare shards with their index and decode their images: the core of ``shards check``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from xcit_dino.progress import progress
 
 MAX_KEYS = 100_000_000  # keys compared across shards at most: 0.8 GB of digests
 Report = Callable[[str, str], None]
-"""``report(key, reason)`` notes a problem of the shard at hand; key "" is the shard itself."""
+"""``report(key, reason)`` records a problem of the current shard; key "" is the shard itself."""
 
 
 @dataclass
 class Finding:
-    """What was seen in one shard, or in all of them together."""
+    """Results of one shard, or of all."""
 
     decoded: int = 0
     seconds: float = 0.0
@@ -97,7 +97,7 @@ def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None
 
 
 class _Tasks(Sequence[_Task]):
-    """The tasks of all shards, each made when it is asked for."""
+    """The tasks of all shards, each made when it is requested."""
 
     def __init__(self, index: ShardIndex, chosen: np.ndarray):
         self.shard_index, self.chosen = index, chosen

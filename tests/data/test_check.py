@@ -18,9 +18,10 @@ from xcit_dino.cli import main
 from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
 from xcit_dino.data.shards import check as check_module
-from xcit_dino.data.shards.check import check, preflight
+from xcit_dino.data.shards.check import check
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
+from xcit_dino.data.shards.preflight import preflight
 from xcit_dino.data.shards.verify import Finding, verify_shards
 from xcit_dino.errors import InputError
 

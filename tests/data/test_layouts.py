@@ -526,7 +526,7 @@ FOREIGN = [
             ("test is used by no command, because val is the validation set",)),
     Foreign("train and something else", {"train/0.tar": members("1.jpg"),
             "more/0.tar": members("2.jpg")}, {"train": "1:-1"},
-            ("more holds shards and is not called like a split",)),
+            ("more holds shards, but its name is not that of a split",)),
     Foreign("parts of one set", {"p1/0.tar": members("1.jpg"), "p2/0.tar": members("2.jpg")},
             {"": "1:-1 2:-1"}),
     Foreign("train and val in one folder", {"x-train-0.tar": members("1.jpg"),
