@@ -215,7 +215,7 @@ class MakeConfig:
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
         if self.quality != 90 and self.resize is None:
-            raise InputError("--quality: images are only re-encoded with --resize")
+            raise InputError("--quality: images are not re-encoded without --resize")
         if self.seed and not self.shuffle:
             raise InputError("--seed: nothing is random with --shuffle false")
 

@@ -73,7 +73,7 @@ PARSED = [
         "knn --resize_size -1 --crop_size 64",
     ),
     case(
-        "--quality: images are only re-encoded with --resize",
+        "--quality: images are not re-encoded without --resize",
         "shards make a b --quality 80",
         "shards make a b --quality 80 --resize 64",
     ),
