@@ -26,7 +26,7 @@ MOST_QUERIES = 2000  # validation images that are classified, spread evenly
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbors:
     """Classified validation images; Q queries, k neighbours."""
 
     queries: np.ndarray
@@ -39,9 +39,9 @@ class Neighbours:
     """int64 [Q], classes with the most votes."""
     similarities: np.ndarray
     """float32 [Q, k], cosines, descending."""
-    neighbours: np.ndarray
+    neighbors: np.ndarray
     """int64 [Q, k], sample numbers of the training split."""
-    neighbour_labels: np.ndarray
+    neighbor_labels: np.ndarray
     """int64 [Q, k]."""
 
     @property
@@ -82,7 +82,7 @@ def load_cached(
     )
 
 
-def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbours:
+def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
     """Neighbours and k-NN classes (k = 20, fewer where the bank is smaller) of a part of the
     validation images.
 
@@ -97,16 +97,14 @@ def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbours
     with load_cached(context, "train", train, like=facts) as (bank, bank_samples, _):
         bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]
         similarities, rows = Search(bank)(features, min(K, len(bank)))
-    neighbours = bank_samples[rows]
-    neighbour_labels = train.labels[neighbours].astype(np.int64)
+    neighbors = bank_samples[rows]
+    neighbor_labels = train.labels[neighbors].astype(np.int64)
     classes = int(max(train.labels.max(), val.labels.max())) + 1
     predicted = predict(
-        torch.from_numpy(similarities), torch.from_numpy(neighbour_labels), TEMPERATURE, classes
+        torch.from_numpy(similarities), torch.from_numpy(neighbor_labels), TEMPERATURE, classes
     ).numpy()
     labels = val.labels[chosen].astype(np.int64)
-    return Neighbours(
-        chosen, features, labels, predicted, similarities, neighbours, neighbour_labels
-    )
+    return Neighbors(chosen, features, labels, predicted, similarities, neighbors, neighbor_labels)
 
 
 def nearest_others(
@@ -134,7 +132,7 @@ def spread(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
-def examples(found: Neighbours, right: int, wrong: int) -> list[int]:
+def examples(found: Neighbors, right: int, wrong: int) -> list[int]:
     """Rows to show: some whose class was found and some whose class was not, spread over the
     classes, the surest first in each."""
     chosen = []
@@ -147,7 +145,7 @@ def examples(found: Neighbours, right: int, wrong: int) -> list[int]:
     return chosen
 
 
-def confusion(found: Neighbours, num_classes: int) -> np.ndarray:
+def confusion(found: Neighbors, num_classes: int) -> np.ndarray:
     """float [C, C]: share of row class's images that were taken for the column class; rows of
     classes without images are 0."""
     counts = np.zeros((num_classes, num_classes))
@@ -155,7 +153,7 @@ def confusion(found: Neighbours, num_classes: int) -> np.ndarray:
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
-def most_confused(found: Neighbours, most: int) -> list[tuple[int, int, int]]:
+def most_confused(found: Neighbors, most: int) -> list[tuple[int, int, int]]:
     """(class, taken for, images) of the most frequent mistakes."""
     wrong = ~found.right
     pairs = np.stack([found.labels[wrong], found.predicted[wrong]], 1)

@@ -49,7 +49,7 @@ class Images:
         return self.index("val")
 
     @cached_property
-    def found(self) -> neighbors.Neighbours:
+    def found(self) -> neighbors.Neighbors:
         """Classified validation images.
 
         Raises:

@@ -25,7 +25,7 @@ def nearest(images: Images) -> dict[str, Any]:
         return nearest_unlabeled(images)
     found = images.found
     rows = neighbors.examples(found, RIGHT, WRONG)
-    numbers = found.neighbours[rows, :SHOWN_NEIGHBORS]
+    numbers = found.neighbors[rows, :SHOWN_NEIGHBORS]
     queries = images.photos(images.val, found.queries[rows].tolist())
     bank = images.photos(images.train, numbers.ravel().tolist())
     groups: dict[str, list[list[Tile]]] = {"Class found": [], "Class missed": []}
@@ -38,8 +38,8 @@ def nearest(images: Images) -> dict[str, Any]:
         if not right:
             caption += f", classified as {images.name(int(found.predicted[row]))}"
         tiles = [tile(queries[query], caption, "query")]
-        for column, number in enumerate(found.neighbours[row, :SHOWN_NEIGHBORS].tolist()):
-            other = int(found.neighbour_labels[row, column])
+        for column, number in enumerate(found.neighbors[row, :SHOWN_NEIGHBORS].tolist()):
+            other = int(found.neighbor_labels[row, column])
             if number in bank:
                 caption = f"{images.name(other)} {found.similarities[row, column]:.3f}"
                 style = "right" if other == label else "wrong"
@@ -87,7 +87,7 @@ def confusions(images: Images) -> dict[str, Any]:
     return {"pairs": pairs, "matrix": matrix(title, shares.tolist(), names)}
 
 
-def class_table(images: Images, found: neighbors.Neighbours) -> tuple[str, Table]:
+def class_table(images: Images, found: neighbors.Neighbors) -> tuple[str, Table]:
     """Accuracy of every class with images, the worst first; of very many classes the two ends."""
     rows = []
     for label in np.unique(found.labels):

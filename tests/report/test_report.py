@@ -326,7 +326,7 @@ def test_thousands_of_classes_get_a_table():
     predicted = np.where(np.arange(3000) < 2000, labels, (labels + 1) % 1500)
     zeros = np.zeros((3000, 20), np.int64)
     images = Images(Run(Path("run"), {}, [], [], {}))
-    images.__dict__["found"] = neighbors.Neighbours(
+    images.__dict__["found"] = neighbors.Neighbors(
         labels, zeros, labels, predicted, zeros, zeros, zeros
     )
     index = type("Index", (), {"classes": None})()
