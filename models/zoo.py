@@ -163,7 +163,9 @@ def _create_timm(name: str, **kwargs: Any) -> nn.Module:
             break
         except TypeError as error:  # an argument this model does not take
             if not any_size:
-                raise InputError(f"arch timm/{name}: {_first_line(error)}") from error
+                unknown = "drop_path_rate" in str(error)
+                remedy = "; it has no such layers: --drop_path_rate 0" if unknown else ""
+                raise InputError(f"arch timm/{name}: {_first_line(error)}{remedy}") from error
     # convolutional networks widen their features once more before the classifier
     model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
     return model

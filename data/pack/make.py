@@ -199,10 +199,20 @@ def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
     return True
 
 
+def _undo(folder: Path) -> None:
+    """Take away what a packing that came to nothing left, so that other options may follow."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    for path in (*folder.glob("shard-*.tar"), folder / PLAN):
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def _finish(
     folder: Path, parts: list[ShardPart], classes: list[str] | None, bad: list[dict[str, Any]]
 ) -> None:
     if not sum(len(part.offsets) for part in parts):
+        _undo(folder)
         raise InputError(f"{folder}: none of the images is usable: {bad[0]['reason']}")
     lines = [json.dumps(item, sort_keys=True).encode() + b"\n" for item in bad]
     (folder / QUARANTINE).unlink(missing_ok=True)

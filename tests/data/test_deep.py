@@ -120,6 +120,14 @@ def test_empty_upper_bits_are_said_and_bits_rescales(
     ]
 
 
+def test_bits_too_few_for_all_images_leave_the_folder_to_the_corrected_command(tmp_path: Path):
+    src = folder(tmp_path, png(TWELVE))
+    command = ["shards", "make", str(src), str(tmp_path / "d"), "--num_workers", "1", "--bits"]
+    assert main([*command, "10"]) == 2
+    assert not (tmp_path / "d").exists()
+    assert main([*command, "12"]) == 0
+
+
 def test_white_is_zero_of_twelve_bits(tmp_path: Path):
     src = folder(tmp_path, tiff(TWELVE, white_is_zero=True))
     assert main(["shards", "make", str(src), str(tmp_path / "d"), "--bits", "12"]) == 0

@@ -59,6 +59,11 @@ def test_unknown_names_suggest_the_nearest() -> None:
         create_model("timm/resnet5O")
 
 
+def test_a_timm_network_without_drop_path_names_the_option() -> None:
+    with pytest.raises(InputError, match="timm/vgg11.*--drop_path_rate 0"):
+        create_model("timm/vgg11", drop_path_rate=0.1)
+
+
 def test_a_recipe_names_the_model(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("arch: xcit_pico_6_p8_224\ndrop_path_rate: 0.25\nepochs: 3\n")
