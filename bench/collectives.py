@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.ssl import pretrain
-from xcit_dino.ssl import trainer as setup
 from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.train import trainer as parallel
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist as processes
 from xcit_dino.train.distributed import sync_batchnorm
@@ -99,7 +99,7 @@ def worker(rank: int, port: int, config: PretrainConfig, official: bool, place: 
     )
     facts: dict[str, Any] = {}
 
-    def counted(trainer: pretrain.Trainer, *rest: Any) -> dict[str, Tensor]:
+    def counted(trainer: Any, *rest: Any) -> dict[str, Tensor]:
         if trainer.state.step == 0 and official:
             trainer.teacher.backbone.register_forward_pre_hook(broadcast_buffers)
         if trainer.state.step == PROFILED:
@@ -114,7 +114,7 @@ def worker(rank: int, port: int, config: PretrainConfig, official: bool, place: 
     pretrain.train_step = counted
     if official:
         sync_batchnorm.convert = convert
-        setup.DistributedDataParallel = OfficialParallel
+        parallel.DistributedDataParallel = OfficialParallel
     pretrain.pretrain(config)
     processes.shutdown()
     if rank == 0:

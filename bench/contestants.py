@@ -16,13 +16,13 @@ from xcit_dino.data.batch import Batch
 from xcit_dino.models.zoo import model_spec
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
-from xcit_dino.ssl.schedule import Hyperparameters
-from xcit_dino.ssl.trainer import Trainer, set_up
+from xcit_dino.ssl.schedule import DinoHyperparameters
+from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train.amp import DTYPES, autocast
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 
-NOW = Hyperparameters(5e-4, 0.04, 0.996, 0.04, freeze_last_layer=False)
+NOW = DinoHyperparameters(5e-4, 0.04, 0.996, 0.04, freeze_last_layer=False)
 GLOBAL_CROPS = 2
 
 
@@ -41,7 +41,7 @@ class Views:
         return batch.global_crops.flatten(0, 1), batch.local_crops.flatten(0, 1)
 
 
-def our_trainer(args: argparse.Namespace, precision: str) -> Trainer:
+def our_trainer(args: argparse.Namespace, precision: str) -> DinoTrainer:
     values = {
         "arch": args.arch, "drop_path_rate": 0.0, "out_dim": args.prototypes,
         "compile": args.compile, "grad_checkpointing": args.grad_checkpointing, "clip_grad": 3.0,
@@ -55,7 +55,7 @@ def our_trainer(args: argparse.Namespace, precision: str) -> Trainer:
     return trainer
 
 
-def plain_nets(trainer: Trainer, args: argparse.Namespace) -> list[PlainNet]:
+def plain_nets(trainer: DinoTrainer, args: argparse.Namespace) -> list[PlainNet]:
     """timm's XCiT and the plain head with our student's and teacher's values."""
     nets = []
     for ours in (trainer.student, trainer.teacher):

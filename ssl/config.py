@@ -124,13 +124,10 @@ class SpeedConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What follows from a sick run; docs/reliability.md tells the signs."""
+    """What follows from an unhealthy run; docs/health.md lists the signs."""
 
     on_collapse: Literal["continue", "stop"] = "continue"
     """What an alarm for collapse does beside naming the kind and the option to turn."""
-    on_nonfinite: Literal["rollback", "stop"] = "rollback"
-    """After --max_skipped steps: back to the last checkpoint with half the learning rate (three
-    times at most), or stop."""
 
 
 @dataclass(frozen=True)

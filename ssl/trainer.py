@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
@@ -20,42 +17,26 @@ from xcit_dino.ssl.loss import DinoLoss
 from xcit_dino.train import compiler, optim
 from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
 from xcit_dino.train.state import TrainState
+from xcit_dino.train.trainer import Trainer, data_parallel
 
 
 @dataclass
-class Trainer:
-    """What a step works with."""
+class DinoTrainer(Trainer):
+    """What a step of DINO works with."""
 
     config: PretrainConfig
-    world: dist.World
     student: networks.MultiCropNet
     teacher: networks.MultiCropNet
     loss: DinoLoss
     augment: Augment
-    dtype: torch.dtype
-    state: TrainState
-    parallel: nn.Module  # the student; in DistributedDataParallel where several ranks have it whole
 
     def views(self, batch: Batch) -> list[Tensor]:
         """Augmented crops: the global ones, (G*B, 3, S, S), and the local ones if there are any."""
         return [group for group in self.augment(batch) if len(group)]
 
-    @property
-    def sharded(self) -> bool:
-        """Whether each rank has a part of the networks only."""
-        return self.config.speed.fsdp and self.world.size > 1
-
-    def exchanging(self, exchange: bool) -> AbstractContextManager[None]:
-        """Whether the ranks exchange gradients in the backward pass within: once a step."""
-        if self.sharded:
-            self.parallel.set_requires_gradient_sync(exchange)  # type: ignore[operator]
-        elif isinstance(self.parallel, DistributedDataParallel) and not exchange:
-            return self.parallel.no_sync()
-        return nullcontext()
-
-    def evaluated(self) -> nn.Module:
-        """The teacher's backbone for evaluations: whole on every rank, for each calls it as often
-        as it has images. All ranks have to ask."""
+    def eval_backbone(self) -> nn.Module:
+        """The teacher's backbone for evaluations, whole on every rank: each runs it as often as it
+        has images. All ranks call this."""
         backbone = self.teacher.backbone
         if not self.sharded:
             return backbone
@@ -66,7 +47,7 @@ class Trainer:
 
 def set_up(
     config: PretrainConfig, world: dist.World, dtype: torch.dtype, data: str, global_batch: int
-) -> Trainer:
+) -> DinoTrainer:
     """Student, teacher, loss, optimiser and augmentation on this process's device, at step 0.
 
     dtype: of the forward pass; data: checksum of the index; global_batch: images a step.
@@ -93,17 +74,13 @@ def set_up(
         compiler.checkpoint_blocks(student.backbone)
     for net in (student, teacher):
         compiler.compile_blocks(net.backbone, config.speed.compile, device)
-    parallel: nn.Module = student
     if world.size == 1 and config.speed.fsdp:
         print("--fsdp: this is one process, which has nothing to split with others", flush=True)
     if world.size > 1 and config.speed.fsdp:
         fsdp.shard(student, teacher, device)
-    elif world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
-        parallel = DistributedDataParallel(
-            student, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-        # a depthwise weight's gradient may order its dimensions of size 1 otherwise: no matter
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        parallel: nn.Module = student
+    else:
+        parallel = data_parallel(student, world)
     state = TrainState(
         {"student": student, "teacher": teacher, "loss": loss.to(device)},
         optim.adamw(student),
@@ -113,4 +90,4 @@ def set_up(
     )
     fsdp.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
-    return Trainer(config, world, student, teacher, loss, augment, dtype, state, parallel)
+    return DinoTrainer(config, world, dtype, state, parallel, student, teacher, loss, augment)

@@ -25,7 +25,7 @@ from xcit_dino.models.weights.load import input_settings, load_backbone
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.supervised.config import DistillConfig, TeacherConfig
 from xcit_dino.supervised.data import open_data
-from xcit_dino.supervised.loop import soft_cross_entropy, train
+from xcit_dino.supervised.train import soft_cross_entropy, train
 from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
 from xcit_dino.train import signals
 from xcit_dino.train.config import options, replace
@@ -43,7 +43,7 @@ def main(config: DistillConfig) -> None:
 
 def distill(config: DistillConfig) -> None:
     """Train and write ``distill`` and ``distill/ema`` to ``results.json``; the checkpoints hold
-    ``Student`` and ``Teacher``. See :func:`xcit_dino.supervised.loop.train`."""
+    ``Student`` and ``Teacher``. See :func:`xcit_dino.supervised.train.train`."""
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
     data = open_data(config)

@@ -7,7 +7,7 @@ import signal
 
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import open_data
-from xcit_dino.supervised.loop import soft_cross_entropy, train
+from xcit_dino.supervised.train import soft_cross_entropy, train
 from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
 from xcit_dino.train import signals
 from xcit_dino.train.distributed import dist
@@ -23,7 +23,7 @@ def main(config: FinetuneConfig) -> None:
 
 def finetune(config: FinetuneConfig) -> None:
     """Train and write ``finetune`` and ``finetune/ema`` to ``results.json``; see
-    :func:`xcit_dino.supervised.loop.train`."""
+    :func:`xcit_dino.supervised.train.train`."""
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
     data = open_data(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3  # pyright: ignore
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from xcit_dino.data.loader import Batch
 from xcit_dino.eval.context import run_options, settings_of
@@ -22,11 +20,12 @@ from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.supervised.config import Config, FinetuneConfig, StartConfig
 from xcit_dino.supervised.data import DeviceAugment, LabelledData
-from xcit_dino.supervised.schedule import adamw
+from xcit_dino.supervised.optim import adamw
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist, sync_batchnorm
 from xcit_dino.train.state import Checkpoints, TrainState, weights_file
+from xcit_dino.train.trainer import Trainer, data_parallel
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
@@ -48,24 +47,14 @@ class Method:
 
 
 @dataclass
-class Trainer:
-    """What a step works with."""
+class SupervisedTrainer(Trainer):
+    """What a supervised step works with."""
 
     config: FinetuneConfig
-    world: dist.World
     model: nn.Module
     average: ModelEmaV3 | None
     criterion: Criterion
     augment: Callable[[Batch], tuple[Tensor, Tensor]]
-    dtype: torch.dtype
-    state: TrainState
-    parallel: nn.Module  # the model, in DistributedDataParallel where there are several ranks
-
-    def exchanging(self, last_micro: bool) -> AbstractContextManager[None]:
-        """Ranks exchange gradients once a step, with the last micro-batch."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last_micro:
-            return self.parallel.no_sync()
-        return nullcontext()
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -78,7 +67,7 @@ class Trainer:
 
 def set_up(
     config: FinetuneConfig, method: Method, model: nn.Module, data: LabelledData, world: dist.World
-) -> Trainer:
+) -> SupervisedTrainer:
     """The network on its device, its moving average, the optimiser, and the state of all of it."""
     run, decay = config.run, config.regularization.model_ema_decay
     dtype = resolve_precision(run.precision, world.device)
@@ -94,11 +83,11 @@ def set_up(
         data=data.train.checksum,
         global_batch=run.batch_size_per_gpu * run.accum_iter * world.size,
     )
-    parallel: nn.Module = model
-    if world.size > 1:  # synchronised batch-norm keeps the buffers equal without broadcasts
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = data_parallel(model, world)
     augment = DeviceAugment(config, data.num_classes, world)
-    return Trainer(config, world, model, average, method.criterion, augment, dtype, state, parallel)
+    return SupervisedTrainer(
+        config, world, dtype, state, parallel, model, average, method.criterion, augment
+    )
 
 
 def initial_share(decay: float, steps: int) -> float:

@@ -148,6 +148,7 @@ RUN: Cases = {
     "checkpoint_minutes": [turn("1e-9", shows="files", given={"keep_checkpoints": "9"})],
     "log_every": [turn("2", shows="metrics")],
     "max_skipped": [turn("1", shows="printed", within=skipping)],
+    "on_nonfinite": [turn("stop", shows="printed", within=skipping, given={"max_skipped": "1"})],
     "watchdog_minutes": [turn("0.002", shows="files", within=slow)],
     "on_stall": [
         turn("abort", shows="printed", within=ending, given={"watchdog_minutes": "0.001"})
@@ -197,7 +198,7 @@ PRETRAIN: Cases = RUN | {
     "global_crops_number": [turn("1", "3", **W)],
     "global_crops_size": [turn("48", **W)],
     "global_crops_scale": [turn("0.9 1", **W)],
-    "local_crops_number": [turn("0", "3", **W)],
+    "local_crops_number": [turn("0", "3", **W, given={"local_crops_size": "96"})],
     "local_crops_size": [turn("32", **W)],
     "local_crops_scale": [turn("0.3 0.4", **W)],
     "crops_ratio": [turn("1 1", **W)],
@@ -213,9 +214,6 @@ PRETRAIN: Cases = RUN | {
     "knn_every": [turn("1", shows="metrics")],
     "knn_data_path": [turn("data2", shows="metrics", given={"knn_every": "1"})],
     "on_collapse": [turn("stop", shows="printed", within=collapsing)],
-    "on_nonfinite": [
-        turn("stop", shows="printed", within=skipping, given={"max_skipped": "1"})
-    ],
     "compile": [turn("on", shows="calls")],
     "grad_checkpointing": [turn("true", shows="calls")],
     "group_backward": [turn("true", shows="calls")],

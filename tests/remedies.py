@@ -627,6 +627,8 @@ ELSEWHERE = {
     "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",
     "instead of {} features; take another --arch": "no such network at hand",
     "--{} {}: {} does not take images of that size": "networks of timm for one size: test_zoo.py",
+    "xcit-dino knn makes them (embed, where there are no labels)": "needs a report with pictures: "
+    "test_report.py",
     # need several processes, GPUs or a fault
     "whose statistics cannot be shared among processes": "needs several ranks: test_syncbn.py",
     "found other shards there than rank 0": "needs several ranks: test_run.py",

@@ -16,14 +16,14 @@ from xcit_dino.data.ring import Ring
 from xcit_dino.errors import RunError
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
-from xcit_dino.ssl.schedule import Hyperparameters
-from xcit_dino.ssl.trainer import Trainer, set_up
+from xcit_dino.ssl.schedule import DinoHyperparameters
+from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train import memory
 from xcit_dino.train.async_copy import HostCopy
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 
-NOW = Hyperparameters(1e-3, 0.2, 0.9, 0.05, freeze_last_layer=False)
+NOW = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, freeze_last_layer=False)
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
 
@@ -35,7 +35,7 @@ def device(request, monkeypatch) -> torch.device:
     return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
 
 
-def trainer_on(device: torch.device, dtype: torch.dtype = torch.float32, **options) -> Trainer:
+def trainer_on(device: torch.device, dtype: torch.dtype = torch.float32, **options) -> DinoTrainer:
     """Without drop-path, whose numbers differ from device to device; fp16 does not overflow."""
     config = replace(PretrainConfig(), TINY | {"drop_path_rate": 0.0} | options)
     trainer = set_up(config, dist.World(0, 1, device), dtype, "", 4)
@@ -45,7 +45,7 @@ def trainer_on(device: torch.device, dtype: torch.dtype = torch.float32, **optio
     return trainer
 
 
-def batch_on(device: torch.device, trainer: Trainer, micro: int = 0) -> Batch:
+def batch_on(device: torch.device, trainer: DinoTrainer, micro: int = 0) -> Batch:
     """The same pixels on every device."""
     torch.manual_seed(micro)
     return pretraining_batch(trainer, micro, torch.device("cpu")).to(device)

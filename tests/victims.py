@@ -141,24 +141,24 @@ def sleep_with_the_interpreters_lock(seconds: int) -> None:
 
 def spoil(first: int, last: int, ranks: tuple[int, ...], until_rollbacks: int) -> None:
     """Infinite pixels in the views of some steps (from 1), while the run was rolled back less."""
-    from xcit_dino.ssl.trainer import Trainer
+    from xcit_dino.ssl.trainer import DinoTrainer
 
-    inner = Trainer.views
+    inner = DinoTrainer.views
 
     def views(trainer: Any, batch: Any) -> Any:
         steps = first <= batch.step + 1 <= last and trainer.state.rollbacks < until_rollbacks
         factor = float("inf") if steps and trainer.world.rank in ranks else 1.0
         return [group * factor for group in inner(trainer, batch)]
 
-    Trainer.views = views
+    DinoTrainer.views = views
 
 
 def spoil_gradients(first: int, last: int) -> None:
     """Infinite gradients in some steps, all else finite, as with too large a loss scale."""
     from xcit_dino.ssl.loss import DinoLoss
-    from xcit_dino.ssl.trainer import Trainer
+    from xcit_dino.ssl.trainer import DinoTrainer
 
-    inner_views, inner_loss, steps = Trainer.views, DinoLoss.forward, [0]
+    inner_views, inner_loss, steps = DinoTrainer.views, DinoLoss.forward, [0]
 
     def views(trainer: Any, batch: Any) -> Any:
         steps.append(batch.step + 1)
@@ -170,7 +170,7 @@ def spoil_gradients(first: int, last: int) -> None:
             found.register_hook(lambda gradient: gradient * float("inf"))
         return found
 
-    Trainer.views, DinoLoss.forward = views, loss
+    DinoTrainer.views, DinoLoss.forward = views, loss
 
 
 def die_in_write(number: int) -> None:

@@ -99,7 +99,10 @@ class RunConfig:
     log_every: int = 10
     """Steps between lines of metrics.jsonl and TensorBoard."""
     max_skipped: int = 20
-    """Steps in a row that may be skipped for gradients that are not finite."""
+    """Steps in a row that may be skipped for non-finite gradients."""
+    on_nonfinite: Literal["rollback", "stop"] = "rollback"
+    """After --max_skipped steps: back to the last checkpoint with half the learning rate (three
+    times at most), or stop."""
     watchdog_minutes: float = 10.0
     """Say where each rank hangs, with stacks, after so long without a step; 0 never does."""
     on_stall: Literal["warn", "abort"] = "warn"

@@ -3,6 +3,58 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The scheduled values of one step."""
+
+    lr: float
+    """Of the last layer, where lower layers have a share of it."""
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``schedule(step)``: a pure function, so that a resumed run is where it would have been.
+
+    Args:
+        config: of the run, with sections ``run`` and ``optim``.
+        steps_per_epoch: optimiser steps an epoch.
+        global_batch: images a step.
+        cooldown_epochs: the last epochs, at the final values.
+    """
+
+    config: Any
+    steps_per_epoch: int
+    global_batch: int
+    cooldown_epochs: float = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.run.epochs * self.steps_per_epoch
+
+    @property
+    def peak_lr(self) -> float:
+        """The linear rule: ``lr`` is for 256 images."""
+        return self.config.optim.lr * self.global_batch / 256
+
+    def __call__(self, step: int, halvings: int = 0) -> Hyperparameters:
+        """Values for step ``step``, counted from 0.
+
+        halvings: of the learning rate, one for each time that the run was rolled back.
+        """
+        opt = self.config.optim
+        warmup = round(opt.warmup_epochs * self.steps_per_epoch)
+        end = self.total_steps - round(self.cooldown_epochs * self.steps_per_epoch)
+        lr = warmup_cosine(step, end, self.peak_lr, opt.min_lr, warmup, opt.warmup_lr)
+        return Hyperparameters(
+            lr=lr * 0.5**halvings,
+            weight_decay=cosine(step, end, opt.weight_decay, opt.weight_decay_end),
+        )
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:

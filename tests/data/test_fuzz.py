@@ -26,7 +26,7 @@ from xcit_dino.data.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvaluateConfig, KnnConfig, LinearConfig
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.ssl.schedule import Schedule
+from xcit_dino.ssl.schedule import DinoSchedule
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
 from xcit_dino.train.config import dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.train.state import FORMAT, load_checkpoint
@@ -72,7 +72,7 @@ def test_absurd_options(name: str, value: Any) -> None:
     except InputError as error:
         assert one_line(error) and (name in str(error) or "global_crops" in str(error)), error
         return
-    schedule = Schedule(config, steps_per_epoch=7, global_batch=64)
+    schedule = DinoSchedule(config, steps_per_epoch=7, global_batch=64)
     for step in (0, 1, schedule.total_steps // 2, schedule.total_steps - 1):
         now = schedule(step)
         assert all(map(math.isfinite, (now.lr, now.weight_decay, now.teacher_temp))), now

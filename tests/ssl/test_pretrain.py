@@ -20,8 +20,8 @@ from xcit_dino.eval.target import run_options
 from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
-from xcit_dino.ssl.pretrain import learn, pretrain, teach, train_step
-from xcit_dino.ssl.schedule import Hyperparameters
+from xcit_dino.ssl.pretrain import pretrain, student_backward, teacher_targets, train_step
+from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import set_up
 from xcit_dino.train import signals
 from xcit_dino.train.config import replace
@@ -120,7 +120,7 @@ def test_three_steps_equal_the_plain_step(freeze, norm_last, local_side, group_b
     student, teacher = (plain_copy(net, config) for net in (ours.student, ours.teacher))
     loss_fn = PlainLoss(config.head.out_dim, 4, 0.1, 0.9).double()
     optimizer = torch.optim.AdamW(parameter_groups(student))
-    now = Hyperparameters(1e-3, 0.2, 0.9, 0.05, freeze)
+    now = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, freeze)
     torch.manual_seed(1)
     for _ in range(3):
         global_crops = torch.randn(2, 4, 3, 32, 32).double()
@@ -146,7 +146,7 @@ def test_three_steps_equal_the_plain_step(freeze, norm_last, local_side, group_b
 def test_two_micro_batches_average_their_gradients():
     """Without batch-norm in the way (evaluation mode), 2 x 4 images make the step of 8."""
     config = replace(PretrainConfig(), TINY | {"drop_path_rate": 0.0})
-    now = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False)
+    now = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, False)
     torch.manual_seed(1)
     global_crops, local_crops = torch.randn(2, 8, 3, 32, 32), torch.randn(2, 8, 3, 16, 16)
     whole, halves = trainer_for(config), trainer_for(config)
@@ -172,8 +172,11 @@ def learnt(trainer, batches, now):
     losses = []
     for batch in batches:
         views = trainer.views(batch)
-        targets, _ = teach(trainer, views[0], now)
-        losses.append(learn(trainer, views, targets, exchange=False, share=1 / len(batches)))
+        targets, _ = teacher_targets(trainer, views[0], now)
+        weight = 1 / len(batches)
+        losses.append(
+            student_backward(trainer, views, targets, loss_weight=weight, sync_gradients=False)
+        )
     gradients = {n: p.grad for n, p in trainer.student.named_parameters() if p.requires_grad}
     return torch.stack(losses), gradients, dict(trainer.student.named_buffers())
 
@@ -184,7 +187,7 @@ def learnt(trainer, batches, now):
 def test_backward_of_each_crop_group_gives_the_same_gradients(micros, locals_, again):
     """With drop-path, batch-norm and, in the second case, activations computed again."""
     options = TINY | {"drop_path_rate": 0.3, "grad_checkpointing": again, "norm_last_layer": False}
-    now = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False)
+    now = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, False)
     batches = [micro_batch(seed, locals_) for seed in range(micros)]
     one, parts = (
         trainer_for(replace(PretrainConfig(), options | {"group_backward": group}), torch.float64)
@@ -223,7 +226,7 @@ class Kept:
 
 def test_backward_of_each_crop_group_keeps_half_the_activations():
     """2 x 32 and 8 x 16 pixels squared: two groups of equal size."""
-    now, kept = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False), {}
+    now, kept = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, False), {}
     for group in (False, True):
         trainer = trainer_for(replace(PretrainConfig(), TINY | {"group_backward": group}))
         counter = kept[group] = Kept()
@@ -240,7 +243,7 @@ def test_backward_of_each_crop_group_is_refused_where_the_head_has_batch_norm():
 
 def test_drop_path_depends_on_the_step_and_not_on_what_ran_before():
     config = replace(PretrainConfig(), TINY | {"drop_path_rate": 0.5})
-    now = Hyperparameters(0.0, 0.0, 1.0, 0.05, False)
+    now = DinoHyperparameters(0.0, 0.0, 1.0, 0.05, False)
     torch.manual_seed(1)
     batch = batch_of(torch.randn(2, 4, 3, 32, 32), torch.randn(2, 4, 3, 16, 16))
     first, second = trainer_for(config), trainer_for(config)
@@ -338,7 +341,7 @@ def test_steps_of_timms_networks_on_crops_of_two_sizes(arch):
     options = {"arch": arch, "drop_path_rate": 0.0, "global_crops_size": 64, "local_crops_size": 32}
     trainer = trainer_for(replace(PretrainConfig(), TINY | options))
     batch = batch_of(torch.randn(2, 4, 3, 64, 64), torch.randn(2, 4, 3, 32, 32))
-    now = Hyperparameters(1e-3, 0.2, 0.9, 0.05, False)
+    now = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, False)
     assert train_step(trainer, [batch], now)["loss"].isfinite()
 
 

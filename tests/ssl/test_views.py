@@ -14,7 +14,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.models import zoo
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
-from xcit_dino.ssl.schedule import Hyperparameters
+from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import set_up
 from xcit_dino.train import optim
 from xcit_dino.train.config import replace
@@ -26,7 +26,7 @@ OPTIONS = victims.TINY | {
     "arch": ARCH, "drop_path_rate": 0.0, "norm_last_layer": False, "clip_grad": 0.0,
     "student_temp": 0.2,
 }  # fmt: skip
-NOW = Hyperparameters(1e-2, 0.2, 0.9, 0.05, freeze_last_layer=False)
+NOW = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze_last_layer=False)
 NUMBERS = [(G, L) for G in range(1, 5) for L in range(11) if G + L > 1]
 MICROS, IMAGES = 2, 2
 

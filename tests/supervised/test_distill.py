@@ -69,8 +69,17 @@ def by_hand(kind, s, t, labels, alpha, tau):
     return (1 - alpha) * base + alpha * distance
 
 
-@pytest.mark.parametrize("kind", ["hard", "soft", "symmetric"])
-@pytest.mark.parametrize(("alpha", "tau"), [(0.5, 1.0), (0.3, 2.5)])
+@pytest.mark.parametrize(
+    ("kind", "alpha", "tau"),
+    [
+        ("hard", 0.5, 1.0),  # which has no temperature
+        ("hard", 0.3, 1.0),
+        ("soft", 0.5, 1.0),
+        ("soft", 0.3, 2.5),
+        ("symmetric", 0.5, 1.0),
+        ("symmetric", 0.3, 2.5),
+    ],
+)
 def test_loss_is_the_formula(kind, alpha, tau):
     torch.manual_seed(0)
     s, t, images = torch.randn(4, 5), 3 * torch.randn(4, 5), torch.zeros(4, 3, 8, 8)

@@ -20,16 +20,17 @@ from xcit_dino.eval import evaluate
 from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
 from xcit_dino.models.zoo import create_model
 from xcit_dino.slurm.stages import launch_config
-from xcit_dino.supervised import loop
+from xcit_dino.supervised import train as supervised
 from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig, finetune_config
 from xcit_dino.supervised.data import DeviceAugment, HostAugment
 from xcit_dino.supervised.finetune import finetune
-from xcit_dino.supervised.schedule import Schedule, parameter_groups
+from xcit_dino.supervised.optim import parameter_groups
 from xcit_dino.supervised.trainer import build_model
 from xcit_dino.supervised.validation import accuracies
 from xcit_dino.train import signals
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
 CPU = dist.World(0, 1, torch.device("cpu"))
@@ -252,7 +253,8 @@ def test_schedules_that_the_run_is_too_short_for_are_remarked(options, words):
 
 def test_schedule():
     options = {"epochs": 10, "warmup_epochs": 2, "cooldown_epochs": 3, "lr": 1.0, "min_lr": 0.1}
-    schedule = Schedule(replace(FinetuneConfig(), options), steps_per_epoch=10, global_batch=512)
+    config = replace(FinetuneConfig(), options)
+    schedule = Schedule(config, 10, 512, config.cooldown_epochs)
     lrs = [schedule(step).lr for step in range(schedule.total_steps)]
     assert schedule.total_steps == 100 and schedule.peak_lr == 2.0
     assert lrs[0] == pytest.approx(1e-6) and lrs[19] == 2.0 == max(lrs)
@@ -320,7 +322,7 @@ def test_results_are_those_of_the_last_checkpoint(demo_shards, uninterrupted):
 def test_the_average_is_the_formula(demo_shards, tmp_path, monkeypatch):
     """Parameters and batch-norm statistics; counters are copied."""
     seen = []
-    step = loop.train_step
+    step = supervised.train_step
 
     def watched(trainer, *rest):
         if not seen:
@@ -329,7 +331,7 @@ def test_the_average_is_the_formula(demo_shards, tmp_path, monkeypatch):
         seen.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
         return metrics
 
-    monkeypatch.setattr(loop, "train_step", watched)
+    monkeypatch.setattr(supervised, "train_step", watched)
     finetune(tiny(demo_shards, tmp_path, max_steps=3))
     expected, *models = seen
     for model in models:
@@ -342,14 +344,14 @@ def test_the_average_is_the_formula(demo_shards, tmp_path, monkeypatch):
 
 def test_the_norm_of_all_gradients_is_clipped(demo_shards, tmp_path, monkeypatch):
     """As timm's NativeScaler does for DeiT and XCiT; pretraining clips each parameter's."""
-    inner, norms = loop.optim.step_unless_nonfinite, []
+    inner, norms = supervised.optim.step_unless_nonfinite, []
 
     def step(optimizer, *rest):
         gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
         norms.append(torch.cat(gradients).norm().item())
         return inner(optimizer, *rest)
 
-    monkeypatch.setattr(loop.optim, "step_unless_nonfinite", step)
+    monkeypatch.setattr(supervised.optim, "step_unless_nonfinite", step)
     finetune(tiny(demo_shards, tmp_path, clip_grad=0.01, max_steps=2))
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 

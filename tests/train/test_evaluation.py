@@ -24,7 +24,7 @@ from xcit_dino.errors import Stopped
 from xcit_dino.provenance import read_results
 from xcit_dino.ssl.diagnostics import Alarms
 from xcit_dino.ssl.pretrain import pretrain, pretrain_with_knn
-from xcit_dino.supervised import loop
+from xcit_dino.supervised import train as supervised
 from xcit_dino.train import signals
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.evaluation import MARK
@@ -118,7 +118,7 @@ def failing(monkeypatch, name, error, times=99):
             trainings.RUN, name, lambda options: pretrain(options, evaluate=evaluate)
         )
     else:
-        monkeypatch.setattr(loop, "accuracies", evaluate)
+        monkeypatch.setattr(supervised, "accuracies", evaluate)
     return calls
 
 
@@ -155,8 +155,8 @@ def test_what_a_stop_left_out_is_evaluated_later(name, shards, tmp_path, monkeyp
     whole, run = tmp_path / "whole", tmp_path / "run"
     calls = failing(monkeypatch, name, None, times=0)
     train(name, shards, whole)
-    module = sys.modules[trainings.RUN["finetune"].__module__.replace("finetune", "supervised")]
-    module = module if name != "pretrain" else sys.modules["xcit_dino.ssl.pretrain"]
+    room = "ssl.pretrain" if name == "pretrain" else "supervised.train"
+    module = sys.modules[f"xcit_dino.{room}"]
     inner = module.train_step
 
     def train_step(trainer, *rest):

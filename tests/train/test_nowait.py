@@ -21,15 +21,16 @@ from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.ssl import pretrain
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.ssl.schedule import Hyperparameters
-from xcit_dino.ssl.trainer import Trainer, set_up
-from xcit_dino.supervised import loop, trainer
+from xcit_dino.ssl.schedule import DinoHyperparameters
+from xcit_dino.ssl.trainer import DinoTrainer, set_up
+from xcit_dino.supervised import train as supervised
+from xcit_dino.supervised import trainer
 from xcit_dino.supervised.config import DistillConfig
 from xcit_dino.supervised.data import LabelledData
 from xcit_dino.supervised.distill import DistillationLoss, Teacher
-from xcit_dino.supervised.schedule import Hyperparameters as SupervisedHyperparameters
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.schedules import Hyperparameters as SupervisedHyperparameters
 
 TINY = {
     "arch": "xcit_pico_6_p8", "drop_path_rate": 0.1, "out_dim": 64, "head_hidden_dim": 32,
@@ -76,14 +77,14 @@ def pretraining_step(case: str, device: torch.device, watch: NeverWaits) -> dict
         trainer = set_up(config, dist.World(0, 1, device), dtype, "", 4)
     batches = [pretraining_batch(trainer, micro, device) for micro in range(micros)]
     freeze = "frozen" in case
-    now = Hyperparameters(1e-2, 0.2, 0.9, 0.05, freeze)
+    now = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze)
     pretrain.train_step(trainer, batches[:1], now)  # makes the constants and the optimiser's state
     KEPT.append(trainer)
     with watch:
         return pretrain.train_step(trainer, batches, now)
 
 
-def pretraining_batch(trainer: Trainer, micro: int, device: torch.device) -> Batch:
+def pretraining_batch(trainer: DinoTrainer, micro: int, device: torch.device) -> Batch:
     """A micro-batch as the loader gives it: crops, labels and recipes on the device."""
     numbers = np.arange(4) + 4 * micro
     geometry = trainer.config.crops
@@ -105,7 +106,7 @@ def supervised_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
         teacher = Teacher(
             other, InputSettings(), InputSettings(24, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         )
-        criterion = loop.soft_cross_entropy
+        criterion = supervised.soft_cross_entropy
         if "distillation_type" in SUPERVISED[case]:
             criterion = DistillationLoss(teacher, config.teacher)
         method = trainer.Method("finetune", "model", criterion, {})
@@ -114,10 +115,10 @@ def supervised_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
     labels = torch.zeros(4, device=device, dtype=torch.int64)
     batch = Batch(0, 0, 0, numbers, numbers, labels, crops(1, 16, device), crops(0, 8, device))
     now = SupervisedHyperparameters(1e-3, 0.05)
-    loop.train_step(training, [batch], now)
+    supervised.train_step(training, [batch], now)
     KEPT.append(training)
     with watch:
-        return loop.train_step(training, [batch], now)
+        return supervised.train_step(training, [batch], now)
 
 
 class Anything:

@@ -17,8 +17,8 @@ from xcit_dino.data.batch import Batch
 from xcit_dino.errors import InputError
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
-from xcit_dino.ssl.schedule import Hyperparameters
-from xcit_dino.ssl.trainer import Trainer, set_up
+from xcit_dino.ssl.schedule import DinoHyperparameters
+from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train.async_copy import first_nonfinite
 from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist, fsdp
@@ -31,7 +31,7 @@ KINDS = {
     "sharded": SHARDED,
     "sharded groups": SHARDED | {"group_backward": True, "grad_checkpointing": True},
 }
-NOW = Hyperparameters(1e-2, 0.2, 0.9, 0.05, freeze_last_layer=False)
+NOW = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze_last_layer=False)
 FROZEN = dataclasses.replace(NOW, freeze_last_layer=True)
 
 
@@ -42,7 +42,7 @@ class Views:
         return batch.global_crops.flatten(0, 1), batch.local_crops.flatten(0, 1)
 
 
-def trainer_of(world, **options) -> Trainer:
+def trainer_of(world, **options) -> DinoTrainer:
     trainer = set_up(replace(PretrainConfig(), TINY | options), world, torch.float32, "", 8)
     trainer.augment = Views()
     return trainer
@@ -85,7 +85,7 @@ def worker(rank, port, folder):
     weight = trainer.student.backbone.blocks[0].mlp.fc1.weight
     assert isinstance(weight, DTensor)
     found["rows"] = len(weight.to_local()) / len(weight)
-    found["evaluated"] = trainer.evaluated().eval()(torch.ones(1 + rank, 3, 16, 16))[0]
+    found["evaluated"] = trainer.eval_backbone().eval()(torch.ones(1 + rank, 3, 16, 16))[0]
     with torch.no_grad():
         weight.to_local()[:1] *= torch.nan if rank else 1.0
     found["spoilt"] = first_nonfinite({"student": trainer.student.state_dict()})

@@ -1,59 +1,20 @@
-"""Schedules and AdamW of supervised training: warm-up, cosine, cool-down; layer-wise rates."""
+"""AdamW of supervised training, with layer-wise learning rates."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models import group_parameters  # pyright: ignore
 from torch import nn
 
-from xcit_dino.supervised.config import FinetuneConfig
-from xcit_dino.train.schedules import cosine, warmup_cosine
+from xcit_dino.train.schedules import Hyperparameters
 
 XCIT_LAYERS = {  # as timm's XCiT has them, in official names
     "stem": r"^cls_token|pos_embeder|patch_embed",
     "blocks": r"^blocks\.(\d+)",
     "cls_attn_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
 }
-
-
-@dataclass(frozen=True)
-class Hyperparameters:
-    """The scheduled values of one step."""
-
-    lr: float
-    """Of the last layer; those below have their share of it."""
-    weight_decay: float
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """``schedule(step)``: pure, so that a resumed run is where it would have been."""
-
-    config: FinetuneConfig
-    steps_per_epoch: int
-    global_batch: int
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.run.epochs * self.steps_per_epoch
-
-    @property
-    def peak_lr(self) -> float:
-        """Linear rule: ``lr`` is for 256 images."""
-        return self.config.optim.lr * self.global_batch / 256
-
-    def __call__(self, step: int) -> Hyperparameters:
-        """Values for step ``step``, counted from 0."""
-        opt = self.config.optim
-        warmup = round(opt.warmup_epochs * self.steps_per_epoch)
-        end = self.total_steps - round(self.config.cooldown_epochs * self.steps_per_epoch)
-        return Hyperparameters(
-            lr=warmup_cosine(step, end, self.peak_lr, opt.min_lr, warmup, opt.warmup_lr),
-            weight_decay=cosine(step, end, opt.weight_decay, opt.weight_decay_end),
-        )
 
 
 def adamw(model: nn.Module, layer_decay: float) -> torch.optim.AdamW:

@@ -1,0 +1,50 @@
+"""What the loop does for every training alike."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.trainings import train
+from xcit_dino.errors import RunError
+from xcit_dino.supervised import train as supervised
+from xcit_dino.train.run.metrics import read_metrics
+from xcit_dino.train.state import load_checkpoint, newest_checkpoint
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, first: int, last: int, until_rollbacks: int) -> None:
+    """Infinite gradients in some steps (from 1) while the run was rolled back less."""
+    inner = supervised.forward_backward
+
+    def forward_backward(trainer, batch, step, num_micro, **options):
+        loss = inner(trainer, batch, step, num_micro, **options)
+        if first <= step + 1 <= last and trainer.state.rollbacks < until_rollbacks:
+            for parameter in trainer.model.parameters():
+                parameter.grad.mul_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(supervised, "forward_backward", forward_backward)
+
+
+@pytest.mark.parametrize("name", ["finetune", "distill"])
+def test_supervised_trainings_roll_back_too(name, shards, tmp_path, monkeypatch, capfd):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(name, shards, whole)
+    spoil(monkeypatch, 7, 9, until_rollbacks=1)
+    train(name, shards, run, max_skipped=2)
+    assert "back to checkpoint-00000005.pth, on with 0.5" in capfd.readouterr().err
+    path = newest_checkpoint(run)
+    assert path is not None
+    saved = load_checkpoint(path)
+    assert saved["step"] == 10 and saved["rollbacks"] == 1
+    rates = [{x["step"]: x["lr"] for x in read_metrics(f) if "lr" in x} for f in (whole, run)]
+    assert [rates[1][step] / rates[0][step] for step in (5, 10)] == pytest.approx([1, 0.5])
+    lines = [json.loads(line) for line in (run / "nonfinite.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [7, 8] and len(lines[0]["keys"]) == 4
+
+
+def test_a_supervised_training_stops_where_it_is_to(shards, tmp_path, monkeypatch):
+    spoil(monkeypatch, 7, 99, until_rollbacks=9)
+    with pytest.raises(RunError, match="the last checkpoint is from before"):
+        train("finetune", shards, tmp_path / "run", max_skipped=2, on_nonfinite="stop")

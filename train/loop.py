@@ -1,0 +1,190 @@
+"""The loop of every training: what happens around its steps.
+
+A training supplies its step, data and schedule as a :class:`Training`. Here are the lock on the run
+folder, resuming, the restart of dead loader workers, the vote to stop or save, checkpoints,
+evaluations, the watchdog, roll-backs and the log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from xcit_dino.data.loader import Batch, CropLoader
+from xcit_dino.errors import Stopped
+from xcit_dino.train import memory, signals
+from xcit_dino.train.config import absolute, dump_yaml
+from xcit_dino.train.distributed import dist, fsdp
+from xcit_dino.train.evaluation import Evaluations
+from xcit_dino.train.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
+from xcit_dino.train.run.folder import open_run, say_changes
+from xcit_dino.train.run.lock import held
+from xcit_dino.train.run.log import RunLog
+from xcit_dino.train.schedules import Schedule
+from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
+from xcit_dino.train.watchdog import Watchdog
+from xcit_dino.train.worker_restart import steady
+
+
+class Diagnostics(Protocol):
+    """Judges the logged metrics of a training."""
+
+    def observe(self, step: int, line: dict[str, float]) -> dict[str, float]:
+        """Judge a line of the log; returns metrics to log beside it."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed training needs to judge as this one would have."""
+        ...
+
+
+@dataclass
+class Training:
+    """What the loop runs; all ranks hold the same."""
+
+    label: str
+    """Of the progress bar."""
+    config: Any
+    """Of the whole run, with a section ``run``."""
+    state: TrainState
+    loader: CropLoader
+    schedule: Schedule
+    train_step: Callable[[Sequence[Batch], Any], dict[str, Tensor]]
+    """(this rank's micro-batches, the step's hyperparameters) -> scalars on the device."""
+    replay_step: Callable[[int, Sequence[Batch]], Tensor]
+    """Forward and backward passes of a finished step again, counted from 1; its loss."""
+    smaller_options: str
+    """Options that make an image take less memory, for the message when it runs out."""
+    batch_unit: int = 1
+    """What a process's batch must be a multiple of."""
+    initialize: Callable[[], None] = lambda: None
+    """Loads the initial weights; called where there is no checkpoint."""
+    diagnostics: Callable[[dict[str, Any]], Diagnostics] | None = None
+    """Builds the diagnostics from what an earlier attempt saved of them."""
+    evaluate: Callable[[int], dict[str, Any]] = lambda step: {}
+    """Step -> metrics and pictures to log."""
+    evaluation_due: Callable[[int], bool] = lambda step: False
+    """Whether there is anything to evaluate after a step, 0 for the initial weights."""
+    finish: Callable[[RunLog, Checkpoints], None] = lambda log, checkpoints: None
+    """Called once after the last step."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """About the initial weights; kept in checkpoints."""
+
+
+def train(training: Training) -> None:
+    """Train, or resume training, until the last step; after a roll-back again from the last
+    checkpoint.
+
+    Raises:
+        InputError: the run folder belongs to another run, or its checkpoint does not fit.
+        Stopped: a signal ended this attempt; the state is saved.
+        RunError: gradients stayed non-finite, memory ran out, loader workers kept dying, or the
+            last checkpoint could not be written.
+    """
+    run, state, rollbacks = training.config.run, training.state, 0
+    with (
+        held(run.output_dir),
+        Checkpoints(run.output_dir, keep=run.keep_checkpoints) as checkpoints,
+        Watchdog(run.output_dir, run.watchdog_minutes, run.on_stall == "abort") as watchdog,
+    ):
+        while True:
+            resume(training, checkpoints)
+            state.rollbacks = max(state.rollbacks, rollbacks)
+            try:
+                train_loop(training, checkpoints, watchdog)
+                break
+            except RollBack as reason:
+                rollbacks = state.rollbacks + 1
+                roll_back(reason, rollbacks, checkpoints)
+    dist.barrier()
+    if (reason := signals.requested()) and state.step < training.schedule.total_steps:
+        signals.clear()  # acted upon; a request made before the loop began was kept until here
+        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
+
+
+def resume(training: Training, checkpoints: Checkpoints) -> None:
+    """Load the newest whole checkpoint, or the initial weights; only then, when nothing can refuse
+    the run any more, is its folder written to."""
+    config = training.config
+    if (newest := checkpoints.newest()) is None:
+        training.initialize()
+    else:
+        saved = load_checkpoint(newest)
+        training.state.load_state_dict(saved)
+        training.facts = saved.get("facts", training.facts)
+        if dist.is_main():
+            say_changes(saved.get("config", ""), config, training.state.step)
+    dist.from_main(lambda: open_run(config, config.run))
+    dist.from_main(checkpoints.clean)
+
+
+def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog) -> None:
+    """Step after step until the last one, or until the run is to stop.
+
+    Raises:
+        RollBack: gradients were non-finite for too long.
+        RunError: see :func:`train`.
+    """
+    run, state = training.config.run, training.state
+    loader, schedule = training.loader, training.schedule
+    last_step = run.last_step(schedule.total_steps)
+    vote, saved_at = signals.Vote(), time.monotonic()
+    skips = Skips(
+        run.max_skipped,
+        run.on_nonfinite == "rollback",
+        state.modules,
+        partial(first_tensor, state.modules, training.replay_step),
+        partial(keys_of, loader.index, training.config.loader),
+        run.output_dir,
+    )
+    alarms = training.diagnostics and training.diagnostics(state.log.get("alarms") or {})
+    with RunLog(
+        run, state.step, schedule.total_steps, state.global_batch, training.label,
+        saved=state.log, waited=loader.wait_seconds,
+    ) as log:  # fmt: skip
+        evaluations = Evaluations(run.output_dir, log, training.evaluate)
+        if training.evaluation_due(state.step):
+            evaluations.catch_up(state.step)
+        for batches in steady(loader, state) if state.step < last_step else ():
+            overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
+            vote.cast(overdue)
+            now = schedule(state.step, state.rollbacks)
+            with memory.explained(state, run, training.smaller_options, training.batch_unit):
+                metrics = training.train_step(batches, now)
+            skips.add(state.step, metrics["skipped"], batches)
+            line = log.step(state.step, metrics, asdict(now), loader.wait_seconds)
+            if line and alarms:
+                log.write(state.step, alarms.observe(state.step, line))
+
+            epoch, into_epoch = divmod(state.step, schedule.steps_per_epoch)
+            wish = vote.result()
+            stopping = wish == signals.STOP or state.step == last_step
+            late = wish == signals.SAVE and not skips.in_a_row
+            if into_epoch == 0 or stopping or late:
+                state.log = log.state() | ({"alarms": alarms.state()} if alarms else {})
+                permanent = into_epoch == 0 and epoch % run.saveckp_freq == 0
+                save(training, checkpoints, epoch, permanent)
+                saved_at = time.monotonic()
+            urgent = wish == signals.STOP and state.step < last_step  # the next attempt catches up
+            if training.evaluation_due(state.step) and not urgent:
+                evaluations(state.step)
+            watchdog.beat(state.step)
+            if stopping:
+                break
+        dist.from_main(checkpoints.wait)
+        if state.step == schedule.total_steps:
+            training.finish(log, checkpoints)
+
+
+def save(training: Training, checkpoints: Checkpoints, epoch: int, permanent: bool) -> None:
+    """Write a checkpoint in the background: the state, and what it is a state of."""
+    config, state = training.config, fsdp.whole(training.state.state_dict())
+    if dist.is_main():
+        about = {"epoch": epoch, "arch": config.model.arch, "config": dump_yaml(absolute(config))}
+        facts = {"facts": training.facts} if training.facts else {}
+        checkpoints.save(state | about | facts, permanent)
