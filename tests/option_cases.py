@@ -183,7 +183,7 @@ RUN: Cases = {
 PRETRAIN: Cases = RUN | {
     "init_from": [turn("run", "other", **W)],
     "out_dim": [turn("16", **W)],
-    "head_nlayers": [turn("1", **W)],
+    "head_nlayers": [turn("1", **W, given={"head_hidden_dim": "2048"})],
     "head_hidden_dim": [turn("8", **W)],
     "head_bottleneck_dim": [turn("4", **W)],
     "norm_last_layer": [turn("false", **W, given={"freeze_last_layer": "0"})],
