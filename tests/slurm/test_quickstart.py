@@ -17,7 +17,7 @@ def test_its_command_line_is_one_of_the_launcher(tmp_path):
     assert [stage.name for stage in launch.stages] == ["pretrain", "knn", "linear", "report"]
     assert launch.run == config.output_dir and launch.launch.cluster == "local"
     pretrain, knn, linear, report = (dict(options(stage.config)) for stage in launch.stages)
-    assert pretrain["data_path"] == config.data_path
+    assert pretrain["data_path"] == str(config.data_path)
     assert knn["baselines"] and linear["baselines"]
     assert {stage["output_dir"] for stage in (pretrain, knn, linear, report)} == {launch.run}
 
