@@ -219,9 +219,24 @@ def contents(folder: Path, times: bool = True) -> dict[str, Any]:
 
 
 def digest(path: Path) -> str:
-    """Checksum of a file without the moment that a page says it was written."""
+    """Checksum of a file without the moment that a page says it was written; of a checkpoint, whose
+    options name its folder, that of its networks."""
+    if path.name.startswith("checkpoint-") and path.suffix == ".pth":
+        return networks(path)
     content = re.sub(rb"Written [^<]*|\d{4}-\d\d-\d\dT[\d:+]*", b"", path.read_bytes())
     return hashlib.sha256(content).hexdigest()
+
+
+def networks(path: Path) -> str:
+    """Checksum of a checkpoint's step and of all tensors that are part of a network."""
+    import torch
+
+    state = torch.load(path, weights_only=True)
+    found = hashlib.sha256(str(state["step"]).encode())
+    for name in ("student", "teacher", "loss", "model", "Student", "model_ema"):
+        for key, value in sorted(state.get(name, {}).items()):
+            found.update(f"{name} {key}".encode() + value.numpy().tobytes())
+    return found.hexdigest()
 
 
 @cache
