@@ -20,6 +20,7 @@ from xcit_dino.files import file_checksum
 
 FOLDER = "checkpoints"
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")
+MOST_RESERVED = 8  # a long-lived process reads one run after the other
 _reserved: dict[Path, int] = {}  # folder -> the open file of its checkpoint that is being read
 
 
@@ -84,9 +85,16 @@ def reserve(path: Path) -> None:
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(file, fcntl.LOCK_SH)  # who is just dropping it holds it for a moment
-    if (before := _reserved.pop(path.parent, None)) is not None:
-        os.close(before)
+    release(path.parent)
     _reserved[path.parent] = file
+    while len(_reserved) > MOST_RESERVED:
+        release(next(iter(_reserved)))
+
+
+def release(folder: Path) -> None:
+    """Let the run drop the checkpoint of ``folder`` that :func:`reserve` keeps, if any."""
+    if (file := _reserved.pop(folder, None)) is not None:
+        os.close(file)
 
 
 def drop_unless_read(path: Path) -> None:

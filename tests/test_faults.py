@@ -43,6 +43,7 @@ from tests.victims import (
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError
+from xcit_dino.models import checkpoints
 from xcit_dino.ssl.pretrain import pretrain
 
 OFTEN = {"checkpoint_minutes": 1e-9}  # a checkpoint after every step
@@ -137,6 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield folder
+    checkpoints.release(folder / "run" / "checkpoints")
     subprocess.run(["umount", str(folder)], check=True)
 
 

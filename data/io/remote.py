@@ -115,9 +115,11 @@ def pipe_chunks(command: str, name: str, size: int, begin: int) -> Iterator[byte
     words = [word.replace("{shard}", name) for word in shlex.split(command)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
         assert process.stdout is not None
+        output = select.poll()  # select() takes no file beyond the 1,024th
+        output.register(process.stdout, select.POLLIN)
         try:
             while True:
-                if not select.select([process.stdout], [], [], TIMEOUT)[0]:
+                if not output.poll(TIMEOUT * 1000):
                     raise OSError(f"{words[0]} wrote nothing for {TIMEOUT:.0f} s")
                 chunk = os.read(process.stdout.fileno(), 1 << 20)
                 if not chunk:

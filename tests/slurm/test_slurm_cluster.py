@@ -78,7 +78,7 @@ def test_one_run_through_everything(slurm: Cluster, place: Path, uninterrupted: 
     attempt = run.started_again(job, 3)
     assert attempt.failures == 1
     log = (attempts.job_folder(run.folder, job) / f"{job}_0_log.err").read_text()
-    assert "pretrain: requeued (node2: task 1: Killed)" in log
+    assert "pretrain: requeued (node2: task 1: Killed, last seen alive at" in log
 
     pid = run.hold(job)
     slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
