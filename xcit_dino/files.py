@@ -72,12 +72,16 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     folder = target.with_name(_temporary(target.name))
     shutil.rmtree(folder, ignore_errors=True)
+    made = [parent for parent in folder.parents if not parent.exists()]
     folder.mkdir(parents=True)
     try:
         yield folder
         replace_folder(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # they hold the target, or something else
+            for parent in made:
+                parent.rmdir()
 
 
 def replace_folder(folder: Path, target: Path) -> None:

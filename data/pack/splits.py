@@ -151,10 +151,10 @@ def _taken(images: list[Image], depth: int, known: dict[str, str], src: str) -> 
         by_split.setdefault(split, []).append(name)
     for split, names in by_split.items():
         if len(names) > 1:
-            pair = shlex.quote(f"{split}={'*/' * depth}{names[0]}")
+            pairs = " ".join(shlex.quote(f"{s}={'*/' * depth}{n[0]}") for s, n in by_split.items())
             raise InputError(
                 f"{src}: {' and '.join(names)} are both called like {split}; choose with "
-                f"--splits, such as --splits {pair} (--splits none: they are classes)"
+                f"--splits, such as --splits {pairs} (--splits none: they are classes)"
             )
     notes = []
     if "val" in by_split and "test" in by_split:

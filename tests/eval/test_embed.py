@@ -19,7 +19,7 @@ from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.features import load_features
 from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.target import pretrained, resolve
-from xcit_dino.files import file_checksum
+from xcit_dino.files import file_checksum, unfinished_folder
 from xcit_dino.train.distributed.dist import init as cpu_world
 
 
@@ -169,3 +169,12 @@ def test_a_run_folder_elsewhere_gives_arch_and_data(run_folder, tmp_path):
     weights.with_suffix(".json").write_text(json.dumps(facts))
     embed.run(EmbedConfig(None, elsewhere, split="val", examples=0))
     assert (tmp_path / "elsewhere" / "embeddings" / "val" / "features.npy").is_file()
+
+
+def test_a_refused_folder_leaves_nothing(tmp_path):
+    kept = tmp_path / "run"
+    kept.mkdir()
+    with pytest.raises(InputError), unfinished_folder(kept / "embeddings" / "train") as folder:
+        (folder / "features.npy").touch()
+        raise InputError("no weights")
+    assert list(kept.iterdir()) == []
