@@ -18,6 +18,8 @@ from xcit_dino.data.shards.index import INDEX, MAX_LABEL, ShardIndex, sparse_lab
 from xcit_dino.data.shards.split_names import SPLITS
 from xcit_dino.errors import InputError, suggest
 
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+SEPARATOR = re.compile(r"[\s,;|/+&]+")
 NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.0*)?")  # tables with gaps are often saved as 3.0, 7.0
 
 
@@ -65,7 +67,32 @@ def are_numbers(named: dict[str, list[Image]], config: MakeConfig) -> bool:
             f"{config.labels or config.src}: labels are numbers, but {words[0]!r} is none; correct "
             "it, or say which classes there are with --label_map"
         )
+    decimals = [label for label in words if DECIMAL.fullmatch(label)]
+    if words and len(decimals) == len(words):
+        raise InputError(
+            f"{config.labels or config.src}: labels such as {words[0]} are quantities, not classes; "
+            "choose another column with --label_column, or list them in a file, one a line, and "
+            "give --label_map FILE: then each is a class"
+        )
     return not words
+
+
+def several_labels(named: dict[str, list[Image]]) -> list[str]:
+    """Note labels that hold other labels, as several in one cell do: each such cell is a class."""
+    labels = {image.label for part in named.values() for image in part if image.label}
+    joined = {
+        label: parts
+        for label in sorted(labels)
+        if (parts := [part for part in SEPARATOR.split(label) if part != label and part in labels])
+    }
+    if not joined:
+        return []
+    label, parts = next(iter(joined.items()))
+    more = f" (and {len(joined) - 1:,} more like it)" if len(joined) > 1 else ""
+    return [
+        f"label {label!r}{more} is a class of its own, though {parts[0]!r} is one too: an image "
+        "has one class"
+    ]
 
 
 def class_names(

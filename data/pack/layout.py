@@ -13,6 +13,7 @@ from xcit_dino.data.pack.classes import (
     class_names,
     compare_classes,
     numbered,
+    several_labels,
 )
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.labels import (
@@ -50,6 +51,8 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
     listing.notes += found.notes
     named, by_words = _named(listing, config, src, found)
     check_names(named, config)
+    if not by_words and config.label_map is None:
+        listing.notes += several_labels(named)
     flat = [s for s, part in named.items() if not any(image.label for image in part)]
     if flat and len(flat) < len(named):
         labelled = next(split for split in named if split not in flat)

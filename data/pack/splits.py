@@ -66,6 +66,8 @@ def split_images(listing: Listing, config: MakeConfig) -> Found:
         found = given_splits(listing.images, config.splits, config.src)
     else:
         found = find_splits(images, config.src)
+        if not found.spelled and str(config.labels or "folders") == "folders":
+            found.notes.extend(_unnamed_splits(images))
     if config.split is not None and len(found.parts) > 1:
         named = " and ".join(found.spelled.values())
         raise InputError(
@@ -129,6 +131,29 @@ def find_splits(images: list[Image], src: str) -> Found:
         if depth == 0 or len(set(known.values())) > 1:
             raise InputError(_ambiguous(src, depth, known, sorted(set(others))))
     return Found({"": images}, {}, [])
+
+
+def _unnamed_splits(images: list[Image]) -> list[str]:
+    """Note top folders that may be splits under other names: all hold folders of the same names."""
+    inside: dict[str, set[str]] = {}
+    for top, *deeper in filter(None, map(folders, images)):
+        inside.setdefault(top, set()).add(deeper[0] if deeper else "")
+    if len(inside) < 2 or "" in set().union(*inside.values()):
+        return []
+    shared = set.intersection(*inside.values())
+    if len(shared) < 2 or 2 * len(shared) < len(set().union(*inside.values())):
+        return []
+    tops, within = sorted(inside), sorted(shared)
+    pairs = " ".join(shlex.quote(f"{s}={top}") for s, top in zip(SPLITS, tops, strict=False))
+    return [
+        f"{_listed(tops)} are taken for classes, though all hold folders of the same names "
+        f"({_listed(within)}); if they are splits: --splits {pairs}"
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > 4 else ""
+    return ", ".join(f"{name}/" for name in names[:4]) + more
 
 
 def _ambiguous(src: str, depth: int, known: dict[str, str], others: list[str]) -> str:

@@ -82,6 +82,14 @@ def read_table(path: Path, label_column: str | None = None) -> Table:
     if hot:
         heads = ", ".join(rows[0][n] for n in hot[:4]) + (", ..." if len(hot) > 4 else "")
         table.notes.append(f"labels of {path.name}: {len(hot)} one-hot columns ({heads})")
+    elif has_header and label is not None and label_column is None:
+        others = [h for n, h in enumerate(rows[0]) if n not in (name, label, split) and h]
+        others = [head for head in others if _columns([head])[0] not in INDEX_COLUMNS]
+        if others:
+            table.notes.append(
+                f"labels of {path.name}: column {rows[0][label]} (not {', '.join(others[:4])}"
+                f"{', ...' if len(others) > 4 else ''}; another with --label_column)"
+            )
     table.rows = [
         (
             row[name],

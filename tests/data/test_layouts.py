@@ -173,6 +173,15 @@ SPLITS = [
     Layout("splits inside a split", "images/train/1.jpg images/val/2.jpg x/3.jpg", {},
            "--splits train=images", refused="holds splits itself; name them: "
            "--splits train=images/train val=images/val"),
+    Layout("splits of unknown names", "Entrenamiento/a/1.jpg Entrenamiento/b/2.jpg Prueba/a/3.jpg "
+           "Prueba/b/4.jpg", {"": "Entrenamiento:1,2 Prueba:3,4"},
+           said=("Entrenamiento/, Prueba/ are taken for classes, though all hold folders of the "
+                 "same names (a/, b/); if they are splits: --splits train=Entrenamiento "
+                 "val=Prueba",)),
+    Layout("splits of unknown names, named", "fold1/a/1.jpg fold1/b/2.jpg fold2/a/3.jpg "
+           "fold2/b/4.jpg", TWO, "--splits train=fold1 val=fold2"),
+    Layout("subfolders of the same names, without labels", "p1/left/1.jpg p1/right/2.jpg "
+           "p2/left/3.jpg p2/right/4.jpg", {"": "-:1,2,3,4"}, "--labels none"),
     Layout("only test", "test/a/1.jpg test/b/2.jpg", {"val": "a:1 b:2"},
            said=("split: test/ -> val",)),
 ]  # fmt: skip
@@ -246,6 +255,19 @@ LISTS = [
     Layout("one-hot", FLAT, {"": "BCC:1 MEL:2,4 NV:3"}, LABELLED,
            also=table("image,MEL,NV,BCC\n1,0.0,0.0,1.0\n2,1.0,0.0,0.0\n3,0.0,1.0,0.0\n4,1,0,0\n"),
            said=("labels of l.csv: 3 one-hot columns (MEL, NV, BCC)",)),
+    Layout("quantities", FLAT, {"": "0.5:1,3 1.5:2,4"}, LABELLED,
+           also=table("id,label\n1,0.5\n2,1.5\n3,0.5\n4,1.5\n") | {"../map.txt": "0.5\n1.5\n"},
+           refused="labels such as 0.5 are quantities, not classes; choose another column with "
+           "--label_column", remedy="--label_map {}/map.txt"),
+    Layout("several labels in a cell", FLAT, {"": "cat:1 cat_dog:2 dog:3,4"}, LABELLED,
+           also=table("id,label\n1,cat\n2,cat dog\n3,dog\n4,dog\n"),
+           said=("label 'cat dog' is a class of its own, though 'cat' is one too: an image has one "
+                 "class",)),
+    Layout("label and label_name", FLAT, {"": "0:1,3 1:2,4"}, LABELLED,
+           also=table("id,label,label_name\n1,0,cat\n2,1,dog\n3,0,cat\n4,1,dog\n"),
+           said=("labels of l.csv: column label (not label_name; another with --label_column)",)),
+    Layout("label_name", FLAT, {"": "cat:1,3 dog:2,4"}, f"{LABELLED} --label_column label_name",
+           also=table("id,label,label_name\n1,0,cat\n2,1,dog\n3,0,cat\n4,1,dog\n")),
     Layout("several ones in a row", FLAT, {"": "0:1 1:2,3,4"}, LABELLED,
            also=table("image,MEL,NV\n1,0,1\n2,1,1\n3,1,0\n4,1,0\n"),
            refused="MEL, NV could each be the label", remedy="--label_column MEL"),
@@ -395,8 +417,9 @@ def test_a_layout_gives_what_it_says_or_is_refused(
         assert err.splitlines()[-1].startswith("xcit-dino: ") and not dst.exists()
         if not layout.out:
             return
-        assert all(word.strip("'") in err for word in layout.remedy.split()), err
-        assert main([*command, *shlex.split(layout.remedy)]) == 0
+        assert all(w.strip("'") in err for w in layout.remedy.split() if "{" not in w), err
+        remedy = shlex.split(layout.remedy.format(tmp_path))
+        assert main([*command, *remedy]) == 0
         out = capsys.readouterr().out
     assert code == 0 or layout.refused, err
     assert described(dst) == layout.out

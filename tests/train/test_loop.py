@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
 from tests.trainings import train
+from tests.victims import assert_nothing_lost
 from xcit_dino.errors import RunError
 from xcit_dino.supervised import train as supervised
 from xcit_dino.train.run.metrics import read_metrics
@@ -48,3 +55,33 @@ def test_a_supervised_training_stops_where_it_is_to(shards, tmp_path, monkeypatc
     spoil(monkeypatch, 7, 99, until_rollbacks=9)
     with pytest.raises(RunError, match="the last checkpoint is from before"):
         train("finetune", shards, tmp_path / "run", max_skipped=2, on_nonfinite="stop")
+
+
+@pytest.fixture
+def url(shards: Path) -> Iterator[str]:
+    """The shards on a web server."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(shards))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "distill"])
+def test_shards_of_another_machine_train_the_same(name, shards, url, tmp_path):
+    """The index lies here, the shards on a server; the validation set is read from there too."""
+    indexes = tmp_path / "indexes"
+    shutil.copytree(shards, indexes, ignore=shutil.ignore_patterns("*.tar"))
+    train(name, shards, tmp_path / "local")
+    remote = {"shard_url": f"{url}/{{split}}", "cache_dir": tmp_path / "cache"}
+    train(name, indexes, tmp_path / "remote", **remote)
+    assert_nothing_lost(tmp_path / "remote", tmp_path / "local")
+    top1 = [
+        [line["val_top1"] for line in read_metrics(tmp_path / run) if "val_top1" in line]
+        for run in ("local", "remote")
+    ]
+    assert top1[0] == top1[1] and bool(top1[0]) == (name != "pretrain")
