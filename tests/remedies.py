@@ -674,6 +674,7 @@ ELSEWHERE = {
     "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",
     # data that a test of its own makes
     "--split {}: {} holds {}": "names what there is: test_pack.py",
+    "labels such as {} are quantities": "test_layouts.py, with such a list",
     "labels are numbers, but {} is none": "test_pack.py, with such a list",
     "name other classes; pack both with one label map": "test_features.py",
     "--data_path {}: holds no images": "an index of nothing: test_features.py",

@@ -48,6 +48,9 @@ def test_out_of_memory_in_a_step(shards: Path, tmp_path: Path) -> None:
     words = said(run)
     assert "out of memory in step 2 on rank 0: weights, gradients" in words
     assert "Take --batch_size_per_gpu 5 --accum_iter 2: the same run goes on" in words
+    options |= {"batch_size_per_gpu": 5, "accum_iter": 2}
+    assert ended(start(run, shards, **options)) == 0
+    assert steps_done(run) == 4 * 20 // 10, "the same steps as planned"
 
 
 def test_worker_killed(shards: Path, whole: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Signs of collapse against plain formulas; alarms with hysteresis; runs made to collapse."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from bench import collapse
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import RunError
+from xcit_dino.ssl.config import PretrainConfig, pretrain_config
 from xcit_dino.ssl.diagnostics import KINDS, Alarms, health, patience
+from xcit_dino.train.config import options
 
 HEALTHY = {
     "loss": 3.0, "teacher_entropy": 2.5, "kl": 0.5, "information": 0.4, "mean_entropy": 0.8,
@@ -82,6 +85,22 @@ def test_an_alarm_waits_names_the_kind_and_ends(line, name, words, capsys):
         stopping = Alarms(256, patience=100, stop=True)
         for step in range(10, 120, 10):
             stopping.observe(step, line)
+
+
+OPTION = re.compile(r"(--\w+)(?: (true|false|[\d.]+(?![\w])))?")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_what_an_alarm_advises_to_turn_is_there(kind):
+    """Every option of the advice is one of pretraining, and takes the value that stands beside it;
+    "a lower", "a higher" and "a longer" have room on that side of the default."""
+    advised = OPTION.findall(kind.advice)
+    assert advised
+    for option, value in advised:
+        default = dict(options(PretrainConfig()))[option.removeprefix("--")]
+        turned = value or str(default * (0.5 if f"lower {option}" in kind.advice else 1.001))
+        config = pretrain_config(["--data_path", "x", option, turned])
+        assert str(dict(options(config))[option.removeprefix("--")]).lower() == turned.lower()
 
 
 def test_one_good_reading_begins_anew_and_the_margin_is_wider_on_the_way_back():
