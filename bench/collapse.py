@@ -20,9 +20,9 @@ import torch
 
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain
-from xcit_dino.train.config import replace
 from xcit_dino.train.run.metrics import read_metrics
 
 IMAGES = 960

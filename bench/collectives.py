@@ -27,10 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.options import replace
 from xcit_dino.ssl import pretrain
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train import trainer as parallel
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist as processes
 from xcit_dino.train.distributed import sync_batchnorm
 

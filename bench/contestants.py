@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from bench.reference import PlainHead, PlainLoss, PlainNet, parameter_groups, plain_step
 from xcit_dino.data.batch import Batch
 from xcit_dino.models.zoo import model_spec
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train.amp import DTYPES, autocast
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 
 NOW = DinoHyperparameters(5e-4, 0.04, 0.996, 0.04, freeze_last_layer=False)

@@ -24,10 +24,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
 from bench.contestants import NOW, Views, crops
 from xcit_dino.data.batch import Batch
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.trainer import set_up
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 
 

@@ -45,7 +45,7 @@ class CropsConfig:
             raise InputError("--crops_ratio must be two ratios, 0.01 <= from <= to <= 100")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         names = ("local_crops_size", "local_crops_scale")
         return needs(self.local_crops_number, "with --local_crops_number 0", *names)
 
@@ -92,7 +92,7 @@ class AugmentConfig:
             raise InputError("--blur_sigma must be two radii in pixels, 0 < from <= to <= 100")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`; what is off twice is not meant."""
+        """See :func:`xcit_dino.options.ineffective`; what is off twice is not meant."""
         jitter, prob = any(self.color_jitter), self.color_jitter_prob
         return {
             **needs(prob or not jitter, "with --color_jitter_prob 0", "color_jitter"),
@@ -137,7 +137,7 @@ class LoaderConfig:
         within(self, 1e-9, 1e9, "cache_gb")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return {
             **needs(self.num_workers, "with --num_workers 0", "prefetch_factor"),
             **needs(self.cache_dir, "without --cache_dir", "cache_gb"),

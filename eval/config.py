@@ -145,7 +145,7 @@ class LinearConfig:
         within(self, 0, 2**31, "seed")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         cached = self.protocol == "cached"
         return needs(cached, "with --protocol dino: it is --batch_size_per_gpu", "probe_batch_size")
 
@@ -188,7 +188,7 @@ class EmbedConfig:
         within(self, 0, 2**31, "seed")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return needs(self.examples, "with --examples 0: nothing is shown", "seed")
 
 
@@ -207,7 +207,7 @@ class ReportConfig:
     shards, a checkpoint and the features that `knn` leaves."""
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return needs(not self.runs, "beside run folders", "output_dir")
 
     @property

@@ -29,10 +29,10 @@ from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import TIMM_PREFIX
+from xcit_dino.options import options as options_of
+from xcit_dino.options import read_yaml, replace
 from xcit_dino.progress import progress
 from xcit_dino.train.amp import autocast, resolve_precision
-from xcit_dino.train.config import options as options_of
-from xcit_dino.train.config import read_yaml, replace
 from xcit_dino.train.distributed import dist
 
 PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py

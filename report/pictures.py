@@ -15,11 +15,11 @@ from xcit_dino.eval import neighbors
 from xcit_dino.eval.pictures import render
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import replace
 from xcit_dino.report.images import Images, tile
 from xcit_dino.report.neighbors import confusions, feature_map, nearest
 from xcit_dino.report.page import Section
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.train.config import replace
 from xcit_dino.train.run.reader import Run
 from xcit_dino.train.state import newest_checkpoint
 

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from xcit_dino.errors import InputError
+from xcit_dino.options import dump_yaml, option_types, read_yaml, replace
 from xcit_dino.progress import clock
 from xcit_dino.report.compare import aligned
 from xcit_dino.report.page import Section, Table, plain, tables, timestamp
 from xcit_dino.report.training import attempts, starts
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
-from xcit_dino.train.config import CONFIGS, dump_yaml, option_types, read_yaml, replace
+from xcit_dino.train.config import CONFIGS
 from xcit_dino.train.run.folder import FREE
 from xcit_dino.train.run.reader import Run
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tyro
 
 from xcit_dino.errors import InputError, needs
-from xcit_dino.train.config import options
+from xcit_dino.options import options
 
 RESUMES = frozenset({"pretrain", "finetune", "distill"})  # these save themselves when told to stop
 
@@ -75,7 +75,7 @@ class LaunchConfig:
     """Show the submission script, the resolved recipe and what follows from both; run nothing."""
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return needs(self.seeds, "without --seeds", "array_parallelism")
 
 

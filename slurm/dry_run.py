@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import InputError
+from xcit_dino.options import dump_yaml, options
 from xcit_dino.slurm import attempts
 from xcit_dino.slurm.config import Launch, LaunchConfig, Stage
-from xcit_dino.train.config import dump_yaml, options
 
 
 def preview(launch: Launch, cluster: str) -> None:

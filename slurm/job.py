@@ -26,10 +26,10 @@ from typing import Any
 import submitit
 
 from xcit_dino.errors import InputError, RunError, Stopped
+from xcit_dino.options import options, replace
 from xcit_dino.slurm import attempts, env, scheduler
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.train import signals
-from xcit_dino.train.config import options, replace
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCONT)
 

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from xcit_dino.errors import InputError, warn
 from xcit_dino.files import check_writable
+from xcit_dino.options import dump_yaml, options
 from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage
 from xcit_dino.slurm.dry_run import preview, without_effect
-from xcit_dino.train.config import dump_yaml, options
 from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run
 
 OFFICIAL_GPUS = 8  # dino run_with_submitit.py: GPUs of a node where nobody can be asked

@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from xcit_dino.options import read_yaml
 from xcit_dino.slurm import attempts
 from xcit_dino.slurm.watch import Tail
-from xcit_dino.train.config import read_yaml
 from xcit_dino.train.run.metrics import METRICS, Line, read_tries
 
 RECENT = 20  # lines of metrics from which the speed is reckoned

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.cli import COMMANDS, load
+from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.errors import InputError, suggest
+from xcit_dino.options import absolute, option_types, options, read_yaml, replace
 from xcit_dino.slurm.config import (
     RESUMES,
     Launch,
@@ -25,17 +27,7 @@ from xcit_dino.slurm.config import (
     check,
     check_path,
 )
-from xcit_dino.train.config import (
-    RunConfig,
-    absolute,
-    option_types,
-    options,
-    parse,
-    pop_option,
-    pop_path,
-    read_yaml,
-    replace,
-)
+from xcit_dino.train.config import RunConfig
 
 STAGES = ("pretrain", "embed", "knn", "linear", "evaluate", "finetune", "distill", "report")
 ENTRIES = {  # the `main` of these commands would take over the job's signals

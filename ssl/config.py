@@ -7,20 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
+from xcit_dino.options import read_yaml, replace
 from xcit_dino.paths import Location
-from xcit_dino.train.config import (
-    CONFIGS,
-    OptimConfig,
-    RunConfig,
-    parse,
-    pop_option,
-    pop_path,
-    read_yaml,
-    replace,
-)
+from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class HeadConfig:
         within(self, 0, 1e6, "freeze_last_layer")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return needs(self.head_nlayers > 1, "with --head_nlayers 1", "head_hidden_dim")
 
 
@@ -100,7 +93,7 @@ class OnlineConfig:
         within(self, 0, 1e6, "knn_every")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return needs(self.knn_every, "with --knn_every 0", "knn_data_path")
 
 
@@ -178,7 +171,7 @@ class PretrainConfig:
                 )
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return self.loader.unused_cache(self.online.knn_data_path)
 
     def remarks(self) -> list[str]:

@@ -22,13 +22,13 @@ from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.online import Evaluate, online_knn
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.models.weights.load import input_settings, load_pretraining
+from xcit_dino.options import options
 from xcit_dino.ssl import diagnostics
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train import optim, signals
 from xcit_dino.train.amp import autocast, resolve_precision
-from xcit_dino.train.config import options
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.loop import Training, train
 from xcit_dino.train.run.folder import check_output, check_run

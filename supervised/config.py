@@ -11,21 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.eval.config import NetworkName
 from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
-from xcit_dino.train.config import (
-    CONFIGS,
-    OptimConfig,
-    RunConfig,
-    parse,
-    pop_option,
-    pop_path,
-    read_yaml,
-    replace,
-)
+from xcit_dino.options import read_yaml, replace
+from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
 Config = TypeVar("Config", bound="FinetuneConfig")
 
@@ -43,7 +36,7 @@ class StartConfig:
     """Leave out the classifier that the weights have and start a new one, for other classes."""
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         there = self.pretrained_weights
         return needs(there, "without --pretrained_weights", "checkpoint_key", "new_head")
 
@@ -108,7 +101,7 @@ class RegularizationConfig:
             raise InputError("--train_scale must be two shares of the area, 0 < from <= to <= 1")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`; what is off twice is not meant."""
+        """See :func:`xcit_dino.options.ineffective`; what is off twice is not meant."""
         jitters = self.aa in ("", "none") or "3a" in self.aa or not self.color_jitter
         either, both = self.mixup or self.cutmix, self.mixup and self.cutmix
         prob = ["mixup_prob"] if self.mixup_prob else []
@@ -205,7 +198,7 @@ class FinetuneConfig:
                 )
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return self.loader.unused_cache()
 
     def remarks(self) -> list[str]:
@@ -245,7 +238,7 @@ class TeacherConfig:
         within(self, 0, 4096, "teacher_size")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         soft, share = self.distillation_type != "hard", self.distillation_alpha
         names = ("teacher_size", "distillation_type", "distillation_tau")
         return {
@@ -261,7 +254,7 @@ class DistillConfig(FinetuneConfig):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         labels = self.teacher.distillation_alpha < 1
         idle = needs(labels, "with --distillation_alpha 1", "smoothing")
         return super().ineffective() | idle

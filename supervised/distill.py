@@ -23,12 +23,12 @@ from xcit_dino.inputs import InputSettings
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.weights.load import input_settings, load_backbone
 from xcit_dino.models.zoo import create_model, list_models
+from xcit_dino.options import options, replace
 from xcit_dino.supervised.config import DistillConfig, TeacherConfig
 from xcit_dino.supervised.data import open_data
 from xcit_dino.supervised.train import soft_cross_entropy, train
 from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
 from xcit_dino.train import signals
-from xcit_dino.train.config import options, replace
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import check_output
 from xcit_dino.train.state import Checkpoints, weights_file

@@ -18,11 +18,11 @@ from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
 from xcit_dino.models.checkpoints import is_whole
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
+from xcit_dino.options import replace
 from xcit_dino.supervised.config import Config, FinetuneConfig, StartConfig
 from xcit_dino.supervised.data import DeviceAugment, LabelledData
 from xcit_dino.supervised.optim import adamw
 from xcit_dino.train.amp import resolve_precision
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist, sync_batchnorm
 from xcit_dino.train.state import Checkpoints, TrainState, weights_file
 from xcit_dino.train.trainer import Trainer, data_parallel

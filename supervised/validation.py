@@ -19,9 +19,9 @@ from xcit_dino.eval.linear import top_hits
 from xcit_dino.eval.results import write_result
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
+from xcit_dino.options import options
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import LabelledData
-from xcit_dino.train.config import options
 from xcit_dino.train.distributed import dist
 
 Results = dict[str, dict[str, float]]

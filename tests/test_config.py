@@ -8,21 +8,12 @@ import pytest
 import tyro
 
 from xcit_dino import cli
+from xcit_dino.command_line import parse, pop_option
 from xcit_dino.errors import InputError
+from xcit_dino.options import differing, dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.ssl.config import pretrain_config
 from xcit_dino.supervised.config import finetune_config
-from xcit_dino.train.config import (
-    OptimConfig,
-    RunConfig,
-    differing,
-    dump_yaml,
-    option_types,
-    options,
-    parse,
-    pop_option,
-    read_yaml,
-    replace,
-)
+from xcit_dino.train.config import OptimConfig, RunConfig
 from xcit_dino.train.run.folder import check_run, open_run
 
 

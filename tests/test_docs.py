@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from xcit_dino.cli import COMMANDS, find_command, load, main
+from xcit_dino.command_line import parse
 from xcit_dino.ssl.pretrain import pretrain_with_knn as pretrain
-from xcit_dino.train.config import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,13 +14,13 @@ from tests.train.test_nowait import TINY, pretraining_batch
 from xcit_dino.data.batch import Batch, Copier
 from xcit_dino.data.ring import Ring
 from xcit_dino.errors import RunError
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train import memory
 from xcit_dino.train.async_copy import HostCopy
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 
 NOW = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, freeze_last_layer=False)

@@ -28,8 +28,8 @@ from tests.option_cases import (
 )
 from tests.turning import Outcome, Turn, done, fresh, run, words_of
 from xcit_dino.cli import COMMANDS, load
+from xcit_dino.options import option_types
 from xcit_dino.slurm.config import LaunchConfig
-from xcit_dino.train.config import option_types
 
 POSITIONAL = ("src", "checkpoint", "runs", "run", "dst")
 ELSEWHERE = {"launch": "test_launch_options.py"}  # turns every option of that command
@@ -83,7 +83,7 @@ def default(command: str, name: str) -> str:
     if not isinstance(make, type):
         kind = typing.get_type_hints(make)["return"]
         make = LaunchConfig if command.startswith("launch") else kind
-    from xcit_dino.train.config import options
+    from xcit_dino.options import options
 
     try:
         return str(dict(options(make())).get(name))

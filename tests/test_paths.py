@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from xcit_dino.cli import COMMANDS, load
+from xcit_dino.command_line import parse
 from xcit_dino.errors import InputError
+from xcit_dino.options import option_types, options, replace
 from xcit_dino.paths import LOCATION, expand
 from xcit_dino.slurm.config import LaunchConfig
 from xcit_dino.slurm.stages import launch_config, return_class
 from xcit_dino.slurm.tools.rehearse import rehearse_config
-from xcit_dino.train.config import option_types, options, parse, replace
 
 WORDS = {  # options that are text and no path
     "arch", "teacher_model", "split", "aa", "prefix", "may_change", "label_column", "splits",

@@ -3,8 +3,9 @@
 import pytest
 
 from xcit_dino.models.zoo import list_models
+from xcit_dino.options import read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config, recipe_path
-from xcit_dino.train.config import CONFIGS, read_yaml, replace
+from xcit_dino.train.config import CONFIGS
 
 RECIPES = sorted((CONFIGS / "pretrain").glob("*.yaml"))
 

@@ -185,7 +185,7 @@ def parse(line: str, places: dict[str, Path]) -> object:
     assert name is not None
     make = cli.load(cli.COMMANDS[name].config)
     if isinstance(make, type):
-        from xcit_dino.train.config import parse
+        from xcit_dino.command_line import parse
 
         return parse(make(), rest, name)
     return make(rest, name)

@@ -9,12 +9,12 @@ import torch
 
 from tests import victims
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
 from xcit_dino.supervised.distill import distill
 from xcit_dino.supervised.finetune import finetune
-from xcit_dino.train.config import replace
 
 CONFIGS = {"pretrain": PretrainConfig(), "finetune": FinetuneConfig(), "distill": DistillConfig()}
 RUN = {"pretrain": pretrain, "finetune": finetune, "distill": distill}

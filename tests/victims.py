@@ -35,8 +35,8 @@ FIRST = "checkpoint-00000005.pth"
 
 def config(shards: Path, folder: Path, **options: Any) -> Any:
     """The options of a victim."""
+    from xcit_dino.options import replace
     from xcit_dino.ssl.config import PretrainConfig
-    from xcit_dino.train.config import replace
 
     return replace(PretrainConfig(), TINY | {"data_path": shards, "output_dir": folder} | options)
 

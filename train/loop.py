@@ -17,8 +17,8 @@ from torch import Tensor
 
 from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import Stopped
+from xcit_dino.options import absolute, dump_yaml
 from xcit_dino.train import memory, signals
-from xcit_dino.train.config import absolute, dump_yaml
 from xcit_dino.train.distributed import dist, fsdp
 from xcit_dino.train.evaluation import Evaluations
 from xcit_dino.train.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back

@@ -170,7 +170,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     command = COMMANDS[name]
     make_config, prog = load(command.config), f"xcit-dino {name}"
     if isinstance(make_config, type):
-        from xcit_dino.train.config import parse
+        from xcit_dino.command_line import parse
 
         config = parse(make_config(), argv, prog, command.about)
     else:

@@ -71,8 +71,8 @@ def are_numbers(named: dict[str, list[Image]], config: MakeConfig) -> bool:
     if words and len(decimals) == len(words):
         raise InputError(
             f"{config.labels or config.src}: labels such as {words[0]} are quantities, not "
-            "classes; choose another column with --label_column, or list them in a file, one a line, and "
-            "give --label_map FILE: then each is a class"
+            "classes; choose another column with --label_column, or list them in a file, one a "
+            "line, and give --label_map FILE: then each is a class"
         )
     return not words
 

@@ -20,15 +20,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from xcit_dino.command_line import pop_option, pop_path
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.models.zoo import TIMM_PREFIX, model_spec
+from xcit_dino.options import read_yaml
 from xcit_dino.slurm import attempts, scheduler, status
 from xcit_dino.slurm.config import CancelConfig, Launch
 from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
 from xcit_dino.slurm.stages import launch_config, read_defaults
 from xcit_dino.slurm.watch import read_state
-from xcit_dino.train.config import CONFIGS, pop_option, pop_path, read_yaml
+from xcit_dino.train.config import CONFIGS
 
 RECIPE = CONFIGS / "rehearsal.yaml"
 STEPS_PER_EPOCH = 10

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from xcit_dino.data.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvaluateConfig, KnnConfig, LinearConfig
+from xcit_dino.options import dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoSchedule
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
-from xcit_dino.train.config import dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.train.state import FORMAT, load_checkpoint
 
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]

@@ -29,9 +29,9 @@ from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import replace
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.trainer import with_input_settings
-from xcit_dino.train.config import replace
 
 ARCH = "xcit_pico_6_p8"
 MEAN, STD = [0.2, 0.5, 0.7], [0.5, 0.3, 0.4]

@@ -13,9 +13,9 @@ from xcit_dino.eval.features import load_features
 from xcit_dino.eval.knn import evaluate
 from xcit_dino.eval.online import online_knn
 from xcit_dino.eval.target import pretrained, resolve
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain_with_knn
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed.dist import World
 from xcit_dino.train.run.metrics import read_metrics
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint

@@ -11,11 +11,11 @@ from tests.browser import Browser, find_chromium
 from tests.report.test_report import add_tries, make_run
 from xcit_dino.eval import knn
 from xcit_dino.eval.config import KnnConfig, ReportConfig
+from xcit_dino.options import replace
 from xcit_dino.provenance import record_result
 from xcit_dino.report import report
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain_with_knn as pretrain
-from xcit_dino.train.config import replace
 
 pytestmark = [
     pytest.mark.browser,

@@ -20,6 +20,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import knn, neighbors
 from xcit_dino.eval.config import KnnConfig, ReportConfig
 from xcit_dino.files import write_atomic
+from xcit_dino.options import read_yaml
 from xcit_dino.provenance import record_result
 from xcit_dino.report import report
 from xcit_dino.report.images import Images
@@ -27,7 +28,7 @@ from xcit_dino.report.page import SCRIPT, TEMPLATES, render
 from xcit_dino.report.provenance import nearest_recipe
 from xcit_dino.report.published import differences_from_published, published
 from xcit_dino.report.training import attempts, cost
-from xcit_dino.train.config import CONFIGS, read_yaml
+from xcit_dino.train.config import CONFIGS
 from xcit_dino.train.run.reader import headline, read_run, title_of
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'

@@ -17,10 +17,10 @@ import pytest
 
 from tests.standin import StandinConfig
 from xcit_dino.errors import InputError
+from xcit_dino.options import replace
 from xcit_dino.slurm import attempts, env, job, scheduler
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train import signals
-from xcit_dino.train.config import replace
 
 STAGE = "pretrain"
 

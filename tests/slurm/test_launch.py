@@ -22,6 +22,7 @@ from xcit_dino.data.pack.demo import make
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
+from xcit_dino.options import option_types
 from xcit_dino.slurm import attempts, dry_run, launch, local, scheduler, snapshot, status, submit
 from xcit_dino.slurm.config import (
     CancelConfig,
@@ -39,7 +40,6 @@ from xcit_dino.slurm.tools.rehearse import rehearse_config
 from xcit_dino.slurm.tools.rehearse import resolve as rehearsal
 from xcit_dino.slurm.tools.rehearse import run as rehearse
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.train.config import option_types
 
 ROOT = Path(__file__).parents[2]
 ARCH = ["--arch", "xcit_nano_12_p16"]

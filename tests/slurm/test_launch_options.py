@@ -10,11 +10,11 @@ import pytest
 from tests.standin import plan_of
 from xcit_dino.cli import COMMANDS
 from xcit_dino.errors import InputError
+from xcit_dino.options import option_types, replace
 from xcit_dino.slurm import attempts, launch, local, submit
 from xcit_dino.slurm.config import Launch, LaunchConfig
 from xcit_dino.slurm.dry_run import without_effect
 from xcit_dino.slurm.stages import ENTRIES, launch_config
-from xcit_dino.train.config import option_types, replace
 
 ARCH = ["--arch", "xcit_nano_12_p16", "--ngpus", "0"]
 SCRIPT = {  # option -> (words, what the submission script then has)

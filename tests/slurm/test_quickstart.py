@@ -5,10 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from xcit_dino.options import options
 from xcit_dino.provenance import record_result
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.slurm.tools.quickstart import QuickstartConfig, command_line, show
-from xcit_dino.train.config import options
 
 
 def test_its_command_line_is_one_of_the_launcher(tmp_path):

@@ -17,6 +17,7 @@ from xcit_dino.data.loader import Batch
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval.target import run_options
+from xcit_dino.options import replace
 from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
@@ -24,7 +25,6 @@ from xcit_dino.ssl.pretrain import pretrain, student_backward, teacher_targets, 
 from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import set_up
 from xcit_dino.train import signals
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.seeding import seed_drop_path
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint

@@ -10,9 +10,9 @@ from bench import collapse
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import RunError
+from xcit_dino.options import options
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
 from xcit_dino.ssl.diagnostics import KINDS, Alarms, health, patience
-from xcit_dino.train.config import options
 
 HEALTHY = {
     "loss": 3.0, "teacher_entropy": 2.5, "kl": 0.5, "information": 0.4, "mean_entropy": 0.8,

@@ -12,12 +12,12 @@ from tests import victims
 from xcit_dino.data.batch import Batch
 from xcit_dino.errors import InputError
 from xcit_dino.models import zoo
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import set_up
 from xcit_dino.train import optim
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 
 ARCH = "xcit_test_1_p8"  # one block: two ranks talk to each other in every batch-norm

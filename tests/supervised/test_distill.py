@@ -15,9 +15,9 @@ from xcit_dino.eval.context import settings_of
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import replace
 from xcit_dino.supervised.config import DistillConfig, TeacherConfig, distill_config
 from xcit_dino.supervised.distill import DistillationLoss, Teacher, build_teacher, distill
-from xcit_dino.train.config import replace
 from xcit_dino.train.state import Checkpoints, load_checkpoint, newest_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -19,6 +19,7 @@ from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval import evaluate
 from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import replace
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.supervised import train as supervised
 from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig, finetune_config
@@ -28,7 +29,6 @@ from xcit_dino.supervised.optim import parameter_groups
 from xcit_dino.supervised.trainer import build_model
 from xcit_dino.supervised.validation import accuracies
 from xcit_dino.train import signals
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint

@@ -19,6 +19,7 @@ from tests.nowait import NeverWaits, Waits, pretended_gpu
 from xcit_dino.data.batch import Batch
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import replace
 from xcit_dino.ssl import pretrain
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoHyperparameters
@@ -28,7 +29,6 @@ from xcit_dino.supervised import trainer
 from xcit_dino.supervised.config import DistillConfig
 from xcit_dino.supervised.data import LabelledData
 from xcit_dino.supervised.distill import DistillationLoss, Teacher
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import Hyperparameters as SupervisedHyperparameters
 

@@ -14,7 +14,7 @@ from tests.victims import at_step, ended, final_bits, finish, pause, said, same,
 from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import InputError
-from xcit_dino.train.config import options
+from xcit_dino.options import options
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import FREE, open_run
 from xcit_dino.train.state import Checkpoints, load_checkpoint, newest_checkpoint

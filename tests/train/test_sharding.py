@@ -15,12 +15,12 @@ from tests import victims
 from tests.nowait import NeverWaits
 from xcit_dino.data.batch import Batch
 from xcit_dino.errors import InputError
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import DinoHyperparameters
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train.async_copy import first_nonfinite
-from xcit_dino.train.config import replace
 from xcit_dino.train.distributed import dist, fsdp
 
 TINY = victims.TINY | {"norm_last_layer": False, "clip_grad": 0.01, "out_dim": 33}

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from xcit_dino.errors import InputError, RunError
+from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.async_copy import HostCopy
-from xcit_dino.train.config import replace
 from xcit_dino.train.run.folder import open_run
 from xcit_dino.train.state import (
     Checkpoints,

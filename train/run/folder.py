@@ -8,15 +8,8 @@ import yaml
 
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.files import check_writable, write_atomic
-from xcit_dino.train.config import (
-    RunConfig,
-    absolute,
-    dump_yaml,
-    ineffective,
-    options,
-    read_yaml,
-    replace,
-)
+from xcit_dino.options import absolute, dump_yaml, ineffective, options, read_yaml, replace
+from xcit_dino.train.config import RunConfig
 from xcit_dino.train.run.metrics import METRICS
 
 CONFIG_FILE = "config.yaml"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xcit_dino.errors import InputError
+from xcit_dino.options import read_yaml
 from xcit_dino.provenance import read_results
-from xcit_dino.train.config import read_yaml
 from xcit_dino.train.run.metrics import Line, read_metrics, read_tries
 
 T = TypeVar("T")
