@@ -1,9 +1,9 @@
-"""What the run folder remembers of a stage's attempts, and what follows from how one ended.
+"""The record of a stage's attempts in the run folder, and what happens after each.
 
-``RUN/launch/STAGE.json`` is the record. It has one writer at a time: whoever brackets an attempt
-(the batch script on the first node, or the launcher for local processes) calls :func:`begin` before
-and :func:`finish` after it. The ranks in between leave words of their own, a file each in
-``RUN/launch/jobs/ID``: that a signal was heard, or why they failed.
+``RUN/launch/STAGE.json`` is the record. It has one writer at a time (the batch script on the first
+node, or the launcher of local processes), which calls :func:`begin` before and :func:`finish` after
+each attempt. In between, each rank writes its status to its own file in ``RUN/launch/jobs/ID``:
+that it received a signal, or why it failed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from xcit_dino.errors import InputError
 from xcit_dino.files import write_atomic
 from xcit_dino.provenance import now
 
-SCRIPT = "script"  # stands for a rank where the job's script leaves a word
-RESUMABLE = 75  # exit code of a job that saved itself and is not done (EX_TEMPFAIL of sysexits.h)
+SCRIPT = "script"  # in place of a rank in statuses written by the job's script
+RESUMABLE = 75  # exit code of a job that saved a checkpoint before it was done (EX_TEMPFAIL)
 State = Literal[
     "waiting", "running", "requeued", "stopped", "done", "failed", "cancelled"
-]  # stopped: saved, and started again by nobody but the user
+]  # stopped: saved, restarted only by the user
 DEATH = r"^(?:srun|local): error: (\S+: tasks? [\d,-]+: .+|Node failure on \S+)$"
-TERMINATED, OUR_SIGNAL = "Terminated", "User defined signal 2"  # srun's words
-SCHEDULER = ("SIGUSR2", "SIGTERM")  # a scheduler tells a job to stop with these; it shall run again
+TERMINATED, OUR_SIGNAL = "Terminated", "User defined signal 2"  # as srun prints them
+SCHEDULER = ("SIGUSR2", "SIGTERM")  # sent by a scheduler to stop a job that is to be requeued
 
 
 @dataclass
@@ -47,10 +47,10 @@ class Record:
     hosts: str = ""
     began: str = ""
     ended: str = ""
-    reason: str = ""  # of the state, in words
-    bad_input: bool = False  # the failure is the user's to mend
-    failed_at: str = ""  # where the code failed last, and the newest checkpoint then
-    config: dict[str, Any] = field(default_factory=dict)  # of the stage when it was done
+    reason: str = ""  # of the state
+    bad_input: bool = False  # the failure is for the user to fix
+    failed_at: str = ""  # location of the last failure, and the newest checkpoint at that time
+    config: dict[str, Any] = field(default_factory=dict)  # with which the stage was completed
 
     @property
     def finished(self) -> bool:
@@ -58,7 +58,7 @@ class Record:
 
 
 def folder(run: Path) -> Path:
-    """Where a run's launcher files are."""
+    """The folder of a run's launcher files."""
     return run / "launch"
 
 
@@ -68,12 +68,12 @@ def job_folder(run: Path, job_id: str) -> Path:
 
 
 def progress_file(run: Path, stage: str) -> Path:
-    """Where rank 0 of a stage publishes its progress bar."""
+    """The file to which rank 0 of a stage publishes its progress."""
     return folder(run) / f"{stage}.progress.json"
 
 
 def load(run: Path, stage: str) -> Record:
-    """The record of a stage; a blank one where it has none."""
+    """Read the record of a stage; a new one if it has none."""
     path = folder(run) / f"{stage}.json"
     if not path.is_file():
         return Record(stage)
@@ -82,48 +82,50 @@ def load(run: Path, stage: str) -> Record:
 
 
 def save(run: Path, record: Record) -> None:
-    """Write a record, whole or not at all."""
+    """Write a record atomically."""
     write_atomic(folder(run) / f"{record.stage}.json", json.dumps(asdict(record), indent=1) + "\n")
 
 
-# -- words of the ranks ----------------------------------------------------------------------------
+# -- status of the ranks ---------------------------------------------------------------------------
 
 
-def leave_word(run: Path, job_id: str, restart: int, rank: int | str, **word: Any) -> None:
-    """Add to what a rank says of its attempt.
+def write_status(run: Path, job_id: str, restart: int, rank: int | str, **status: Any) -> None:
+    """Add entries to a rank's status of this attempt.
 
-    ``heard``: name of a signal; ``stopped``: it saved itself and left, and why; ``done``: rank 0 is
-    through with the stage (srun's exit code is no proof: it is 0 when a node dies); ``error`` and
-    ``code``: it failed, ``where`` in the code, ``final`` where a restart cannot help; ``port``:
-    where the ranks met.
+    ``heard``: name of the received signal; ``stopped``: why it saved a checkpoint and exited;
+    ``done``: rank 0 has completed the stage (srun's exit code is no proof: it is 0 when a node
+    dies); ``error`` and ``code``: it failed, ``where`` in the code, ``final`` if a restart cannot
+    help; ``port``: of the rendezvous.
     """
     path = job_folder(run, job_id) / f"words-{restart}-{rank}.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    word = {**before, "rank": rank, "host": host, "time": time.time(), **word}
-    write_atomic(path, json.dumps(word))
+    status = {**before, "rank": rank, "host": host, "time": time.time(), **status}
+    write_atomic(path, json.dumps(status))
 
 
-def words(run: Path, job_id: str, restart: int) -> list[dict[str, Any]]:
-    """What the ranks of an attempt left, in order of time."""
+def read_statuses(run: Path, job_id: str, restart: int) -> list[dict[str, Any]]:
+    """Statuses of the ranks of an attempt, ordered by time."""
     paths = job_folder(run, job_id).glob(f"words-{restart}-*.json")
     return sorted((json.loads(path.read_text()) for path in paths), key=lambda w: w["time"])
 
 
-def heard(run: Path, record: Record) -> str:
-    """The signal that the attempt was told to stop with, or ''."""
-    return next((w["heard"] for w in words(run, record.job_id, record.restart) if "heard" in w), "")
+def received_signal(run: Path, record: Record) -> str:
+    """Name of the signal that stopped the attempt, or ''."""
+    return next(
+        (w["heard"] for w in read_statuses(run, record.job_id, record.restart) if "heard" in w), ""
+    )
 
 
 def failure(run: Path, record: Record) -> str:
-    """Why an attempt failed, naming rank and host: what failed first, the others only follow."""
+    """Why an attempt failed, with rank and host: the first failure, of which others are results."""
     died = first_death(run, record)
     if killed(run, record):
         reason = died.replace(
-            OUR_SIGNAL, "told to save itself before it had started (raise --timeout)"
+            OUR_SIGNAL, "signaled to stop before it had started (raise --timeout)"
         )
         return f"{reason}{last_seen(run, record.stage)}"
-    errors = [w for w in words(run, record.job_id, record.restart) if "error" in w]
+    errors = [w for w in read_statuses(run, record.job_id, record.restart) if "error" in w]
     if not errors:
         return died
     first = errors[0]
@@ -133,13 +135,13 @@ def failure(run: Path, record: Record) -> str:
 
 
 def killed(run: Path, record: Record) -> bool:
-    """Whether an attempt was ended from outside: a signal, or a node that died."""
+    """Whether an attempt was ended from outside, by a signal or the death of a node."""
     died = first_death(run, record)
     return bool(died) and "xited with exit code" not in died
 
 
 def first_death(run: Path, record: Record) -> str:
-    """What srun (or our own controller) says of the first task of an attempt that failed."""
+    """The message of srun (or our own controller) about the first failed task of an attempt."""
     log = job_folder(run, record.job_id) / f"{record.job_id}_0_log.err"
     if not log.is_file():
         return ""
@@ -151,7 +153,7 @@ def first_death(run: Path, record: Record) -> str:
 
 
 def marker(record: Record) -> str:
-    """The line that begins an attempt in the first rank's log; a job's attempts share it."""
+    """The line that begins an attempt in the first rank's log, which a job's attempts share."""
     return f"{record.stage}: attempt {record.attempts} on {record.hosts}"
 
 
@@ -159,18 +161,18 @@ def marker(record: Record) -> str:
 
 
 def begin(run: Path, stage: str, job_id: str, restart: int, hosts: str) -> Record:
-    """Count an attempt that is about to start.
+    """Record the start of an attempt.
 
-    An attempt before it that ended without a word, and had not been told to stop, was a failure:
-    its node died.
+    An earlier attempt that ended without a report, and had not been signaled to stop, counts as a
+    failure: its node died.
 
     Raises:
         InputError: the run was cancelled, or has failed too often.
     """
     record, max_requeues = load(run, stage), read_launch(run)["max_requeues"]
-    if record.state == "running" and not heard(run, record):
+    if record.state == "running" and not received_signal(run, record):
         record.failures += 1
-        record.reason = f"the job ended without a word on {record.hosts}{last_seen(run, stage)}"
+        record.reason = f"the job ended without a report on {record.hosts}{last_seen(run, stage)}"
     record.job_id, record.restart, record.hosts = job_id, restart, hosts
     if cancelled(run):
         record.state, record.reason, record.ended = "cancelled", "by `launch cancel`", now()
@@ -190,53 +192,54 @@ def begin(run: Path, stage: str, job_id: str, restart: int, hosts: str) -> Recor
 
 
 def finish(run: Path, stage: str, code: int) -> Record:
-    """Note how an attempt ended; the state is then ``requeued`` where it has to be started again.
+    """Record how an attempt ended; the state is then ``requeued`` if it has to be restarted.
 
     Args:
-        code: exit code of the ranks together: 0 where all left in good order.
+        code: exit code of all ranks together: 0 if all exited cleanly.
     """
     record, launch = load(run, stage), read_launch(run)
-    said = words(run, record.job_id, record.restart)
-    stopped = next((w["stopped"] for w in said if "stopped" in w), "")
+    statuses = read_statuses(run, record.job_id, record.restart)
+    stopped = next((w["stopped"] for w in statuses if "stopped" in w), "")
     record.ended, record.reason = now(), ""
-    if code == 0 and any("done" in w for w in said):
+    if code == 0 and any("done" in w for w in statuses):
         record.state, record.config = "done", launch["stages"][stage]["config"]
     elif cancelled(run):
         record.state, record.reason = "cancelled", "by `launch cancel`"
     elif code == 0 and stopped:
-        by_scheduler = heard(run, record) in SCHEDULER
+        by_scheduler = received_signal(run, record) in SCHEDULER
         record.state, record.reason = "requeued" if by_scheduler else "stopped", stopped
     elif first_death(run, record).endswith(TERMINATED):
         record.state, record.reason = "requeued", "ended by the scheduler before it could save"
     else:
-        judge_failure(run, record, said, code, launch)
+        record_failure(run, record, statuses, code, launch)
     save(run, record)
     return record
 
 
-def judge_failure(
-    run: Path, record: Record, said: list[dict[str, Any]], code: int, launch: dict[str, Any]
+def record_failure(
+    run: Path, record: Record, statuses: list[dict[str, Any]], code: int, launch: dict[str, Any]
 ) -> None:
-    """Count a failure; the run starts again unless that cannot help."""
+    """Record a failure; the run is restarted unless that cannot help."""
     record.failures += 1
-    record.reason = failure(run, record) or f"exit code {code}, and not a word"
-    record.bad_input = any(w.get("code") == 2 for w in said)
-    final = any(w.get("final") for w in said)
-    place = "" if killed(run, record) else place_of_failure(said, code)
+    record.reason = failure(run, record) or f"exit code {code}, without a report"
+    record.bad_input = any(w.get("code") == 2 for w in statuses)
+    final = any(w.get("final") for w in statuses)
+    place = "" if killed(run, record) else failure_location(statuses, code)
     failed_at = place and f"{place} | {newest_checkpoint(run, record.stage, launch)}"
-    if failed_at and failed_at == record.failed_at:  # a mistake in the code comes back each time
+    if failed_at and failed_at == record.failed_at:  # a bug in the code recurs each time
         final, record.reason = True, f"{record.reason} (twice at the same place)"
     record.failed_at = failed_at
     again = not final and record.failures <= launch["max_requeues"]
     record.state = "requeued" if again else "failed"
 
 
-def place_of_failure(said: list[dict[str, Any]], code: int) -> str:
-    """Where the code failed, comparable between attempts: texts hold process ids, ports and times.
+def failure_location(statuses: list[dict[str, Any]], code: int) -> str:
+    """Where the code failed, comparable between attempts: messages contain process ids, ports and
+    times.
 
-    '' where it was not the code: SLURM started no processes, or a signal ended them all.
+    '' if the code was not at fault: SLURM started no processes, or a signal ended them all.
     """
-    errors = [w for w in said if "error" in w]
+    errors = [w for w in statuses if "error" in w]
     if errors:
         first = errors[0]
         return "" if first["rank"] == SCRIPT else first.get("where") or first["error"]
@@ -244,14 +247,14 @@ def place_of_failure(said: list[dict[str, Any]], code: int) -> str:
 
 
 def newest_checkpoint(run: Path, stage: str, launch: dict[str, Any]) -> str:
-    """Name of the newest checkpoint of a stage, in the folder that this stage trains in; or ''."""
+    """Name of the newest checkpoint in a stage's output folder, or ''."""
     folder = Path(launch["stages"][stage]["config"].get("output_dir") or run)
     return max((path.name for path in folder.glob("checkpoints/checkpoint-*.pth")), default="")
 
 
 def last_seen(run: Path, stage: str) -> str:
-    """``", last seen alive at 2026-11-28 20:03:11 (pretraining 120/400 steps)"``: what the progress
-    bar of an attempt said last; '' where it had not begun."""
+    """``", last seen alive at 2026-11-28 20:03:11 (pretraining 120/400 steps)"``, from the progress
+    that an attempt published last; '' if it had published none."""
     try:
         state = json.loads(progress_file(run, stage).read_text())
     except (OSError, ValueError):
@@ -265,38 +268,38 @@ def last_seen(run: Path, stage: str) -> str:
 
 
 def write_launch(run: Path, launch: dict[str, Any]) -> None:
-    """Keep what was launched: cluster, host, code, stages with job ids and configs; and in
-    ``earlier`` the stages of launches before this one."""
+    """Write the record of a launch: cluster, host, code, stages with job ids and configs, and in
+    ``earlier`` the stages of previous launches."""
     write_atomic(folder(run) / "launch.json", json.dumps(launch, indent=1) + "\n")
 
 
 def is_launched(run: Path) -> bool:
-    """Whether anything was launched in a folder."""
+    """Whether a folder is the run folder of a launch."""
     return (folder(run) / "launch.json").is_file()
 
 
 def seed_of(run: Path) -> str:
-    """What follows ``-seed`` in a run folder's name."""
+    """The text after ``-seed`` in a run folder's name."""
     return run.name.rpartition("-seed")[2]
 
 
 def read_launch(run: Path) -> dict[str, Any]:
-    """What was launched last in a run folder.
+    """Read the record of the last launch in a run folder.
 
     Raises:
-        InputError: nothing was.
+        InputError: nothing was launched there.
     """
     if not is_launched(run):
         seeds = ", ".join(map(str, seed_runs(run)))
         raise InputError(
-            f"{run}: not a run folder of the launcher (it has no launch/launch.json)"
+            f"{run}: not a run folder of the launcher (no launch/launch.json)"
             + (f"; there are {seeds}" if seeds else "")
         )
     return json.loads((folder(run) / "launch.json").read_text())
 
 
 def earlier_stages(run: Path, todo: Iterable[str]) -> dict[str, Any]:
-    """Stages that launches before this one have begun, other than those in ``todo``."""
+    """Stages started by previous launches, except those in ``todo``."""
     if not is_launched(run):
         return {}
     known = all_stages(read_launch(run))
@@ -304,12 +307,12 @@ def earlier_stages(run: Path, todo: Iterable[str]) -> dict[str, Any]:
 
 
 def all_stages(launch: dict[str, Any]) -> dict[str, Any]:
-    """Stages of this launch and, before them, of those before it."""
+    """Stages of previous launches, then of this one."""
     return launch.get("earlier", {}) | launch["stages"]
 
 
 def seed_runs(run: Path) -> list[Path]:
-    """The runs ``RUN-seed0``, ``RUN-seed1`` ... of ``--seeds``, where ``run`` itself is none."""
+    """The runs ``RUN-seed0``, ``RUN-seed1`` ... of ``--seeds``, if ``run`` itself is not a run."""
     if is_launched(run):
         return []
     found = (p for p in run.parent.glob(f"{glob.escape(run.name)}-seed*") if is_launched(p))
@@ -317,7 +320,7 @@ def seed_runs(run: Path) -> list[Path]:
 
 
 def cancel(run: Path) -> None:
-    """Let no job of this run start, or start again."""
+    """Prevent this run's jobs from starting or restarting."""
     write_atomic(folder(run) / "cancelled", now() + "\n")
 
 
@@ -326,13 +329,14 @@ def cancelled(run: Path) -> bool:
     return (folder(run) / "cancelled").is_file()
 
 
-def allow(run: Path) -> None:
-    """Take :func:`cancel` back."""
+def clear_cancel(run: Path) -> None:
+    """Undo :func:`cancel`."""
     (folder(run) / "cancelled").unlink(missing_ok=True)
 
 
-def start_time(pid: int | None = None) -> str:
-    """Start of a process in clock ticks since boot, '' where there is none: pids come round."""
+def process_start_time(pid: int | None = None) -> str:
+    """Start time of a process in clock ticks since boot, '' if there is none. With the pid it
+    identifies a process, as pids are reused."""
     try:
         stat = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
     except OSError:

@@ -1,5 +1,5 @@
-"""Options of the launcher, and what they resolve to; torch-free, so that ``--help`` and
-``--dry_run`` are quick."""
+"""The launcher's options and what they resolve to; free of torch, so that ``--help`` and
+``--dry_run`` are fast."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ import tyro
 from xcit_dino.errors import InputError, needs
 from xcit_dino.options import options
 
-RESUMES = frozenset({"pretrain", "finetune", "distill"})  # these save themselves when told to stop
+RESUMES = frozenset({"pretrain", "finetune", "distill"})  # save a checkpoint on a stop signal
 
 
 @dataclass(frozen=True)
 class ResourceConfig:
-    """What one stage asks for; another stage's own value is ``--STAGE.nodes 1`` and so on."""
+    """Resources of one stage; those of a later stage are set by ``--STAGE.nodes 1`` and so on."""
 
     nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     ngpus: int | None = None
-    """GPUs of each node, one process each. Left out: all that a node has. 0: processes on CPUs."""
+    """GPUs per node, one process each. Default: all GPUs of a node. 0: CPU processes."""
     nproc: int = 1
-    """Processes of each node where there are no GPUs (--ngpus 0)."""
+    """Processes per node without GPUs (--ngpus 0)."""
     cpus_per_task: int | None = None
-    """Cores of each process. Left out: num_workers + 2."""
+    """Cores per process. Default: num_workers + 2."""
     mem: str | None = None
-    """Memory of each node as SLURM writes it (64G). Left out: the cluster's default."""
+    """Memory per node in SLURM's notation (64G). Default: the cluster's."""
     timeout: int | None = None
-    """Minutes until the job saves itself and is requeued. Left out: 1440 on SLURM, none locally."""
+    """Minutes until the job saves a checkpoint and is requeued. Default: 1440 on SLURM, none
+    locally."""
     partition: str | None = None
     """SLURM partition."""
     account: str | None = None
@@ -39,11 +40,11 @@ class ResourceConfig:
     qos: str | None = None
     """SLURM quality of service."""
     constraint: str | None = None
-    """Features that the nodes must have (a100|h100)."""
+    """Required node features (a100|h100)."""
     exclude: str | None = None
     """Nodes to avoid."""
     comment: str | None = None
-    """Comment on the jobs."""
+    """Comment attached to the jobs."""
     slurm: tuple[str, ...] = ()
     """Any other sbatch option as KEY=VALUE (reservation=deadline, exclusive=true)."""
 
@@ -54,25 +55,26 @@ class LaunchConfig:
 
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     cluster: Literal["auto", "slurm", "local", "debug"] = "auto"
-    """auto: SLURM where there is one, else local processes. debug: inside this process."""
+    """auto: SLURM if available, else local processes. debug: inside this process."""
     stages: str = "pretrain"
-    """Stages, pretrain,knn,linear,report ...; each starts when the one before has succeeded."""
+    """Stages, pretrain,knn,linear,report ...; each starts after the previous one has succeeded."""
     seeds: tuple[int, ...] = ()
-    """One run for each seed, in a folder of its own: RUN-seed0, RUN-seed1 ..."""
+    """One run per seed, each in its own folder: RUN-seed0, RUN-seed1 ..."""
     array_parallelism: int = 4
-    """How many runs of --seeds go on at a time on SLURM; one machine runs one after the other."""
+    """Maximum number of concurrent runs of --seeds on SLURM; a single machine runs them in
+    sequence."""
     job_name: str | None = None
-    """Name of the jobs. Left out: the run folder's."""
+    """Name of the jobs. Default: the run folder's name."""
     shared_dir: Path | None = None
-    """Folder that all nodes see; a run goes to SHARED_DIR/ARCH where --output_dir is left out."""
+    """Folder visible to all nodes; a run without --output_dir goes to SHARED_DIR/ARCH."""
     setup: tuple[str, ...] = ()
-    """Shell lines that each job runs first ("module load cuda")."""
+    """Shell lines run at the start of each job ("module load cuda")."""
     max_requeues: int = 10
-    """Restarts after a failure. Preemption and time limits restart a run for ever."""
+    """Maximum restarts after a failure. Restarts after preemption and time limits are unlimited."""
     signal_delay: int = 120
-    """Seconds before the time limit at which SLURM tells the job to save itself."""
+    """Seconds before the time limit at which SLURM signals the job to save a checkpoint."""
     dry_run: bool = False
-    """Show the submission script, the resolved recipe and what follows from both; run nothing."""
+    """Print the submission script, the resolved recipe and the derived values; run nothing."""
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
@@ -94,11 +96,11 @@ class LogsConfig:
     run: tyro.conf.Positional[Path] = tyro.MISSING
     """Run folder."""
     stage: str | None = None
-    """Stage. Left out: the one that began last."""
+    """Stage. Default: the one started last."""
     rank: int = 0
-    """Process whose log is shown."""
+    """Rank whose log is shown."""
     follow: bool = False
-    """Go on showing what is added until the stage ends."""
+    """Keep printing new lines until the stage ends."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,11 @@ class CancelConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One job: what runs with which config on what."""
+    """One job: entry point, config and resources."""
 
     name: str
     entry: str
-    """``module:function`` that takes the config."""
+    """``module:function``, called with the config."""
     config: Any
     resources: ResourceConfig
 
@@ -135,21 +137,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Launch:
-    """A whole command line, resolved."""
+    """A resolved command line."""
 
     launch: LaunchConfig
     run: Path
     """The run folder, absolute."""
     stages: tuple[Stage, ...]
     others: tuple[Launch, ...] = ()
-    """The same with the other --seeds."""
+    """The runs of the other --seeds."""
 
     @property
     def job_name(self) -> str:
         return self.launch.job_name or self.run.name
 
 
-OURS = {
+RESERVED = {
     "output",
     "error",
     "signal",
@@ -160,7 +162,7 @@ OURS = {
     "array",
     "chdir",
 }
-OWN = {  # what sbatch calls them: where the launcher has an option of its own
+EQUIVALENT = {  # sbatch option -> the launcher's own option for it
     **{name: name for name in "nodes mem partition account qos constraint exclude comment".split()},
     **{"time": "timeout", "cpus_per_task": "cpus_per_task", "gpus_per_node": "ngpus"},
     **{"ntasks": "ngpus", "ntasks_per_node": "ngpus"},
@@ -168,16 +170,20 @@ OWN = {  # what sbatch calls them: where the launcher has an option of its own
 
 
 def check(launch: LaunchConfig, prefix: str = "") -> None:
-    """Refuse impossible values in words; ``prefix`` stands before an option's name in them.
+    """Validate the values.
+
+    Args:
+        prefix: put before an option's name in messages (``"knn."``).
 
     Raises:
         InputError: names the option and the remedy.
     """
-    for name, text in texts(launch):
-        if (
-            not text.isprintable()
-        ):  # a line break would end a comment line of the script: a command would follow
-            raise InputError(f"--{prefix}{name}: must not hold line breaks or control characters")
+    for name, text in text_options(launch):
+        # a line break would end a comment line of the script: the rest would run as a command
+        if not text.isprintable():
+            raise InputError(
+                f"--{prefix}{name}: must not contain line breaks or control characters"
+            )
     values = dict(options(launch))
     for low, names in (
         (1, ("nodes", "nproc", "cpus_per_task", "timeout", "array_parallelism")),
@@ -195,8 +201,8 @@ def check(launch: LaunchConfig, prefix: str = "") -> None:
         slurm_option(pair)
 
 
-def texts(launch: LaunchConfig) -> Iterator[tuple[str, str]]:
-    """``(option, text)`` of every option that is text."""
+def text_options(launch: LaunchConfig) -> Iterator[tuple[str, str]]:
+    """Yield ``(name, text)`` for every text option."""
     for name, value in options(launch):
         for item in value if isinstance(value, tuple) else (value,):
             if isinstance(item, str | Path):
@@ -209,14 +215,14 @@ def slurm_option(pair: str) -> tuple[str, str | bool]:
     key = key.strip().lstrip("-").replace("-", "_")
     if not equals or not key.replace("_", "").isalnum() or not key.isascii():
         raise InputError(f"--slurm {pair!r}: write KEY=VALUE, with KEY a long option of sbatch")
-    if key in OURS:
-        raise InputError(f"--slurm {key}: the launcher sets this one itself; leave it out")
-    if key in OWN:
-        raise InputError(f"--slurm {key}: give --{OWN[key]} instead")
+    if key in RESERVED:
+        raise InputError(f"--slurm {key}: set by the launcher itself; leave it out")
+    if key in EQUIVALENT:
+        raise InputError(f"--slurm {key}: give --{EQUIVALENT[key]} instead")
     return key, True if value.lower() == "true" else value
 
 
 def check_path(run: Path) -> None:
-    """SLURM reads ``%`` in a path as a pattern; a line break would end the script's line."""
+    """SLURM expands ``%`` in a path as a pattern; a line break would end the script's line."""
     if "%" in str(run) or not str(run).isprintable():
-        raise InputError(f"--output_dir {str(run)!r}: must hold no % and no control characters")
+        raise InputError(f"--output_dir {str(run)!r}: must not contain % or control characters")

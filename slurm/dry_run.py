@@ -1,4 +1,4 @@
-"""``--dry_run``: what a command line comes to, without torch and without SLURM."""
+"""``--dry_run``: what a command line resolves to, without torch and without SLURM."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from xcit_dino.slurm.config import Launch, LaunchConfig, Stage
 def preview(launch: Launch, cluster: str) -> None:
     """Print the run, each stage's resources and script, and the resolved recipe."""
     print(f"run folder      {launch.run}\ncluster         {cluster}")
-    for line in without_effect(launch, cluster):
+    for line in ineffective_options(launch, cluster):
         print(f"WARNING         {line}")
     for stage in launch.stages:
         print(f"\n== {stage.name}: {resources(stage)}")
-        facts = (
-            training_facts(stage) if stage.name == "pretrain" else neighbour_facts(launch, stage)
-        )
+        facts = training_facts(stage) if stage.name == "pretrain" else neighbor_facts(launch, stage)
         for name, value in facts.items():
             print(f"{name:<26}{value}")
         for remark in getattr(stage.config, "remarks", list)():
@@ -37,9 +35,9 @@ def preview(launch: Launch, cluster: str) -> None:
 
 def resources(stage: Stage) -> str:
     """``"2 nodes x 8 GPUs, 16 processes"``."""
-    asked = stage.resources
-    devices = counted(asked.ngpus, "GPU") if asked.ngpus else "CPUs"
-    return f"{counted(asked.nodes, 'node')} x {devices}, {counted(stage.num_tasks, 'process')}"
+    requested = stage.resources
+    devices = counted(requested.ngpus, "GPU") if requested.ngpus else "CPUs"
+    return f"{counted(requested.nodes, 'node')} x {devices}, {counted(stage.num_tasks, 'process')}"
 
 
 def counted(number: int, noun: str) -> str:
@@ -49,7 +47,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def training_facts(stage: Stage) -> dict[str, Any]:
-    """What follows from recipe, resources and index."""
+    """Values derived from recipe, resources and index."""
     config = stage.config
     images_per_step = config.run.batch_size_per_gpu * config.run.accum_iter
     batch = images_per_step * stage.num_tasks
@@ -78,8 +76,8 @@ def training_facts(stage: Stage) -> dict[str, Any]:
     }
 
 
-def neighbour_facts(launch: Launch, stage: Stage) -> dict[str, str]:
-    """Numbers of neighbours that the training set is too small for: they are left out."""
+def neighbor_facts(launch: Launch, stage: Stage) -> dict[str, str]:
+    """Values of ``--nb_knn`` that exceed the training set and are therefore skipped."""
     values = dict(options(stage.config))
     if "nb_knn" not in values:
         return {}
@@ -92,35 +90,36 @@ def neighbour_facts(launch: Launch, stage: Stage) -> dict[str, str]:
     large = ", ".join(str(k) for k in values["nb_knn"] if k > images)
     if not large:
         return {}
-    return {"--knn.nb_knn": f"{large} left out: the training split has only {images} images"}
+    return {"--knn.nb_knn": f"{large} skipped: the training split has only {images} images"}
 
 
 def count_images(data_path: Path | str | None) -> tuple[int, int]:
-    """(images, shards) of the training set, from its index alone: importing numpy is slow."""
+    """(images, shards) of the training set, read from its index without numpy, which is slow to
+    import."""
     if data_path is None:
         raise InputError("--data_path is not given")
     if "://" in str(data_path):
-        raise InputError(f"{data_path} is read when the run starts, not by a dry run")
+        raise InputError(f"{data_path} is read when the run starts, not in a dry run")
     folder = Path(data_path)
     place = folder / "train" / "index.json"
     place = place if place.is_file() else folder / "index.json"
     if not place.is_file():
-        raise InputError(f"--data_path {folder}: no index.json is there, seen from this machine")
+        raise InputError(f"--data_path {folder}: no index.json there, as seen from this machine")
     index = json.loads(place.read_text())
     return int(index["samples"]), len(index["shards"])
 
 
-ON_SLURM_ONLY = (
+SLURM_ONLY = (
     "partition", "account", "qos", "constraint", "exclude", "comment", "mem", "slurm", "job_name",
 )  # fmt: skip
-IN_DEBUG_NEITHER = ("cpus_per_task", "timeout", "setup", "max_requeues")
+NOT_IN_DEBUG = ("cpus_per_task", "timeout", "setup", "max_requeues")
 
 
-def without_effect(launch: Launch, cluster: str) -> list[str]:
-    """Lines that name the given options which this kind of launch has no use for."""
+def ineffective_options(launch: Launch, cluster: str) -> list[str]:
+    """Warnings that name the given options without effect on this kind of launch."""
     if cluster == "slurm":
         return []
-    names = {*ON_SLURM_ONLY, *(IN_DEBUG_NEITHER if cluster == "debug" else ())}
+    names = {*SLURM_ONLY, *(NOT_IN_DEBUG if cluster == "debug" else ())}
     if launch.others:
         names.add("array_parallelism")
     if cluster == "debug" or not any(stage.resources.timeout for stage in launch.stages):

@@ -1,13 +1,13 @@
-"""The job: one stage, one process of it; the same code on SLURM, locally and in the debugger.
+"""One rank of a stage's job; the same code on SLURM, locally and in the debugger.
 
-``StageJob`` is what submitit pickles and each rank calls. Around the ranks, a job's script on the
-first node runs ``python -m xcit_dino.slurm.job begin|finish``: there, and nowhere else, it is
-decided whether the job starts and whether it is put back into the queue. So the decision is taken
-once, and also when rank 0 was the one that died.
+submitit pickles a ``StageJob``, and each rank calls it. Before and after the ranks, the job's
+script on the first node runs ``python -m xcit_dino.slurm.job begin|finish``, which alone decides
+whether the job starts and whether it is requeued. The decision is therefore made exactly once, even
+if rank 0 died.
 
-Signals: SLURM sends SIGUSR2 (ours, before the time limit) or SIGTERM (preemption) to every rank;
-each only notes it, and the training loop stops all ranks after the same step. NCCL is known to
-catch SIGUSR1.
+Signals: SLURM sends SIGUSR2 (as we request, before the time limit) or SIGTERM (preemption) to every
+rank. The handler only records it; the training loop stops all ranks after the same step. NCCL is
+known to catch SIGUSR1.
 """
 
 from __future__ import annotations
@@ -35,84 +35,84 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.
 
 
 class Interrupted(BaseException):
-    """A signal ended a stage that has nothing to save; no ``except Exception`` holds it up."""
+    """A signal ended a stage that has nothing to save; not caught by ``except Exception``."""
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage of a run; calling it does the work of this rank."""
+    """One stage of a run; calling it runs this rank's part."""
 
     stage: str
     entry: str
-    """``module:function`` that takes the config."""
+    """``module:function``, called with the config."""
     config: Any
     run: Path
     num_tasks: int
-    """Processes that the config was made for."""
+    """World size for which the config was made."""
 
     def __call__(self) -> None:
         here = Rank(self, submitit.JobEnvironment())
-        here.listen()
+        here.install_handlers()
         try:
-            store = here.join()  # kept until the end: it is the group's meeting point
-            resolve_name(self.entry)(here.fitted(self.config))
+            store = here.join()  # kept alive until the end: the process group's store
+            resolve_name(self.entry)(here.adapt_config(self.config))
             leave_group()
             del store
             if here.place.global_rank == 0:
-                here.say(done=True)
-        except (InputError, RunError) as error:  # would come again: no restart helps
+                here.report(done=True)
+        except (InputError, RunError) as error:  # would happen again: no restart helps
             code = 2 if isinstance(error, InputError) else 1
-            here.say(error=str(error), code=code, final=True)
+            here.report(error=str(error), code=code, final=True)
             print(f"xcit-dino: {error}", file=sys.stderr, flush=True)
             sys.exit(code)
         except (Stopped, Interrupted) as reason:
-            here.say(stopped=str(reason))
+            here.report(stopped=str(reason))
             print(f"stopped: {reason}", file=sys.stderr, flush=True)
             leave_group()
         except Exception as error:
-            words = f"{type(error).__name__}: {first_line(error)}"
-            here.say(error=words, where=place_of(error), code=1)
+            summary = f"{type(error).__name__}: {first_line(error)}"
+            here.report(error=summary, where=traceback_location(error), code=1)
             raise
 
 
-def job_of(launch: Launch, stage: Stage) -> StageJob:
+def make_job(launch: Launch, stage: Stage) -> StageJob:
     """The job of a resolved stage."""
     return StageJob(stage.name, stage.entry, stage.config, launch.run, stage.num_tasks)
 
 
 class Rank:
-    """This process of the job: its place, what it hears, what it leaves in the run folder."""
+    """This process of the job: its rank, the signals it receives, its status in the run folder."""
 
     def __init__(self, job: StageJob, place: submitit.JobEnvironment):
         self.job, self.place = job, place
         self.restart = restart_count()
-        self.heard: list[str] = []
+        self.received: list[str] = []
 
-    def say(self, **word: Any) -> None:
-        """Leave a word for whoever judges this attempt."""
-        attempts.leave_word(
-            self.job.run, self.place.job_id, self.restart, self.place.global_rank, **word
+    def report(self, **status: Any) -> None:
+        """Write this rank's status, from which the attempt's outcome is decided."""
+        attempts.write_status(
+            self.job.run, self.place.job_id, self.restart, self.place.global_rank, **status
         )
 
     def join(self) -> Any:
-        """Meet the other ranks."""
+        """Rendezvous with the other ranks."""
         here = self.place
         key = f"{self.job.run} {here.job_id} {self.restart} {os.environ.get('SLURM_STEP_ID', '')}"
         hosts = [here.hostnames[0], os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")]
         set_threads(here.num_tasks // here.num_nodes)
         store = env.join(key, here.global_rank, here.num_tasks, own_gpu(here.local_rank), hosts)
         if store is not None:
-            self.say(port=store.port)
+            self.report(port=store.port)
         return store
 
-    def fitted(self, config: Any) -> Any:
-        """The config for the processes there are now, with the global batch that was asked for."""
-        now, asked = self.place.num_tasks, self.job.num_tasks
-        if now == asked or self.job.stage not in RESUMES:
+    def adapt_config(self, config: Any) -> Any:
+        """The config for the current world size, with the global batch size unchanged."""
+        now, launched = self.place.num_tasks, self.job.num_tasks
+        if now == launched or self.job.stage not in RESUMES:
             return config
         values = dict(options(config))
-        total = values["batch_size_per_gpu"] * values["accum_iter"] * asked
-        micro_batches = Fraction(values["accum_iter"] * asked, now)
+        total = values["batch_size_per_gpu"] * values["accum_iter"] * launched
+        micro_batches = Fraction(values["accum_iter"] * launched, now)
         size = Fraction(values["batch_size_per_gpu"], micro_batches.denominator)
         if size.denominator > 1:
             raise InputError(
@@ -122,30 +122,30 @@ class Rank:
         fit = {"accum_iter": micro_batches.numerator, "batch_size_per_gpu": int(size)}
         return replace(config, fit)
 
-    def listen(self) -> None:
-        """Take the signals over from submitit, before anything slow is imported."""
+    def install_handlers(self) -> None:
+        """Replace submitit's signal handlers, before anything slow is imported."""
         for number in SIGNALS:
-            signal.signal(number, self.hear)
+            signal.signal(number, self.on_signal)
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal. A second Ctrl-C leaves at once; other repeats do nothing."""
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Record a signal. A second Ctrl-C exits at once; other repeats are ignored."""
         name = signal.Signals(number).name
-        if number == signal.SIGCONT:  # comes with SIGTERM and means nothing
+        if number == signal.SIGCONT:  # sent along with SIGTERM
             return
-        if name in self.heard:
+        if name in self.received:
             if number == signal.SIGINT:
                 os._exit(130)
             return
-        self.heard.append(name)
-        if len(self.heard) == 1:
-            self.say(heard=name)
+        self.received.append(name)
+        if len(self.received) == 1:
+            self.report(heard=name)
         if self.job.stage not in RESUMES:
             raise Interrupted(name)
         signals.request(name)
 
 
 def leave_group() -> None:
-    """Leave torch's process group. After a failure nobody does: it might wait for the dead."""
+    """Leave torch's process group. Not called after a failure: it might wait for dead ranks."""
     if "torch" in sys.modules:
         from xcit_dino.train.distributed import dist
 
@@ -153,30 +153,30 @@ def leave_group() -> None:
 
 
 def restart_count() -> int:
-    """How often SLURM has restarted this job; a local attempt is a job of its own."""
+    """How often SLURM has restarted this job; locally each attempt is a new job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def set_threads(tasks: int) -> None:
-    """Share the node's cores among its processes; torch would give all of them to each."""
+    """Divide the node's cores among its processes; torch would use all of them in each."""
     cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0)) // tasks
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 
 
 def own_gpu(local_rank: int) -> int:
-    """This process's GPU among those it sees; some clusters show each process only its own."""
+    """Index of this process's GPU; some clusters make only one GPU visible to each process."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return 0 if seen and "," not in seen else local_rank
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of an error's text, on one line."""
+    """The first 300 characters of an error's text, on one line."""
     return " ".join(str(error).split())[:300]
 
 
-def place_of(error: BaseException) -> str:
-    """An error's kind and the lines of code that led to it, ``KeyError loop.py:12 step.py:34``: the
-    same each time where the code is at fault, unlike the text."""
+def traceback_location(error: BaseException) -> str:
+    """An error's type and the lines of its traceback, ``KeyError loop.py:12 step.py:34``: unlike
+    the message, the same each time if the code is at fault."""
     frames = traceback.extract_tb(error.__traceback__)
     places = (f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     return " ".join([type(error).__name__, *places])
@@ -186,36 +186,38 @@ def place_of(error: BaseException) -> str:
 
 
 def begin(run: Path, stage: str) -> int:
-    """Start an attempt: count it, and see that every node finds what it needs.
+    """Start an attempt: count it, and check that every node can read the files it needs.
 
     Returns:
-        0, or the job's exit code where SLURM could not start a process on each node.
+        0, or the job's exit code if SLURM could not start a process on each node.
 
     Raises:
-        InputError: the run was cancelled or failed too often; a node lacks a folder.
+        InputError: the run was cancelled or failed too often, or a node cannot read a folder.
     """
     job_id, nodes = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_JOB_NUM_NODES"])
     attempt = attempts.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
     print(attempts.marker(attempt), file=sys.stderr, flush=True)
     needed = [*attempts.read_launch(run)["needs"], str(attempts.folder(run) / f"{stage}.json")]
     try:
-        lacking = scheduler.lacking([sys.executable, *needed], nodes)
+        lacking = scheduler.unreadable([sys.executable, *needed], nodes)
     except scheduler.SlurmError as error:
-        attempts.leave_word(run, job_id, restart_count(), attempts.SCRIPT, error=str(error), code=1)
+        attempts.write_status(
+            run, job_id, restart_count(), attempts.SCRIPT, error=str(error), code=1
+        )
         return finish(run, stage, 1)
     if lacking:
-        words = {"error": lacking, "code": 2, "final": True}
-        attempts.leave_word(run, job_id, restart_count(), attempts.SCRIPT, **words)
+        status = {"error": lacking, "code": 2, "final": True}
+        attempts.write_status(run, job_id, restart_count(), attempts.SCRIPT, **status)
         attempts.finish(run, stage, 2)
         raise InputError(lacking)
     return 0
 
 
 def finish(run: Path, stage: str, code: int) -> int:
-    """End an attempt: note how, and put the job back into the queue where it has to run again.
+    """End an attempt: record its outcome, and requeue the job if it has to run again.
 
     Returns:
-        The job's exit code: 0 only when the stage is done, so that ``afterok`` means that.
+        The job's exit code: 0 only if the stage is done, so that ``afterok`` means just that.
     """
     ended = attempts.finish(run, stage, code)
     if ended.state == "requeued" and not scheduler.requeue(ended.job_id, ended.restart):

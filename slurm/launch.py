@@ -1,9 +1,8 @@
-"""``python slurm/launch.py --arch xcit_small_12_p8 ...``: stages of a run on SLURM, or on this
-machine.
+"""``python slurm/launch.py --arch xcit_small_12_p8 ...``: run stages on SLURM or on this machine.
 
-The same as ``xcit-dino launch``. The trainer knows nothing of it: this file resolves the command
-line, shows what follows from it, finds what is wrong before anything is queued, and hands each
-stage to submitit.
+The same as ``xcit-dino launch``. The trainer does not depend on it: this file resolves the command
+line, prints what follows from it, finds errors before anything is queued, and hands each stage to
+submitit.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from xcit_dino.files import check_writable
 from xcit_dino.options import dump_yaml, options
 from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage
-from xcit_dino.slurm.dry_run import preview, without_effect
+from xcit_dino.slurm.dry_run import ineffective_options, preview
 from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run
 
-OFFICIAL_GPUS = 8  # dino run_with_submitit.py: GPUs of a node where nobody can be asked
+OFFICIAL_GPUS = 8  # per node, as in dino run_with_submitit.py, if SLURM cannot be queried
 Cluster = Literal["slurm", "local", "debug"]
 
 
 def run(launch: Launch) -> int:
-    """Launch the stages; returns the exit code (0 also when jobs are merely queued)."""
+    """Launch the stages; returns the exit code (0 also if jobs are merely queued)."""
     cluster = choose_cluster(launch)
     runs = [with_gpus(one, cluster) for one in (launch, *launch.others)]
     if launch.launch.dry_run:
@@ -37,7 +36,7 @@ def run(launch: Launch) -> int:
         for other in runs[1:]:
             print(f"and the same in {other.run}")
         return 0
-    for line in without_effect(runs[0], cluster):
+    for line in ineffective_options(runs[0], cluster):
         warn(line)
     for one in runs:
         check_writable(one.run, "name another folder: --output_dir ELSEWHERE")
@@ -47,7 +46,7 @@ def run(launch: Launch) -> int:
 
 
 def submit_runs(runs: list[Launch], cluster: Cluster) -> int:
-    """Submit what is not done yet; each run waits for the one ``array_parallelism`` before it."""
+    """Submit unfinished stages; each run waits for the one ``array_parallelism`` before it."""
     last_jobs: list[str | None] = []
     for number, one in enumerate(runs):
         todo = unfinished(one)
@@ -61,15 +60,15 @@ def submit_runs(runs: list[Launch], cluster: Cluster) -> int:
 
 
 def run_here(runs: list[Launch], cluster: Cluster) -> int:
-    """Run what is not done yet, one run after the other; returns the greatest exit code.
+    """Run unfinished stages, one run after the other; returns the largest exit code.
 
-    A run that fails or is cancelled does not keep those behind it from running, as on SLURM; a
-    signal to the launcher itself ends all.
+    As on SLURM, a run that fails or is cancelled does not prevent later ones from running; a signal
+    to the launcher itself ends all.
     """
     from xcit_dino.slurm import local
 
     waiting = [(one, todo) for one in runs if (todo := unfinished(one))]
-    codes = [prepare(one, todo, cluster) for one, todo in waiting]  # so `launch status` knows all
+    codes = [prepare(one, todo, cluster) for one, todo in waiting]  # so `launch status` shows all
     worst = 0
     for number, (one, todo) in enumerate(waiting):
         if attempts.cancelled(one.run):
@@ -85,62 +84,67 @@ def run_here(runs: list[Launch], cluster: Cluster) -> int:
 
 
 def choose_cluster(launch: Launch) -> Cluster:
-    """``auto`` resolved: SLURM where it answers, else this machine.
+    """Resolve ``auto``: SLURM if it responds, else this machine.
 
-    A dry run asks nobody where SLURM was named, or where several nodes are asked for.
+    A dry run with SLURM or several nodes requested does not contact SLURM.
 
     Raises:
-        InputError: several nodes on one machine, or SLURM does not answer.
+        InputError: several nodes on one machine, or SLURM does not respond.
     """
-    wanted, dry_run = launch.launch.cluster, launch.launch.dry_run
+    requested, dry_run = launch.launch.cluster, launch.launch.dry_run
     nodes = max(stage.resources.nodes for stage in launch.stages)
-    if wanted in ("local", "debug"):
+    if requested in ("local", "debug"):
         if nodes > 1:
             raise InputError(f"--nodes {nodes}: one machine is one node; give --cluster slurm")
-        return wanted
-    if dry_run and (wanted == "slurm" or nodes > 1):
+        return requested
+    if dry_run and (requested == "slurm" or nodes > 1):
         return "slurm"
-    silent = scheduler.answers()
-    if silent is None:
+    unavailable = scheduler.unavailable()
+    if unavailable is None:
         return "slurm"
-    if wanted == "slurm":
-        raise InputError(f"--cluster slurm: SLURM does not answer ({silent}); use --cluster local")
+    if requested == "slurm":
+        raise InputError(
+            f"--cluster slurm: SLURM does not respond ({unavailable}); use --cluster local"
+        )
     if nodes > 1:
         raise InputError(
-            f"--nodes {nodes}: one machine is one node, and SLURM does not answer here ({silent}); "
-            "log in to the cluster, or leave --nodes out"
+            f"--nodes {nodes}: one machine is one node, and SLURM does not "
+            f"respond here ({unavailable}); log in to the cluster, or leave --nodes out"
         )
     return "local"
 
 
 def with_gpus(launch: Launch, cluster: Cluster) -> Launch:
-    """``--ngpus`` left out becomes the number of GPUs of a node.
+    """Resolve a missing ``--ngpus`` to the number of GPUs of a node.
 
     Raises:
-        InputError: the first stage asks for more than there are.
+        InputError: the first stage requests more than there are.
     """
     stages = []
     for stage in launch.stages:
-        wanted = stage.resources.ngpus
-        there = available_gpus(cluster, stage.resources.partition, launch.launch.dry_run)
-        if wanted is None:
-            wanted = OFFICIAL_GPUS if there is None else there
-            wanted = min(wanted, 1) if cluster == "debug" else wanted
-        elif there is not None and wanted > there:
+        requested = stage.resources.ngpus
+        available = available_gpus(cluster, stage.resources.partition, launch.launch.dry_run)
+        if requested is None:
+            requested = OFFICIAL_GPUS if available is None else available
+            requested = min(requested, 1) if cluster == "debug" else requested
+        elif available is not None and requested > available:
             if not stages:
                 more = "take fewer, or more --nodes" if cluster == "slurm" else "take fewer"
-                remedy = more if there else "leave it out to use CPUs"
-                raise InputError(f"--ngpus {wanted}: a node has {there or 'none'}; {remedy}")
-            if wanted > 1:  # 1 is the default, and means one where there are some
-                warn(f"--{stage.name}.ngpus {wanted}: a node has {there or 'none'}; takes {there}")
-            wanted = there
-        stages.append(replace(stage, resources=replace(stage.resources, ngpus=wanted)))
+                remedy = more if available else "leave it out to use CPUs"
+                raise InputError(f"--ngpus {requested}: a node has {available or 'none'}; {remedy}")
+            if requested > 1:  # 1 is the default, and means at most one
+                warn(
+                    f"--{stage.name}.ngpus {requested}: a node has {available or 'none'}; "
+                    f"using {available}"
+                )
+            requested = available
+        stages.append(replace(stage, resources=replace(stage.resources, ngpus=requested)))
         refuse_processes(stages[-1], cluster)
     return replace(launch, stages=tuple(stages))
 
 
 def refuse_processes(stage: Stage, cluster: Cluster) -> None:
-    """Refuse numbers of processes that would not be had.
+    """Refuse a number of processes that the cluster type cannot start.
 
     Raises:
         InputError: names the option.
@@ -160,24 +164,24 @@ def refuse_processes(stage: Stage, cluster: Cluster) -> None:
 
 
 def available_gpus(cluster: Cluster, partition: str | None, dry_run: bool) -> int | None:
-    """GPUs of a node; None where a dry run cannot know."""
+    """GPUs per node; None if a dry run cannot query SLURM."""
     if cluster != "slurm":
         from xcit_dino.slurm.local import visible_gpus
 
         return len(visible_gpus())
-    if dry_run and scheduler.answers() is not None:
+    if dry_run and scheduler.unavailable() is not None:
         return None
     return scheduler.gpus_per_node(partition)
 
 
-# -- what can be found wrong before anything is queued ---------------------------------------------
+# -- checks before anything is queued --------------------------------------------------------------
 
 
 def check_input(launch: Launch) -> None:
-    """Look at data and run folder as the stages will.
+    """Check data and run folder as the stages will.
 
     Raises:
-        InputError: data are missing or too few, or the folder holds another run.
+        InputError: data are missing or too few, or the folder contains another run.
     """
     from xcit_dino.data.shards.index import ShardIndex, resolve_split
 
@@ -194,36 +198,36 @@ def check_input(launch: Launch) -> None:
         if index.num_samples < batch:
             raise InputError(
                 f"--batch_size_per_gpu {values['batch_size_per_gpu']}: the global batch of {batch} "
-                f"is more than the {index.num_samples} images of {values['data_path']}; take less"
+                f"exceeds the {index.num_samples} images of {values['data_path']}; lower it"
             )
         check_run(stage.config, stage.config.run)
     pretrains = any(stage.name == "pretrain" for stage in launch.stages)
     if not pretrains and not (launch.run / CONFIG_FILE).is_file():
-        raise InputError(f"--output_dir {launch.run}: no run is there; put pretrain into --stages")
+        raise InputError(f"--output_dir {launch.run}: contains no run; add pretrain to --stages")
 
 
 def global_batch(stage: Stage) -> int:
-    """Images of one optimiser step of a training stage."""
+    """Images per optimizer step of a training stage."""
     values = dict(options(stage.config))
     return values["batch_size_per_gpu"] * values.get("accum_iter", 1) * stage.num_tasks
 
 
 def refuse_busy(launch: Launch, cluster: Cluster) -> None:
-    """Refuse a run folder that a job uses, and on SLURM a name that one of the user's jobs has.
+    """Refuse a run folder in use by a job, and on SLURM a name that one of the user's jobs has.
 
     Raises:
-        InputError: naming the job.
+        InputError: names the job.
     """
     from xcit_dino.slurm.status import owner
 
-    if who := owner(launch.run):
+    if user := owner(launch.run):
         raise InputError(
-            f"--output_dir {launch.run}: {who} is at work there; see `xcit-dino launch status`, "
+            f"--output_dir {launch.run}: in use by {user}; see `xcit-dino launch status`, "
             "end it with `xcit-dino launch cancel`, or choose another folder"
         )
     for stage in launch.stages if cluster == "slurm" else ():
         name = f"{launch.job_name}-{stage.name}"
-        if jobs := scheduler.named(name):
+        if jobs := scheduler.jobs_named(name):
             raise InputError(
                 f"--job_name {launch.job_name}: job {jobs[0]} is already called {name}; "
                 "give another --job_name"
@@ -231,21 +235,21 @@ def refuse_busy(launch: Launch, cluster: Cluster) -> None:
 
 
 def unfinished(launch: Launch) -> list[Stage]:
-    """The stages from the first one that is not done with these very options."""
+    """The stages from the first one not yet done with exactly these options."""
     for number, stage in enumerate(launch.stages):
         known = attempts.load(launch.run, stage.name)
-        if known.state != "done" or differs(known.config, dump(stage.config)):
+        if known.state != "done" or differ(known.config, dump(stage.config)):
             return list(launch.stages[number:])
-        print(f"{stage.name}: done already")
+        print(f"{stage.name}: already done")
     print(f"{launch.run}: all stages are done; nothing to run")
     return []
 
 
-def differs(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two configs differ in more than what may change between two tries of a run.
+def differ(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two configs differ in more than may change between two attempts of a run.
 
-    Other data are another stage: a training that goes on compares their index itself, and one that
-    is not started cannot. Where the probe is the augmented one, the batch is its own.
+    Different data make a different stage: a training that resumes compares the index itself, but
+    one that is not started cannot. With the augmented linear probe, so does the batch size.
     """
     free = FREE - {"max_steps", "data_path"}
     if now.get("protocol") == "dino":
@@ -254,7 +258,7 @@ def differs(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def dump(config: Any) -> dict[str, Any]:
-    """Options as plain values."""
+    """Options as plain YAML values."""
     import yaml
 
     return yaml.safe_load(dump_yaml(config))
@@ -264,21 +268,21 @@ def dump(config: Any) -> dict[str, Any]:
 
 
 def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None = None) -> int:
-    """Start one run (once the job ``after`` has ended); returns the exit code."""
+    """Start one run (after the job ``after`` has ended); returns the exit code."""
     from xcit_dino.slurm import local, submit
 
     code = prepare(launch, todo, cluster)
     if cluster != "slurm":
         return local.run_stages(launch, todo, code, inside=cluster == "debug")
-    note = attempts.read_launch(launch.run)
+    record = attempts.read_launch(launch.run)
     for name, job_id in submit.submit(launch, todo, code, after).items():
-        note["stages"][name]["job_id"] = job_id
-    attempts.write_launch(launch.run, note)
-    return told(launch, note)
+        record["stages"][name]["job_id"] = job_id
+    attempts.write_launch(launch.run, record)
+    return print_submitted(launch, record)
 
 
 def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
-    """Copy the code and note what is launched; returns the folder of the copy.
+    """Copy the code and record the launch; returns the folder of the copy.
 
     Raises:
         InputError: the run folder cannot be written, or SLURM refuses a stage.
@@ -290,13 +294,13 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
     except OSError as error:
         raise InputError(f"--output_dir {launch.run}: {error.strerror}") from error
     if cluster == "slurm":
-        submit.try_out(launch, todo, code)
+        submit.check_accepted(launch, todo, code)
     stages = {stage.name: {"job_id": "", "config": dump(stage.config)} for stage in todo}
-    note: dict[str, Any] = {
+    record: dict[str, Any] = {
         "cluster": cluster,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "pid_start": attempts.start_time(os.getpid()),
+        "pid_start": attempts.process_start_time(os.getpid()),
         "code": str(code),
         "max_requeues": launch.launch.max_requeues,
         "argv": sys.argv,
@@ -304,8 +308,8 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
         "stages": stages,
         "earlier": attempts.earlier_stages(launch.run, stages),
     }
-    attempts.allow(launch.run)
-    attempts.write_launch(launch.run, note)
+    attempts.clear_cancel(launch.run)
+    attempts.write_launch(launch.run, record)
     for stage in todo:
         attempts.save(launch.run, attempts.Record(stage.name))
     return code
@@ -316,8 +320,8 @@ FILES = ("init_from", "pretrained_weights", "teacher_path", "head", "shard_url")
 
 
 def needs(launch: Launch) -> list[str]:
-    """Files and folders that every node has to see: the index of each data set, weights, shards;
-    those on a file system, and not what stages make in the run folder."""
+    """Files and folders that every node must be able to read: the index of each data set, weights,
+    shards; only those on a file system, without what stages write to the run folder."""
     from xcit_dino.data.shards.index import is_url, resolve_split
 
     def given(names: tuple[str, ...]) -> set[str]:
@@ -330,9 +334,9 @@ def needs(launch: Launch) -> list[str]:
     return sorted(indexes | {path for path in files if not Path(path).is_relative_to(launch.run)})
 
 
-def told(launch: Launch, note: dict[str, Any]) -> int:
-    """Say what was submitted, and how to follow it."""
-    for name, stage in note["stages"].items():
+def print_submitted(launch: Launch, record: dict[str, Any]) -> int:
+    """Print the submitted jobs and how to follow them."""
+    for name, stage in record["stages"].items():
         print(f"{name}: job {stage['job_id']}")
     print(f"follow with: xcit-dino launch status {launch.run}   (logs, cancel likewise)")
     return 0
@@ -346,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # a script's own folder is first on the path; only the package is meant to be found
+    # a script's own folder is first on sys.path; modules are to be found in the package only
     sys.path[:] = [
         entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent
     ]

@@ -1,7 +1,8 @@
-"""Stages as processes of this machine: submitit's local executor, with SLURM's habits.
+"""Stages as local processes: submitit's local executor, with SLURM's behavior.
 
-Like srun's ``--kill-on-bad-exit``, a rank that dies ends the others; like sbatch's ``--signal``,
-ranks are told before the time limit. While a run goes on, its log and a live bar are shown here.
+As with srun's ``--kill-on-bad-exit``, a rank that dies ends the others; as with sbatch's
+``--signal``, ranks are signaled before the time limit. The log and a live progress bar are shown
+while a stage runs.
 """
 
 from __future__ import annotations
@@ -28,12 +29,21 @@ from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import attempts, watch
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.slurm.dry_run import counted
-from xcit_dino.slurm.job import SIGNALS, job_of
+from xcit_dino.slurm.job import SIGNALS, make_job
 
-GRACE = 10.0  # seconds for the other ranks to say why they fail, once one has failed
+GRACE = 10.0  # seconds for the other ranks to report their errors, once one has failed
 FOREVER = 10**7  # minutes
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by the launcher, to the ranks
-OUTER = ("SLURM", "SUBMITIT_", "SRUN_", "SBATCH_", "PMI_", "PMIX_", "TORCHELASTIC_", "TORCHRUN_")
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # by the launcher, to the ranks
+OUTER_JOB = (
+    "SLURM",
+    "SUBMITIT_",
+    "SRUN_",
+    "SBATCH_",
+    "PMI_",
+    "PMIX_",
+    "TORCHELASTIC_",
+    "TORCHRUN_",
+)
 TORCHRUN = frozenset(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_NAME ROLE_RANK "
     "ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
@@ -41,7 +51,7 @@ TORCHRUN = frozenset(
 
 
 class Controller(local.Controller):
-    """Starts the ranks of one attempt and waits for them; runs in a process of its own."""
+    """Starts the ranks of one attempt and waits for them; runs in its own process."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -50,7 +60,7 @@ class Controller(local.Controller):
             signal.signal(number, self._forward_signal)  # type: ignore[arg-type]
 
     def run(self, max_retry: int = 0) -> None:
-        """Run one attempt; the exit code is 0 when all ranks left in good order."""
+        """Run one attempt; the exit code is 0 if all ranks exited cleanly."""
         try:
             self.start_tasks()
             codes = self.wait()
@@ -59,7 +69,7 @@ class Controller(local.Controller):
         sys.exit(next((abs(code) for code in codes if code), 0))
 
     def wait(self, freq: int = 10) -> list[int]:
-        """Wait for all ranks; one that fails takes the others along after a while."""
+        """Wait for all ranks; if one fails, the others are ended after ``GRACE`` seconds."""
         parent, began = os.getppid(), time.monotonic()
         warn, ends = self.timeout_s - self.signal_delay_s, float(self.timeout_s)
         failed = False
@@ -68,19 +78,19 @@ class Controller(local.Controller):
             passed = time.monotonic() - began
             if any(codes) and not failed:
                 failed, ends = True, min(ends, passed + GRACE)
-                self.name_failed(codes)
+                self.report_first_failure(codes)
             if None not in codes or passed > ends:
                 return [signal.SIGKILL if code is None else code for code in codes]
             if passed > warn:
                 warn = float("inf")
                 self._forward_signal(signal.SIGUSR2)
-            if os.getppid() != parent:  # the launcher died: save and leave
+            if os.getppid() != parent:  # the launcher died: save and exit
                 parent = os.getppid()
                 self._forward_signal(signal.SIGHUP)
             time.sleep(1 / freq)
 
-    def name_failed(self, codes: list[int | None]) -> None:
-        """Say which rank failed first, in srun's words."""
+    def report_first_failure(self, codes: list[int | None]) -> None:
+        """Log which rank failed first, in srun's format."""
         rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
         how = signal.strsignal(-code) if code < 0 else f"Exited with exit code {code}"
         line = f"local: error: {socket.gethostname()}: task {rank}: {how}\n"
@@ -89,39 +99,39 @@ class Controller(local.Controller):
 
 
 class Executor(local.LocalExecutor):
-    """submitit's, with the controller above."""
+    """submitit's local executor, with the controller above."""
 
     def _submit_command(self, command: str) -> local.LocalJob[Any]:
-        asked = self.parameters
+        requested = self.parameters
         environment = os.environ | {
-            "SUBMITIT_LOCAL_NTASKS": str(asked["tasks_per_node"]),
+            "SUBMITIT_LOCAL_NTASKS": str(requested["tasks_per_node"]),
             "SUBMITIT_LOCAL_COMMAND": command,
-            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * asked["timeout_min"]),
-            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(asked["signal_delay_s"]),
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * requested["timeout_min"]),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(requested["signal_delay_s"]),
             "SUBMITIT_LOCAL_NODEID": "0",
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_STDERR_TO_STDOUT": "",
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_WITH_SHELL": "",
-            "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: asked["gpus_per_node"]]),
+            "CUDA_VISIBLE_DEVICES": ",".join(visible_gpus()[: requested["gpus_per_node"]]),
         }
-        words = [sys.executable, "-m", "xcit_dino.slurm.local", str(self.folder)]
-        if asked["setup"]:
-            words = [
+        argv = [sys.executable, "-m", "xcit_dino.slurm.local", str(self.folder)]
+        if requested["setup"]:
+            argv = [
                 "bash",
                 "-c",
-                "\n".join(["set -e", *asked["setup"], 'exec "$@"']),
+                "\n".join(["set -e", *requested["setup"], 'exec "$@"']),
                 "bash",
-                *words,
+                *argv,
             ]
-        # a session of its own: Ctrl-C reaches the launcher alone, which passes it on once
-        process = subprocess.Popen(words, env=environment, start_new_session=True)
-        tasks = list(range(asked["tasks_per_node"]))
+        # in its own session: Ctrl-C reaches only the launcher, which forwards it once
+        process = subprocess.Popen(argv, env=environment, start_new_session=True)
+        tasks = list(range(requested["tasks_per_node"]))
         return local.LocalJob(self.folder, str(process.pid), tasks, process)
 
 
 def visible_gpus() -> list[str]:
-    """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES takes them; asked without torch."""
+    """This machine's GPUs as in CUDA_VISIBLE_DEVICES, found without torch."""
     if (seen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in seen.split(",") if name]
     nodes = Path("/proc/driver/nvidia/gpus")
@@ -143,35 +153,38 @@ def executor(launch: Launch, stage: Stage) -> Executor:
 
 
 def run_stages(launch: Launch, stages: list[Stage], code: Path, inside: bool) -> int:
-    """Run stages one after the other, in this process where ``inside``; returns the exit code,
-    which is 128 + the signal's number where one ended the launcher."""
-    heard: list[signal.Signals] = []
+    """Run stages in sequence, in this process if ``inside``; returns the exit code, which is 128 +
+    the signal's number if one ended the launcher."""
+    received: list[signal.Signals] = []
     for number, stage in enumerate(stages):
         processes = counted(stage.num_tasks, "process")
-        print(f"{stage.name}: {processes}, run folder {launch.run}{origin(launch, stage)}")
+        print(f"{stage.name}: {processes}, run folder {launch.run}{resume_note(launch, stage)}")
         sys.stdout.flush()
         with without_outer_job():
-            ended = run_inside(launch, stage) if inside else run_stage(launch, stage, code, heard)
+            ended = (
+                run_inside(launch, stage) if inside else run_stage(launch, stage, code, received)
+            )
         if ended.state != "done":
-            return told(launch, ended)
-        if heard and (behind := stages[number + 1 :]):
+            return report_end(launch, ended)
+        if received and (behind := stages[number + 1 :]):
             names = ", ".join(stage.name for stage in behind)
             print(
-                f"{heard[0].name}: not started: {names}; the same command goes on", file=sys.stderr
+                f"{received[0].name}: not started: {names}; the same command resumes",
+                file=sys.stderr,
             )
-            return 128 + heard[0]
+            return 128 + received[0]
     return 0
 
 
 @contextmanager
 def without_outer_job() -> Iterator[None]:
-    """Hide what an allocation, an ``srun`` or a torchrun around this command left in the
-    environment: these processes are not that job's, and its ranks, restarts and cores not theirs.
-    """
-    outer = {k: v for k, v in os.environ.items() if k in TORCHRUN or k.startswith(OUTER)}
+    """Remove the variables of an enclosing allocation, ``srun`` or torchrun from the environment:
+    its ranks, restarts and cores are not those of the local processes."""
+    outer = {k: v for k, v in os.environ.items() if k in TORCHRUN or k.startswith(OUTER_JOB)}
     outer.pop("SUBMITIT_LOG_LEVEL", None)
     if outer:
-        print(f"environment of an outer job ignored: {', '.join(sorted(outer))}", file=sys.stderr)
+        names = ", ".join(sorted(outer))
+        print(f"environment of the enclosing job ignored: {names}", file=sys.stderr)
     for name in outer:
         del os.environ[name]
     try:
@@ -180,28 +193,28 @@ def without_outer_job() -> Iterator[None]:
         os.environ.update(outer)
 
 
-def origin(launch: Launch, stage: Stage) -> str:
-    """``", goes on from checkpoint-00000120.pth"`` where a training stage finds one."""
-    note = attempts.read_launch(launch.run)
-    newest = attempts.newest_checkpoint(launch.run, stage.name, note)
-    return f", goes on from {newest}" if newest and stage.name in RESUMES else ""
+def resume_note(launch: Launch, stage: Stage) -> str:
+    """``", resumes from checkpoint-00000120.pth"`` if a training stage has a checkpoint."""
+    record = attempts.read_launch(launch.run)
+    newest = attempts.newest_checkpoint(launch.run, stage.name, record)
+    return f", resumes from {newest}" if newest and stage.name in RESUMES else ""
 
 
-def told(launch: Launch, ended: attempts.Record) -> int:
-    """Say why the chain ends here; returns the exit code."""
+def report_end(launch: Launch, ended: attempts.Record) -> int:
+    """Print why the chain ends here; returns the exit code."""
     if ended.state == "failed":
         log = watch.log_path(launch.run, ended.job_id, 0, "err")
         print(f"xcit-dino: {ended.stage}: {ended.reason}  (log: {log})", file=sys.stderr)
         return 2 if ended.bad_input else 1
     print(f"xcit-dino: {ended.stage} {ended.state}: {ended.reason}", file=sys.stderr)
-    by_signal = (128 + n for n in PASSED_ON if ended.reason.startswith(n.name))
+    by_signal = (128 + n for n in FORWARDED if ended.reason.startswith(n.name))
     return next(by_signal, 1) if ended.state == "stopped" else 1
 
 
 def run_inside(launch: Launch, stage: Stage) -> attempts.Record:
-    """Run one stage in this process, for a debugger: no log, no restart, no copy of the code."""
+    """Run one stage in this process, for a debugger: no log file, restart or copy of the code."""
     attempt = attempts.begin(launch.run, stage.name, "debug", 0, socket.gethostname())
-    job = job_of(launch, stage)
+    job = make_job(launch, stage)
     executor = DebugExecutor(attempts.job_folder(launch.run, "debug"))
     started = executor.submit(job)
     attempt.job_id = started.job_id
@@ -219,12 +232,12 @@ def run_inside(launch: Launch, stage: Stage) -> attempts.Record:
 
 
 def run_stage(
-    launch: Launch, stage: Stage, code: Path, heard: list[signal.Signals]
+    launch: Launch, stage: Stage, code: Path, received: list[signal.Signals]
 ) -> attempts.Record:
-    """Run one stage to its end, again after a failure or a time limit, as SLURM would.
+    """Run one stage to its end, restarting it after a failure or a time limit, as SLURM would.
 
     Args:
-        heard: takes the signals that come to the launcher; after one, nothing starts again.
+        received: collects the signals sent to the launcher; after one, nothing is restarted.
     """
     progress = attempts.progress_file(launch.run, stage.name)
     environment = {
@@ -241,45 +254,45 @@ def run_stage(
         except InputError:  # cancelled in between
             return attempts.load(launch.run, stage.name)
         with environment_variables(**environment):
-            started = executor(launch, stage).submit(job_of(launch, stage))
+            started = executor(launch, stage).submit(make_job(launch, stage))
         attempt.job_id = started.job_id
         attempts.save(launch.run, attempt)
         process = cast(local.LocalJob[None], started)._process
         assert process is not None
-        with passing_on_signals(process, heard):
-            watch.show(launch.run, stage.name, started.job_id, partial(runs, process))
+        with forwarding_signals(process, received):
+            watch.show(launch.run, stage.name, started.job_id, partial(is_running, process))
         ended = attempts.finish(launch.run, stage.name, process.wait())
-        if heard and ended.state == "requeued":
-            if not ended.reason.startswith(heard[0].name):
-                ended.reason = f"{heard[0].name}; {ended.reason}"
+        if received and ended.state == "requeued":
+            if not ended.reason.startswith(received[0].name):
+                ended.reason = f"{received[0].name}; {ended.reason}"
             ended.state = "stopped"
             attempts.save(launch.run, ended)
         if ended.state != "requeued":
             return ended
         print(
-            f"{stage.name}: starting again after {ended.reason}{origin(launch, stage)}",
+            f"{stage.name}: restarting after {ended.reason}{resume_note(launch, stage)}",
             file=sys.stderr,
         )
 
 
-def runs(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has not ended."""
+def is_running(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process is still running."""
     return process.poll() is None
 
 
 @contextmanager
-def passing_on_signals(
-    process: subprocess.Popen[bytes], heard: list[signal.Signals]
+def forwarding_signals(
+    process: subprocess.Popen[bytes], received: list[signal.Signals]
 ) -> Iterator[None]:
-    """Ctrl-C and the like go to the ranks, which save themselves; the launcher waits for them."""
+    """Forward Ctrl-C and the like to the ranks, which save a checkpoint and exit."""
 
     def handler(number: int, frame: FrameType | None) -> None:
-        heard.append(signal.Signals(number))
+        received.append(signal.Signals(number))
         if number == signal.SIGINT:
-            print("\nsaving and leaving; Ctrl-C again leaves at once", file=sys.stderr)
+            print("\nsaving and exiting; Ctrl-C again exits at once", file=sys.stderr)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, handler) for number in PASSED_ON}
+    before = {number: signal.signal(number, handler) for number in FORWARDED}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What is known of a run that may be going on, read from its folder alone."""
+"""The state of a run that may still be active, read from its folder alone."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from xcit_dino.slurm import attempts
 from xcit_dino.slurm.watch import Tail
 from xcit_dino.train.run.metrics import METRICS, Line, read_tries
 
-RECENT = 20  # lines of metrics from which the speed is reckoned
+RECENT = 20  # lines of metrics from which the speed is computed
 
 
 @dataclass
-class State:
-    """What is known of a run; :meth:`look` reads what is new."""
+class RunState:
+    """State of a run; :meth:`refresh` reads what is new."""
 
     folder: Path
     lines: list[Line] = field(default_factory=list)
-    """Of ``metrics.jsonl``."""
+    """Lines of ``metrics.jsonl``."""
     tries: list[Line] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     stages: list[str] = field(default_factory=list)
-    """A line a stage of the launcher."""
+    """One line per stage of the launcher."""
     unfinished: bool = False
-    """Whether the launcher has a stage that will go on."""
+    """Whether a stage of the launcher is not finished."""
 
     def __post_init__(self) -> None:
         self.added = Tail(self.folder / METRICS)
 
-    def look(self) -> None:
-        """Read what has been written since."""
+    def refresh(self) -> None:
+        """Read what has been written since the last call."""
         self.tries = read_tries(self.folder)
         config = self.folder / "config.yaml"
         self.options = self.options or (read_yaml(config) if config.is_file() else {})
         known = self.added.position
         new = [parsed(text) for text in self.added]
-        if self.added.position < known:  # a restart has written the file anew
+        if self.added.position < known:  # a restart has rewritten the file
             self.lines = []
         self.lines += [line for line in new if "step" in line]
-        self.look_at_stages()
+        self.refresh_stages()
 
-    def look_at_stages(self) -> None:
-        """States of the launcher's stages, where the launcher started this run."""
+    def refresh_stages(self) -> None:
+        """Read the states of the launcher's stages, if the launcher started this run."""
         if not attempts.is_launched(self.folder):
             return
         stages = attempts.all_stages(attempts.read_launch(self.folder))
@@ -55,14 +55,14 @@ class State:
         self.stages = [f"{k.stage} {k.state}{f' ({k.reason})' if k.reason else ''}" for k in known]
 
     @property
-    def over(self) -> bool:
-        """Whether nothing more will come."""
+    def ended(self) -> bool:
+        """Whether the run has ended and no stage will follow."""
         ended = bool(self.tries) and self.tries[-1]["event"] == "end"
         return ended and not self.unfinished
 
     @property
     def total(self) -> int:
-        """Steps of the whole run; 0 where it is not known."""
+        """Steps of the whole run; 0 if unknown."""
         return next((t["total_steps"] for t in self.tries[::-1] if "total_steps" in t), 0)
 
     def newest(self, name: str) -> float | None:
@@ -74,12 +74,12 @@ class State:
         return [(line["step"], line[name]) for line in self.lines if name in line]
 
     def alarms(self) -> list[str]:
-        """Kinds of collapse that are reported and not over."""
+        """Kinds of collapse currently reported."""
         found = {n: v for line in self.lines for n, v in line.items() if n.startswith("alarm_")}
         return [name.removeprefix("alarm_").replace("_", " ") for name, on in found.items() if on]
 
-    def steps_a_second(self) -> float:
-        """Of late; 0 where it cannot be said."""
+    def steps_per_second(self) -> float:
+        """Recent speed; 0 if unknown."""
         timed = [line for line in self.lines[-RECENT:] if "loss" in line and "time" in line]
         if len(timed) < 2:
             return 0.0
@@ -88,7 +88,7 @@ class State:
 
 
 def parsed(text: str) -> Line:
-    """A line of JSON; what is damaged is no line."""
+    """Parse a line of JSON; {} if damaged."""
     try:
         return json.loads(text)
     except ValueError:
@@ -96,5 +96,5 @@ def parsed(text: str) -> Line:
 
 
 def moment(line: Line) -> float:
-    """The time of a line, in seconds."""
+    """Time of a line, in seconds since the epoch."""
     return datetime.fromisoformat(line["time"]).timestamp()

@@ -1,4 +1,4 @@
-"""SLURM's own commands. Arguments are lists: nothing here passes through a shell."""
+"""SLURM's own commands, called with argument lists: nothing here passes through a shell."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from collections.abc import Sequence
 
 from xcit_dino.errors import InputError, suggest
 
-SECONDS = 60  # an overloaded controller answers slowly
-TRIES, PAUSE = 20, 15.0  # times, and seconds between them, that a job insists on its requeue
+TIMEOUT = 60  # seconds; an overloaded controller responds slowly
+REQUEUE_ATTEMPTS, PAUSE = 20, 15.0  # number of attempts to requeue, and seconds between them
 CHECK = 'for path; do [ -r "$path" ] || echo "$SLURMD_NODENAME $path"; done'
 
 
 class SlurmError(RuntimeError):
-    """A command failed; the text is SLURM's."""
+    """A command failed; the message is SLURM's."""
 
 
-def ask(*command: str, stdin: str | None = None) -> str:
-    """Output of one of SLURM's commands.
+def run_command(*command: str, stdin: str | None = None) -> str:
+    """Run one of SLURM's commands and return its output.
 
     Raises:
-        SlurmError: its own words.
+        SlurmError: with its error message.
     """
     try:
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmError(f"{command[0]}: {error}") from error
     if done.returncode:
-        raise SlurmError(words(done.stderr or done.stdout))
+        raise SlurmError(error_text(done.stderr or done.stdout))
     return done.stdout + done.stderr
 
 
-def words(output: str) -> str:
-    """SLURM's message on one line, without ``sbatch: error:`` in front of each part."""
+def error_text(output: str) -> str:
+    """SLURM's message on one line, without the prefixes ``sbatch: error:``."""
     lines = [re.sub(r"^\w+: (error|fatal): ", "", line).strip() for line in output.splitlines()]
     return "; ".join(line for line in lines if line)
 
 
-def answers() -> str | None:
-    """None where SLURM is there and answers; otherwise why not."""
+def unavailable() -> str | None:
+    """None if SLURM is installed and responds, otherwise the reason why not."""
     if shutil.which("sbatch") is None:
         return "no sbatch on this machine"
     try:
-        ask("sinfo", "--noheader", "--format=%P")
+        run_command("sinfo", "--noheader", "--format=%P")
     except SlurmError as error:
         return str(error)
     return None
 
 
 def partitions() -> dict[str, int]:
-    """``partition -> GPUs of its richest node``; the default partition is also there as ''."""
+    """``partition -> largest number of GPUs of a node``; '' is the default partition."""
     found: dict[str, int] = {}
-    for line in ask("sinfo", "--noheader", "--format=%P|%G").splitlines():
+    for line in run_command("sinfo", "--noheader", "--format=%P|%G").splitlines():
         name, _, gres = line.partition("|")
         gpus = sum(int(n) for n in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres))
         for key in [name.rstrip("*")] + [""] * name.endswith("*"):
@@ -65,7 +65,7 @@ def partitions() -> dict[str, int]:
 
 
 def gpus_per_node(partition: str | None) -> int:
-    """GPUs of a node of a partition (None: the default one).
+    """GPUs per node of a partition (None: the default one).
 
     Raises:
         InputError: no such partition.
@@ -79,37 +79,41 @@ def gpus_per_node(partition: str | None) -> int:
     return known[partition or ""]
 
 
-def try_out(script: str) -> str:
-    """What SLURM would do with a script, without queueing it (``sbatch --test-only``)."""
-    return words(ask("sbatch", "--test-only", stdin=script))
+def test_only(script: str) -> str:
+    """SLURM's answer to a script, without queueing it (``sbatch --test-only``)."""
+    return error_text(run_command("sbatch", "--test-only", stdin=script))
 
 
-def facts(job_id: str) -> dict[str, str]:
-    """``scontrol show job``, name by name.
+def job_fields(job_id: str) -> dict[str, str]:
+    """Fields of ``scontrol show job`` as a dict.
 
     Raises:
-        SlurmError: the controller has forgotten the job, or does not answer.
+        SlurmError: the controller no longer knows the job, or does not respond.
     """
-    return dict(re.findall(r"(\S+?)=(\S*)", ask("scontrol", "show", "job", "--oneliner", job_id)))
+    return dict(
+        re.findall(r"(\S+?)=(\S*)", run_command("scontrol", "show", "job", "--oneliner", job_id))
+    )
 
 
 def job_state(job_id: str) -> str:
-    """State of a job that the controller still remembers, or ''."""
+    """State of a job, or '' if the controller no longer knows it."""
     try:
-        return facts(job_id).get("JobState", "")
+        return job_fields(job_id).get("JobState", "")
     except SlurmError:
         return ""
 
 
 def queue(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
-    """``job id -> state, reason, nodes, restarts`` of jobs that wait or run."""
+    """``job id -> state, reason, nodes, start`` of pending and running jobs."""
     if not job_ids:
         return {}
     columns = "%i|%T|%R|%N|%S"
     try:
-        output = ask("squeue", "--noheader", f"--jobs={','.join(job_ids)}", f"--format={columns}")
+        output = run_command(
+            "squeue", "--noheader", f"--jobs={','.join(job_ids)}", f"--format={columns}"
+        )
     except SlurmError as error:
-        if "Invalid job id" in str(error):  # all of them have left
+        if "Invalid job id" in str(error):  # all of them have ended
             return {}
         raise
     rows = [line.split("|", 4) for line in output.splitlines() if line.count("|") >= 4]
@@ -119,35 +123,35 @@ def queue(job_ids: Sequence[str]) -> dict[str, dict[str, str]]:
     }
 
 
-def named(job_name: str) -> list[str]:
-    """Ids of this user's jobs of a name that wait or run."""
-    return ask(
+def jobs_named(job_name: str) -> list[str]:
+    """Ids of this user's pending and running jobs with a given name."""
+    return run_command(
         "squeue", "--noheader", f"--user={os.getuid()}", f"--name={job_name}", "--format=%i"
     ).split()
 
 
 def requeue(job_id: str, restart: int) -> bool:
-    """Run in a job: put it back into the queue, unless SLURM has done so (preemption, dead node).
+    """Called in a job: requeue it, unless SLURM has already done so (preemption, dead node).
 
-    A controller that is busy or away is asked again for a while: what is not requeued now never is.
+    Retried while the controller is busy or unreachable: a job not requeued now never will be.
 
     Args:
         restart: how often the job had been restarted when this attempt began.
 
     Returns:
-        Whether it will run again; not so where somebody has cancelled it.
+        Whether it will run again; False if it was cancelled.
 
     Raises:
-        SlurmError: its words.
+        SlurmError: with its error message.
     """
-    for patience in reversed(range(TRIES)):
+    for patience in reversed(range(REQUEUE_ATTEMPTS)):
         try:
-            known = facts(job_id)
+            known = job_fields(job_id)
             if int(known["Restarts"]) > restart:
                 return True
             if known["JobState"] != "RUNNING" and known["Reason"] != "TimeLimit":
                 return False
-            ask("scontrol", "requeue", job_id)
+            run_command("scontrol", "requeue", job_id)
             return True
         except SlurmError:
             if not patience:
@@ -157,35 +161,39 @@ def requeue(job_id: str, restart: int) -> bool:
 
 
 def signal_step(job_id: str, name: str) -> None:
-    """Send a signal to the ranks of a job, and not to its script: SIGKILL to a whole job ends it
-    for good."""
-    steps = ask("squeue", "--steps", "--noheader", f"--jobs={job_id}", "--format=%i").split()
-    ask("scancel", f"--signal={name}", *[step for step in steps if step.split(".")[1].isdigit()])
+    """Send a signal to the ranks of a job, but not to its script: SIGKILL to the whole job would
+    end it for good."""
+    steps = run_command(
+        "squeue", "--steps", "--noheader", f"--jobs={job_id}", "--format=%i"
+    ).split()
+    run_command(
+        "scancel", f"--signal={name}", *[step for step in steps if step.split(".")[1].isdigit()]
+    )
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """End jobs; those that have ended are no error."""
+    """Cancel jobs; those already ended are ignored."""
     if job_ids:
-        ask("scancel", "--quiet", *job_ids)
+        run_command("scancel", "--quiet", *job_ids)
 
 
-def lacking(paths: Sequence[str], nodes: int) -> str:
-    """Run in a job: what some of its nodes cannot read, in words; '' when all read all."""
+def unreadable(paths: Sequence[str], nodes: int) -> str:
+    """Called in a job: a message that names what some of its nodes cannot read; '' if none."""
     if nodes == 1:
         here = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         missing = [f"{here} {path}" for path in paths if not os.access(path, os.R_OK)]
     else:
         step = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
-        missing = ask(*step, "sh", "-c", CHECK, "check", *paths).splitlines()
-    lacks: dict[str, list[str]] = {}
+        missing = run_command(*step, "sh", "-c", CHECK, "check", *paths).splitlines()
+    by_node: dict[str, list[str]] = {}
     for line in sorted(missing):
         node, _, path = line.partition(" ")
-        lacks.setdefault(node, []).append(path)
-    if not lacks:
+        by_node.setdefault(node, []).append(path)
+    if not by_node:
         return ""
-    first, *others = lacks
+    first, *others = by_node
     where = f"{first} (and {len(others)} other nodes)" if others else first
     return (
-        f"{', '.join(lacks[first])} cannot be read on {where}; keep --output_dir, --data_path "
+        f"{', '.join(by_node[first])} cannot be read on {where}; keep --output_dir, --data_path "
         "and the Python environment in folders that all nodes share, at the same path"
     )

@@ -1,5 +1,5 @@
-"""A copy of the code in the run folder: editing the checkout never changes a run that waits or goes
-on."""
+"""A copy of the code in the run folder, so that editing the checkout never changes a queued or
+running job."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 from xcit_dino.provenance import commit
 
 PACKAGE = Path(__file__).resolve().parents[1] / "xcit_dino"
-if not PACKAGE.is_dir():  # an installed package: its folders lie inside it
+if not PACKAGE.is_dir():  # installed: the folders are inside the package
     PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def copy_code(folder: Path) -> Path:
-    """Copy the package, links opened, to ``folder/HASH/xcit_dino``, unless it is there already.
+    """Copy the package, following links, to ``folder/HASH/xcit_dino``, unless it exists.
 
     Returns:
         The folder to put on ``PYTHONPATH``.
@@ -39,7 +39,7 @@ def copy_code(folder: Path) -> Path:
 
 
 def sources() -> Iterator[tuple[str, Path]]:
-    """``(name inside the package, file)`` of all code and recipes."""
+    """Yield ``(name inside the package, file)`` for all code and recipes."""
     for folder, folders, names in os.walk(PACKAGE, followlinks=True):
         folders[:] = [name for name in folders if name != "__pycache__"]
         for path in (Path(folder, name) for name in names):

@@ -1,8 +1,8 @@
-"""The launcher's command line: one for all stages.
+"""The launcher's command line, one for all stages.
 
 Launcher options and pretraining options share one flat namespace (``--nodes 2 --arch
-xcit_small_12_p8 --epochs 100``); a later stage's options carry its name (``--knn.nb_knn 20
---linear.timeout 120``).
+xcit_small_12_p8 --epochs 100``); options of later stages are prefixed with the stage's name
+(``--knn.nb_knn 20 --linear.timeout 120``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xcit_dino.slurm.config import (
 from xcit_dino.train.config import RunConfig
 
 STAGES = ("pretrain", "embed", "knn", "linear", "evaluate", "finetune", "distill", "report")
-ENTRIES = {  # the `main` of these commands would take over the job's signals
+ENTRIES = {  # not the commands' `main`, which would replace the job's signal handlers
     "pretrain": "xcit_dino.ssl.pretrain:pretrain_with_knn",
     "finetune": "xcit_dino.supervised.finetune:finetune",
     "distill": "xcit_dino.supervised.distill:distill",
@@ -38,13 +38,14 @@ ENTRIES = {  # the `main` of these commands would take over the job's signals
 
 
 def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch:
-    """Defaults, then the user's file, then the command line; checked without touching the cluster.
+    """Resolve defaults, the user's file and the command line, in this order; checked without
+    contacting the cluster.
 
     Raises:
-        InputError: a bad option, in one line.
+        InputError: names the bad option.
     """
-    refuse_words(argv)
-    first = one_run(argv, prog)
+    refuse_unknown_command(argv)
+    first = resolve_run(argv, prog)
     seeds, name = first.launch.seeds, first.launch.job_name
     if not seeds:
         return first
@@ -54,25 +55,25 @@ def launch_config(argv: Sequence[str], prog: str = "xcit-dino launch") -> Launch
     for seed in seeds:
         own = ["--seed", str(seed), "--output_dir", f"{first.run}-seed{seed}"]
         own += ["--job_name", f"{name}-seed{seed}"] if name else []
-        runs.append(one_run([*argv, *own], prog))
+        runs.append(resolve_run([*argv, *own], prog))
     return dataclasses.replace(runs[0], others=tuple(runs[1:]))
 
 
-def refuse_words(argv: Sequence[str]) -> None:
-    """Raise :class:`InputError` for a misspelt ``launch status`` and the like."""
+def refuse_unknown_command(argv: Sequence[str]) -> None:
+    """Raise :class:`InputError` for a misspelled ``launch status`` and the like."""
     if argv and not argv[0].startswith("-"):
         others = [name.split()[1] for name in COMMANDS if name.startswith("launch ")]
         close = suggest(argv[0], others) or f" (there are {', '.join(others)})"
         raise InputError(f"no command 'launch {argv[0]}'{close}")
 
 
-def one_run(argv: Sequence[str], prog: str) -> Launch:
-    """A command line without regard to --seeds."""
+def resolve_run(argv: Sequence[str], prog: str) -> Launch:
+    """Resolve a command line, ignoring --seeds."""
     defaults, argv = pop_path(argv, "launch_defaults")
     base = read_defaults(defaults)
     if {"-h", "--help"} & set(argv):
         parse(base, ["--help"], prog, HELP)
-    own, by_stage, rest = split_words(argv)
+    own, by_stage, rest = split_args(argv)
     launch = parse(base, own, prog, HELP)
     names = stage_names(launch.stages)
     if unknown := set(by_stage) - set(names):
@@ -99,14 +100,14 @@ def one_run(argv: Sequence[str], prog: str) -> Launch:
 
 HELP = (
     "Run stages as SLURM jobs or local processes. All options of `xcit-dino pretrain --help` are "
-    "taken too; those of another stage as --knn.nb_knn, --linear.nodes and so on. Defaults can be "
-    "kept in ~/.config/xcit-dino/slurm.yaml (another file: --launch_defaults FILE). "
-    "`launch status|logs|cancel RUN` follow a run, `launch rehearse` tries this cluster out."
+    "accepted too; those of other stages as --knn.nb_knn, --linear.nodes and so on. Defaults can "
+    "be kept in ~/.config/xcit-dino/slurm.yaml (another file: --launch_defaults FILE). "
+    "`launch status|logs|cancel RUN` manage a run, `launch rehearse` tests this cluster."
 )
 
 
 def read_defaults(path: Path | None) -> LaunchConfig:
-    """The user's defaults; a file that was named must exist."""
+    """Read the user's defaults; a file given explicitly must exist."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     file = path or home / "xcit-dino" / "slurm.yaml"
     if not path and not file.is_file():
@@ -114,10 +115,10 @@ def read_defaults(path: Path | None) -> LaunchConfig:
     return replace(LaunchConfig(), read_yaml(file), source=str(file))
 
 
-def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
-    """Sort a command line into (launcher's, {stage: its words}, pretraining's).
+def split_args(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Split a command line into (launcher's arguments, {stage: arguments}, pretraining's).
 
-    ``--pretrain.X`` is ``--X``: the options of the first stage need no name in front.
+    ``--pretrain.X`` is ``--X``: options of the first stage need no prefix.
     """
     launcher = option_types(LaunchConfig)
     own: list[str] = []
@@ -138,22 +139,22 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]], l
     return own, by_stage, rest
 
 
-def stage_names(words: str) -> list[str]:
-    """``"pretrain,knn"`` -> names, checked."""
+def stage_names(text: str) -> list[str]:
+    """``"pretrain,knn"`` -> validated names, in the order in which stages run."""
     known = [name for name in STAGES if name in COMMANDS]
-    names = [name.strip() for name in words.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
             raise InputError(
                 f"--stages: no stage {name!r}{suggest(name, known)} (there are {', '.join(known)})"
             )
     if not names or len(set(names)) < len(names):
-        raise InputError(f"--stages {words!r}: name one or more stages, each once")
+        raise InputError(f"--stages {text!r}: name one or more stages, each once")
     return sorted(names, key=STAGES.index)
 
 
 def pretrain_stage(launch: LaunchConfig, argv: list[str], prog: str) -> Stage:
-    """The pretraining job; the run folder is ``runs/ARCH`` where none is given."""
+    """The pretraining stage; the run folder defaults to ``runs/ARCH``."""
     make: Callable[..., Any] = load(COMMANDS["pretrain"].config)
     refuse_unknown(argv, option_types(LaunchConfig) | option_types(return_class(make)))
     config = make(argv, prog)
@@ -164,19 +165,19 @@ def pretrain_stage(launch: LaunchConfig, argv: list[str], prog: str) -> Stage:
 
 
 def return_class(function: Callable[..., Any]) -> type:
-    """The class that an annotated config function returns."""
+    """The return annotation of a config function."""
     return typing.get_type_hints(function)["return"]
 
 
 def training_stage(
     name: str, launch: LaunchConfig, argv: list[str], before: Sequence[Stage], prog: str
 ) -> Stage:
-    """Finetuning or distillation: in a folder of its own inside the run's, from its newest
-    checkpoint; resources are those of pretraining unless it is told otherwise."""
+    """A finetuning or distillation stage: in a subfolder of the run folder, from the run's newest
+    checkpoint, by default with the resources of pretraining."""
     make: Callable[..., Any] = load(COMMANDS[name].config)
     refuse_unknown(argv, RESOURCES | option_types(return_class(make)), prefix=f"{name}.")
     resources, theirs = own_resources(name, launch, launch.resources, argv, prog)
-    words = []
+    inherited = []
     if before:
         first = dict(options(before[0].config))
         run = first["output_dir"] if before[0].name == "pretrain" else None
@@ -187,17 +188,19 @@ def training_stage(
             "data_path": first.get("data_path"),
             "shard_url": first.get("shard_url"),
         }
-        words = [word for key, value in given.items() if value for word in (f"--{key}", str(value))]
-    config = absolute(make([*words, *theirs], f"{prog} --{name}.*"))
+        inherited = [
+            arg for key, value in given.items() if value for arg in (f"--{key}", str(value))
+        ]
+    config = absolute(make([*inherited, *theirs], f"{prog} --{name}.*"))
     return Stage(name, ENTRIES[name], config, resources)
 
 
 def later_stage(
     name: str, launch: LaunchConfig, argv: list[str], run: Path | None, prog: str
 ) -> Stage:
-    """A job that works on the run folder; one node and one GPU unless it is told otherwise."""
+    """A stage that works on the run folder, by default with one node and one GPU."""
     if run is None and pop_option(argv, "output_dir")[0] is None:
-        raise InputError(f"--{name}.output_dir: name the run folder, or put pretrain into --stages")
+        raise InputError(f"--{name}.output_dir: name the run folder, or add pretrain to --stages")
     config_class = load(COMMANDS[name].config)
     default = config_class(**{"output_dir": run}) if name == "report" else config_class()
     if run is not None:
@@ -216,7 +219,7 @@ RESOURCES = option_types(ResourceConfig)
 def own_resources(
     name: str, launch: LaunchConfig, default: ResourceConfig, argv: list[str], prog: str
 ) -> tuple[ResourceConfig, list[str]]:
-    """A later stage's resources, checked, and the words that are not about them."""
+    """A later stage's validated resources, and its remaining arguments."""
     mine, theirs = partition(argv, RESOURCES)
     resources = parse(default, mine, f"{prog} --{name}.*")
     check(replace(launch, dict(options(resources))), prefix=f"{name}.")
@@ -224,7 +227,7 @@ def own_resources(
 
 
 def refuse_unknown(argv: Sequence[str], known: Collection[str], prefix: str = "") -> None:
-    """Raise :class:`InputError` for the first option whose name is not known."""
+    """Raise :class:`InputError` for the first unknown option."""
     for word in argv:
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and name not in known and name != "config":
@@ -232,7 +235,7 @@ def refuse_unknown(argv: Sequence[str], known: Collection[str], prefix: str = ""
 
 
 def partition(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the options called ``names`` and the others."""
+    """Split a command line into the options in ``names`` and the others."""
     chosen: list[str] = []
     others: list[str] = []
     target = others

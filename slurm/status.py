@@ -19,11 +19,11 @@ from xcit_dino.slurm import attempts, scheduler, watch
 from xcit_dino.slurm.config import CancelConfig, LogsConfig, StatusConfig
 
 Queue = dict[str, dict[str, str]]
-STALE = 60.0  # seconds without news of a stage after which their age is shown
+STALE = 60.0  # age of a stage's progress, in seconds, from which it is shown
 
 
 def owner(run: Path) -> str:
-    """Who is at work in a run folder, in words; '' when nobody is."""
+    """The job or process that uses a run folder, as text; '' if none."""
     if not attempts.is_launched(run):
         return ""
     launch = attempts.read_launch(run)
@@ -36,7 +36,7 @@ def owner(run: Path) -> str:
 
 
 def queue(launch: dict[str, Any]) -> Queue:
-    """The run's jobs that wait or run; none where SLURM is not asked."""
+    """The run's pending and running SLURM jobs."""
     jobs = [stage["job_id"] for stage in launch["stages"].values() if stage["job_id"]]
     return scheduler.queue(jobs) if launch["cluster"] == "slurm" else {}
 
@@ -44,15 +44,15 @@ def queue(launch: dict[str, Any]) -> Queue:
 def local_owner(launch: dict[str, Any]) -> bool:
     """Whether the launcher of local processes still runs on this machine."""
     here = launch["host"] == socket.gethostname()
-    return here and attempts.start_time(launch["pid"]) == launch["pid_start"]
+    return here and attempts.process_start_time(launch["pid"]) == launch["pid_start"]
 
 
 # -- status ----------------------------------------------------------------------------------------
 
 
 def status(config: StatusConfig) -> None:
-    """Print a table with a row a stage, and below it how far those stages are that have begun; of
-    each run where ``--seeds`` made several."""
+    """Print a table with one row per stage, and below it the progress of the stages that have
+    started; for every run of ``--seeds``."""
     for run in attempts.seed_runs(config.run) or [config.run]:
         show_status(run)
 
@@ -67,41 +67,41 @@ def show_status(run: Path) -> None:
     table = Table(box=None)
     for column in ("stage", "state", "job", "nodes", "restarts", "failures"):
         table.add_column(column, overflow="fold")
-    before, lines = None, []
+    previous, lines = None, []
     for stage in attempts.all_stages(launch):
-        row = describe(run, stage, launch, jobs, before)
+        row = describe(run, stage, launch, jobs, previous)
         if progress := row.pop("progress"):
             lines.append(f"{stage}: {progress}")
         table.add_row(*row.values())
-        before = row if stage in launch["stages"] else None
+        previous = row if stage in launch["stages"] else None
     print(f"{run} ({launch['cluster']})", flush=True)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     print(*lines, f"next stage: {next_stage(run, launch) or 'none'}", sep="\n")
 
 
 def state(run: Path, stage: str) -> str:
-    """A stage's state, with the reason for it: ``pending: (Resources)``."""
+    """A stage's state with its reason: ``pending: (Resources)``."""
     launch = attempts.read_launch(run)
     return describe(run, stage, launch, queue(launch), None)["state"]
 
 
 def describe(
-    run: Path, stage: str, launch: dict[str, Any], jobs: Queue, before: dict[str, str] | None
+    run: Path, stage: str, launch: dict[str, Any], jobs: Queue, previous: dict[str, str] | None
 ) -> dict[str, str]:
-    """One row of the table; ``before`` is the row of the stage that this one waits for."""
-    known = attempts.load(run, stage)
-    job_id = attempts.all_stages(launch)[stage]["job_id"] or known.job_id
+    """One row of the table; ``previous`` is the row of the stage on which this one depends."""
+    record = attempts.load(run, stage)
+    job_id = attempts.all_stages(launch)[stage]["job_id"] or record.job_id
     job = jobs.get(job_id)
-    state, reason = known.state, known.reason
+    state, reason = record.state, record.reason
     if job is not None:
-        state = {"PENDING": known.state, "RUNNING": "running"}.get(
+        state = {"PENDING": record.state, "RUNNING": "running"}.get(
             job["state"], job["state"].lower()
         )
         reason = job["reason"].replace("(None)", "") if job["state"] == "PENDING" else ""
-    elif known.state == "waiting" and attempts.cancelled(run):
+    elif record.state == "waiting" and attempts.cancelled(run):
         state, reason = "cancelled", "by `launch cancel`"
-    elif not known.finished and not local_owner(launch):
-        state, reason = unsaid(run, known, before)
+    elif not record.finished and not local_owner(launch):
+        state, reason = infer_state(run, record, previous)
     if state == "running":
         reason = ""  # that of an earlier attempt
     shown = progress(run, stage) if state in ("running", "requeued", "stopped") else ""
@@ -109,23 +109,25 @@ def describe(
         "stage": stage,
         "state": f"{state}: {reason}" if reason else state,
         "job": job_id,
-        "nodes": known.hosts,
-        "restarts": str(max(0, known.attempts - 1)),
-        "failures": str(known.failures),
-        "progress": shown or outcome(run, stage, launch, known),
+        "nodes": record.hosts,
+        "restarts": str(max(0, record.attempts - 1)),
+        "failures": str(record.failures),
+        "progress": shown or outcome(run, stage, launch, record),
     }
 
 
-def unsaid(run: Path, known: attempts.Record, before: dict[str, str] | None) -> tuple[str, str]:
-    """State and reason of a stage whose job has left without a word of its own."""
+def infer_state(
+    run: Path, record: attempts.Record, previous: dict[str, str] | None
+) -> tuple[str, str]:
+    """State and reason of a stage whose job ended without a report."""
     if attempts.cancelled(run):
         return "cancelled", "by `launch cancel`"
-    if known.state == "waiting" and before and not before["state"].startswith("done"):
-        return "cancelled", f"{before['stage']} is {before['state']}"
-    state = scheduler.job_state(known.job_id).lower() if known.job_id else ""
-    seen = attempts.last_seen(run, known.stage) if known.began else ""
-    where = known.hosts or "any node"
-    return state or "lost", f"left without a word on {where}{seen}; launch it again"
+    if record.state == "waiting" and previous and not previous["state"].startswith("done"):
+        return "cancelled", f"{previous['stage']} is {previous['state']}"
+    state = scheduler.job_state(record.job_id).lower() if record.job_id else ""
+    seen = attempts.last_seen(run, record.stage) if record.began else ""
+    where = record.hosts or "any node"
+    return state or "lost", f"ended without a report on {where}{seen}; launch it again"
 
 
 def progress(run: Path, stage: str) -> str:
@@ -140,18 +142,18 @@ def progress(run: Path, stage: str) -> str:
         f"{state['label']} {state['done']:,.0f}/{state['total']:,.0f} {state['unit']}".rstrip(),
         f"eta {clock(max(left, 0))}" if rate else "",
         state["shown"],
-        f"(said {clock(age)} ago)" if age > STALE else "",
+        f"(as of {clock(age)} ago)" if age > STALE else "",
     ]
     return "  ".join(filter(None, parts))
 
 
-def outcome(run: Path, stage: str, launch: dict[str, Any], known: attempts.Record) -> str:
-    """``took 0:12:10  top1_k20 41.20``: how long a stage's last attempt was, what it came to."""
-    if not (known.began and known.ended):
+def outcome(run: Path, stage: str, launch: dict[str, Any], record: attempts.Record) -> str:
+    """``took 0:12:10  top1_k20 41.20``: duration of a stage's last attempt, and its results."""
+    if not (record.began and record.ended):
         return ""
-    seconds = datetime.fromisoformat(known.ended) - datetime.fromisoformat(known.began)
+    seconds = datetime.fromisoformat(record.ended) - datetime.fromisoformat(record.began)
     parts = [f"took {clock(seconds.total_seconds())}"]
-    if known.state == "done":
+    if record.state == "done":
         folder = Path(attempts.all_stages(launch)[stage]["config"].get("output_dir", run))
         metrics = read_results(folder).get(stage, {}).get("metrics", {})
         last = watch.read_state(attempts.progress_file(run, stage)) or {"shown": ""}
@@ -160,7 +162,7 @@ def outcome(run: Path, stage: str, launch: dict[str, Any], known: attempts.Recor
 
 
 def next_stage(run: Path, launch: dict[str, Any]) -> str:
-    """The first stage that has not begun."""
+    """The first stage that has not started."""
     waiting = (stage for stage in launch["stages"] if attempts.load(run, stage).state == "waiting")
     return next(waiting, "")
 
@@ -169,13 +171,13 @@ def next_stage(run: Path, launch: dict[str, Any]) -> str:
 
 
 def logs(config: LogsConfig) -> None:
-    """Print a rank's log, of the stage that began last unless told otherwise."""
+    """Print a rank's log, by default of the stage started last."""
     launch = attempts.read_launch(config.run)
     records = {stage: attempts.load(config.run, stage) for stage in attempts.all_stages(launch)}
-    begun = {stage: known for stage, known in records.items() if known.job_id}
+    begun = {stage: record for stage, record in records.items() if record.job_id}
     stage = config.stage or next(reversed(begun), None)
     if stage is None or stage not in begun:
-        raise InputError(f"{config.run}: {stage or 'no stage'} has not begun; see launch status")
+        raise InputError(f"{config.run}: {stage or 'no stage'} has not started; see launch status")
     job_id = begun[stage].job_id
     paths = [watch.log_path(config.run, job_id, config.rank, kind) for kind in ("out", "err")]
     if not any(path.is_file() for path in paths):
@@ -183,41 +185,41 @@ def logs(config: LogsConfig) -> None:
             f"--rank {config.rank}: job {job_id} of {stage} has no such log ({paths[0]})"
         )
 
-    def going_on() -> bool:
+    def active() -> bool:
         return (
             config.follow
             and bool(owner(config.run))
             and not attempts.load(config.run, stage).finished
         )
 
-    watch.show(config.run, stage, job_id, going_on, config.rank)
+    watch.show(config.run, stage, job_id, active, config.rank)
 
 
 # -- cancel ----------------------------------------------------------------------------------------
 
 
 def cancel(config: CancelConfig) -> None:
-    """End the jobs of a run, or of all runs of ``--seeds``; the stage that goes on is told to save
-    itself first."""
-    for run in reversed(attempts.seed_runs(config.run) or [config.run]):  # those that wait first
+    """End the jobs of a run, or of all runs of ``--seeds``; a running stage first saves a
+    checkpoint."""
+    for run in reversed(attempts.seed_runs(config.run) or [config.run]):  # pending ones first
         cancel_run(run)
 
 
 def cancel_run(run: Path) -> None:
-    """End one run's jobs; other runs of the same launcher are left alone."""
+    """End one run's jobs, without affecting other runs of the same launcher."""
     launch = attempts.read_launch(run)
-    who = owner(run)
+    user = owner(run)
     remedy = "call `launch cancel` where and as whom the run was launched"
     check_writable(attempts.folder(run), remedy, str(run))
     attempts.cancel(run)
     if launch["cluster"] == "slurm":
         scheduler.cancel(list(reversed(queue(launch))))
-    elif who and all(attempts.load(run, stage).state == "waiting" for stage in launch["stages"]):
-        who = f"{run}, which had not started"
-    elif who and not all(attempts.load(run, stage).finished for stage in launch["stages"]):
+    elif user and all(attempts.load(run, stage).state == "waiting" for stage in launch["stages"]):
+        user = f"{run}, which had not started"
+    elif user and not all(attempts.load(run, stage).finished for stage in launch["stages"]):
         os.kill(launch["pid"], signal.SIGTERM)
-    elif who:
-        who = ""  # done; the launcher is at work on another run
+    elif user:
+        user = ""  # done; the launcher is running another run
     elif launch["host"] != socket.gethostname():
         raise InputError(f"{run}: its processes are on {launch['host']}; cancel it there")
-    print(f"cancelled {who}" if who else f"{run}: nothing is running")
+    print(f"cancelled {user}" if user else f"{run}: nothing is running")

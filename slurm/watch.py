@@ -1,4 +1,4 @@
-"""A run's logs and progress, shown while it goes on."""
+"""Show a run's logs and progress while it runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from xcit_dino.slurm import attempts
 POLL = 0.2  # seconds
 
 
-def show(run: Path, stage: str, job_id: str, going_on: Callable[[], bool], rank: int = 0) -> None:
-    """Print a rank's log while ``going_on`` says so; on a terminal with the stage's live bar."""
+def show(run: Path, stage: str, job_id: str, active: Callable[[], bool], rank: int = 0) -> None:
+    """Print a rank's log while ``active()`` holds; on a terminal with the stage's progress bar."""
     tails = [(Tail(log_path(run, job_id, rank, kind)), out) for kind, out in streams()]
     bar = LiveBar(attempts.progress_file(run, stage)) if sys.stderr.isatty() else None
     with bar or contextlib.nullcontext():
@@ -31,23 +31,23 @@ def show(run: Path, stage: str, job_id: str, going_on: Callable[[], bool], rank:
                 bar.refresh()
             if last:
                 return
-            last = not going_on()
+            last = not active()
             time.sleep(0 if last else POLL)
 
 
 def streams() -> list[tuple[str, TextIO]]:
-    """(kind of log, where it is shown)."""
+    """(kind of log, stream to which it is printed)."""
     return [("out", sys.stdout), ("err", sys.stderr)]
 
 
 def log_path(run: Path, job_id: str, rank: int, kind: str) -> Path:
-    """A rank's log, as submitit names it."""
+    """Path of a rank's log, as named by submitit."""
     return attempts.job_folder(run, job_id) / f"{job_id}_{rank}_log.{kind}"
 
 
 class Tail:
-    """Iterating gives the whole lines that were added to a file since the last time; all of them
-    when it has become shorter."""
+    """Iterating yields the complete lines added to a file since the last iteration; all lines if
+    the file has become shorter."""
 
     def __init__(self, path: Path):
         self.path, self.position = path, 0
@@ -65,12 +65,12 @@ class Tail:
             return
         self.position += len(whole) + 1
         for line in whole.decode(errors="replace").split("\n"):
-            if not line.startswith("submitit "):  # its own notes stay in the file
+            if not line.startswith("submitit "):  # submitit's own messages are not shown
                 yield line
 
 
 class LiveBar:
-    """The bar that a job publishes (see :mod:`xcit_dino.progress`), on this terminal."""
+    """A job's published progress (see :mod:`xcit_dino.progress`) as a bar on this terminal."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -86,11 +86,11 @@ class LiveBar:
             self.bar.__exit__()
 
     def shows(self, line: str) -> bool:
-        """Whether a log line only repeats this bar."""
+        """Whether a log line merely repeats this bar."""
         return bool(self.label) and line.startswith(f"{self.label}: ")
 
     def refresh(self) -> None:
-        """Read the job's newest state."""
+        """Read the job's newest progress and draw it."""
         state = read_state(self.path)
         if state is None:
             return
@@ -104,7 +104,7 @@ class LiveBar:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The newest state of a published bar, or None."""
+    """The newest published progress, or None."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):

@@ -124,7 +124,7 @@ def following(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(status, "owner", lambda run: "somebody")
     patch.setattr(attempts.Record, "finished", property(lambda known: False))
-    patch.setattr(status.watch, "show", lambda run, stage, job, going_on, rank: print(going_on()))
+    patch.setattr(status.watch, "show", lambda run, stage, job, active, rank: print(active()))
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ PARSED = [
         "pretrain --global_crops_number 1 --local_crops_number 2",
     ),
     case(
-        "--{}{}: must not hold line breaks",
+        "--{}{}: must not contain line breaks",
         f"{LAUNCH} --comment 'a\nb'",
         f"{LAUNCH} --comment 'a b'",
     ),
@@ -205,13 +205,13 @@ PARSED = [
         f"{LAUNCH} --slurm licenses=a",
     ),
     case(
-        "the launcher sets this one itself",
+        "set by the launcher itself",
         f"{LAUNCH} --slurm signal=TERM --comment a",
         f"{LAUNCH} --comment a",
     ),
     case("--slurm {}: give --{} instead", f"{LAUNCH} --slurm time=60", f"{LAUNCH} --timeout 60"),
     case(
-        "must hold no % and no control", f"{LAUNCH} --output_dir a%j", f"{LAUNCH} --output_dir aj"
+        "must not contain % or control", f"{LAUNCH} --output_dir a%j", f"{LAUNCH} --output_dir aj"
     ),
     case(
         "--{}.*: that stage is not in --stages",
@@ -234,7 +234,7 @@ PARSED = [
         f"{LAUNCH} --seeds 1 2 --stages pretrain",
     ),
     case(
-        "--{}.output_dir: name the run folder, or put pretrain",
+        "--{}.output_dir: name the run folder, or add pretrain",
         "launch --stages knn",
         "launch --stages knn --knn.output_dir {run}",
         f"{LAUNCH} --stages pretrain,knn",
@@ -567,7 +567,7 @@ RUN = [
         f"{PRETRAIN} --data_path {{shards}} --output_dir {{tmp}}/another",
     ),
     case(
-        "--output_dir {}: no run is there; put pretrain into --stages",
+        "--output_dir {}: contains no run; add pretrain to --stages",
         "launch --cluster local --stages report --report.output_dir {tmp}/none",
         f"{LAUNCH} --output_dir {{tmp}}/none --stages pretrain,report",
     ),
@@ -583,7 +583,7 @@ RUN = [
         f"{LAUNCH} --nodes 2 --cluster slurm",
     ),
     case(
-        "the global batch of {} is more than the {} images of {}; take less",
+        "the global batch of {} exceeds the {} images of {}; lower it",
         f"launch {NETWORK} --ngpus 0 --cluster local --data_path {{shards}} "
         "--batch_size_per_gpu 97 --output_dir {tmp}/r",
         f"{PRETRAIN} --data_path {{shards}} --batch_size_per_gpu 96",
@@ -611,17 +611,17 @@ RUN = [
 
 ELSEWHERE = {
     # of the launcher: need SLURM, several ranks, or a second process
-    "--cluster slurm: SLURM does not answer": "test_launch.py turns SLURM off and on",
-    "SLURM does not answer here ({})": "test_launch.py turns SLURM off and on",
-    "is at work there; see `xcit-dino launch status`": "test_launch.py, with a live process",
+    "--cluster slurm: SLURM does not respond": "test_launch.py turns SLURM off and on",
+    "SLURM does not respond here ({})": "test_launch.py turns SLURM off and on",
+    "; see `xcit-dino launch status`": "test_launch.py, with a live process",
     "is already called {}; give another --job_name": "needs a queue: test_slurm_cluster.py",
     "--partition {}: no such partition": "needs a queue: test_slurm_cluster.py",
     "a global batch of {} does not divide among": "needs a job that shrank: test_job.py",
-    "a node has {}; takes {}": "says what is done, and asks nothing",
-    "no index.json is there, seen from this machine": "part of a dry run's answer: test_launch.py",
+    "a node has {}; using {}": "says what is done, and asks nothing",
+    "no index.json there, as seen from this machine": "part of a dry run's answer: test_launch.py",
     "--data_path is not given": "part of a dry run's answer: test_launch.py",
-    "holds an earlier rehearsal; remove it": "needs a rehearsal of minutes: test_launch.py",
-    "does not get on; see: xcit-dino launch status": "comes after an hour in a queue",
+    "contains an earlier rehearsal; remove it": "needs a rehearsal of minutes: test_launch.py",
+    "no progress; see: xcit-dino launch status": "comes after an hour in a queue",
     "has no such log": "needs a finished job: test_launch.py",
     "the result above is not stored, as {} cannot be written": "a disk that fails: test_results.py",
     "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",

@@ -163,11 +163,7 @@ def test_two_at_once(one: str, other: str, known: Known, crowd_place: Path) -> N
 
 def in_use(name: str, found: Ended) -> bool:
     """Whether a command was refused as another has its folder."""
-    return (
-        name in OWNERS
-        and found.code == 2
-        and bool(re.search(" in use by | is at work there", found.err))
-    )
+    return name in OWNERS and found.code == 2 and bool(re.search(" in use by ", found.err))
 
 
 def missing(known: Known, names: tuple[str, str], there: set[str]) -> list[str]:

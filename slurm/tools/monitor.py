@@ -1,7 +1,7 @@
 """``xcit-dino watch RUN``: a run's progress on this terminal, read from its folder alone.
 
-So it works for a run on another machine whose file system is seen here, with or without the
-launcher, and never touches the run.
+It therefore works for a run on another machine with a shared file system, with or without the
+launcher, and never affects the run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import tyro
 from xcit_dino.errors import InputError, within
 from xcit_dino.progress import clock
 from xcit_dino.slurm import attempts
-from xcit_dino.slurm.runstate import State, moment
+from xcit_dino.slurm.runstate import RunState, moment
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SILENCE = 600.0  # seconds without news that are pointed out
+STALE = 600.0  # seconds without an update after which a warning is shown
 VALUES = {  # metric -> (name, format)
     "loss": ("loss", ".3f"), "teacher_entropy": ("teacher entropy", ".2f"), "kl": ("KL", ".3f"),
     "grad_norm": ("gradient norm", ".2f"), "lr": ("learning rate", ".2e"),
@@ -39,16 +39,16 @@ class WatchConfig:
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = tyro.MISSING
     """Run folder."""
     every: float = 2.0
-    """Seconds between two looks at the folder."""
+    """Seconds between updates."""
     once: bool = False
-    """Show the present state and leave; so it is where the output is no terminal."""
+    """Show the current state and exit; the default if the output is not a terminal."""
 
     def __post_init__(self) -> None:
         within(self, 0.1, 3600, "every")
 
 
 def run(config: WatchConfig) -> None:
-    """Show the run until it ends; Ctrl-C leaves, and the run does not notice.
+    """Show the run until it ends; Ctrl-C exits without affecting the run.
 
     Raises:
         InputError: there is no run.
@@ -57,13 +57,14 @@ def run(config: WatchConfig) -> None:
     from rich.live import Live
 
     if seeds := attempts.seed_runs(config.run):
-        raise InputError(f"{config.run}: holds no run; watch one of {', '.join(map(str, seeds))}")
+        names = ", ".join(map(str, seeds))
+        raise InputError(f"{config.run}: contains no run; watch one of {names}")
     if not config.run.is_dir():
         raise InputError(f"{config.run}: no such run folder")
-    state = State(config.run)
-    state.look()
+    state = RunState(config.run)
+    state.refresh()
     if not (state.lines or state.tries or state.options or state.stages):
-        raise InputError(f"{config.run}: holds no run (no config.yaml, metrics.jsonl, launch)")
+        raise InputError(f"{config.run}: contains no run (no config.yaml, metrics.jsonl, launch)")
     console = Console()
     if config.once or not sys.stdout.isatty():
         console.print(view(state, console.width))
@@ -71,21 +72,21 @@ def run(config: WatchConfig) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(view(state, console.width), refresh=True)
-            if state.over:
+            if state.ended:
                 return
             time.sleep(config.every)
-            state.look()
+            state.refresh()
 
 
-def view(state: State, width: int) -> RenderableType:
-    """Everything, as wide as the terminal."""
+def view(state: RunState, width: int) -> RenderableType:
+    """The whole display, as wide as the terminal."""
     from rich.console import Group
     from rich.text import Text
 
     arch = state.options.get("arch", "")
     parts: list[RenderableType] = [Text.assemble((str(state.folder), "bold"), f"  {arch}")]
     parts += [Text(" · ".join(state.stages), style="dim")] if state.stages else []
-    parts += [progress_line(state, width), news(state)]
+    parts += [progress_line(state, width), status_line(state)]
     parts += [Text(f"alarm: {kind} collapse", style="bold red") for kind in state.alarms()]
     parts.append(Text())
     parts += [values(state), Text()]
@@ -95,8 +96,8 @@ def view(state: State, width: int) -> RenderableType:
     return Group(*parts)
 
 
-def progress_line(state: State, width: int) -> RenderableType:
-    """Epoch, step, share and the time that is left."""
+def progress_line(state: RunState, width: int) -> RenderableType:
+    """Progress bar, epoch, step and remaining time."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -104,7 +105,7 @@ def progress_line(state: State, width: int) -> RenderableType:
     words = [f"step {step:,}" + (f"/{state.total:,}" if state.total else "")]
     if state.total and (epochs := state.options.get("epochs")):
         words.insert(0, f"epoch {step * epochs / state.total:.1f}/{epochs}")
-    if state.total > step and (rate := state.steps_a_second()) and not state.over:
+    if state.total > step and (rate := state.steps_per_second()) and not state.ended:
         words.append(f"eta {clock((state.total - step) / rate)}")
     row = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=state.total or 1, completed=step, width=min(40, width // 3))
@@ -112,8 +113,8 @@ def progress_line(state: State, width: int) -> RenderableType:
     return row
 
 
-def news(state: State) -> RenderableType:
-    """When it was last heard of, and how often it has started."""
+def status_line(state: RunState) -> RenderableType:
+    """Number of starts, and the time of the last update or of the end."""
     from rich.text import Text
 
     starts = sum(line["event"] == "start" for line in state.tries)
@@ -125,15 +126,15 @@ def news(state: State) -> RenderableType:
         words.append(f"ended at step {end['step']:,}: {end.get('reason', '')}")
     elif last is not None:
         ago = max(0.0, time.time() - moment(last))
-        words.append(f"last news {clock(ago)} ago")
-        if ago > SILENCE:
+        words.append(f"last update {clock(ago)} ago")
+        if ago > STALE:
             style = "bold yellow"
-            words.append("(silent: waiting in a queue, evaluating, hung or killed)")
+            words.append("(no update: queued, evaluating, hung or killed)")
     return Text("  ".join(words), style=style)
 
 
-def values(state: State) -> RenderableType:
-    """The newest numbers, and the accuracies."""
+def values(state: RunState) -> RenderableType:
+    """The newest metrics, and the accuracies."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -153,7 +154,7 @@ def values(state: State) -> RenderableType:
 
 
 def curve(title: str, numbers: list[float], width: int) -> RenderableType:
-    """A line of blocks from the lowest to the highest of the values' means."""
+    """A sparkline of block characters, scaled from the lowest to the highest mean."""
     from rich.text import Text
 
     room = max(10, min(60, width - 34))

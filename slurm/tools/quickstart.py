@@ -2,7 +2,7 @@
 report.
 
 The same launcher as ``python slurm/launch.py``, on this machine, with a recipe that takes minutes
-on two cores. Nothing is downloaded, and everything is a function of the seeds.
+on two cores. Nothing is downloaded, and all results are determined by the seeds.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class QuickstartConfig:
     """The whole pipeline on built-in images, in minutes."""
 
     output_dir: Path = Path("runs/quickstart")
-    """The run folder; a run that was stopped goes on, a finished one only shows its numbers."""
+    """The run folder; an interrupted run resumes, a finished one only prints its results."""
     data_path: Path = Path("shards/demo")
-    """Where the images are made, if they are not there yet."""
+    """Folder in which the images are created, unless they exist."""
 
 
 def run(config: QuickstartConfig) -> int:
-    """Go through all stages and show what was reached; returns the exit code."""
-    from xcit_dino.data.config import DemoConfig  # here, so that --help imports next to nothing
+    """Run all stages and print the accuracies; returns the exit code."""
+    from xcit_dino.data.config import DemoConfig  # here, so that --help stays fast
     from xcit_dino.data.pack.demo import make
     from xcit_dino.data.shards.index import INDEX
     from xcit_dino.slurm import launch
@@ -43,7 +43,7 @@ def run(config: QuickstartConfig) -> int:
 
 
 def command_line(config: QuickstartConfig, gpus: int) -> list[str]:
-    """What one would type after ``python slurm/launch.py``."""
+    """The equivalent arguments of ``python slurm/launch.py``."""
     return [
         *("--config", str(CONFIGS / "pretrain" / "quickstart.yaml")),
         *("--data_path", str(config.data_path)),
@@ -55,7 +55,7 @@ def command_line(config: QuickstartConfig, gpus: int) -> list[str]:
 
 
 def show(folder: Path) -> None:
-    """A table of accuracies, and where the report is."""
+    """Print a table of accuracies, and the path of the report."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,9 +1,9 @@
 """``launch rehearse``: does this cluster stop, requeue and resume a run without losing anything?
 
-Two tiny runs of the real trainer on the nodes, the partition and the folders that were asked for.
-One goes straight through. The other is told to save itself, as before a time limit, and later all
-its ranks are killed; SLURM (or the local launcher) starts it again each time. Both have to end with
-the same bits.
+Two tiny runs of the real trainer on the requested nodes, partition and folders. One is
+uninterrupted. The other is signaled to stop, as before a time limit, and later all its ranks are
+killed; SLURM (or the local launcher) restarts it each time. Both must end with bit-identical
+weights.
 """
 
 from __future__ import annotations
@@ -34,41 +34,41 @@ from xcit_dino.train.config import CONFIGS
 
 RECIPE = CONFIGS / "rehearsal.yaml"
 STEPS_PER_EPOCH = 10
-MINUTES = 60.0  # that the rehearsal waits for a busy cluster to get on
-LOOK = 3.0  # seconds between two looks at the queue
+TIMEOUT_MINUTES = 60.0  # for each phase of the rehearsal, on a busy cluster
+POLL = 3.0  # seconds between two queries of the queue
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Where and with which launcher options."""
+    """Folder and launcher options of a rehearsal."""
 
     folder: Path
     argv: tuple[str, ...]
 
 
 def rehearse_config(argv: Sequence[str], prog: str = "xcit-dino launch rehearse") -> Rehearsal:
-    """The options of ``launch``, for two runs below ``--output_dir`` (runs/rehearsal)."""
+    """Parse the options of ``launch``, for two runs in ``--output_dir`` (runs/rehearsal)."""
     folder, rest = pop_path(argv, "output_dir")
     shared = pop_path(argv, "shared_dir")[0]
     shared = shared or read_defaults(pop_path(argv, "launch_defaults")[0]).shared_dir
     place = folder or (shared or Path("runs")) / "rehearsal"
     rehearsal = Rehearsal(Path(os.path.abspath(place)), tuple(rest))
-    launch = resolve(rehearsal, "straight")  # says what is wrong, and prints --help
+    launch = resolve(rehearsal, "straight")  # reports bad options, and prints --help
     for option, given in (("seeds", launch.others), ("stages", launch.stages[1:])):
         if given:
             raise InputError(f"--{option}: a rehearsal is one pretraining; leave the option out")
     return rehearsal
 
 
-def words(rehearsal: Rehearsal, name: str) -> list[str]:
-    """The command line of one of the two runs."""
+def command_line(rehearsal: Rehearsal, name: str) -> list[str]:
+    """Command line of one of the two runs."""
     paths = ["--config", RECIPE, "--data_path", rehearsal.folder / "shards"]
     given = [*crops(rehearsal.argv), *rehearsal.argv]
     return [*map(str, paths), "--output_dir", str(rehearsal.folder / name), *given]
 
 
 def crops(argv: Sequence[str]) -> list[str]:
-    """Sizes of the crops in patches of the network, where those of the recipe do not suit it."""
+    """Crop sizes that fit the network's patches, if those of the recipe are too small."""
     arch = pop_option(argv, "arch")[0]
     patch = model_spec(arch).patch_size if arch and not arch.startswith(TIMM_PREFIX) else 0
     small = patch > read_yaml(RECIPE)["local_crops_size"]
@@ -76,12 +76,12 @@ def crops(argv: Sequence[str]) -> list[str]:
 
 
 def resolve(rehearsal: Rehearsal, name: str) -> Launch:
-    """One of the two runs."""
-    return launch_config(words(rehearsal, name), "xcit-dino launch rehearse")
+    """Resolve one of the two runs."""
+    return launch_config(command_line(rehearsal, name), "xcit-dino launch rehearse")
 
 
 def run(rehearsal: Rehearsal) -> int:
-    """Rehearse; returns 0 where nothing was lost, else 1."""
+    """Rehearse; returns 0 if nothing was lost, else 1."""
     launch = resolve(rehearsal, "straight")
     cluster = choose_cluster(launch)
     launch = with_gpus(launch, cluster)
@@ -89,18 +89,20 @@ def run(rehearsal: Rehearsal) -> int:
         preview(launch, cluster)
         return 0
     if (rehearsal.folder / "interrupted").exists():
-        raise InputError(f"--output_dir {rehearsal.folder}: holds an earlier rehearsal; remove it")
+        raise InputError(
+            f"--output_dir {rehearsal.folder}: contains an earlier rehearsal; remove it"
+        )
     make_shards(rehearsal.folder / "shards", STEPS_PER_EPOCH * global_batch(launch.stages[0]))
     straight, interrupted = (rehearsal.folder / name for name in ("straight", "interrupted"))
 
     straight, interrupted = Submitted(rehearsal, "straight"), Submitted(rehearsal, "interrupted")
-    print(f"straight run, on {cluster}: {straight.folder}", flush=True)
+    print(f"uninterrupted run, on {cluster}: {straight.folder}", flush=True)
     with straight:
         straight.wait(straight.finished)
-    print(f"run that is interrupted: {interrupted.folder}", flush=True)
+    print(f"interrupted run: {interrupted.folder}", flush=True)
     with interrupted:
         for attempt, number in enumerate((signal.SIGUSR2, signal.SIGKILL), 1):
-            interrupted.wait(partial(interrupted.trains, attempt))
+            interrupted.wait(partial(interrupted.has_trained, attempt))
             interrupt(interrupted.folder, cluster, number)
             print(f"  attempt {attempt}: sent {number.name} to all ranks", flush=True)
         interrupted.wait(interrupted.finished)
@@ -108,7 +110,7 @@ def run(rehearsal: Rehearsal) -> int:
 
 
 def make_shards(folder: Path, images: int) -> None:
-    """A training set of so many images, unless it is there."""
+    """Create a training set of this many images, unless it exists."""
     from xcit_dino.data.config import DemoConfig
     from xcit_dino.data.pack.demo import make
 
@@ -118,40 +120,46 @@ def make_shards(folder: Path, images: int) -> None:
 
 class Submitted:
     """One of the two runs: ``xcit-dino launch`` in its own process, which ends at once on SLURM,
-    locally with the run."""
+    and with the run locally."""
 
     def __init__(self, rehearsal: Rehearsal, name: str):
         self.folder = rehearsal.folder / name
         self.log = rehearsal.folder / f"{name}.log"
-        self.command = [sys.executable, "-m", "xcit_dino.cli", "launch", *words(rehearsal, name)]
+        self.command = [
+            sys.executable,
+            "-m",
+            "xcit_dino.cli",
+            "launch",
+            *command_line(rehearsal, name),
+        ]
 
     def __enter__(self) -> None:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and status.owner(self.folder):  # Ctrl-C too: leave no jobs behind
+        if kind is not None and status.owner(self.folder):  # also on Ctrl-C: leave no jobs behind
             status.cancel(CancelConfig(self.folder))
         self.process.wait()
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Poll until the run is so far; each new state is shown, with SLURM's reason for it.
+        """Poll until the condition holds; each new state is printed, with SLURM's reason for it.
 
         Raises:
-            InputError: it is refused.
-            RunError: it does not get there.
+            InputError: the run is refused.
+            RunError: the run failed, or made no progress for ``TIMEOUT_MINUTES``.
         """
-        deadline, look, shown = time.monotonic() + 60 * MINUTES, 0.0, ""
+        deadline, next_poll, shown = time.monotonic() + 60 * TIMEOUT_MINUTES, 0.0, ""
         while not condition():
             if code := self.process.poll():
                 reason = self.log.read_text().splitlines()[-1].removeprefix("xcit-dino: ")
                 raise InputError(reason) if code == 2 else RunError(f"{reason} (log: {self.log})")
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"{self.folder} does not get on; see: xcit-dino launch status {self.folder}"
+                    f"{self.folder}: no progress; see: xcit-dino launch status {self.folder}"
                 )
-            if time.monotonic() > look:
-                look = time.monotonic() + LOOK
+            if time.monotonic() > next_poll:
+                next_poll = time.monotonic() + POLL
                 at_work = status.owner(self.folder)
                 if not at_work and code == 0 and not condition():
                     raise RunError(f"{self.folder}: {status.state(self.folder, 'pretrain')}")
@@ -162,11 +170,11 @@ class Submitted:
             time.sleep(0.1)
 
     def finished(self) -> bool:
-        """Whether the run has come to its end, of whatever kind."""
+        """Whether the run has ended, whatever its outcome."""
         return attempts.load(self.folder, "pretrain").finished
 
-    def trains(self, attempt: int) -> bool:
-        """Whether the n-th attempt has done a step of its own, or the run is over."""
+    def has_trained(self, attempt: int) -> bool:
+        """Whether the n-th attempt has done a step, or the run has ended."""
         known = attempts.load(self.folder, "pretrain")
         state = read_state(attempts.progress_file(self.folder, "pretrain"))
         begun = known.attempts == attempt and state is not None and state["done"] > state["start"]
@@ -181,11 +189,11 @@ def interrupt(folder: Path, cluster: str, number: signal.Signals) -> None:
     elif number == signal.SIGKILL:
         kill_ranks(int(job_id))
     else:
-        os.kill(int(job_id), number)  # the controller passes it on
+        os.kill(int(job_id), number)  # forwarded by the controller
 
 
 def kill_ranks(controller: int) -> None:
-    """SIGKILL to the processes that a controller has started."""
+    """Send SIGKILL to the processes started by a controller."""
     children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
@@ -195,16 +203,16 @@ def kill_ranks(controller: int) -> None:
 
 
 def verdict(straight: Path, interrupted: Path) -> int:
-    """Print what was found; returns the exit code."""
+    """Print the result of each check; returns the exit code."""
     checks = {
-        "the straight run reached its end": lambda: state(straight, expected=1),
-        "the other was started again twice, and reached its end": lambda: state(interrupted, 3),
-        "each attempt met at a port of its own": lambda: fresh_ports(interrupted),
-        "every checkpoint is whole": lambda: whole(interrupted),
+        "the uninterrupted run completed": lambda: state(straight, expected=1),
+        "the interrupted run was restarted twice and completed": lambda: state(interrupted, 3),
+        "each attempt used a fresh rendezvous port": lambda: fresh_ports(interrupted),
+        "every checkpoint is intact": lambda: checkpoints_intact(interrupted),
         "every step is in the metrics once, with the same loss": lambda: curve(
             straight, interrupted
         ),
-        "the weights are equal, bit for bit": lambda: weights(straight, interrupted),
+        "the weights are bit-identical": lambda: weights(straight, interrupted),
     }
     wrong = 0
     for name, check in checks.items():
@@ -217,7 +225,7 @@ def verdict(straight: Path, interrupted: Path) -> int:
 
 
 def state(folder: Path, expected: int) -> str:
-    """'' where a run is done after so many attempts."""
+    """'' if a run is done after the expected number of attempts."""
     known = attempts.load(folder, "pretrain")
     if known.state == "done" and known.attempts == expected:
         return ""
@@ -225,15 +233,15 @@ def state(folder: Path, expected: int) -> str:
 
 
 def fresh_ports(folder: Path) -> str:
-    """'' where no two attempts used one port."""
+    """'' if no two attempts used the same port."""
     jobs = attempts.folder(folder) / "jobs"
-    said = (json.loads(path.read_text()) for path in jobs.glob("*/words-*-0.json"))
-    ports = [word["port"] for word in said if "port" in word]
+    statuses = (json.loads(path.read_text()) for path in jobs.glob("*/words-*-0.json"))
+    ports = [word["port"] for word in statuses if "port" in word]
     return "" if len(set(ports)) == len(ports) else f"ports {ports}"
 
 
-def whole(folder: Path) -> str:
-    """'' where every checkpoint has its checksum, and nothing half-written is left."""
+def checkpoints_intact(folder: Path) -> str:
+    """'' if every checkpoint matches its checksum, and no partial file is left."""
     from xcit_dino.files import file_checksum
 
     for path in (folder / "checkpoints").iterdir():
@@ -246,7 +254,7 @@ def whole(folder: Path) -> str:
 
 
 def curve(straight: Path, interrupted: Path) -> str:
-    """'' where both runs logged the same loss at each step, once."""
+    """'' if both runs logged the same loss at each step, exactly once."""
     expected, found = losses(straight), losses(interrupted)
     if expected == found:
         return ""
@@ -257,13 +265,13 @@ def curve(straight: Path, interrupted: Path) -> str:
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    """(step, loss) of each line of the metrics that has one."""
+    """(step, loss) of each line of the metrics that has a loss."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
 def weights(straight: Path, interrupted: Path) -> str:
-    """'' where all tensors of the last checkpoints are equal."""
+    """'' if all tensors of the last checkpoints are equal."""
     from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
     pair = [newest_checkpoint(folder) for folder in (straight, interrupted)]

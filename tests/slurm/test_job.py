@@ -52,7 +52,7 @@ def srun_says(run: Path, *lines: str) -> None:
 
 def test_done(run: Path) -> None:
     begin(run, 0)
-    attempts.leave_word(run, "9", 0, 0, done=True)
+    attempts.write_status(run, "9", 0, 0, done=True)
     ended = attempts.finish(run, STAGE, 0)
     assert (ended.state, ended.config, ended.failures) == ("done", {"epochs": 3}, 0)
 
@@ -74,9 +74,9 @@ def test_saved_and_left(run: Path, heard: str, state: str) -> None:
     """Only the scheduler's signals put a run back; max_steps and Ctrl-C are the user's."""
     begin(run, 0)
     if heard:
-        attempts.leave_word(run, "9", 0, 1, heard=heard)
-    attempts.leave_word(run, "9", 0, 1, stopped=f"{heard} after step 4")
-    attempts.leave_word(run, "9", 0, 0, port=20000)
+        attempts.write_status(run, "9", 0, 1, heard=heard)
+    attempts.write_status(run, "9", 0, 1, stopped=f"{heard} after step 4")
+    attempts.write_status(run, "9", 0, 0, port=20000)
     ended = attempts.finish(run, STAGE, 0)
     assert (ended.state, ended.failures) == (state, 0)
     assert ended.reason == f"{heard} after step 4"
@@ -84,9 +84,9 @@ def test_saved_and_left(run: Path, heard: str, state: str) -> None:
 
 def test_the_rank_that_failed_first_is_named(run: Path) -> None:
     begin(run, 0)
-    attempts.leave_word(run, "9", 0, 3, error="RuntimeError: first", code=1)
+    attempts.write_status(run, "9", 0, 3, error="RuntimeError: first", code=1)
     time.sleep(0.01)
-    attempts.leave_word(run, "9", 0, 0, error="ConnectionError: follows", code=1)
+    attempts.write_status(run, "9", 0, 0, error="ConnectionError: follows", code=1)
     srun_says(run, "srun: error: node2: task 3: Exited with exit code 1")
     ended = attempts.finish(run, STAGE, 1)
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -96,7 +96,7 @@ def test_the_rank_that_failed_first_is_named(run: Path) -> None:
 
 def test_a_killed_rank_is_named_by_srun(run: Path) -> None:
     begin(run, 0)
-    attempts.leave_word(run, "9", 0, 0, error="ConnectionError: follows", code=1)
+    attempts.write_status(run, "9", 0, 0, error="ConnectionError: follows", code=1)
     srun_says(run, "srun: error: node2: task 1: Killed", "srun: error: node1: task 0: Terminated")
     assert attempts.finish(run, STAGE, 137).reason == "node2: task 1: Killed"
 
@@ -119,7 +119,7 @@ def test_earlier_attempts_in_the_log_are_not_read(run: Path) -> None:
     srun_says(run, "srun: error: node2: task 1: Killed")
     attempts.finish(run, STAGE, 137)
     begin(run, 1)
-    assert attempts.finish(run, STAGE, 9).reason == "exit code 9, and not a word"
+    assert attempts.finish(run, STAGE, 9).reason == "exit code 9, without a report"
 
 
 def test_restarts_are_limited(run: Path) -> None:
@@ -134,17 +134,17 @@ def test_the_same_error_counts_again_once_the_run_got_on(run: Path) -> None:
     (run / "checkpoints").mkdir()
     for restart in range(2):
         begin(run, restart)
-        attempts.leave_word(run, "9", restart, 0, error="OSError: disk", code=1)
+        attempts.write_status(run, "9", restart, 0, error="OSError: disk", code=1)
         assert attempts.finish(run, STAGE, 1).state == "requeued"
         (run / "checkpoints" / f"checkpoint-{restart:08d}.pth").touch()
     begin(run, 2)
-    attempts.leave_word(run, "9", 2, 0, error="OSError: disk", code=1)
+    attempts.write_status(run, "9", 2, 0, error="OSError: disk", code=1)
     assert attempts.finish(run, STAGE, 1).state == "failed"
 
 
 def fail_at(run: Path, restart: int, error: str, where: str, *srun: str) -> attempts.Record:
     begin(run, restart)
-    attempts.leave_word(run, "9", restart, 0, error=error, where=where, code=1)
+    attempts.write_status(run, "9", restart, 0, error=error, where=where, code=1)
     srun_says(run, *srun)
     return attempts.finish(run, STAGE, 1)
 
@@ -193,7 +193,7 @@ def test_an_error_s_place_is_its_kind_and_its_lines() -> None:
         try:
             raise OSError(text)
         except OSError as error:
-            return job.place_of(error)
+            return job.traceback_location(error)
 
     assert places("a 1") == places("b 2")
     assert re.fullmatch(r"OSError test_job\.py:\d+", places("a"))
@@ -215,7 +215,7 @@ def test_a_killed_attempt_was_last_seen(run: Path) -> None:
 
 def test_bad_input_does_not_start_again(run: Path) -> None:
     begin(run, 0)
-    attempts.leave_word(run, "9", 0, 1, error="--x: no", code=2, final=True)
+    attempts.write_status(run, "9", 0, 1, error="--x: no", code=2, final=True)
     ended = attempts.finish(run, STAGE, 137)  # srun killed the others
     assert (ended.state, ended.bad_input) == ("failed", True)
     assert ended.reason.endswith(": --x: no")
@@ -224,7 +224,7 @@ def test_bad_input_does_not_start_again(run: Path) -> None:
 def test_a_node_that_dies_is_a_failure_and_preemption_is_not(run: Path) -> None:
     """Nobody could say how the attempt ended: had it been told to stop?"""
     begin(run, 0)
-    attempts.leave_word(run, "9", 0, 0, heard="SIGTERM")
+    attempts.write_status(run, "9", 0, 0, heard="SIGTERM")
     assert begin(run, 1).failures == 0
     assert begin(run, 2).failures == 1
     assert begin(run, 3).failures == 2
@@ -236,7 +236,7 @@ def test_a_node_that_dies_is_a_failure_and_preemption_is_not(run: Path) -> None:
 def test_cancelled_runs_do_not_start(run: Path) -> None:
     begin(run, 0)
     attempts.cancel(run)
-    attempts.leave_word(run, "9", 0, 0, heard="SIGTERM", stopped="SIGTERM after step 1")
+    attempts.write_status(run, "9", 0, 0, heard="SIGTERM", stopped="SIGTERM after step 1")
     assert attempts.finish(run, STAGE, 0).state == "cancelled"
     with pytest.raises(InputError, match="cancelled"):
         begin(run, 1)
@@ -254,7 +254,7 @@ def in_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]
         asked.append(command)
         return "JobId=9 Restarts=0 JobState=RUNNING Reason=None"
 
-    monkeypatch.setattr(scheduler, "ask", ask)
+    monkeypatch.setattr(scheduler, "run_command", ask)
     for name, value in {"ID": "9", "NUM_NODES": "1", "NODELIST": "node1"}.items():
         monkeypatch.setenv(f"SLURM_JOB_{name}", value)
     attempts.write_launch(run, attempts.read_launch(run) | {"needs": []})
@@ -264,7 +264,7 @@ def in_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]
 
 def test_the_script_requeues_what_saved_itself(run: Path, in_slurm: list[tuple[str, ...]]) -> None:
     assert job.main(["begin", str(run), STAGE]) == 0
-    attempts.leave_word(run, "9", 0, 0, heard="SIGUSR2", stopped="SIGUSR2 after step 1")
+    attempts.write_status(run, "9", 0, 0, heard="SIGUSR2", stopped="SIGUSR2 after step 1")
     assert job.main(["finish", str(run), STAGE, "0"]) == attempts.RESUMABLE
     assert in_slurm[-1] == ("scontrol", "requeue", "9")
 
@@ -288,9 +288,9 @@ def test_the_scheduler_may_have_been_quicker(
 ) -> None:
     """What ``scontrol show job`` says in a job that saved itself: seen on SLURM 22.05."""
     job.main(["begin", str(run), STAGE])
-    attempts.leave_word(run, "9", 0, 0, heard="SIGTERM", stopped="SIGTERM after step 1")
+    attempts.write_status(run, "9", 0, 0, heard="SIGTERM", stopped="SIGTERM after step 1")
     fields = dict(word.split("=") for word in facts.split())
-    monkeypatch.setattr(scheduler, "facts", lambda job_id: fields)
+    monkeypatch.setattr(scheduler, "job_fields", lambda job_id: fields)
     assert job.main(["finish", str(run), STAGE, "0"]) == attempts.RESUMABLE
     assert (("scontrol", "requeue", "9") in in_slurm) == asked
     assert attempts.load(run, STAGE).state == state
@@ -307,11 +307,11 @@ def test_a_busy_controller_is_asked_again(
             raise error
         return "Restarts=0 JobState=RUNNING Reason=None"
 
-    monkeypatch.setattr(scheduler, "ask", ask)
+    monkeypatch.setattr(scheduler, "run_command", ask)
     monkeypatch.setattr(scheduler, "PAUSE", 0.0)
     assert scheduler.requeue("9", 0)
     assert in_slurm.count(("scontrol", "requeue", "9")) == 2
-    monkeypatch.setattr(scheduler, "TRIES", 1)
+    monkeypatch.setattr(scheduler, "REQUEUE_ATTEMPTS", 1)
     next(answers)
     with pytest.raises(scheduler.SlurmError, match="timed out"):
         scheduler.requeue("9", 0)
@@ -325,7 +325,7 @@ def test_a_node_that_starts_nothing_counts_as_a_failure(
     def lacking(paths: list[str], nodes: int) -> str:
         raise scheduler.SlurmError("Task launch failed on node node2")
 
-    monkeypatch.setattr(scheduler, "lacking", lacking)
+    monkeypatch.setattr(scheduler, "unreadable", lacking)
     for failures in (1, 2):
         assert job.main(["begin", str(run), STAGE]) == attempts.RESUMABLE
         known = attempts.load(run, STAGE)
@@ -367,7 +367,7 @@ def test_another_number_of_processes_keeps_the_global_batch(
     run: Path, now: int, size: int, accum: float
 ) -> None:
     config = replace(PretrainConfig(), {"batch_size_per_gpu": 6})
-    fitted = rank(run, now, config).fitted(config).run
+    fitted = rank(run, now, config).adapt_config(config).run
     assert fitted.batch_size_per_gpu * fitted.accum_iter * now == 24
     if accum == int(accum):
         assert (fitted.batch_size_per_gpu, fitted.accum_iter) == (size, accum)
@@ -376,22 +376,22 @@ def test_another_number_of_processes_keeps_the_global_batch(
 def test_a_number_that_does_not_divide_is_refused(run: Path) -> None:
     config = replace(PretrainConfig(), {"batch_size_per_gpu": 6})
     with pytest.raises(InputError, match="a global batch of 24 does not divide among 5 processes"):
-        rank(run, 5, config).fitted(config)
+        rank(run, 5, config).adapt_config(config)
 
 
 def test_signals_are_noted_once(run: Path) -> None:
     here = rank(run, 1)
-    here.hear(signal.SIGUSR2, None)
-    here.hear(signal.SIGUSR2, None)
-    here.hear(signal.SIGTERM, None)
+    here.on_signal(signal.SIGUSR2, None)
+    here.on_signal(signal.SIGUSR2, None)
+    here.on_signal(signal.SIGTERM, None)
     assert signals.requested() == "SIGUSR2"
     signals.clear()
-    assert [word["heard"] for word in attempts.words(run, "9", 0)] == ["SIGUSR2"]
+    assert [word["heard"] for word in attempts.read_statuses(run, "9", 0)] == ["SIGUSR2"]
 
 
 def test_a_stage_with_nothing_to_save_ends_at_once(run: Path) -> None:
     with pytest.raises(job.Interrupted, match="SIGTERM"):
-        rank(run, 1, stage="knn").hear(signal.SIGTERM, None)
+        rank(run, 1, stage="knn").on_signal(signal.SIGTERM, None)
     assert signals.requested() is None
 
 
@@ -404,14 +404,14 @@ def meet(key: str, size: int, seconds: float = 10) -> list[tuple[str, int]]:
     deadline = time.monotonic() + seconds
 
     def other(rank: int) -> None:
-        with contextlib.suppress(env.Missing):
-            found.append(env.find(key, rank, ["127.0.0.1"], deadline)[:2])
+        with contextlib.suppress(env.RendezvousError):
+            found.append(env.find_rank_zero(key, rank, ["127.0.0.1"], deadline)[:2])
 
     threads = [threading.Thread(target=other, args=(rank,)) for rank in range(1, size)]
     for thread in threads:
         thread.start()
     with env.listen(key) as listener:
-        assert env.welcome(listener, key, size, deadline) == "lo"
+        assert env.accept_ranks(listener, key, size, deadline) == "lo"
         for thread in threads:
             thread.join()
         assert {port for _, port in found} == {listener.getsockname()[1]}
@@ -469,17 +469,17 @@ def test_strangers_do_not_count() -> None:
     with env.listen(key) as listener:
         with socket.create_connection(listener.getsockname()) as stranger:
             stranger.sendall(b"GET / HTTP/1.0\n")
-            with pytest.raises(env.Missing, match="ranks 1, 2 of 3 did not come"):
-                env.welcome(listener, key, 3, deadline)
+            with pytest.raises(env.RendezvousError, match="ranks 1, 2 of 3 did not join"):
+                env.accept_ranks(listener, key, 3, deadline)
 
 
 def test_a_rank_without_rank_0_says_where_it_looked() -> None:
-    with pytest.raises(env.Missing, match="rank 5 on .* found no rank 0 at 127.0.0.1"):
-        env.find("e", 5, ["127.0.0.1"], time.monotonic() + 0.1)
+    with pytest.raises(env.RendezvousError, match="rank 5 on .* found no rank 0 at 127.0.0.1"):
+        env.find_rank_zero("e", 5, ["127.0.0.1"], time.monotonic() + 0.1)
 
 
 def test_addresses_that_others_can_reach_come_first() -> None:
-    found = env.addresses(["127.0.1.1", "no-such-host.invalid", "192.0.2.1", "localhost"])
+    found = env.resolve_hosts(["127.0.1.1", "no-such-host.invalid", "192.0.2.1", "localhost"])
     assert found[0] == "192.0.2.1" and "127.0.1.1" in found[1:]
 
 

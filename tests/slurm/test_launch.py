@@ -33,7 +33,7 @@ from xcit_dino.slurm.config import (
     Stage,
     StatusConfig,
 )
-from xcit_dino.slurm.stages import launch_config, split_words
+from xcit_dino.slurm.stages import launch_config, split_args
 from xcit_dino.slurm.tools import monitor
 from xcit_dino.slurm.tools.monitor import WatchConfig
 from xcit_dino.slurm.tools.rehearse import rehearse_config
@@ -58,7 +58,7 @@ def test_no_option_means_two_things() -> None:
 
 
 def test_words_go_where_they_belong() -> None:
-    own, by_stage, rest = split_words(
+    own, by_stage, rest = split_args(
         shlex.split("--nodes 2 --epochs=5 --knn.nb-knn 10 20 --setup 'a b' c --lr 1")
     )
     assert own == ["--nodes", "2", "--setup", "a b", "c"]
@@ -155,14 +155,14 @@ def test_users_defaults_give_way_to_the_command_line(tmp_path: Path) -> None:
         (["--ngpus", "-1"], "--ngpus -1: must be from 0 to"),
         (["--slurm", "qos"], "--slurm 'qos': write KEY=VALUE"),
         (["--slurm", "a b=c"], "write KEY=VALUE"),
-        (["--slurm", "signal=TERM"], "--slurm signal: the launcher sets this one itself"),
+        (["--slurm", "signal=TERM"], "--slurm signal: set by the launcher itself"),
         (["--slurm", "time=60"], "--slurm time: give --timeout instead"),
         (["--slurm", "ntasks-per-node=2"], "--slurm ntasks_per_node: give --ngpus instead"),
-        (["--comment", "a\nrm -rf /"], "--comment: must not hold line breaks"),
-        (["--setup", "a\nb"], "--setup: must not hold line breaks"),
+        (["--comment", "a\nrm -rf /"], "--comment: must not contain line breaks"),
+        (["--setup", "a\nb"], "--setup: must not contain line breaks"),
         (["--timeout", "2", "--signal_delay", "90"], "--signal_delay 90: must be at most half"),
-        (["--output_dir", "runs/a%j"], "must hold no % and no control characters"),
-        (["--output_dir", "runs/a\nb"], "must hold no % and no control characters"),
+        (["--output_dir", "runs/a%j"], "must not contain % or control characters"),
+        (["--output_dir", "runs/a\nb"], "must not contain % or control characters"),
     ],
 )  # fmt: skip
 def test_bad_options_get_one_line(words: list[str], message: str) -> None:
@@ -184,20 +184,20 @@ def test_more_gpus_than_there_are(there: int, message: str, monkeypatch, capsys)
     asked = launch_config([*ARCH, "--stages", "pretrain,knn", "--knn.ngpus", "8"])
     found = launch.with_gpus(asked, "local").stages
     assert [stage.resources.ngpus for stage in found] == [there, there]
-    assert f"--knn.ngpus 8: a node has {there or 'none'}; takes {there}" in capsys.readouterr().err
+    assert f"--knn.ngpus 8: a node has {there or 'none'}; using {there}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--nodes 2: one machine is one node, and SLURM does not answer here (no sbatch)"),
+        ([], "--nodes 2: one machine is one node, and SLURM does not respond here (no sbatch)"),
         (["--cluster", "local"], "--nodes 2: one machine is one node; give --cluster slurm"),
-        (["--cluster", "slurm"], "--cluster slurm: SLURM does not answer (no sbatch)"),
+        (["--cluster", "slurm"], "--cluster slurm: SLURM does not respond (no sbatch)"),
     ],
 )
 def test_several_nodes_need_slurm(words: list[str], message: str, monkeypatch) -> None:
     """To run; a dry run shows what SLURM would get."""
-    monkeypatch.setattr(scheduler, "answers", lambda: "no sbatch")
+    monkeypatch.setattr(scheduler, "unavailable", lambda: "no sbatch")
     asked = [*ARCH, "--nodes", "2", *words]
     with pytest.raises(InputError) as error:
         launch.choose_cluster(launch_config(asked))
@@ -286,7 +286,7 @@ def test_dry_run_without_data_still_shows_the_script() -> None:
     elsewhere = launch_config([*ARCH, "--ngpus", "1", "--data_path", "/elsewhere"]).stages[0]
     found = dry_run.training_facts(elsewhere)["images"]
     assert found == (
-        "unknown (--data_path /elsewhere: no index.json is there, seen from this machine)"
+        "unknown (--data_path /elsewhere: no index.json there, as seen from this machine)"
     )
 
 
@@ -327,15 +327,15 @@ def test_a_stage_on_other_data_is_not_done_already(stage: str, tmp_path: Path) -
         return launch.dump(launch_config([*words, *more]).stages[0].config)
 
     before = dumped(f"--{stage}.data_path", "a")
-    assert not launch.differs(before, dumped(f"--{stage}.data_path", "a"))
-    assert not launch.differs(before, before | {"num_workers": 3, "batch_size_per_gpu": 3})
-    assert launch.differs(before, dumped(f"--{stage}.data_path", "b"))
+    assert not launch.differ(before, dumped(f"--{stage}.data_path", "a"))
+    assert not launch.differ(before, before | {"num_workers": 3, "batch_size_per_gpu": 3})
+    assert launch.differ(before, dumped(f"--{stage}.data_path", "b"))
 
 
 def test_the_augmented_probe_with_another_batch_is_another_one() -> None:
     plan = launch_config(["--stages", "linear", "--linear.output_dir", "r"])
     config = launch.dump(plan.stages[0].config) | {"protocol": "dino"}
-    assert launch.differs(config, config | {"batch_size_per_gpu": 3})
+    assert launch.differ(config, config | {"batch_size_per_gpu": 3})
 
 
 def test_dry_run_names_more_neighbours_than_images(
@@ -344,11 +344,11 @@ def test_dry_run_names_more_neighbours_than_images(
     images = ShardIndex.load(shards / "train").num_samples
     words = [*ARCH, "--ngpus", "0", "--data_path", str(shards), "--stages", "pretrain,knn"]
     dry_run.preview(launch_config(words), "local")
-    assert f"100, 200 left out: the training split has only {images} images" in (
+    assert f"100, 200 skipped: the training split has only {images} images" in (
         capsys.readouterr().out
     )
     dry_run.preview(launch_config([*words, "--knn.nb_knn", "5"]), "local")
-    assert "left out" not in capsys.readouterr().out
+    assert "skipped: the training" not in capsys.readouterr().out
 
 
 def test_dry_run_says_when_there_are_fewer_images_than_a_global_batch(shards: Path) -> None:
@@ -468,7 +468,7 @@ def test_an_outer_job_has_no_part_in_a_local_run(
     assert attempts.load(run, "pretrain").attempts == 1
     left = {line.partition("=")[0] for line in (run / "environment").read_text().splitlines()}
     assert not left & (set(outer) - {"SUBMITIT_EXECUTOR"})  # submitit's local one sets this itself
-    assert "environment of an outer job ignored: " in capfd.readouterr().err
+    assert "environment of the enclosing job ignored: " in capfd.readouterr().err
     assert os.environ["SLURM_RESTART_COUNT"] == "3"
 
 
@@ -510,7 +510,7 @@ def test_signals_to_the_ranks(run: Path, number: signal.Signals, failures: int) 
     assert known.failures == failures
     assert sorted(set(steps(run))) == list(range(1, 7))
     if failures:
-        assert "starting again after" in err and "Killed" in err
+        assert "restarting after" in err and "Killed" in err
     else:
         assert steps(run) == list(range(1, 7))
 
@@ -525,7 +525,7 @@ def test_signals_while_it_saves_do_no_harm(run: Path) -> None:
     _, err = process.communicate(timeout=120)
     known = attempts.load(run, "pretrain")
     assert (process.returncode, known.state, known.attempts, known.failures) == (0, "done", 2, 0)
-    assert "starting again after SIGUSR2 after step" in err
+    assert "restarting after SIGUSR2 after step" in err
     assert steps(run) == list(range(1, 31))  # none is lost, none is repeated
 
 
@@ -558,8 +558,8 @@ def test_a_restart_says_from_where(run: Path, capfd: pytest.CaptureFixture[str])
     (run / "checkpoints" / "checkpoint-00000007.pth").touch()
     assert start(plan_of(run, fail="once")) == 0
     shown = capfd.readouterr()
-    assert "goes on from checkpoint-00000007.pth" in shown.out
-    assert "went wrong, goes on from checkpoint-00000007.pth" in shown.err
+    assert "resumes from checkpoint-00000007.pth" in shown.out
+    assert "went wrong, resumes from checkpoint-00000007.pth" in shown.err
 
 
 @pytest.fixture
@@ -651,9 +651,9 @@ def test_time_limit(run: Path) -> None:
     )
     attempts.write_launch(run, {"max_requeues": 0, "stages": {"pretrain": {"config": {}}}})
     attempts.begin(run, "pretrain", "", 0, "here")
-    from xcit_dino.slurm.job import job_of
+    from xcit_dino.slurm.job import make_job
 
-    started = made.submit(job_of(plan, plan.stages[0]))
+    started = made.submit(make_job(plan, plan.stages[0]))
     known = attempts.load(run, "pretrain")
     known.job_id = started.job_id
     attempts.save(run, known)
@@ -676,9 +676,9 @@ def test_debug_runs_in_this_process(run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_folder_in_use_is_refused(run: Path) -> None:
     note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
-    note["pid_start"] = attempts.start_time(os.getpid())
+    note["pid_start"] = attempts.process_start_time(os.getpid())
     attempts.write_launch(run, note | {"stages": {}})
-    with pytest.raises(InputError, match=f"process {os.getpid()} on .* is at work there"):
+    with pytest.raises(InputError, match=f"in use by process {os.getpid()} on "):
         launch.refuse_busy(plan_of(run), "local")
     attempts.write_launch(run, note | {"pid_start": "1", "stages": {}})  # another process by now
     launch.refuse_busy(plan_of(run), "local")
@@ -724,7 +724,7 @@ def test_status_says_when_a_lost_job_was_last_seen(
     status.status(StatusConfig(run))
     shown = " ".join(capsys.readouterr().out.split())
     seen = "last seen alive at 2026-01-01 10:02:03 (pretraining 100/200 steps)"
-    assert f"left without a word on n1, {seen}; launch it again" in shown
+    assert f"ended without a report on n1, {seen}; launch it again" in shown
 
 
 def test_status_says_why_a_stage_was_cancelled(
@@ -758,7 +758,7 @@ def test_status_shows_what_a_stage_came_to(run: Path, capsys: pytest.CaptureFixt
 def test_status_shows_progress(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
     note |= {
-        "pid_start": attempts.start_time(),
+        "pid_start": attempts.process_start_time(),
         "stages": {"pretrain": {"job_id": "", "config": {}}},
     }
     attempts.write_launch(run, note)
@@ -775,4 +775,4 @@ def test_status_shows_progress(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"pretrain: {expected} next stage: none" in shown
     attempts.progress_file(run, "pretrain").write_text(json.dumps(bar | {"time": time.time() - 90}))
     status.status(StatusConfig(run))
-    assert "(said 0:01:30 ago)" in capsys.readouterr().out
+    assert "(as of 0:01:30 ago)" in capsys.readouterr().out

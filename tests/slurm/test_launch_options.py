@@ -13,7 +13,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.options import option_types, replace
 from xcit_dino.slurm import attempts, launch, local, submit
 from xcit_dino.slurm.config import Launch, LaunchConfig
-from xcit_dino.slurm.dry_run import without_effect
+from xcit_dino.slurm.dry_run import ineffective_options
 from xcit_dino.slurm.stages import ENTRIES, launch_config
 
 ARCH = ["--arch", "xcit_nano_12_p16", "--ngpus", "0"]
@@ -67,19 +67,19 @@ def test_the_script_has_it(option: str) -> None:
 @pytest.mark.parametrize("option", sorted(set(SCRIPT) - {"nodes", "ngpus", "nproc", "shared_dir"}))
 def test_what_one_machine_has_no_use_for_is_named(option: str) -> None:
     plan = launch_config([*ARCH, "--stages", "pretrain,knn", *SCRIPT[option][0]])
-    said = " ".join(without_effect(plan, "local"))
+    said = " ".join(ineffective_options(plan, "local"))
     assert (f"--{option}" in said) == (option not in HERE)
-    assert without_effect(plan, "slurm") == []
+    assert ineffective_options(plan, "slurm") == []
     if option in option_types(type(plan.launch.resources)):
         words = [f"--knn.{option}", *SCRIPT[option][0][1:]]
         own = launch_config([*ARCH, "--stages", "pretrain,knn", *words])
-        said = " ".join(without_effect(own, "local"))
+        said = " ".join(ineffective_options(own, "local"))
         assert (f"--knn.{option}" in said) == (option not in HERE)
 
 
 def test_a_debugger_has_use_for_less() -> None:
     words = ["--setup", "true", "--timeout", "5", "--max_requeues", "3", "--cpus_per_task", "2"]
-    said = without_effect(launch_config([*ARCH, *words]), "debug")
+    said = ineffective_options(launch_config([*ARCH, *words]), "debug")
     assert said == [
         "without effect on a debug run: --cpus_per_task, --timeout, --setup, --max_requeues"
     ]
@@ -149,7 +149,7 @@ def test_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     plan = launch_config([*ARCH, *words, "--output_dir", str(tmp_path / "a")])
     assert launch.submit_runs([plan, *plan.others], "slurm") == 0
     assert after == [None, None, "1", "2"]
-    assert "--array_parallelism" in " ".join(without_effect(plan, "local"))
+    assert "--array_parallelism" in " ".join(ineffective_options(plan, "local"))
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from xcit_dino.cli import main
 from xcit_dino.slurm import attempts
-from xcit_dino.slurm.runstate import State
+from xcit_dino.slurm.runstate import RunState
 from xcit_dino.slurm.tools.monitor import view
 
 
@@ -37,47 +37,47 @@ def text_of(state):
 
 
 def test_a_run_that_goes_on(tmp_path):
-    state = State(begun(tmp_path / "run"))
-    state.look()
+    state = RunState(begun(tmp_path / "run"))
+    state.refresh()
     text = text_of(state)
-    for words in ("epoch 2.0/4", "step 20/40", "eta 0:00:20", "loss", "7.000", "silent"):
+    for words in ("epoch 2.0/4", "step 20/40", "eta 0:00:20", "loss", "7.000", "no update"):
         assert words in text, words
-    assert "44.0 at step 20" in text and "█" in text and not state.over
+    assert "44.0 at step 20" in text and "█" in text and not state.ended
     add(state.folder, "metrics.jsonl", step=20, alarm_single_mode=1.0)
-    state.look()
+    state.refresh()
     assert "alarm: single mode collapse" in text_of(state)
     add(state.folder, "metrics.jsonl", step=22, alarm_single_mode=0.0)
-    state.look()
+    state.refresh()
     assert state.alarms() == []
 
 
 def test_only_what_is_new_is_read_and_a_restart_is_noticed(tmp_path):
-    state = State(begun(tmp_path / "run"))
-    state.look()
+    state = RunState(begun(tmp_path / "run"))
+    state.refresh()
     with open(state.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 21, "lo')
-    state.look()
+    state.refresh()
     assert state.newest("step") == 20
     with open(state.folder / "metrics.jsonl", "a") as file:
         file.write('ss": 1.5}\n')
-    state.look()
+    state.refresh()
     assert state.newest("loss") == 1.5 and len(state.lines) == 22
     (state.folder / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5}\n')
-    state.look()
+    state.refresh()
     assert [line["step"] for line in state.lines] == [3]
 
 
 def test_it_is_over_when_the_try_has_ended_and_no_stage_waits(tmp_path):
     folder = begun(tmp_path / "run")
     add(folder, "tries.jsonl", event="end", step=40, reason="done", time="2026-01-01T01:00:00Z")
-    state = State(folder)
-    state.look()
-    assert state.over and "ended at step 40: done" in text_of(state)
+    state = RunState(folder)
+    state.refresh()
+    assert state.ended and "ended at step 40: done" in text_of(state)
     attempts.write_launch(folder, {"stages": {"pretrain": {}, "knn": {}}})
     attempts.save(folder, attempts.Record("pretrain", state="done"))
     attempts.save(folder, attempts.Record("knn", state="running"))
-    state.look()
-    assert not state.over and "pretrain done · knn running" in text_of(state)
+    state.refresh()
+    assert not state.ended and "pretrain done · knn running" in text_of(state)
 
 
 def test_the_command_shows_once_and_refuses_what_is_no_run(tmp_path, capsys):

@@ -266,7 +266,7 @@ def test_a_failed_stage_cancels_the_later_ones(slurm: Cluster, place: Path) -> N
         (["--partition", "man"], "--partition man: no such partition; did you mean main?"),
         (["--ngpus", "3"], "--ngpus 3: a node has 2"),
         (["--nodes", "3"], "SLURM refuses the job of stage pretrain: "),
-        (["--account", "x\ny"], "--account: must not hold line breaks"),
+        (["--account", "x\ny"], "--account: must not contain line breaks"),
         (["--slurm", "licenses=matlab"], "Invalid license specification"),
         (["--data_path", "/nowhere"], "--data_path /nowhere: no train shards there"),
     ],

@@ -51,7 +51,9 @@ def test_a_dead_process_of_this_machine_is_not_waited_for(tmp_path):
 def test_an_owner_elsewhere_is_watched_and_then_taken_for_dead(tmp_path, capsys):
     left_by(tmp_path)
     assert 0.3 <= seconds_to_take(tmp_path) < 5
-    assert "left without a word by process 4321 on elsewhere; watching" in capsys.readouterr().out
+    assert (
+        "ended without a report by process 4321 on elsewhere; watching" in capsys.readouterr().out
+    )
 
 
 def test_a_requeued_job_does_not_watch_its_earlier_attempt(tmp_path, monkeypatch):

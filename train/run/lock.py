@@ -140,7 +140,7 @@ class RunLock:
             if not said:
                 said = True
                 print(
-                    f"{self.folder} was left without a word by process {owner['pid']} on "
+                    f"{self.folder} ended without a report by process {owner['pid']} on "
                     f"{owner['host']}; watching for a sign of life",
                     flush=True,
                 )
