@@ -215,7 +215,7 @@ def apply(
     x = _change(x, recipe.gray, lambda chosen: grayscale(chosen).expand_as(chosen))
     x = _change(x, recipe.blur, gaussian_blur, recipe.boxes)
     x = _change(x, recipe.solarize, solarize)
-    mean, std = channel_constants(config.mean, config.std, x.device)
+    mean, std = channel_constants(*config.normalization, x.device)
     return x.sub_(mean).div_(std).to(dtype)
 
 

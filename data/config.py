@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xcit_dino.errors import InputError, needs, within
-from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
 from xcit_dino.paths import Location
 
 
@@ -73,10 +73,11 @@ class AugmentConfig:
     """Blur radius in pixels, drawn uniformly (official utils.GaussianBlur; Pillow's radius)."""
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarization for the first global, the other global and the local crops."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from the channels (values in [0, 1])."""
-    std: tuple[float, float, float] = IMAGENET_STD
-    """The channels are divided by it."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels (values in [0, 1]); left out: as the weights to start from were
+    trained, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """The channels are divided by it; left out: as for mean."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "flip_prob", "color_jitter_prob", "gray_prob", "blur_prob")
@@ -90,6 +91,11 @@ class AugmentConfig:
         low, high = self.blur_sigma
         if not 0 < low <= high <= 100:
             raise InputError("--blur_sigma must be two radii in pixels, 0 < from <= to <= 100")
+
+    @property
+    def normalization(self) -> tuple[Channels, Channels]:
+        """Mean and std of the channels; ImageNet's where none are given."""
+        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`; what is off twice is not meant."""

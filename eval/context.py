@@ -28,7 +28,7 @@ from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights.load import input_settings
-from xcit_dino.models.zoo import TIMM_PREFIX
+from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
 from xcit_dino.options import options as options_of
 from xcit_dino.options import read_yaml, replace
 from xcit_dino.progress import progress
@@ -251,6 +251,7 @@ def of_timm(arch: str) -> InputSettings | None:
         return None
     import timm
 
+    check_timm_name(arch.removeprefix(TIMM_PREFIX), f"arch {arch}")
     known = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX), allow_unregistered=True)
     if known is None:
         return None

@@ -146,16 +146,27 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 _ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
 
+def check_timm_name(name: str, option: str) -> None:
+    """Raise InputError where timm has no model of that name, or no weights of its tag; ``option``
+    begins the message."""
+    import timm
+
+    if not timm.is_model(name):
+        hint = suggest(name, timm.list_models()) or "; timm.list_models() lists all"
+        raise InputError(f"{option}: this timm ({timm.__version__}) has no such model{hint}")
+    bare, _, tag = name.partition(".")
+    if tag and name not in (known := timm.list_pretrained(f"{bare}.*")):
+        raise InputError(
+            f"{option}: this timm has no weights {tag!r} of {bare}; it has {', '.join(known)}"
+        )
+
+
 def _create_timm(name: str, **kwargs: Any) -> nn.Module:
     """A timm model, headless at num_classes 0, with ``embed_dim``, the width of its features; it
     takes images of any size where timm has that."""
     import timm
 
-    if not timm.is_model(name):
-        hint = suggest(name, timm.list_models()) or "; timm.list_models() lists all"
-        raise InputError(
-            f"arch timm/{name}: this timm ({timm.__version__}) has no such model{hint}"
-        )
+    check_timm_name(name, f"arch timm/{name}")
     model: Any = None
     for any_size in _ANY_SIZE:
         try:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from xcit_dino.errors import InputError, warn
 from xcit_dino.files import check_writable
 from xcit_dino.options import dump_yaml, options
+from xcit_dino.paths import NOT_PATHS
 from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage
 from xcit_dino.slurm.dry_run import ineffective_options, preview
@@ -327,7 +328,7 @@ def needs(launch: Launch) -> list[str]:
     def given(names: tuple[str, ...]) -> set[str]:
         stages = (dict(options(stage.config)) for stage in launch.stages)
         paths = {str(values[name]) for values in stages for name in names if values.get(name)}
-        return {path for path in paths if not is_url(path) and not path.startswith("pipe:")}
+        return {path for path in paths if not is_url(path) and not path.startswith(NOT_PATHS)}
 
     indexes = {f"{resolve_split(folder, 'train')}/index.json" for folder in given(DATA)}
     files = {path.replace("{split}", "train") for path in given(FILES)}

@@ -12,7 +12,7 @@ from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.options import read_yaml, replace
-from xcit_dino.paths import Location
+from xcit_dino.paths import Location, expand
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
 
@@ -72,10 +72,17 @@ class DinoConfig:
 class StartConfig:
     """Where pretraining starts."""
 
-    init_from: Path | None = None
-    """A full DINO checkpoint, official or ours (a run folder: its newest), to go on from, on these
-    data and with schedules from their beginning: student, teacher, head and centre are taken. Left
-    out: new weights."""
+    init_from: Location | None = None
+    """Weights to begin with, on these data and with schedules from their beginning: a file of any
+    kind that `weights` reads, a run folder (its newest checkpoint), or timm/NAME for timm's own
+    weights. A full DINO checkpoint gives student, teacher, heads and centre; any other the
+    backbone. Left out: new weights."""
+    new_head: bool = False
+    """Take the backbone alone from a full DINO checkpoint, with new heads."""
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.train.config.ineffective`."""
+        return needs(self.init_from, "without --init_from", "new_head")
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,7 @@ class PretrainConfig:
                 "--global_crops_number 1 --local_crops_number 0: with one view of an image there "
                 "is nothing to compare; take --global_crops_number 2, or some local crops"
             )
+        self._check_start()
         if self.model.arch.startswith(TIMM_PREFIX):
             return  # timm checks its own sizes
         patch = model_spec(self.model.arch).patch_size
@@ -169,6 +177,16 @@ class PretrainConfig:
                     f"--{name} {size}: {self.model.arch} needs a multiple of its patch size "
                     f"{patch}, say {near}"
                 )
+
+    def _check_start(self) -> None:
+        """Refuse timm's weights of one model for another."""
+        names = [name or "" for name in (self.start.init_from, self.model.arch)]
+        bare = {name.partition(".")[0] for name in names if name.startswith(TIMM_PREFIX)}
+        if len(bare) > 1:
+            raise InputError(
+                f"--init_from {names[0]}: not the weights of --arch {names[1]}; take --arch "
+                f"{names[0]}"
+            )
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
@@ -218,9 +236,19 @@ def pretrain_config(argv: Sequence[str], prog: str = "xcit-dino pretrain") -> Pr
         InputError: unknown model, file, option or value, in one line.
     """
     file, argv = pop_path(argv, "config")
-    arch, _ = pop_option(argv, "arch")
+    arch, source = (pop_option(argv, name)[0] for name in ("arch", "init_from"))
+    if arch is None and source is not None and (arch := arch_of_start(source)):
+        argv = [*argv, "--arch", arch]
     path = file or recipe_path(arch or ModelConfig().arch)
     recipe = replace(PretrainConfig(), read_yaml(path), source=str(path))
     about = f"Pretrain a backbone with DINO. Defaults below: {path} (another with --config FILE)."
     config = parse(recipe, argv, prog, about)
     return replace(config, {"arch": canonical_name(config.model.arch)})
+
+
+def arch_of_start(init_from: str) -> str | None:
+    """The architecture that ``--init_from`` names: timm's, or that of a run folder."""
+    if init_from.startswith(TIMM_PREFIX):
+        return init_from
+    path = Path(expand(init_from)) / "config.yaml"
+    return read_yaml(path).get("arch") if path.is_file() else None

@@ -21,11 +21,11 @@ from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.online import Evaluate, online_knn
 from xcit_dino.eval.pictures.render import TrainingCrops
-from xcit_dino.models.weights.load import input_settings, load_pretraining
 from xcit_dino.options import options
 from xcit_dino.ssl import diagnostics
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule
+from xcit_dino.ssl.start import initialize, with_input_settings
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train import optim, signals
 from xcit_dino.train.amp import autocast, resolve_precision
@@ -33,7 +33,6 @@ from xcit_dino.train.distributed import dist
 from xcit_dino.train.loop import Training, train
 from xcit_dino.train.run.folder import check_output, check_run
 from xcit_dino.train.seeding import seed_drop_path
-from xcit_dino.train.state import weights_file
 from xcit_dino.train.worker_restart import check_shards
 
 
@@ -132,6 +131,7 @@ def pretrain_with_knn(config: PretrainConfig) -> None:
     """:func:`pretrain`, with k-NN every ``--knn_every`` epochs."""
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
+    config = with_input_settings(config)
     crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     evaluations = []
     for name, data_path, pictures in (
@@ -168,6 +168,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     """
     run = config.run
     world = dist.init(run.device)
+    config = with_input_settings(config)
     dtype = resolve_precision(run.precision, world.device)
 
     # -- data: which samples, in which order
@@ -223,28 +224,6 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         evaluation_due=evaluation_due,
     )
     train(training)
-
-
-def initialize(trainer: DinoTrainer) -> None:
-    """Load the checkpoint that ``--init_from`` names, if any."""
-    config = trainer.config
-    if config.start.init_from is None:
-        return
-    source = weights_file(config.start.init_from, "--init_from")
-    loaded = load_pretraining(source, trainer.student, trainer.teacher, trainer.loss.center)
-    if trainer.world.is_main:
-        print(loaded, flush=True)
-        before, now = input_settings(source), config.augment
-        if before and (before.mean, before.std) != (now.mean, now.std):
-            warn(
-                f"--init_from {source}: was trained with --mean {spaced(before.mean)} --std "
-                f"{spaced(before.std)}, and this run has {spaced(now.mean)} and {spaced(now.std)}"
-            )
-
-
-def spaced(values: tuple[float, ...]) -> str:
-    """As on a command line."""
-    return " ".join(f"{value:g}" for value in values)
 
 
 def collapse_alarms(

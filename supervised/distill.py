@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit_dino.errors import InputError, suggest
+from xcit_dino.errors import InputError
 from xcit_dino.eval.context import settings_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.probe import check_sizes
+from xcit_dino.models.weights import timm_hub
 from xcit_dino.models.weights.load import input_settings, load_backbone
-from xcit_dino.models.zoo import create_model, list_models
+from xcit_dino.models.zoo import check_timm_name, create_model, list_models
 from xcit_dino.options import options, replace
 from xcit_dino.supervised.config import DistillConfig, TeacherConfig
 from xcit_dino.supervised.data import open_data
@@ -177,21 +178,13 @@ def _from_timm(name: str, num_classes: int) -> nn.Module:
     """A timm model with timm's weights, fetched where they are not on this machine."""
     import timm
 
-    if not timm.is_model(name):
-        hint = suggest(name, timm.list_models()) or "; timm.list_models() lists all"
-        raise InputError(f"--teacher_model {name}: timm has no such model{hint}")
+    option = f"--teacher_model {name}"
+    check_timm_name(name, option)
     known = timm.get_pretrained_cfg(name)
     classes = known.num_classes if known else None
     if classes != num_classes:
         raise InputError(
-            f"--teacher_model {name}: timm's weights tell {classes} classes apart, and the data "
-            f"have {num_classes}; name a teacher of these classes with --teacher_path"
+            f"{option}: timm's weights tell {classes} classes apart, and the data have "
+            f"{num_classes}; name a teacher of these classes with --teacher_path"
         )
-    try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:  # the download raises many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"--teacher_model {name}: timm's weights could not be fetched ({reason}); name a file "
-            "with --teacher_path"
-        ) from error
+    return timm_hub.pretrained(name, option)

@@ -15,7 +15,6 @@ from xcit_dino.data.loader import Batch
 from xcit_dino.eval.context import run_options, settings_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
-from xcit_dino.models.checkpoints import is_whole
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.options import replace
@@ -24,7 +23,7 @@ from xcit_dino.supervised.data import DeviceAugment, LabelledData
 from xcit_dino.supervised.optim import adamw
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.distributed import dist, sync_batchnorm
-from xcit_dino.train.state import Checkpoints, TrainState, weights_file
+from xcit_dino.train.state import TrainState, has_checkpoint, weights_file
 from xcit_dino.train.trainer import Trainer, data_parallel
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -107,18 +106,12 @@ def say_average(decay: float, steps: int) -> None:
         )
 
 
-def started(folder: Path) -> bool:
-    """Whether a run folder holds a whole checkpoint, which then has all weights needed."""
-    found = Checkpoints(folder).all()
-    return dist.from_main(lambda: any(is_whole(path) for path in reversed(found)))
-
-
 def with_input_settings(config: Config) -> Config:
     """The options with ``--mean`` and ``--std`` filled in: those of the run that goes on, else of
     the weights to start from, else ImageNet's."""
     start, folder, arch = config.start, config.run.output_dir, config.model.arch
     settings = None
-    if started(folder):
+    if has_checkpoint(folder):
         settings = InputSettings.of_run(run_options(folder))
     elif start.pretrained_weights is not None:
         path = weights_file(start.pretrained_weights, "--pretrained_weights")
@@ -141,7 +134,7 @@ def build_model(
     """
     torch.manual_seed(seed)
     network = create_model(model.arch, num_classes=num_classes, drop_path_rate=model.drop_path_rate)
-    if start.pretrained_weights is None or started(run_folder):
+    if start.pretrained_weights is None or has_checkpoint(run_folder):
         return network, {"start": "scratch"}
     path = weights_file(start.pretrained_weights, "--pretrained_weights")
     report = load_backbone(

@@ -181,7 +181,8 @@ RUN: Cases = {
 }
 
 PRETRAIN: Cases = RUN | {
-    "init_from": [turn("run", "other", **W)],
+    "init_from": [turn("run", "other", "tuned.pth", **W)],
+    "new_head": [turn("true", **W, given={"init_from": "run"})],
     "out_dim": [turn("16", **W)],
     "head_nlayers": [turn("1", **W, given={"head_hidden_dim": "2048"})],
     "head_hidden_dim": [turn("8", **W)],

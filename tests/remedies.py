@@ -425,13 +425,6 @@ RUN = [
         "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
     ),
     case(
-        "--teacher_model {}: timm has no such model",
-        f"{DISTILL} --data_path {{shards}} --teacher_model regnety_16",
-        f"{FINETUNE} --data_path {{shards}}",
-        f"{DISTILL} --data_path {{shards}} --teacher_model xcit_pico_6_p8 "
-        "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
-    ),
-    case(
         "name a teacher of these classes with --teacher_path",
         f"{DISTILL} --data_path {{shards}} --teacher_model regnety_160.deit_in1k",
         f"{FINETUNE} --data_path {{shards}}",
@@ -462,12 +455,14 @@ RUN = [
         "--new_head true",
     ),
     case(
-        "prototypes, but the head {}; add --out_dim {}",
+        "or take the backbone alone with --new_head true",
         f"{PRETRAIN} --data_path {{shards}} --init_from {{run}} --out_dim 64",
         f"{PRETRAIN} --data_path {{shards}} --init_from {{run}} --out_dim 32",
+        f"{PRETRAIN} --data_path {{shards}} --init_from {{run}} --out_dim 64 --new_head true "
+        "--output_dir {tmp}/other",
     ),
     case(
-        "does not fit the model ({}); check --arch and the file",
+        "does not fit {} ({}); check --arch and the file",
         f"{KNN} --data_path {{shards}} --pretrained_weights {{heads}}/half.pth",
         f"{KNN} --data_path {{shards}}",
     ),
@@ -639,7 +634,6 @@ ELSEWHERE = {
     "loader workers died {} times": "killed workers: test_faults_inside.py",
     "no image can be read in place of an unreadable one": "damaged shards: test_loader.py",
     "and had {} when it was indexed (xcit-dino shards check": "truncated shards: test_storage.py",
-    "--teacher_model {}: timm's weights could not be fetched": "needs the network",
     "--data_path {}: not one image can be read": "needs a validation set of damaged images",
     "videos need PyAV": "needs PyAV to be missing: test_attention.py",
     "no alarms for collapse: --batch_size_per_gpu {}": "a warning of a run: test_sentinel.py",

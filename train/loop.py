@@ -62,8 +62,8 @@ class Training:
     """Options that make an image take less memory, for the message when it runs out."""
     batch_unit: int = 1
     """What a process's batch must be a multiple of."""
-    initialize: Callable[[], None] = lambda: None
-    """Loads the initial weights; called where there is no checkpoint."""
+    initialize: Callable[[], dict[str, Any]] = dict
+    """Loads the initial weights, where there is no checkpoint; returns facts about them."""
     diagnostics: Callable[[dict[str, Any]], Diagnostics] | None = None
     """Builds the diagnostics from what an earlier attempt saved of them."""
     evaluate: Callable[[int], dict[str, Any]] = lambda step: {}
@@ -112,7 +112,7 @@ def resume(training: Training, checkpoints: Checkpoints) -> None:
     the run any more, is its folder written to."""
     config = training.config
     if (newest := checkpoints.newest()) is None:
-        training.initialize()
+        training.facts = training.facts | training.initialize()
     else:
         saved = load_checkpoint(newest)
         training.state.load_state_dict(saved)

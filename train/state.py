@@ -231,6 +231,13 @@ def newest_checkpoint(run_folder: Path) -> Path | None:
     return dist.from_main(lambda: newest_whole(run_folder))
 
 
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run folder holds a whole checkpoint, which then has all weights needed; all ranks
+    have to call it."""
+    found = Checkpoints(run_folder).all()
+    return dist.from_main(lambda: any(is_whole(path) for path in reversed(found)))
+
+
 def weights_file(path: Path, option: str) -> Path:
     """A weights file, or the newest checkpoint of a run folder; rank 0 looks, for all of them.
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from xcit_dino.errors import InputError, suggest
-from xcit_dino.paths import LOCATION, expand
+from xcit_dino.paths import LOCATION, NOT_PATHS, expand
 
 UNIONS = (typing.Union, types.UnionType)
 Config = TypeVar("Config")
@@ -99,9 +99,9 @@ def absolute(config: Config) -> Config:
         return Path(os.path.abspath(value)) if isinstance(value, Path) else value
 
     values = {name: fixed(value) for name, value in options(config)}
-    for name in ("data_path", "knn_data_path", "shard_url"):  # a URL stays as it is
+    for name in ("data_path", "knn_data_path", "shard_url", "init_from"):
         folder = values.get(name)
-        if isinstance(folder, str) and "://" not in folder and not folder.startswith("pipe:"):
+        if isinstance(folder, str) and "://" not in folder and not folder.startswith(NOT_PATHS):
             values[name] = os.path.abspath(folder)
     return replace(config, values)
 

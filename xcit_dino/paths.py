@@ -10,6 +10,8 @@ from xcit_dino.errors import InputError
 LOCATION = "location"
 Location = Annotated[str, LOCATION]
 """Type of an option that takes a folder, a file or a URL; a plain path is a ``Path``."""
+NOT_PATHS = ("pipe:", "timm/")
+"""What a location that is a command, or the name of a timm model, begins with."""
 
 
 def expand(text: str) -> str:

@@ -76,7 +76,7 @@ def crops_of(
 
 def denormalised(images: Tensor, config: AugmentConfig) -> Tensor:
     """Network input [N, 3, H, W] -> uint8 [N, H, W, 3]."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (config.mean, config.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in config.normalization)
     pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round()
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 

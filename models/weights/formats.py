@@ -62,7 +62,7 @@ def metadata(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     if path.suffix == ".pdparams":
         return {}
-    return metadata_of(_skim_torch(path))
+    return metadata_of(skim(path))
 
 
 def metadata_of(tree: Any) -> dict[str, str]:
@@ -79,8 +79,8 @@ def metadata_of(tree: Any) -> dict[str, str]:
     }
 
 
-def _skim_torch(path: Path) -> Any:
-    """A torch file whose tensors stay on the disk, where it is of the kind that can."""
+def skim(path: Path) -> Any:
+    """As :func:`read`, with tensors that stay on the disk in a torch file of the kind that can."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

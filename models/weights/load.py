@@ -6,6 +6,7 @@ timm's, safetensors, PASSL's. ``models/weights/convert.py`` lets them out again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.inputs import KEY, InputSettings
 from xcit_dino.models.weights import formats, layouts
 from xcit_dino.models.weights.layouts import State
+from xcit_dino.models.zoo import TIMM_PREFIX
 
 # Where a checkpoint keeps its networks: (network, prefix of its names), the preferred first.
 # "Student." and "Teacher." are distillation's, whose teacher is another architecture.
@@ -43,7 +45,7 @@ class Found(NamedTuple):
     place: str
     """Prefix of its names in the file, wrappers left out; empty in a bare file."""
     layout: str
-    """official, timm or paddle, as the file has it."""
+    """official, timm or paddle, as the file has its XCiT; "its own" of another network."""
     state: State
     """Its tensors; official names where it is an XCiT, without wrappers and DINO's head."""
 
@@ -69,15 +71,6 @@ class Report:
         )
 
 
-class Pretraining(NamedTuple):
-    """A whole DINO checkpoint, for going on: names begin with ``backbone.`` and ``head.``."""
-
-    student: State
-    teacher: State
-    center: Tensor
-    """(K,), the moving average of the teacher's outputs."""
-
-
 def find_network(path: Path, which: str | None = None) -> Found:
     """The network of a checkpoint.
 
@@ -89,7 +82,12 @@ def find_network(path: Path, which: str | None = None) -> Found:
         InputError: unreadable, no network in it, not the one asked for (names those it has), or
             values that are not finite.
     """
-    networks = _networks(formats.read(path))
+    return found_in(path, formats.read(path), which)
+
+
+def found_in(path: Path, tree: formats.Tree, which: str | None = None) -> Found:
+    """:func:`find_network` in what was read from ``path``."""
+    networks = _networks(tree)
     if not networks:
         raise InputError(f"{path}: holds no network that could be found; name a checkpoint")
     chosen = [found for found in networks if which in (None, found.network)]
@@ -114,8 +112,10 @@ def _networks(tree: formats.Tree) -> list[Found]:
     for network, place, state in parts:
         if backbone := layouts.under(state, "backbone."):
             state, place = backbone, f"{place}backbone."
-        layout = layouts.layout_of(state)
-        networks.append(Found(network, place, layout, layouts.to_official(state)))
+        layout, state = layouts.layout_of(state), layouts.to_official(state)
+        if layout == "official" and layouts.shape_of(state) is None:
+            layout = "its own"
+        networks.append(Found(network, place, layout, state))
     return networks
 
 
@@ -136,11 +136,30 @@ def load_backbone(
         InputError: unreadable, another architecture or class count (names both), or tensors
             missing, unexpected or of another shape (lists them).
     """
-    path = Path(path)
-    found = find_network(path, which)
+    state, report = fit(Path(path), find_network(Path(path), which), model, head=head)
+    model.load_state_dict(state)
+    return report
+
+
+def fit(
+    path: Path,
+    found: Found,
+    model: nn.Module,
+    *,
+    head: Literal["auto", "new", "required"] = "auto",
+) -> tuple[State, Report]:
+    """A found network's tensors as ``model`` names and shapes them, all of them, and what was
+    taken; the model is not changed.
+
+    path: for messages; head: see :func:`load_backbone`.
+
+    Raises:
+        InputError: as for :func:`load_backbone`.
+    """
     wanted = model.state_dict()
     state = layouts.to_timm(found.state) if layouts.layout_of(wanted) == "timm" else found.state
-    _check_arch(path, layouts.shape_of(state), layouts.shape_of(wanted))
+    state = _as_timm_reads_it(state, model)
+    check_arch(path, state, model)
     theirs = [name for name in state if _is_classifier(name, model)]
     ours = [name for name in wanted if _is_classifier(name, model)]
     if head == "required" and not theirs:
@@ -152,10 +171,36 @@ def load_backbone(
         outcome = "new" if ours else "dropped" if theirs else "none"
         state = {name: value for name, value in state.items() if name not in theirs}
         state |= {name: wanted[name] for name in ours}
-    check_tensors(path, state, wanted)
-    model.load_state_dict(state)
+    check_tensors(path, state, wanted, name_of(model))
     taken = len(state) - (len(ours) if outcome == "new" else 0)
-    return Report(path, found.network, found.place, found.layout, taken, outcome)
+    return state, Report(path, found.network, found.place, found.layout, taken, outcome)
+
+
+def _as_timm_reads_it(state: State, model: nn.Module) -> State:
+    """Tensors with the names that they have in a timm network, where its publishers gave them
+    others (Meta's DINOv2 in timm's ViT) and timm knows those; else as they are."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not hasattr(model, "default_cfg") or _same_names(state, model):
+        return state
+    try:
+        converted = convert(dict(state), model)
+    except Exception:  # made for other files; check_tensors then lists what does not fit
+        return state
+    return converted if _same_names(converted, model) else state
+
+
+def _same_names(state: State, model: nn.Module) -> bool:
+    """Whether a network's tensors are all there, and no other but a classifier."""
+    backbone = {name for name in model.state_dict() if not _is_classifier(name, model)}
+    return backbone == {name for name in state if not _is_classifier(name, model)}
+
+
+def name_of(model: nn.Module) -> str:
+    """``xcit_nano_12_p8``, ``timm/resnet18``, or what can be said of another network."""
+    if shape := layouts.shape_of(model.state_dict()):
+        return str(shape)
+    known = getattr(model, "default_cfg", {}).get("architecture")
+    return f"{TIMM_PREFIX}{known}" if known else type(model).__name__
 
 
 def input_settings(path: Path, which: str | None = None) -> InputSettings | None:
@@ -181,52 +226,6 @@ def input_settings(path: Path, which: str | None = None) -> InputSettings | None
         raise InputError(f"{path}: its input settings cannot be read ({error})") from error
 
 
-def find_pretraining(path: str | Path) -> Pretraining:
-    """Student, teacher and centre of a full DINO checkpoint, official or ours.
-
-    Raises:
-        InputError: unreadable, only a backbone, or values that are not finite.
-    """
-    flat = layouts.unwrap(layouts.flatten(formats.read(Path(path))))
-    centers = [flat[name] for name in ("loss.center", "dino_loss.center") if name in flat]
-    student, teacher = layouts.under(flat, "student."), layouts.under(flat, "teacher.")
-    if not (student and teacher and centers):
-        raise InputError(f"{path}: is no full DINO checkpoint (student, teacher, centre)")
-    for state in (student, teacher, {"center": centers[0]}):
-        check_finite(Path(path), state)
-    return Pretraining(student, teacher, centers[0].flatten())
-
-
-def load_pretraining(
-    path: str | Path, student: nn.Module, teacher: nn.Module, center: Tensor
-) -> str:
-    """Load a full DINO checkpoint, strictly; returns what was taken, in a line.
-
-    student, teacher: with children ``backbone`` and ``head``; center: (K,), changed in place.
-
-    Raises:
-        InputError: unreadable, only a backbone, another architecture or number of prototypes (names
-            both), or tensors missing, unexpected or of another shape (lists them).
-    """
-    path, found = Path(path), find_pretraining(path)
-    for state, network in ((found.student, student), (found.teacher, teacher)):
-        wanted = network.state_dict()
-        theirs, ours = (layouts.shape_of(layouts.under(s, "backbone.")) for s in (state, wanted))
-        _check_arch(path, theirs, ours)
-        if len(found.center) != len(center):
-            raise InputError(
-                f"{path}: has {len(found.center)} prototypes, but the head {len(center)}; "
-                f"add --out_dim {len(found.center)}"
-            )
-        check_tensors(path, state, wanted)
-        network.load_state_dict(state)
-    center.copy_(found.center)
-    return (
-        f"{path.name}: took student and teacher ({len(found.student)} tensors each, with heads of "
-        f"{len(center)} prototypes) and the centre; schedules and optimiser begin anew"
-    )
-
-
 def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:
     """Weight (classes, features) and bias (classes,) of a linear probe, official or bare.
 
@@ -249,11 +248,16 @@ def _is_classifier(name: str, model: nn.Module) -> bool:
     return any(name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _check_arch(path: Path, theirs: layouts.Shape | None, ours: layouts.Shape | None) -> None:
-    if theirs != ours:
+def check_arch(path: Path, state: State, model: nn.Module) -> None:
+    """Refuse another architecture, where the tensors or the file itself name it."""
+    shape = layouts.shape_of(state)
+    same_kind = shape == layouts.shape_of(model.state_dict())
+    if same_kind and (shape or _same_names(state, model)):
+        return
+    theirs = str(shape or (formats.metadata(path) if path.is_file() else {}).get("arch", "no XCiT"))
+    if not same_kind or theirs.startswith(TIMM_PREFIX):
         raise InputError(
-            f"{path}: holds {theirs or 'no XCiT'}, but the model is {ours or 'no XCiT'}; "
-            "change --arch or the file"
+            f"{path}: holds {theirs}, but the model is {name_of(model)}; change --arch or the file"
         )
 
 
@@ -279,8 +283,8 @@ def check_finite(path: Path, state: State) -> None:
         )
 
 
-def check_tensors(path: Path, state: State, wanted: State) -> None:
-    """Raise InputError with the lists where names or shapes differ."""
+def check_tensors(path: Path, state: State, wanted: State, model: str = "the model") -> None:
+    """Raise InputError with the lists where names or shapes differ; ``model`` is its name."""
     problems = {
         "missing": wanted.keys() - state.keys(),
         "unexpected": state.keys() - wanted.keys(),
@@ -290,7 +294,7 @@ def check_tensors(path: Path, state: State, wanted: State) -> None:
     }
     if any(problems.values()):
         lists = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
-        raise InputError(f"{path}: does not fit the model ({lists}); check --arch and the file")
+        raise InputError(f"{path}: does not fit {model} ({lists}); check --arch and the file")
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

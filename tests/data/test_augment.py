@@ -142,7 +142,7 @@ def test_nothing_drawn_is_to_tensor_and_normalize():
     crops = torch.randint(0, 256, (2, 3, 8, 8, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
     config = AugmentConfig()
     ours = applied(crops, neutral(6), config)
-    expected = T.normalize(crops.flatten(0, 1) / 255, config.mean, config.std)
+    expected = T.normalize(crops.flatten(0, 1) / 255, *config.normalization)
     torch.testing.assert_close(ours, expected)
     flipped = applied(crops, neutral(6, flip=np.arange(6) == 4), config)
     torch.testing.assert_close(flipped[4], expected[4].flip(-1))

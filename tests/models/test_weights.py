@@ -27,11 +27,10 @@ from xcit_dino.models.head import DINOHead
 from xcit_dino.models.weights import convert, formats, layouts
 from xcit_dino.models.weights.load import (
     find_network,
-    find_pretraining,
     load_backbone,
     load_linear,
-    load_pretraining,
 )
+from xcit_dino.models.weights.pretraining import find_pretraining, load_pretraining
 from xcit_dino.models.zoo import create_model
 
 State = dict[str, Tensor]
@@ -243,7 +242,7 @@ def test_pretraining_goes_on_from_an_official_checkpoint(tmp_path: Path) -> None
     assert torch.equal(ours, center[0])
     assert "student and teacher" in taken and "heads of 16 prototypes" in taken
 
-    with pytest.raises(InputError, match="has 16 prototypes, but the head 8; add --out_dim 16"):
+    with pytest.raises(InputError, match="of out_dim 16, but the run out_dim 8; add --out_dim 16"):
         load_pretraining(path, whole(3, out_dim=8), whole(4, out_dim=8), torch.zeros(8))
     with pytest.raises(InputError, match="holds xcit_pico_6_p8, but the model is xcit_pico_6_p4"):
         load_pretraining(path, whole(3, "xcit_pico_6_p4"), teacher, torch.zeros(16))

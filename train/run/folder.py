@@ -21,6 +21,7 @@ FREE = frozenset(
     "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
     "knn_every knn_data_path eval_every eval_batch_size".split()
 )
+FILLED_IN = ("mean", "std")  # left out, they are those that the run folder has
 
 
 def check_output(run: RunConfig) -> None:
@@ -86,7 +87,9 @@ def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     free = FREE | (ineffective(before).keys() & ineffective(now).keys())
     pairs = zip(options(absolute(before)), options(absolute(now)), strict=True)
     return {
-        name: (old, value) for (name, old), (_, value) in pairs if old != value and name not in free
+        name: (old, value)
+        for (name, old), (_, value) in pairs
+        if old != value and name not in free and not (value is None and name in FILLED_IN)
     }
 
 

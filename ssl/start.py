@@ -1,0 +1,98 @@
+"""Where pretraining starts: the weights that ``--init_from`` names, and how their images were
+prepared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from xcit_dino.errors import warn
+from xcit_dino.eval.context import of_timm, run_options, settings_of
+from xcit_dino.files import file_checksum
+from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
+from xcit_dino.models.weights import timm_hub
+from xcit_dino.models.weights.load import found_in, input_settings
+from xcit_dino.models.weights.pretraining import load_backbones, load_start
+from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
+from xcit_dino.options import replace
+from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.trainer import DinoTrainer
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.state import has_checkpoint, weights_file
+
+
+def with_input_settings(config: PretrainConfig) -> PretrainConfig:
+    """The options with ``--mean`` and ``--std`` filled in: those of the run that goes on, else of
+    the weights to start from, else ImageNet's."""
+    source, folder, own = config.start.init_from, config.run.output_dir, config.augment
+    if own.mean and own.std:
+        return config
+    settings = None
+    if has_checkpoint(folder):
+        settings = InputSettings.of_run(run_options(folder))
+    elif source is not None:
+        settings = start_settings(source, config.model.arch)
+    settings = settings or InputSettings()
+    found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
+    if dist.is_main() and found["mean"] != IMAGENET_MEAN:
+        print(f"images are normalised by mean {found['mean']}, std {found['std']}", flush=True)
+    return replace(config, found)
+
+
+def start_settings(source: str, arch: str) -> InputSettings | None:
+    """How images were prepared for the weights to start from."""
+    if source.startswith(TIMM_PREFIX):
+        check_timm_name(source.removeprefix(TIMM_PREFIX), f"--init_from {source}")
+        return of_timm(source)
+    return settings_of(arch, weights_file(Path(source), "--init_from"))
+
+
+def initialize(trainer: DinoTrainer) -> dict[str, Any]:
+    """Load the weights that ``--init_from`` names, if any; returns what they are."""
+    start = trainer.config.start
+    if start.init_from is None:
+        return {}
+    if start.init_from.startswith(TIMM_PREFIX):
+        taken, facts = initialize_by_name(trainer, start.init_from)
+        before = of_timm(start.init_from)
+    else:
+        path = weights_file(Path(start.init_from), "--init_from")
+        networks = trainer.student, trainer.teacher
+        taken = load_start(path, *networks, trainer.loss.center, start.new_head)
+        facts = {"start": path.name, "start_weights": file_checksum(path)}
+        before = input_settings(path)
+    if trainer.world.is_main:
+        print(taken, flush=True)
+        warn_of_other_settings(trainer.config, before)
+    return facts
+
+
+def initialize_by_name(trainer: DinoTrainer, source: str) -> tuple[str, dict[str, Any]]:
+    """Load timm's own weights as the backbones; what was taken, in a line, and as facts."""
+    name = source.removeprefix(TIMM_PREFIX)
+
+    def fetch() -> nn.Module:
+        return timm_hub.pretrained(name, f"--init_from {source}")
+
+    dist.from_main(lambda: fetch() is None)  # rank 0 fetches, and the others find it in the cache
+    found = found_in(Path(source), dict(fetch().state_dict()))
+    report = load_backbones(Path(source), found, trainer.student, trainer.teacher)
+    return f"{report}, for student and teacher; their heads are new", {"start": source}
+
+
+def warn_of_other_settings(config: PretrainConfig, before: InputSettings | None) -> None:
+    """Say where the run's options give the network images of another mean or std."""
+    now = config.augment
+    if before and (before.mean, before.std) != (now.mean, now.std) and now.mean and now.std:
+        warn(
+            f"--init_from {config.start.init_from}: was trained with --mean {spaced(before.mean)} "
+            f"--std {spaced(before.std)}, and this run has {spaced(now.mean)} and "
+            f"{spaced(now.std)}"
+        )
+
+
+def spaced(values: tuple[float, ...]) -> str:
+    """As on a command line."""
+    return " ".join(f"{value:g}" for value in values)
