@@ -59,6 +59,11 @@ PARSED = [
         "pretrain --global_crops_scale 0.01 1",
     ),
     case(
+        "--init_from {}: not the weights of --arch {}; take --arch {}",
+        "pretrain --init_from timm/resnet18 --arch timm/resnet34",
+        "pretrain --init_from timm/resnet18 --arch timm/resnet18",
+    ),
+    case(
         "--train_scale must be two shares",
         "finetune --train_scale 0.5 0.2",
         "finetune --train_scale 0.08 1",
