@@ -35,10 +35,11 @@ from bench.linear import BATCH, BICUBIC, LRS, classifiers, loader, num_classes
 from xcit_dino.eval.config import EvalTargetConfig, LinearConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.linear_augmented import crop_loader, flip_half
-from xcit_dino.eval.linear_grid import Choice, Heads, cosine
+from xcit_dino.eval.linear_grid import Choice, Heads
 from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.progress import progress
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.schedules import cosine
 
 CPU = torch.device("cpu")
 CALM = 0.2  # learning rates above it differ from order to order by half a point and more
@@ -91,7 +92,7 @@ def accuracies(train: Epochs, val: Epochs, classes: int, seed: int) -> tuple[Per
 
     generator = torch.Generator().manual_seed(seed)
     for epoch, (features, labels) in enumerate(zip(train.features, train.labels, strict=True)):
-        factor = cosine(epoch / len(train.features))
+        factor = cosine(epoch, len(train.features), 1.0, 0.0)
         for lr, (_, optimizer) in zip(LRS, theirs, strict=True):
             optimizer.param_groups[0]["lr"] = lr * BATCH / 256 * factor
         for rows in torch.randperm(len(labels), generator=generator).split(BATCH):

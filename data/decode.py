@@ -27,6 +27,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
+from xcit_dino.errors import one_line
+
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 FORMATS = (  # Pillow registers the last two when their modules are imported
     "JPEG", "PNG", "GIF", "BMP", "PPM",
@@ -206,7 +208,7 @@ def _open(raw: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise BadImage("cannot be decoded: not an image of a known format") from None
     except Exception as error:
-        raise BadImage(f"cannot be decoded: {_words(error)}") from None
+        raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 
 def _pillow_decode(image: Image.Image) -> Pixels:
@@ -214,7 +216,7 @@ def _pillow_decode(image: Image.Image) -> Pixels:
         with _quietly():
             return np.asarray(_to_rgb(image))
     except Exception as error:
-        raise BadImage(f"cannot be decoded: {_words(error)}") from None
+        raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -292,8 +294,3 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _words(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text[:200] or type(error).__name__

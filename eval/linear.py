@@ -31,7 +31,6 @@ from xcit_dino.eval.linear_grid import (
     Heads,
     Probe,
     best,
-    cosine,
     grid,
     hold_out,
     quick_products,
@@ -43,6 +42,7 @@ from xcit_dino.models.weights import formats
 from xcit_dino.progress import progress
 from xcit_dino.provenance import LOCK, digest
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.schedules import cosine
 
 HEAD_FILE = "linear_head.safetensors"
 CHUNK = 4096  # images of one batch when heads are only applied
@@ -154,7 +154,7 @@ def fit(
         for epoch in range(config.epochs):
             order = images[torch.randperm(len(images), generator=generator)[: steps * size]]
             for step, rows in enumerate(order.view(steps, size)):
-                factor = cosine((epoch * steps + step) / (config.epochs * steps))
+                factor = cosine(epoch * steps + step, config.epochs * steps, 1.0, 0.0)
                 heads.step(*table.rows(rows), factor)
             bar.advance()
     return heads

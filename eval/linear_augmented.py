@@ -31,13 +31,14 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import blocks_of
-from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, cosine, hold_out
+from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, hold_out
 from xcit_dino.eval.target import Network
 from xcit_dino.files import write_atomic
 from xcit_dino.progress import progress
 from xcit_dino.provenance import digest
 from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.schedules import cosine
 
 SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as in eval_linear.py
 
@@ -70,7 +71,8 @@ def train_augmented(
             labels = to_device(batch.labels, context.device)
             blocks = gather_rows(features_of(batch, network, context, config.seed))
             rows = gather_rows({"labels": labels, "held_out": held_out[batch.sources]})
-            step_grids(selection, final, blocks, rows, cosine(batch.epoch / config.epochs))
+            factor = cosine(batch.epoch, config.epochs, 1.0, 0.0)
+            step_grids(selection, final, blocks, rows, factor)
             bar.advance()
             if context.world.is_main and (batch.step + 1) % plan.steps_per_epoch == 0:
                 saved.save(changing, batch.epoch + 1)

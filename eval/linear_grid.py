@@ -45,11 +45,6 @@ def grid(
     ]
 
 
-def cosine(progress: float) -> float:
-    """Factor of the learning rate after a share ``progress`` of the training, from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def hold_out(count: int, share: float, seed: int) -> Tensor:
     """bool (count,): a random share of the images, at least one."""
     if count < 2:
@@ -144,7 +139,8 @@ class Heads:
         ]
 
     def step(self, blocks: Blocks, labels: Tensor, factor: float) -> None:
-        """One step. blocks: float32 (B, d) each; labels: int64 (B,); factor: see cosine."""
+        """One step. blocks: float32 (B, d) each; labels: int64 (B,); factor: of the learning
+        rate, scheduled from 1 to 0."""
         for group in self.groups:
             group.step(blocks, labels, factor)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, one_line
 
 
 def check_sizes(model: nn.Module, arch: str, sizes: dict[str, int], features: bool) -> None:
@@ -24,7 +24,7 @@ def check_sizes(model: nn.Module, arch: str, sizes: dict[str, int], features: bo
         if isinstance(output, Exception):
             near = next((s for s in _candidates(model, size) if _takes(model, s)), None)
             remedy = f"take --{option} {near}, or another --arch" if near else "take another --arch"
-            reason = " ".join(str(output).split())[:120] or type(output).__name__
+            reason = one_line(output, 120)
             raise InputError(
                 f"--{option} {size}: {arch} does not take images of that size ({reason}); {remedy}"
             )

@@ -25,7 +25,7 @@ from typing import Any
 
 import submitit
 
-from xcit_dino.errors import InputError, RunError, Stopped
+from xcit_dino.errors import InputError, RunError, Stopped, one_line
 from xcit_dino.options import options, replace
 from xcit_dino.slurm import attempts, env, scheduler
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
@@ -70,7 +70,7 @@ class StageJob:
             print(f"stopped: {reason}", file=sys.stderr, flush=True)
             leave_group()
         except Exception as error:
-            summary = f"{type(error).__name__}: {first_line(error)}"
+            summary = f"{type(error).__name__}: {one_line(error, 300)}"
             here.report(error=summary, where=traceback_location(error), code=1)
             raise
 
@@ -167,11 +167,6 @@ def own_gpu(local_rank: int) -> int:
     """Index of this process's GPU; some clusters make only one GPU visible to each process."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return 0 if seen and "," not in seen else local_rank
-
-
-def first_line(error: BaseException) -> str:
-    """The first 300 characters of an error's text, on one line."""
-    return " ".join(str(error).split())[:300]
 
 
 def traceback_location(error: BaseException) -> str:

@@ -117,9 +117,6 @@ class SpeedConfig:
     group_backward: bool = False
     """Backward pass of the global crops before the local ones begin: the activations of one group
     are there at a time, which is about half; the same gradients. Not with --use_bn_in_head."""
-    fsdp: bool = False
-    """Split weights, gradients, moments and teacher over the processes (FSDP2) instead of keeping
-    them in each: for models that leave too little memory. Not with --precision fp16."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +145,6 @@ class PretrainConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
-        if self.speed.fsdp and self.run.precision == "fp16":
-            raise InputError("--fsdp: --precision fp16 is not supported; take bf16 or fp32")
         if self.speed.group_backward and self.head.use_bn_in_head:
             raise InputError(
                 "--group_backward: the head's batch-norm needs all crops at once; leave out one of "

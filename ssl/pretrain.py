@@ -7,18 +7,18 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.data.loader import Batch, CropLoader
+from xcit_dino.data.loader import Batch
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
-from xcit_dino.errors import InputError, warn
+from xcit_dino.errors import InputError
 from xcit_dino.eval.online import Evaluate, online_knn
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.options import options
@@ -27,12 +27,13 @@ from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule
 from xcit_dino.ssl.start import initialize, with_input_settings
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
-from xcit_dino.train import optim, signals
+from xcit_dino.train import optim
 from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.loop import Training, train
-from xcit_dino.train.run.folder import check_output, check_run
+from xcit_dino.train.loop import Training, check, command, train
+from xcit_dino.train.run.folder import check_output
 from xcit_dino.train.seeding import seed_drop_path
+from xcit_dino.train.trainer import crop_loader, images_per_step
 from xcit_dino.train.worker_restart import check_shards
 
 
@@ -120,11 +121,9 @@ def student_backward(
 
 
 def main(config: PretrainConfig) -> None:
-    """``xcit-dino pretrain``: :func:`pretrain_with_knn`, with signals that save before they end
-    it."""
-    signals.install(signal.SIGTERM, signal.SIGINT)
-    with dist.leaving():
-        pretrain_with_knn(config)
+    """``xcit-dino pretrain``; a launcher's job calls :func:`pretrain_with_knn` and keeps the
+    signals."""
+    command(pretrain_with_knn, config)
 
 
 def pretrain_with_knn(config: PretrainConfig) -> None:
@@ -132,22 +131,7 @@ def pretrain_with_knn(config: PretrainConfig) -> None:
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
     config = with_input_settings(config)
-    crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
-    evaluations = []
-    for name, data_path, pictures in (
-        ("knn", config.loader.data_path, crops),
-        ("knn_other", config.online.knn_data_path, None),
-    ):
-        if config.online.knn_every and data_path is not None:
-            evaluation = online_knn(
-                data_path,
-                dict(options(config)),
-                world,
-                every=config.online.knn_every,
-                name=name,
-                pictures=pictures,
-            )
-            evaluations += [evaluation] if evaluation else []
+    evaluations = knn_evaluations(config, world)
 
     def evaluate(backbone: nn.Module, epoch: int) -> dict[str, Any]:
         return {k: v for each in evaluations for k, v in each(backbone, epoch).items()}
@@ -155,12 +139,28 @@ def pretrain_with_knn(config: PretrainConfig) -> None:
     pretrain(config, evaluate if evaluations else None)
 
 
+def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[Evaluate]:
+    """k-NN on the data of the training, with pictures, and on those of ``--knn_data_path``."""
+    crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
+    every, run = config.online.knn_every, dict(options(config))
+    found = [
+        online_knn(data_path, run, world, every=every, name=name, pictures=pictures)
+        for name, data_path, pictures in (
+            ("knn", config.loader.data_path, crops),
+            ("knn_other", config.online.knn_data_path, None),
+        )
+        if every and data_path is not None
+    ]
+    return [evaluation for evaluation in found if evaluation is not None]
+
+
 def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     """Train, or resume training, until the last epoch.
 
     Args:
         config: the whole run; ``config.run.output_dir`` is resumed from where it stopped.
-        evaluate: called with (teacher's backbone, step) at epoch ends; its numbers are logged.
+        evaluate: called with (teacher's backbone, epochs done) at epoch ends; its numbers are
+            logged.
 
     Raises:
         InputError: bad options or data; the run folder is as it was before.
@@ -170,45 +170,18 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     world = dist.init(run.device)
     config = with_input_settings(config)
     dtype = resolve_precision(run.precision, world.device)
-
-    # -- data: which samples, in which order
-    if config.loader.data_path is None:
-        raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
-    index = ShardIndex.load(resolve_split(config.loader.data_path, "train"))
-    dist.refuse_other_data(index.checksum, config.loader.data_path)
-    global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
-    plan = Plan.of(index, config.loader, seed=run.seed, batch_size=global_batch)
-    schedule = DinoSchedule(config, plan.steps_per_epoch, global_batch)
-    for remark in config.remarks() if world.is_main else ():
-        warn(remark)
-    dist.from_main(lambda: check_run(config, run))
+    index = open_data(config)
+    batch_size = images_per_step(run, world)
+    plan = Plan.of(index, config.loader, seed=run.seed, batch_size=batch_size)
+    schedule = DinoSchedule(config, plan.steps_per_epoch, batch_size)
+    check(config)
     if config.loader.shard_url is None:
         dist.from_main(lambda: check_shards(index))
 
-    # -- student, teacher, loss, optimiser
-    trainer = set_up(config, world, dtype, index.checksum, global_batch)
-    loader = CropLoader(
-        index,
-        plan,
-        config.crops,
-        config.loader,
-        rank=world.rank,
-        world_size=world.size,
-        accum=run.accum_iter,
-        device=world.device,
-        run_folder=run.output_dir,
-        recipes=trainer.augment.recipes,
-    )
-
-    # -- the steps
-    def evaluate_teacher(step: int) -> dict[str, Any]:
-        assert evaluate is not None
-        return evaluate(trainer.eval_backbone(), step // plan.steps_per_epoch)
-
-    def evaluation_due(step: int) -> bool:
-        known = step > 0 or config.start.init_from is not None  # random weights are not
-        return evaluate is not None and known and step % plan.steps_per_epoch == 0
-
+    trainer = set_up(config, world, dtype, index.checksum, batch_size)
+    recipes = trainer.augment.recipes
+    loader = crop_loader(config, world, index, plan, config.crops, recipes=recipes)
+    evaluation = TeacherEvaluation(trainer, evaluate, plan.steps_per_epoch)
     training = Training(
         "pretraining",
         config,
@@ -220,10 +193,43 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         smaller_options="--local_crops_number, --global_crops_size",
         initialize=partial(initialize, trainer),
         diagnostics=partial(collapse_alarms, config, plan.steps_per_epoch),
-        evaluate=evaluate_teacher,
-        evaluation_due=evaluation_due,
+        evaluate=evaluation,
+        evaluation_due=evaluation.due,
     )
     train(training)
+
+
+def open_data(config: PretrainConfig) -> ShardIndex:
+    """The training split of ``--data_path``.
+
+    Raises:
+        InputError: there is none, or ranks see different ones.
+    """
+    path = config.loader.data_path
+    if path is None:
+        raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
+    index = ShardIndex.load(resolve_split(path, "train"))
+    dist.refuse_other_data(index.checksum, path)
+    return index
+
+
+@dataclass(frozen=True)
+class TeacherEvaluation:
+    """Evaluations of the teacher at epoch ends."""
+
+    trainer: DinoTrainer
+    evaluate: Evaluate | None
+    steps_per_epoch: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Metrics and pictures after a step."""
+        assert self.evaluate is not None
+        return self.evaluate(self.trainer.eval_backbone(), step // self.steps_per_epoch)
+
+    def due(self, step: int) -> bool:
+        """Whether an epoch ends with this step; before the first one, where weights were loaded."""
+        known = step > 0 or self.trainer.config.start.init_from is not None
+        return self.evaluate is not None and known and step % self.steps_per_epoch == 0
 
 
 def collapse_alarms(

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
 from xcit_dino.models.probe import check_sizes
-from xcit_dino.models.zoo import TIMM_PREFIX, create_model
+from xcit_dino.models.zoo import TIMM_PREFIX
 from xcit_dino.ssl import networks
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.loss import DinoLoss
 from xcit_dino.train import compiler, optim
 from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
 from xcit_dino.train.state import TrainState
-from xcit_dino.train.trainer import Trainer, data_parallel
+from xcit_dino.train.trainer import Trainer, data_parallel, to_be_sharded
 
 
 @dataclass
@@ -35,14 +35,8 @@ class DinoTrainer(Trainer):
         return [group for group in self.augment(batch) if len(group)]
 
     def eval_backbone(self) -> nn.Module:
-        """The teacher's backbone for evaluations, whole on every rank: each runs it as often as it
-        has images. All ranks call this."""
-        backbone = self.teacher.backbone
-        if not self.sharded:
-            return backbone
-        copy = create_model(self.config.model.arch, num_classes=0).requires_grad_(False)
-        copy.load_state_dict(fsdp.whole(backbone.state_dict(), everywhere=True))
-        return copy.to(self.world.device).train()
+        """The teacher's backbone for evaluations, whole on every rank; all ranks call this."""
+        return self.whole(self.teacher.backbone)
 
 
 def set_up(
@@ -74,13 +68,9 @@ def set_up(
         compiler.checkpoint_blocks(student.backbone)
     for net in (student, teacher):
         compiler.compile_blocks(net.backbone, config.speed.compile, device)
-    if world.size == 1 and config.speed.fsdp:
-        print("--fsdp: this is one process, which has nothing to split with others", flush=True)
-    if world.size > 1 and config.speed.fsdp:
-        fsdp.shard(student, teacher, device)
-        parallel: nn.Module = student
-    else:
-        parallel = data_parallel(student, world)
+    if to_be_sharded(config.run, world):
+        fsdp.shard(student, student.backbone, device)  # its loss reads the prototypes
+        fsdp.shard(teacher, teacher.backbone, device, parts=(teacher.backbone, teacher.head))
     state = TrainState(
         {"student": student, "teacher": teacher, "loss": loss.to(device)},
         optim.adamw(student),
@@ -90,4 +80,5 @@ def set_up(
     )
     fsdp.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
+    parallel = data_parallel(student, world)
     return DinoTrainer(config, world, dtype, state, parallel, student, teacher, loss, augment)

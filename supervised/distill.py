@@ -8,7 +8,6 @@ augmented, mixed images, in its own normalisation and resolution, in fp32.
 from __future__ import annotations
 
 import dataclasses
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,15 @@ from xcit_dino.supervised.config import DistillConfig, TeacherConfig
 from xcit_dino.supervised.data import open_data
 from xcit_dino.supervised.train import soft_cross_entropy, train
 from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
-from xcit_dino.train import signals
+from xcit_dino.train import loop
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import check_output
 from xcit_dino.train.state import Checkpoints, weights_file
 
 
 def main(config: DistillConfig) -> None:
-    """The command: :func:`distill` with signals that save before they end it."""
-    signals.install(signal.SIGTERM, signal.SIGINT)
-    with dist.leaving():
-        distill(config)
+    """The command; a launcher's job calls :func:`distill` and keeps the signals."""
+    loop.command(distill, config)
 
 
 def distill(config: DistillConfig) -> None:

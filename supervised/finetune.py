@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import signal
-
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import open_data
 from xcit_dino.supervised.train import soft_cross_entropy, train
 from xcit_dino.supervised.trainer import Method, build_model, with_input_settings
-from xcit_dino.train import signals
+from xcit_dino.train import loop
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import check_output
 
 
 def main(config: FinetuneConfig) -> None:
-    """The command: :func:`finetune` with signals that save before they end it."""
-    signals.install(signal.SIGTERM, signal.SIGINT)
-    with dist.leaving():
-        finetune(config)
+    """The command; a launcher's job calls :func:`finetune` and keeps the signals."""
+    loop.command(finetune, config)
 
 
 def finetune(config: FinetuneConfig) -> None:

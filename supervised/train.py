@@ -16,24 +16,20 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from xcit_dino.data.loader import Batch, CropLoader
-from xcit_dino.errors import warn
+from xcit_dino.data.loader import Batch
 from xcit_dino.models.probe import check_sizes
-from xcit_dino.provenance import read_results
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import HostAugment, LabelledData, plan_of
 from xcit_dino.supervised.optim import set_hyperparameters
 from xcit_dino.supervised.trainer import Method, SupervisedTrainer, say_average, set_up
-from xcit_dino.supervised.validation import Results, accuracies, record
+from xcit_dino.supervised.validation import Validation
 from xcit_dino.train import loop, optim
 from xcit_dino.train.amp import autocast
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.loop import Training
-from xcit_dino.train.run.folder import check_run
-from xcit_dino.train.run.log import RunLog
 from xcit_dino.train.schedules import Hyperparameters, Schedule
 from xcit_dino.train.seeding import seed_drop_path
-from xcit_dino.train.state import Checkpoints
+from xcit_dino.train.trainer import crop_loader, images_per_step
 
 
 def train_step(
@@ -58,7 +54,8 @@ def train_step(
     skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
     state.optimizer.zero_grad(set_to_none=True)
     if trainer.average is not None:
-        trainer.average.update(trainer.model)
+        decay = config.regularization.model_ema_decay
+        optim.update_average(trainer.average, trainer.model, decay)
     state.step += 1
     return optim.mean_of(losses) | {"grad_norm": norms.norm(), "skipped": skipped}
 
@@ -100,54 +97,23 @@ def train(
         InputError: bad options or data; the run folder is as it was before.
         Stopped, RunError: see :func:`xcit_dino.train.loop.train`.
     """
-    run = config.run
-    sizes = {"input_size": config.regularization.input_size}
+    run, regularization = config.run, config.regularization
+    sizes = {"input_size": regularization.input_size}
     check_sizes(model, config.model.arch, sizes, features=False)
-    global_batch = run.batch_size_per_gpu * run.accum_iter * world.size
-    plan = plan_of(config, data.train, global_batch)
+    plan = plan_of(config, data.train, images_per_step(run, world))
     steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as there are
-    schedule = Schedule(config, steps_per_epoch, global_batch, config.cooldown_epochs)
-    for remark in config.remarks() if world.is_main else ():
-        warn(remark)
-    loader = CropLoader(
-        data.train,
-        plan,
-        config.regularization.crops,
-        config.loader,
-        rank=world.rank,
-        world_size=world.size,
-        accum=run.accum_iter,
-        device=world.device,
-        run_folder=run.output_dir,
-        host_transform=HostAugment(config.regularization, run.seed),
-        labelled=True,
-    )
-    dist.from_main(lambda: check_run(config, run))
+    schedule = Schedule(config, steps_per_epoch, plan.batch_size, config.cooldown_epochs)
+    host_transform = HostAugment(regularization, run.seed)
+    loader = crop_loader(
+        config, world, data.train, plan, regularization.crops,
+        host_transform=host_transform, labelled=True,
+    )  # fmt: skip
+    loop.check(config)
 
     trainer = set_up(config, method, model, data, world)
-
-    # -- the steps, and the accuracies
-    def measured() -> bool:
-        return dist.from_main(lambda: method.name in read_results(run.output_dir))
-
-    def validate() -> Results:
-        return accuracies(trainer.networks, config, data.val, world)
-
-    def evaluation_due(step: int) -> bool:
-        epoch, into_epoch = divmod(step, steps_per_epoch)
-        every, finished = config.validation.eval_every, step == schedule.total_steps
-        return step > 0 and into_epoch == 0 and 0 < every and epoch % every == 0 and not finished
-
-    def finish(log: RunLog, checkpoints: Checkpoints) -> None:
-        if measured():  # by an earlier attempt
-            return
-        results = validate()
-        log.write(schedule.total_steps, shown(results))
-        newest = checkpoints.newest()
-        if world.is_main:
-            assert newest is not None
-            record(method.name, method.network, config, data, results, training.facts, newest)
-
+    validation = Validation(method, trainer, data, schedule)
+    if not validation.recorded():
+        say_average(regularization.model_ema_decay, schedule.total_steps)
     training = Training(
         method.name,
         config,
@@ -157,14 +123,12 @@ def train(
         train_step=partial(train_step, trainer),
         replay_step=partial(replay_step, trainer),
         smaller_options="--input_size",
-        batch_unit=2 if config.regularization.mixes else 1,  # mixup pairs a process's images
-        evaluate=lambda step: shown(validate()),
-        evaluation_due=evaluation_due,
-        finish=finish,
+        batch_unit=2 if regularization.mixes else 1,  # mixup pairs a process's images
+        evaluate=validation,
+        evaluation_due=validation.due,
+        finish=validation.finish,
         facts=method.facts,
     )
-    if not measured():
-        say_average(config.regularization.model_ema_decay, schedule.total_steps)
     loop.train(training)
 
 
@@ -173,12 +137,3 @@ def replay_step(trainer: SupervisedTrainer, step: int, batches: Sequence[Batch])
     # without shards, a non-finite gradient is to stay on its rank
     replay = partial(forward_backward, trainer, sync_gradients=trainer.sharded)
     return torch.stack([replay(batch, step - 1, len(batches)) for batch in batches]).sum()
-
-
-def shown(results: dict[str, dict[str, float]]) -> dict[str, float]:
-    """``{"": {"top1": 3.0}, "ema": ...}`` -> ``{"val_top1": 3.0, "val_ema_top1": ...}``."""
-    return {
-        "_".join(filter(None, ("val", network, name))): value
-        for network, metrics in results.items()
-        for name, value in metrics.items()
-    }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3  # pyright: ignore
 from torch import Tensor, nn
 
-from xcit_dino.data.loader import Batch
 from xcit_dino.eval.context import run_options, settings_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
@@ -22,9 +21,9 @@ from xcit_dino.supervised.config import Config, FinetuneConfig, StartConfig
 from xcit_dino.supervised.data import DeviceAugment, LabelledData
 from xcit_dino.supervised.optim import adamw
 from xcit_dino.train.amp import resolve_precision
-from xcit_dino.train.distributed import dist, sync_batchnorm
+from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
 from xcit_dino.train.state import TrainState, has_checkpoint, weights_file
-from xcit_dino.train.trainer import Trainer, data_parallel
+from xcit_dino.train.trainer import Trainer, data_parallel, images_per_step, to_be_sharded
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
@@ -51,17 +50,19 @@ class SupervisedTrainer(Trainer):
 
     config: FinetuneConfig
     model: nn.Module
-    average: ModelEmaV3 | None
+    average: nn.Module | None
+    """Moving average of the weights."""
     criterion: Criterion
-    augment: Callable[[Batch], tuple[Tensor, Tensor]]
+    augment: DeviceAugment
 
-    @property
     def networks(self) -> dict[str, nn.Module]:
         """What is validated: ``""`` the trained network, and ``"ema"`` its moving average once it
-        is made of the training more than of the weights that this began with."""
-        decay = self.config.regularization.model_ema_decay
-        ripe = self.average is not None and initial_share(decay, self.state.step) <= 0.5
-        return {"": self.model} | ({"ema": self.average.module} if ripe and self.average else {})
+        is made of the training more than of the weights that this began with. All ranks call
+        this."""
+        decay, found = self.config.regularization.model_ema_decay, {"": self.model}
+        if self.average is not None and initial_share(decay, self.state.step) <= 0.5:
+            found["ema"] = self.average
+        return {name: self.whole(net, self.augment.num_classes) for name, net in found.items()}
 
 
 def set_up(
@@ -73,15 +74,19 @@ def set_up(
     if world.size > 1:
         sync_batchnorm.convert(model)
     model.to(world.device).train()
-    average = ModelEmaV3(model, decay=decay) if decay else None
-    averages = {} if average is None else {"model_ema": average.module}
+    average = copy.deepcopy(model).eval() if decay else None
+    averages = {} if average is None else {"model_ema": average}
+    if to_be_sharded(run, world):
+        for network in (model, *averages.values()):
+            fsdp.shard(network, network, world.device)
     state = TrainState(
         {method.network: model, **averages, **method.modules},
         adamw(model, config.regularization.layer_decay),
         torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         data=data.train.checksum,
-        global_batch=run.batch_size_per_gpu * run.accum_iter * world.size,
+        global_batch=images_per_step(run, world),
     )
+    fsdp.take_whole_moments(state.optimizer)
     parallel = data_parallel(model, world)
     augment = DeviceAugment(config, data.num_classes, world)
     return SupervisedTrainer(

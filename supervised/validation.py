@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,71 @@ from xcit_dino.eval.results import write_result
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.options import options
+from xcit_dino.provenance import read_results
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import LabelledData
+from xcit_dino.supervised.trainer import Method, SupervisedTrainer
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.run.log import RunLog
+from xcit_dino.train.schedules import Schedule
+from xcit_dino.train.state import Checkpoints
 
 Results = dict[str, dict[str, float]]
 OF_THE_MACHINE = frozenset(  # options that are no part of a protocol
-    "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device "
+    "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device fsdp "
     "pretrained_weights teacher_path checkpoint_minutes saveckp_freq keep_checkpoints log_every "
     "max_steps may_change eval_every eval_batch_size max_bad_fraction "
     "mean std".split()  # these two stand in the protocol by themselves
 )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The accuracies of a training: between steps, and at its end."""
+
+    method: Method
+    trainer: SupervisedTrainer
+    data: LabelledData
+    schedule: Schedule
+
+    def __call__(self, step: int = 0) -> dict[str, float]:
+        """Accuracies of the networks as they are, as they are logged."""
+        return shown(self.measure())
+
+    def due(self, step: int) -> bool:
+        """Whether an epoch that is to be validated ends with this step, other than the last one."""
+        every, epochs = self.trainer.config.validation.eval_every, self.schedule.config.run.epochs
+        epoch, into_epoch = divmod(step, self.schedule.steps_per_epoch)
+        return into_epoch == 0 and 0 < epoch < epochs and every > 0 and epoch % every == 0
+
+    def finish(self, log: RunLog, checkpoints: Checkpoints, facts: dict[str, Any]) -> None:
+        """Log the final accuracies and write them to ``results.json``, once."""
+        if self.recorded():  # by an earlier attempt
+            return
+        results, config = self.measure(), self.trainer.config
+        log.write(self.schedule.total_steps, shown(results))
+        newest = checkpoints.newest()
+        if self.trainer.world.is_main:
+            assert newest is not None
+            record(self.method.name, self.method.network, config, self.data, results, facts, newest)
+
+    def recorded(self) -> bool:
+        """Whether ``results.json`` has this training's results."""
+        folder = self.trainer.config.run.output_dir
+        return dist.from_main(lambda: self.method.name in read_results(folder))
+
+    def measure(self) -> Results:
+        trainer = self.trainer
+        return accuracies(trainer.networks(), trainer.config, self.data.val, trainer.world)
+
+
+def shown(results: Results) -> dict[str, float]:
+    """``{"": {"top1": 3.0}, "ema": ...}`` -> ``{"val_top1": 3.0, "val_ema_top1": ...}``."""
+    return {
+        "_".join(filter(None, ("val", network, name))): value
+        for network, metrics in results.items()
+        for name, value in metrics.items()
+    }
 
 
 def accuracies(

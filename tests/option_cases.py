@@ -143,6 +143,7 @@ RUN: Cases = {
     "seed": [turn("1", "7", **W)],
     "precision": [turn("bf16", **W), refused("fp16", by="needs a GPU")],
     "device": [NO_GPU],
+    "fsdp": [turn("true", shows="printed")],
     "saveckp_freq": [turn("1", shows="files", given={"keep_checkpoints": "1"})],
     "keep_checkpoints": [turn("1", shows="files")],
     "checkpoint_minutes": [turn("1e-9", shows="files", given={"keep_checkpoints": "9"})],
@@ -218,7 +219,6 @@ PRETRAIN: Cases = RUN | {
     "compile": [turn("on", shows="calls")],
     "grad_checkpointing": [turn("true", shows="calls")],
     "group_backward": [turn("true", shows="calls")],
-    "fsdp": [turn("true", shows="printed")],
 }  # fmt: skip
 
 NO_MIX = {"mixup": "0", "cutmix": "0"}

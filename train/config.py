@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from xcit_dino.errors import needs, within
+from xcit_dino.errors import InputError, needs, within
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -62,6 +62,9 @@ class RunConfig:
     """Images a process takes at once."""
     accum_iter: int = 1
     """Micro-batches a step; the global batch is batch_size_per_gpu x accum_iter x processes."""
+    fsdp: bool = False
+    """Split weights, their averages, gradients and moments over the processes (FSDP2) instead of
+    keeping them in each: for models that leave too little memory. Not with --precision fp16."""
     seed: int = 0
     """Seed of weights, data order, augmentation and drop-path."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -95,6 +98,8 @@ class RunConfig:
         within(self, 1, 1e9, "saveckp_freq", "keep_checkpoints", "log_every", "max_skipped")
         within(self, 0, 2**31, "seed")
         within(self, 0, 1e12, "checkpoint_minutes", "watchdog_minutes", "max_steps")
+        if self.fsdp and self.precision == "fp16":
+            raise InputError("--fsdp: --precision fp16 is not supported; take bf16 or fp32")
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.errors import warn
+from xcit_dino.errors import one_line, warn
 from xcit_dino.files import write_atomic
 from xcit_dino.train import compiler
 from xcit_dino.train.distributed import dist
@@ -46,7 +46,7 @@ class Evaluations:
             except Exception as error:
                 found = {}
                 if dist.is_main():
-                    reason = " ".join(str(error).split())[:300]
+                    reason = one_line(error, 300)
                     warn(
                         f"step {step}: the evaluation failed, and training goes on "
                         f"({type(error).__name__}: {reason})"

@@ -7,6 +7,7 @@ evaluations, the watchdog, roll-backs and the log.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,13 +17,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from xcit_dino.data.loader import Batch, CropLoader
-from xcit_dino.errors import Stopped
+from xcit_dino.errors import Stopped, warn
 from xcit_dino.options import absolute, dump_yaml
 from xcit_dino.train import memory, signals
 from xcit_dino.train.distributed import dist, fsdp
 from xcit_dino.train.evaluation import Evaluations
 from xcit_dino.train.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
-from xcit_dino.train.run.folder import open_run, say_changes
+from xcit_dino.train.run.folder import check_run, open_run, say_changes
 from xcit_dino.train.run.lock import held
 from xcit_dino.train.run.log import RunLog
 from xcit_dino.train.schedules import Schedule
@@ -70,10 +71,26 @@ class Training:
     """Step -> metrics and pictures to log."""
     evaluation_due: Callable[[int], bool] = lambda step: False
     """Whether there is anything to evaluate after a step, 0 for the initial weights."""
-    finish: Callable[[RunLog, Checkpoints], None] = lambda log, checkpoints: None
-    """Called once after the last step."""
+    finish: Callable[[RunLog, Checkpoints, dict[str, Any]], None] = lambda *finished: None
+    """Called once after the last step, with ``facts``."""
     facts: dict[str, Any] = field(default_factory=dict)
     """About the initial weights; kept in checkpoints."""
+
+
+def command(training: Callable[[Any], None], config: Any) -> None:
+    """What ``xcit-dino pretrain`` and its like do: a training, with signals that save the run
+    before they end it."""
+    signals.install(signal.SIGTERM, signal.SIGINT)
+    with dist.leaving():
+        training(config)
+
+
+def check(config: Any) -> None:
+    """Say what the options do together that one would not expect, and refuse the folder of another
+    run, before anything is built."""
+    for remark in config.remarks() if dist.is_main() else ():
+        warn(remark)
+    dist.from_main(lambda: check_run(config, config.run))
 
 
 def train(training: Training) -> None:
@@ -178,7 +195,7 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
                 break
         dist.from_main(checkpoints.wait)
         if state.step == schedule.total_steps:
-            training.finish(log, checkpoints)
+            training.finish(log, checkpoints, training.facts)
 
 
 def save(training: Training, checkpoints: Checkpoints, epoch: int, permanent: bool) -> None:

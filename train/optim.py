@@ -16,7 +16,9 @@ NO_DECAY = ("temperature", "cls_token")
 def parameter_groups(model: nn.Module) -> list[dict]:
     """Group 0 gets weight decay; group 1 (1-D tensors, biases, `temperature`, `cls_token`) none.
 
-    Source: dino ``utils.get_params_groups``, plus XCiT's two names.
+    Source: dino ``utils.get_params_groups``, plus XCiT's two names. Supervised training has timm's
+    rule instead (``supervised/optim.py``): the same for XCiT, while for other networks of timm DINO
+    decays the positions and timm does not.
     """
     decay, rest = [], []
     for name, parameter in model.named_parameters():
@@ -70,6 +72,20 @@ def update_ema(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """
     targets, sources = ([local(p) for p in net.parameters()] for net in (target, source))
     torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """``average = decay * average + (1 - decay) * model`` over parameters and floating-point
+    buffers; other buffers are copied (timm ``ModelEmaV3``)."""
+    states = (map(local, net.state_dict().values()) for net in (average, model))
+    pairs = list(zip(*states, strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    targets, sources = map(list, zip(*floats, strict=True))
+    torch._foreach_lerp_(targets, sources, 1.0 - decay)
+    for target, source in pairs:
+        if not target.is_floating_point():
+            target.copy_(source)
 
 
 def step_unless_nonfinite(

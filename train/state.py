@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xcit_dino.errors import InputError, RunError, warn
+from xcit_dino.errors import InputError, RunError, one_line, warn
 from xcit_dino.files import write_atomic
 from xcit_dino.models.checkpoints import (
     all_checkpoints,
@@ -265,7 +265,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: pickle, zip, OS, EOF
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a training checkpoint of xcit-dino (format {FORMAT})")

@@ -48,6 +48,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """The beginning of an error's text, on one line; its kind where it has no text."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def warn(text: str) -> None:
     """Say loudly, in one line, what is wrong with a run that goes on."""
     print(f"WARNING: {text}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from xcit_dino.errors import InputError, suggest
+from xcit_dino.errors import InputError, one_line, suggest
 from xcit_dino.paths import LOCATION, NOT_PATHS, expand
 
 UNIONS = (typing.Union, types.UnionType)
@@ -171,7 +171,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes, numbers, dates; nesting
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise InputError(f"--config {path}: not YAML: {reason}") from error
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise InputError(f"--config {path}: must hold lines of 'name: value'")

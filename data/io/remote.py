@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, TypeVar
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, one_line
 
 T = TypeVar("T")
 CHUNK = 1 << 23  # bytes a request when a whole shard is copied
@@ -174,7 +174,7 @@ def persistently(request: Callable[[], T]) -> T:
 def _pause_after(failures: int, error: Exception) -> int:
     """Wait before the next attempt: random, so that workers do not retry at once."""
     if failures + 1 == ATTEMPTS:
-        raise Unreadable(f"{ATTEMPTS} attempts failed, the last: {_words(error)}") from None
+        raise Unreadable(f"{ATTEMPTS} attempts failed, the last: {_text(error)}") from None
     time.sleep(PAUSE * 2**failures * random.SystemRandom().uniform(0.5, 1))
     return failures + 1
 
@@ -197,8 +197,8 @@ class GivenUp:
 
 
 def _unreadable(error: Exception) -> Unreadable:
-    return error if isinstance(error, Unreadable) else Unreadable(f"no such file: {_words(error)}")
+    return error if isinstance(error, Unreadable) else Unreadable(f"no such file: {_text(error)}")
 
 
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+def _text(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")

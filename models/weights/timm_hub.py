@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, one_line
 from xcit_dino.models.zoo import check_timm_name
 
 FILES = (
@@ -40,7 +40,7 @@ def pretrained(name: str, option: str, **arguments: Any) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the download raises many kinds
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise InputError(
             f"{option}: timm's weights are not on this machine and could not be fetched "
             f"({reason}); where there is a network, {command(known)}, and name that file instead"

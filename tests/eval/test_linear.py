@@ -18,9 +18,10 @@ from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.linear import accuracy, top_hits, train_cached
 from xcit_dino.eval.linear_augmented import step_grids
-from xcit_dino.eval.linear_grid import Choice, Heads, best, cosine, grid, hold_out
+from xcit_dino.eval.linear_grid import Choice, Heads, best, grid, hold_out
 from xcit_dino.eval.target import Network
 from xcit_dino.provenance import digest
+from xcit_dino.train.schedules import cosine
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_every_head_is_trained_as_by_torch():
         for _ in range(6)
     ]
     for step, (x, labels) in enumerate(batches):
-        heads.step({"cls": x[:, :6], "patch": x[:, 6:]}, labels, cosine(step / 6))
+        heads.step({"cls": x[:, :6], "patch": x[:, 6:]}, labels, cosine(step, 6, 1.0, 0.0))
 
     x, labels = batches[0]
     scores = heads.judge([({"cls": x[:, :6], "patch": x[:, 6:]}, labels)])
@@ -58,7 +59,7 @@ def test_every_head_is_trained_as_by_torch():
             head.parameters(), lr, momentum=0.9, weight_decay=choice.weight_decay
         )
         for step, (part, wanted) in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = lr * cosine(step / 6)
+            optimizer.param_groups[0]["lr"] = lr * cosine(step, 6, 1.0, 0.0)
             F.cross_entropy(head(part[:, : head.in_features]), wanted).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -75,7 +76,7 @@ def test_schedule_is_torchs_cosine():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0)
     for epoch in range(10):
-        assert cosine(epoch / 10) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert cosine(epoch, 10, 1.0, 0.0) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
 

@@ -18,7 +18,7 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval import evaluate
 from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
-from xcit_dino.models.zoo import create_model
+from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.options import replace
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.supervised import train as supervised
@@ -28,7 +28,7 @@ from xcit_dino.supervised.finetune import finetune
 from xcit_dino.supervised.optim import parameter_groups
 from xcit_dino.supervised.trainer import build_model
 from xcit_dino.supervised.validation import accuracies
-from xcit_dino.train import signals
+from xcit_dino.train import optim, signals
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
@@ -232,6 +232,21 @@ def test_a_layer_decay_of_one_is_plain_adamw():
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "spared"),
+    [(list_models()[:14], set()), (["timm/vit_tiny_patch16_224"], {"pos_embed"})],
+)
+def test_weight_decay_is_as_in_pretraining_but_for_what_timm_spares(names, spared):
+    for name in names:
+        with torch.device("meta"):
+            model = create_model(name, num_classes=4)
+        of = {id(p): name for name, p in model.named_parameters()}
+        first = {of[id(p)] for p in optim.parameter_groups(model)[1]["params"]}
+        groups = parameter_groups(model, 1.0)
+        second = {of[id(p)] for g in groups if not g["decays"] for p in g["params"]}
+        assert second - first == spared and first <= second
+
+
 def test_other_backbones_have_timms_layers():
     model = create_model("timm/vit_tiny_patch16_224", num_classes=4)
     scales = {g["lr_scale"] for g in parameter_groups(model, 0.5)}
@@ -326,7 +341,7 @@ def test_the_average_is_the_formula(demo_shards, tmp_path, monkeypatch):
 
     def watched(trainer, *rest):
         if not seen:
-            seen.append({k: v.clone() for k, v in trainer.average.module.state_dict().items()})
+            seen.append({k: v.clone() for k, v in trainer.average.state_dict().items()})
         metrics = step(trainer, *rest)
         seen.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
         return metrics

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from xcit_dino.train.optim import (
@@ -12,6 +13,7 @@ from xcit_dino.train.optim import (
     parameter_groups,
     set_hyperparameters,
     step_unless_nonfinite,
+    update_average,
     update_ema,
 )
 
@@ -41,6 +43,20 @@ def test_only_the_matrix_gets_weight_decay():
     decayed, plain = parameter_groups(net)
     assert [p is net.linear.weight for p in decayed["params"]] == [True]
     assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+
+
+def test_the_average_is_timms():
+    """Parameters, batch-norm's statistics and its counter."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))
+    theirs, ours = ModelEmaV3(net, decay=0.7), copy.deepcopy(net)
+    for _ in range(3):
+        net(torch.randn(2, 3, 5, 5))
+        net[0].weight.data += 1
+        theirs.update(net)
+        update_average(ours, net, 0.7)
+    assert ours[1].num_batches_tracked == 3
+    for name, value in theirs.module.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("limit", [0.5, 3.0, 100.0])

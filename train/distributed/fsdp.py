@@ -1,4 +1,4 @@
-"""Student and teacher in shards, one a rank: FSDP2, ``torch.distributed.fsdp.fully_shard``.
+"""Networks in shards, one a rank: FSDP2, ``torch.distributed.fsdp.fully_shard``.
 
 A rank keeps its rows of every parameter, gradient and moment. A block's parameters are whole only
 while it computes; gradients are averaged over ranks as DistributedDataParallel does, so the steps
@@ -10,6 +10,7 @@ What it needs of torch takes a second to import, so that only sharded runs do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -22,27 +23,30 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(student: nn.Module, teacher: nn.Module, device: torch.device) -> None:
-    """Replace the parameters of both networks by shards, in place; buffers stay whole.
+def shard(
+    network: nn.Module, backbone: nn.Module, device: torch.device, parts: Sequence[nn.Module] = ()
+) -> None:
+    """Replace the parameters of a network by shards, in place; buffers stay whole.
 
-    student, teacher: with children ``backbone`` and ``head``, the same on all ranks. The student is
-    called as a whole, and what is outside of its blocks stays whole until the backward pass is
-    over: the loss reads the prototypes. The teacher's two halves are called one by one and go back
-    to shards at once, for these move before the next call.
+    Args:
+        network: the same on all ranks.
+        backbone: the part of it that may have ``blocks``, which go back to shards one by one.
+        device: where the network is.
+        parts: what is called, where the network is not called as a whole. Parts go back to shards
+            at once, for these may move before the next call; what a whole network has outside of
+            its blocks stays whole until the backward pass is over.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.world_size(),))
-    for network in (student, teacher):
-        for block in getattr(network.backbone, "blocks", ()):
-            fully_shard(block, mesh=mesh)
-    fully_shard(student, mesh=mesh)
-    for half in (teacher.backbone, teacher.head):
-        assert isinstance(half, nn.Module)
-        fully_shard(half, mesh=mesh, reshard_after_forward=True)
-    for network in (student, teacher):
-        network.register_load_state_dict_pre_hook(_cut_weights)
+    for block in getattr(backbone, "blocks", ()):
+        fully_shard(block, mesh=mesh)
+    for part in parts:
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    if not parts:
+        fully_shard(network, mesh=mesh)
+    network.register_load_state_dict_pre_hook(_cut_weights)
 
 
 def take_whole_moments(optimizer: torch.optim.Optimizer) -> None:
