@@ -64,6 +64,7 @@ def plain_nets(trainer: DinoTrainer, args: argparse.Namespace) -> list[PlainNet]
             {"model": ours.backbone.state_dict()}, backbone
         )
         backbone.load_state_dict(state)
+        assert ours.head is not None
         head = PlainHead(
             model_spec(args.arch).embed_dim, args.prototypes, 2048, 256, norm_last=True
         )
@@ -86,7 +87,8 @@ def our_work(args: argparse.Namespace, precision: str, batch_size: int) -> Work:
     large, small = (x.to(trainer.dtype) for x in crops(args, batch_size))
     nothing = np.zeros(0, np.int64)
     batch = Batch(0, 0, 0, nothing, nothing, torch.zeros(0), large, small)
-    student, teacher, loss_fn = trainer.student, trainer.teacher, trainer.loss
+    student, teacher, loss_fn = trainer.student.head, trainer.teacher.head, trainer.loss
+    assert student and teacher and loss_fn
     features = head_input(args, batch_size)
 
     def step() -> None:
@@ -97,13 +99,13 @@ def our_work(args: argparse.Namespace, precision: str, batch_size: int) -> Work:
         with autocast(trainer.world.device, trainer.dtype):
             with torch.no_grad():
                 targets = loss_fn.targets(
-                    teacher.head(features[: GLOBAL_CROPS * batch_size]),
+                    teacher(features[: GLOBAL_CROPS * batch_size]),
                     NOW.teacher_temp,
                     GLOBAL_CROPS,
                 )
-            loss = loss_fn(student.head.bottleneck(features), student.head.last_layer, targets)
+            loss = loss_fn(student.bottleneck(features), student.last_layer, targets)
         loss.backward()
-        student.head.zero_grad()
+        student.zero_grad()
         loss_fn.update_center()
 
     return Work(step, loss_head)
@@ -155,17 +157,19 @@ def check_equality(args: argparse.Namespace) -> str:
     torch.backends.cudnn.allow_tf32 = False  # ten bits would hide what differs
     trainer = our_trainer(args, "fp32")
     student, teacher = plain_nets(trainer, args)
+    teacher_head, loss = trainer.teacher.head, trainer.loss
+    assert teacher_head and loss
     groups = crops(args, 2)
     views = [view for group in groups for view in group]
     with torch.no_grad():
-        targets = trainer.loss.targets(
-            trainer.teacher.head(trainer.teacher.backbone(groups[0].flatten(0, 1))),
+        targets = loss.targets(
+            teacher_head(trainer.teacher.backbone(groups[0].flatten(0, 1))),
             0.04,
             GLOBAL_CROPS,
         )
         teacher_output = teacher(views[:GLOBAL_CROPS])
-    z = trainer.student([group.flatten(0, 1) for group in groups])
-    ours = trainer.loss(z, trainer.student.head.last_layer, targets)
+    z = trainer.student([group.flatten(0, 1) for group in groups]).bottleneck
+    ours = loss(z, trainer.student.prototypes, targets)
     plain_loss = PlainLoss(args.prototypes, len(views), 0.1, 0.9).to(args.device)
     plain = plain_loss(student(views), teacher_output, 0.04)
     ours.backward()

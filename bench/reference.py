@@ -176,3 +176,38 @@ def plain_step(
         for q, k in zip(student.parameters(), teacher.parameters(), strict=True):
             k.data.mul_(momentum).add_((1 - momentum) * q.detach().data)
     return loss.item()
+
+
+def plain_distillation_loss(
+    predicted: Sequence[tuple[Tensor, Tensor]],
+    targets: Sequence[tuple[Tensor, Tensor]],
+    patch_weight: float,
+) -> Tensor:
+    """Distillation from features, an image of a view at a time.
+
+    predicted, targets: for each view (B, D) class tokens and (B, H, W, P) patch tokens, the
+    targets as the teacher gives them; the grids of both may differ.
+    """
+    losses = []
+    for (cls, patches), (teacher_cls, teacher_patches) in zip(predicted, targets, strict=True):
+        for image in range(len(cls)):
+            loss = plain_smooth_l1(cls[image], plain_standardized(teacher_cls[image])).mean()
+            wanted = plain_standardized(teacher_patches[image]).permute(2, 0, 1)[None]
+            size = patches.shape[1:3]
+            if wanted.shape[2:] != size:
+                wanted = F.interpolate(wanted, size, mode="bilinear", antialias=True)
+            wanted = wanted[0].permute(1, 2, 0)
+            losses.append(loss + patch_weight * plain_smooth_l1(patches[image], wanted).mean())
+    return torch.stack(losses).mean()
+
+
+def plain_standardized(tokens: Tensor) -> Tensor:
+    """Mean 0 and variance 1 along the last dimension."""
+    away = tokens - tokens.mean(-1, keepdim=True)
+    return away / (away.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def plain_smooth_l1(x: Tensor, y: Tensor, beta: float = 2.0) -> Tensor:
+    """Quadratic up to ``beta``, linear beyond it."""
+    d = (x - y).abs()
+    return torch.where(d < beta, 0.5 * d.square() / beta, d - 0.5 * beta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,59 @@ class DinoConfig:
         within(self, 1e-4, 1e4, "student_temp", "warmup_teacher_temp", "teacher_temp")
         within(self, 0, 1e6, "warmup_teacher_temp_epochs")
         within(self, 0, 1, "center_momentum", "momentum_teacher")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the student learns from: itself, or a frozen teacher that needs no labels either."""
+
+    objective: Literal["dino", "distill", "dino+distill"] = "dino"
+    """dino: the student's own moving average. distill: the features of --teacher_model. Or the sum
+    of both losses."""
+    teacher_model: str | None = None
+    """The frozen teacher: timm/NAME for a timm model, or a built-in one."""
+    teacher_path: Path | None = None
+    """Its weights: a file, or a run folder; left out: timm's own, downloaded once."""
+    teacher_size: int = 0
+    """Side of the global crops as the teacher sees them, local crops in proportion; 0: its own (its
+    run or timm knows it), else the student's."""
+    distill_weight: float = 1.0
+    """Weight of the distillation loss beside DINO's."""
+    distill_patch_weight: float = 1.0
+    """Weight of the patch tokens in the distillation loss, beside 1 for the class token; 0 leaves
+    them out."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 4096, "teacher_size")
+        within(self, 0, 1e4, "distill_weight", "distill_patch_weight")
+
+    def check_teacher(self) -> None:
+        """Raise InputError where a teacher is needed and none is named (a recipe may leave that to
+        the command line)."""
+        if self.distills and self.teacher_model is None:
+            raise InputError(
+                f"--objective {self.objective}: names no teacher; add --teacher_model timm/NAME, "
+                "or a built-in one with its --teacher_path"
+            )
+
+    @property
+    def dino(self) -> bool:
+        """Whether the student learns from its moving average."""
+        return self.objective != "distill"
+
+    @property
+    def distills(self) -> bool:
+        """Whether the student learns from a frozen teacher."""
+        return self.objective != "dino"
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.options.ineffective`."""
+        names = ("teacher_model", "teacher_path", "teacher_size", "distill_patch_weight")
+        both = self.objective == "dino+distill"
+        return {
+            **needs(both, "unless --objective is dino+distill", "distill_weight"),
+            **needs(self.distills, "with --objective dino", *names),
+        }
 
 
 @dataclass(frozen=True)
@@ -133,6 +186,7 @@ class PretrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     start: StartConfig = field(default_factory=StartConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
@@ -145,7 +199,8 @@ class PretrainConfig:
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 
     def __post_init__(self) -> None:
-        if self.speed.group_backward and self.head.use_bn_in_head:
+        bn_in_head = self.objective.dino and self.head.use_bn_in_head
+        if self.speed.group_backward and bn_in_head:
             raise InputError(
                 "--group_backward: the head's batch-norm needs all crops at once; leave out one of "
                 "--group_backward and --use_bn_in_head"
@@ -155,7 +210,7 @@ class PretrainConfig:
                 f"--warmup_teacher_temp_epochs {self.dino.warmup_teacher_temp_epochs}: the "
                 "temperature moves once an epoch, so take a whole number"
             )
-        if self.crops.num_crops == 1:
+        if self.objective.dino and self.crops.num_crops == 1:
             raise InputError(
                 "--global_crops_number 1 --local_crops_number 0: with one view of an image there "
                 "is nothing to compare; take --global_crops_number 2, or some local crops"
@@ -185,12 +240,32 @@ class PretrainConfig:
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
-        return self.loader.unused_cache(self.online.knn_data_path)
+        sections = (HeadConfig, DinoConfig)
+        names = [each.name for section in sections for each in fields(section)]
+        names[names.index("momentum_teacher")] = (
+            "new_head"  # the former is of the moving average, which there is in any case
+        )
+        return {
+            **self.loader.unused_cache(self.online.knn_data_path),
+            **needs(self.objective.dino, "with --objective distill", *names),
+        }
 
     def remarks(self) -> list[str]:
         """What the options do together that one would not expect, a line each."""
+        epochs = self.run.epochs
+        found = self.optim.remarks(epochs) + (self._dino_remarks() if self.objective.dino else [])
+        if self.dino.momentum_teacher == 1:
+            found.append("--momentum_teacher 1: the teacher stays as it is at the start")
+        if self.online.knn_every > epochs:
+            found.append(
+                f"--knn_every {self.online.knn_every} with --epochs {epochs}: no k-NN while "
+                "pretraining goes on"
+            )
+        return found
+
+    def _dino_remarks(self) -> list[str]:
         epochs, method = self.run.epochs, self.dino
-        found = self.optim.remarks(epochs)
+        found = []
         if self.head.freeze_last_layer >= epochs:
             found.append(
                 f"--freeze_last_layer {self.head.freeze_last_layer:g} with --epochs {epochs}: the "
@@ -208,13 +283,6 @@ class PretrainConfig:
             )
         if self.head.use_bn_in_head and self.head.head_nlayers == 1:
             found.append("--use_bn_in_head has no effect with --head_nlayers 1: no hidden layer")
-        if method.momentum_teacher == 1:
-            found.append("--momentum_teacher 1: the teacher stays as it is at the start")
-        if self.online.knn_every > epochs:
-            found.append(
-                f"--knn_every {self.online.knn_every} with --epochs {epochs}: no k-NN while "
-                "pretraining goes on"
-            )
         return found
 
 
@@ -238,6 +306,7 @@ def pretrain_config(argv: Sequence[str], prog: str = "xcit-dino pretrain") -> Pr
     recipe = replace(PretrainConfig(), read_yaml(path), source=str(path))
     about = f"Pretrain a backbone with DINO. Defaults below: {path} (another with --config FILE)."
     config = parse(recipe, argv, prog, about)
+    config.objective.check_teacher()
     return replace(config, {"arch": canonical_name(config.model.arch)})
 
 

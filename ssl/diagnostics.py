@@ -28,8 +28,9 @@ from xcit_dino.train.distributed import dist
 
 
 @torch.no_grad()
-def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, Tensor]:
-    """The loss and cheap signs beside it, as device scalars.
+def health(loss: Tensor, targets_GBK: Tensor | None, features_ND: Tensor) -> dict[str, Tensor]:
+    """The loss and cheap signs beside it, as device scalars; the first five signs are of DINO's
+    targets, and missing where there are none.
 
     ``teacher_entropy``: mean entropy of the teacher's answers, nats, 0 to ln K.
     ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
@@ -42,6 +43,21 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
     ``effective_rank``: (sum of eigenvalues)^2 / (sum of their squares) of the features' covariance,
     1 to min(N - 1, D): the directions in use, without computing eigenvalues.
     """
+    loss = loss.detach()
+    signs = {} if targets_GBK is None else _target_signs(loss, targets_GBK)
+    unit_ND = F.normalize(features_ND.float(), dim=-1)
+    spread_ND = unit_ND - unit_ND.mean(0)
+    wide = spread_ND.shape[0] < spread_ND.shape[1]
+    gram = spread_ND @ spread_ND.T if wide else spread_ND.T @ spread_ND
+    return {
+        "loss": loss,
+        **signs,
+        "feature_std": spread_ND.square().mean(0).sqrt().mean() * math.sqrt(unit_ND.shape[1]),
+        "effective_rank": gram.trace().square() / gram.square().sum().clamp_min(1e-12),
+    }
+
+
+def _target_signs(loss: Tensor, targets_GBK: Tensor) -> dict[str, Tensor]:
     answers_NK = targets_GBK.flatten(0, 1)
     rows, prototypes = answers_NK.shape
     possible = max(min(rows, prototypes), 2)
@@ -49,20 +65,12 @@ def health(loss: Tensor, targets_GBK: Tensor, features_ND: Tensor) -> dict[str, 
     mean_entropy = torch.special.entr(answers_NK.mean(0)).sum()
     used = torch.zeros(prototypes, device=loss.device)
     used.index_fill_(0, answers_NK.argmax(-1), 1.0)
-
-    unit_ND = F.normalize(features_ND.float(), dim=-1)
-    spread_ND = unit_ND - unit_ND.mean(0)
-    wide = spread_ND.shape[0] < spread_ND.shape[1]
-    gram = spread_ND @ spread_ND.T if wide else spread_ND.T @ spread_ND
     return {
-        "loss": loss.detach(),
         "teacher_entropy": entropy,
-        "kl": loss.detach() - entropy,
+        "kl": loss - entropy,
         "information": (mean_entropy - entropy) / math.log(possible),
         "mean_entropy": mean_entropy / math.log(prototypes),
         "prototypes_used": used.sum() / possible,
-        "feature_std": spread_ND.square().mean(0).sqrt().mean() * math.sqrt(unit_ND.shape[1]),
-        "effective_rank": gram.trace().square() / gram.square().sum().clamp_min(1e-12),
     }
 
 
@@ -117,12 +125,15 @@ KINDS = (
 )
 
 
+DIMENSIONAL = KINDS[2:]  # those that need the features alone, and no prototypes
+
+
 class Alarms:
     """Alarms with hysteresis: a kind of collapse has to show in every reading for ``patience``
     steps before it is reported, and to be away as long, by a wider margin, before it is over.
 
     Args:
-        prototypes: K.
+        prototypes: K; 0 where there are none, and DIMENSIONAL alone can be judged.
         patience: steps.
         stop: whether an alarm ends the run.
         views, images: G and B of a micro-batch. Views of an image get one answer in good health,
@@ -141,8 +152,9 @@ class Alarms:
         images: int = 64,
         saved: dict[str, Any] | None = None,
     ):
-        self.ceiling = math.log(prototypes)
-        self.as_two = min(views * images, prototypes) / min(2 * images, prototypes)
+        self.kinds = KINDS if prototypes else DIMENSIONAL
+        self.ceiling = math.log(prototypes or 1)
+        self.as_two = min(views * images, prototypes) / max(min(2 * images, prototypes), 1)
         self.blind = images < FEW_IMAGES
         if self.blind and dist.is_main():
             warn(
@@ -170,11 +182,12 @@ class Alarms:
         if self.blind:
             return {}
         changed = {}
-        line = line | {
-            "modes": math.exp(line["mean_entropy"] * self.ceiling),
-            "used": line["prototypes_used"] * self.as_two,
-        }
-        for kind in KINDS:
+        if self.kinds is KINDS:
+            line = line | {
+                "modes": math.exp(line["mean_entropy"] * self.ceiling),
+                "used": line["prototypes_used"] * self.as_two,
+            }
+        for kind in self.kinds:
             turns = kind.well if kind.name in self.on else kind.sick
             if not turns(line):
                 self.since.pop(kind.name, None)

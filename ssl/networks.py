@@ -4,44 +4,96 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.models.head import DINOHead
+from xcit_dino.models.head import DINOHead, Prototypes
+from xcit_dino.models.tokens import Tokens, tokens_of, widths_of
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.ssl.config import HeadConfig
+from xcit_dino.ssl.distillation import Projector
+
+
+class Outputs(NamedTuple):
+    """What a student gives for groups of crops of one size each."""
+
+    features: list[Tensor]
+    """(V_i*B, D) of the backbone, a group each."""
+    bottleneck: Tensor | None
+    """(sum V_i*B, Z) of the head; None without one."""
+    predicted: list[Tokens] | None
+    """The projector's, a group each; None without one."""
 
 
 class MultiCropNet(nn.Module):
     """Backbone and head over crops of several sizes (dino ``utils.MultiCropWrapper``)."""
 
     backbone: nn.Module
-    head: DINOHead
+    head: DINOHead | None
+    projector: Projector | None
 
-    def __init__(self, backbone: nn.Module, head: DINOHead):
+    def __init__(
+        self, backbone: nn.Module, head: DINOHead | None, projector: Projector | None = None
+    ):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.projector = projector
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Groups of crops of one size, (V_i*B, C, H_i, W_i) -> bottleneck (sum V_i*B, Z).
+    @property
+    def prototypes(self) -> Prototypes:
+        """The head's last layer."""
+        assert self.head is not None
+        return self.head.last_layer
+
+    def forward(self, crops: Sequence[Tensor]) -> Outputs:
+        """Groups of crops of one size, (V_i*B, C, H_i, W_i).
 
         The backbone runs once a size, the head's MLP once for all. The prototypes are left to the
         loss, which takes a few of them at a time.
         """
-        return self.head.bottleneck(torch.cat([self.backbone(group) for group in crops]))
+        patches = self.projector is not None and self.projector.patch is not None
+        tokens = [tokens_of(self.backbone, group, patches) for group in crops]
+        features = [each.pooled for each in tokens]
+        return Outputs(
+            features,
+            None if self.head is None else self.head.bottleneck(torch.cat(features)),
+            None if self.projector is None else [self.projector(each) for each in tokens],
+        )
 
 
-def build(model: ModelConfig, head: HeadConfig, seed: int) -> tuple[MultiCropNet, MultiCropNet]:
+def build(
+    model: ModelConfig,
+    head: HeadConfig | None,
+    seed: int,
+    teacher_widths: tuple[int, int] | None = None,
+    size: int = 224,
+) -> tuple[MultiCropNet, MultiCropNet]:
     """Student and teacher with the same initial weights; the teacher takes no gradients.
 
     Drop-path is the student's alone, and the teacher stays in training mode: its batch-norms use
     its own global crops, as in ``main_dino.py``.
+
+    head: None for none; teacher_widths: of a frozen teacher's tokens, which the student then has a
+    projector for; size: of the global crops in pixels.
     """
     torch.manual_seed(seed)
     backbone = create_model(model.arch, num_classes=0, drop_path_rate=model.drop_path_rate)
-    projection = DINOHead(
+    projection = None if head is None else _head(backbone, head)
+    student = MultiCropNet(backbone, projection)
+    teacher = MultiCropNet(create_model(model.arch, num_classes=0), copy.deepcopy(projection))
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    if teacher_widths is not None:
+        widths = widths_of(teacher.backbone, size, patches=teacher_widths[1] > 0)
+        student.projector = Projector(widths, teacher_widths)
+    return student, teacher
+
+
+def _head(backbone: nn.Module, head: HeadConfig) -> DINOHead:
+    return DINOHead(
         backbone.embed_dim,  # type: ignore[arg-type]
         head.out_dim,
         nlayers=head.head_nlayers,
@@ -50,8 +102,3 @@ def build(model: ModelConfig, head: HeadConfig, seed: int) -> tuple[MultiCropNet
         norm_last_layer=head.norm_last_layer,
         use_bn=head.use_bn_in_head,
     )
-    student = MultiCropNet(backbone, projection)
-    teacher = MultiCropNet(create_model(model.arch, num_classes=0), copy.deepcopy(projection))
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    return student, teacher

@@ -1,4 +1,5 @@
-"""DINO pretraining (arXiv 2104.14294): the step, in the paper's order.
+"""DINO pretraining (arXiv 2104.14294): the step, in the paper's order. Beside DINO, or instead, the
+student may learn from a frozen teacher (``ssl/distillation.py``).
 
 ``train_step`` is the method; ``pretrain`` sets a run up. What a step works with is put together in
 ``ssl/trainer.py``; what happens between two steps (logging, saving, evaluating, stopping) is in
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.options import options
 from xcit_dino.ssl import diagnostics
 from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule
+from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule, EmaHyperparameters
 from xcit_dino.ssl.start import initialize, with_input_settings
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train import optim
@@ -38,86 +39,111 @@ from xcit_dino.train.worker_restart import check_shards
 
 
 def train_step(
-    trainer: DinoTrainer, batches: Sequence[Batch], now: DinoHyperparameters
+    trainer: DinoTrainer, batches: Sequence[Batch], now: EmaHyperparameters
 ) -> dict[str, Tensor]:
-    """One optimiser step of DINO over this rank's micro-batches.
+    """One optimiser step of DINO over this rank's micro-batches, of distillation from a frozen
+    teacher (``--objective``), or of both.
 
     Returns:
         Scalars on the device: the loss and the diagnostics of :mod:`xcit_dino.ssl.diagnostics`.
     """
     config, state = trainer.config, trainer.state
-    student, teacher, dino_loss = trainer.student, trainer.teacher, trainer.loss
+    student, dino_loss = trainer.student, trainer.loss
     optim.set_hyperparameters(state.optimizer, now.lr, now.weight_decay)
     seed_drop_path(config.run.seed, state.step, trainer.world.rank)
-    health = []
+    metrics = []
 
     for micro, batch in enumerate(batches):
         views = trainer.views(batch)
         targets, features = teacher_targets(trainer, views[0], now)
         last = micro == len(batches) - 1
-        loss = student_backward(
+        passed = student_backward(
             trainer, views, targets, loss_weight=1 / len(batches), sync_gradients=last
         )
-        health.append(diagnostics.health(loss, targets, features))
+        features = passed.features if features is None else features
+        main = passed.terms.get("dino_loss", passed.loss)
+        metrics.append(diagnostics.health(main, targets, features) | passed.logged)
 
     state.scaler.unscale_(state.optimizer)
     norms = optim.clip_gradients(student.parameters(), config.optim.clip_grad)
-    if now.freeze_last_layer:
-        student.head.last_layer.zero_grad(set_to_none=True)
+    if isinstance(now, DinoHyperparameters) and now.freeze_last_layer:
+        student.prototypes.zero_grad(set_to_none=True)
     skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
     state.optimizer.zero_grad(set_to_none=True)
-    dino_loss.update_center()
-    optim.update_ema(teacher, student, now.momentum_teacher)
+    if dino_loss is not None:
+        dino_loss.update_center()
+    trainer.update_teacher(now.momentum_teacher)
     state.step += 1
-    return optim.mean_of(health) | {
-        "center_norm": dino_loss.center.norm(),
-        "grad_norm": norms.norm(),
-        "skipped": skipped,
-    }
+    center = {} if dino_loss is None else {"center_norm": dino_loss.center.norm()}
+    return optim.mean_of(metrics) | center | {"grad_norm": norms.norm(), "skipped": skipped}
 
 
 def teacher_targets(
-    trainer: DinoTrainer, global_views: Tensor, now: DinoHyperparameters
-) -> tuple[Tensor, Tensor]:
+    trainer: DinoTrainer, global_views: Tensor, now: EmaHyperparameters
+) -> tuple[Tensor | None, Tensor | None]:
     """The teacher on the global views (G*B, 3, S, S), without gradients: targets (G, B, K) and its
-    features (G*B, D)."""
+    features (G*B, D). None where DINO is no part of the objective."""
+    if trainer.loss is None or not isinstance(now, DinoHyperparameters):
+        return None, None
     teacher = trainer.teacher
     with torch.no_grad(), autocast(trainer.world.device, trainer.dtype):
         features = teacher.backbone(global_views)
-        scores = teacher.head(features)
+        scores = teacher.head(features)  # type: ignore[misc] # it has one with DINO
         num_global = trainer.config.crops.global_crops_number
         return trainer.loss.targets(scores, now.teacher_temp, num_global), features
+
+
+class StudentPass(NamedTuple):
+    """What the passes of a micro-batch found, without gradients."""
+
+    loss: Tensor
+    """What was differentiated."""
+    terms: dict[str, Tensor]
+    """``dino_loss``, ``distill_loss``: those that the objective has."""
+    features: Tensor
+    """(V*B, D) of the student, of the global views or, where all are of one size, of all."""
+
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """For the log: the loss, and its terms where there are two."""
+        return {"loss": self.loss} | (self.terms if len(self.terms) > 1 else {})
 
 
 def student_backward(
     trainer: DinoTrainer,
     views: list[Tensor],
-    targets: Tensor,
+    targets: Tensor | None,
     *,
     loss_weight: float = 1.0,
     sync_gradients: bool,
-) -> Tensor:
-    """The student on all views, loss and backward pass; returns the loss.
+) -> StudentPass:
+    """The student on all views, loss and backward pass.
 
     With ``--group_backward`` the global views go all the way back before the local ones begin, so
     that the activations of one group are there at a time: their losses and gradients add up.
 
-    loss_weight: of these micro-batch's loss in the step's; sync_gradients: average gradients over
-    ranks in the last of these backward passes.
+    targets: of DINO's teacher; loss_weight: of these micro-batch's loss in the step's;
+    sync_gradients: average gradients over ranks in the last of these backward passes.
     """
+    rows = sum(map(len, views))
     if len({group.shape[-1] for group in views}) == 1:
         views = [torch.cat(views)]  # one size, one pass: batch-norm sees all, as in main_dino.py
     groups = [[group] for group in views] if trainer.config.speed.group_backward else [views]
-    num_views = sum(map(len, views)) // targets.shape[1]
-    losses = []
+    losses, found, features = [], [], None
     for number, group in enumerate(groups, start=1):
         with trainer.sync_gradients(sync_gradients and number == len(groups)):
+            tokens = trainer.frozen_targets(group)
             with autocast(trainer.world.device, trainer.dtype):
-                z, last_layer = trainer.parallel(group), trainer.student.head.last_layer
-                loss = trainer.loss(z, last_layer, targets, local=number > 1, num_views=num_views)
+                outputs = trainer.parallel(group)
+                terms = trainer.terms(outputs, targets, tokens, rows=rows, local=number > 1)
+            loss = torch.stack([trainer.weights[name] * term for name, term in terms.items()]).sum()
             trainer.state.scaler.scale(loss * loss_weight).backward()
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+        found.append({name: term.detach() for name, term in terms.items()})
+        features = outputs.features[0].detach() if features is None else features
+    assert features is not None
+    total = {name: torch.stack([each[name] for each in found]).sum() for name in found[0]}
+    return StudentPass(torch.stack(losses).sum(), total, features)
 
 
 def main(config: PretrainConfig) -> None:
@@ -195,6 +221,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         diagnostics=partial(collapse_alarms, config, plan.steps_per_epoch),
         evaluate=evaluation,
         evaluation_due=evaluation.due,
+        facts=trainer.facts,
     )
     train(training)
 
@@ -237,7 +264,7 @@ def collapse_alarms(
 ) -> diagnostics.Alarms:
     """The alarms of a run; ``saved``: what an earlier attempt saved of them."""
     return diagnostics.Alarms(
-        config.head.out_dim,
+        config.head.out_dim if config.objective.dino else 0,
         diagnostics.patience(steps_per_epoch),
         stop=config.health.on_collapse == "stop",
         views=config.crops.global_crops_number,
@@ -251,12 +278,13 @@ def replay_step(
 ) -> Tensor:
     """The forward and backward passes of a finished step again; the sum of its losses."""
     seed_drop_path(trainer.config.run.seed, step - 1, trainer.world.rank)
-    now, rows = schedule(step - 1), trainer.loss.rows
+    now, dino_loss = schedule(step - 1), trainer.loss
+    rows = dino_loss.rows if dino_loss else 0
     losses = []
     for batch in batches:
         views = trainer.views(batch)
         targets, _ = teacher_targets(trainer, views[0], now)
-        loss = student_backward(
+        passed = student_backward(
             trainer,
             views,
             targets,
@@ -264,6 +292,7 @@ def replay_step(
             # without shards, a non-finite gradient is to stay on its rank
             sync_gradients=trainer.sharded,
         )
-        losses.append(loss)
-    trainer.loss.rows = rows  # the center has counted them already
+        losses.append(passed.loss)
+    if dino_loss:
+        dino_loss.rows = rows  # the center has counted them already
     return torch.stack(losses).sum()

@@ -9,26 +9,36 @@ from xcit_dino.train.schedules import Hyperparameters, Schedule, cosine, linear
 
 
 @dataclass(frozen=True)
-class DinoHyperparameters(Hyperparameters):
-    """The scheduled values of one step."""
+class EmaHyperparameters(Hyperparameters):
+    """The scheduled values of one step with a moving average of the student."""
 
     momentum_teacher: float
+
+
+@dataclass(frozen=True)
+class DinoHyperparameters(EmaHyperparameters):
+    """The scheduled values of one step of DINO."""
+
     teacher_temp: float
     freeze_last_layer: bool
 
 
 @dataclass(frozen=True)
 class DinoSchedule(Schedule):
-    """``schedule(step)``, as in dino ``main_dino.py``."""
+    """``schedule(step)``, as in dino ``main_dino.py``; without what is DINO's alone in a pure
+    distillation."""
 
     config: PretrainConfig
 
-    def __call__(self, step: int, halvings: int = 0) -> DinoHyperparameters:
+    def __call__(self, step: int, halvings: int = 0) -> EmaHyperparameters:
         """Values for step ``step``, counted from 0; see :class:`Schedule`."""
         method = self.config.dino
+        common = asdict(super().__call__(step, halvings))
+        common["momentum_teacher"] = cosine(step, self.total_steps, method.momentum_teacher, 1.0)
+        if not self.config.objective.dino:
+            return EmaHyperparameters(**common)
         return DinoHyperparameters(
-            **asdict(super().__call__(step, halvings)),
-            momentum_teacher=cosine(step, self.total_steps, method.momentum_teacher, 1.0),
+            **common,
             # by epoch, as DINOLoss does
             teacher_temp=linear(
                 step // self.steps_per_epoch,

@@ -13,7 +13,7 @@ from xcit_dino.eval.context import of_timm, run_options, settings_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
 from xcit_dino.models.weights import timm_hub
-from xcit_dino.models.weights.load import found_in, input_settings
+from xcit_dino.models.weights.load import find_network, found_in, input_settings
 from xcit_dino.models.weights.pretraining import load_backbones, load_start
 from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
 from xcit_dino.options import replace
@@ -59,8 +59,12 @@ def initialize(trainer: DinoTrainer) -> dict[str, Any]:
         before = of_timm(start.init_from)
     else:
         path = weights_file(Path(start.init_from), "--init_from")
-        networks = trainer.student, trainer.teacher
-        taken = load_start(path, *networks, trainer.loss.center, start.new_head)
+        student, teacher, loss = trainer.student, trainer.teacher, trainer.loss
+        if loss is None:
+            report = load_backbones(path, find_network(path), student, teacher)
+            taken = f"{report}, for the student and its average"
+        else:
+            taken = load_start(path, student, teacher, loss.center, start.new_head)
         facts = {"start": path.name, "start_weights": file_checksum(path)}
         before = input_settings(path)
     if trainer.world.is_main:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.probe import check_sizes
+from xcit_dino.models.tokens import Tokens
 from xcit_dino.models.zoo import TIMM_PREFIX
+from xcit_dino.options import options
 from xcit_dino.ssl import networks
 from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.distillation import FrozenTeacher, distillation_loss, frozen_teacher
 from xcit_dino.ssl.loss import DinoLoss
 from xcit_dino.train import compiler, optim
 from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
@@ -27,12 +32,67 @@ class DinoTrainer(Trainer):
     config: PretrainConfig
     student: networks.MultiCropNet
     teacher: networks.MultiCropNet
-    loss: DinoLoss
+    loss: DinoLoss | None
+    """None where a frozen teacher alone is learnt from."""
     augment: Augment
+    frozen: FrozenTeacher | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """About the frozen teacher."""
 
     def views(self, batch: Batch) -> list[Tensor]:
         """Augmented crops: the global ones, (G*B, 3, S, S), and the local ones if there are any."""
         return [group for group in self.augment(batch) if len(group)]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms of the loss."""
+        both = self.config.objective.objective == "dino+distill"
+        return {
+            "dino_loss": 1.0,
+            "distill_loss": self.config.objective.distill_weight if both else 1.0,
+        }
+
+    def frozen_targets(self, groups: list[Tensor]) -> list[Tokens]:
+        """What the frozen teacher makes of groups of crops of one size; empty without one."""
+        return [] if self.frozen is None else [self.frozen.targets(group) for group in groups]
+
+    def terms(
+        self,
+        outputs: networks.Outputs,
+        targets: Tensor | None,
+        tokens: list[Tokens],
+        *,
+        rows: int,
+        local: bool,
+    ) -> dict[str, Tensor]:
+        """The terms of the loss, by name.
+
+        targets: of DINO's teacher; tokens: of the frozen one; rows: V*B of all views; local:
+        whether these are the local views alone, see :class:`DinoLoss`.
+        """
+        terms = {}
+        if self.loss is not None:
+            assert targets is not None and outputs.bottleneck is not None
+            views = rows // targets.shape[1]
+            terms["dino_loss"] = self.loss(
+                outputs.bottleneck, self.student.prototypes, targets, local=local, num_views=views
+            )
+        if self.frozen is not None:
+            assert outputs.predicted is not None
+            terms["distill_loss"] = distillation_loss(
+                outputs.predicted, tokens, self.config.objective.distill_patch_weight, rows
+            )
+        return terms
+
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student. Where it does not run itself, in distillation, it
+        takes the student's batch-norm statistics too."""
+        for name, part in self.teacher.named_children():
+            optim.update_ema(part, self.student.get_submodule(name), momentum)
+        if self.loss is None:
+            buffers = self.student.backbone.buffers(), self.teacher.backbone.buffers()
+            for ours, theirs in zip(*buffers, strict=True):
+                theirs.copy_(ours)
 
     def eval_backbone(self) -> nn.Module:
         """The teacher's backbone for evaluations, whole on every rank; all ranks call this."""
@@ -50,8 +110,16 @@ def set_up(
         InputError: an option that the backbone does not have, or crops of a size that it does not
             take.
     """
-    device = world.device
-    student, teacher = networks.build(config.model, config.head, config.run.seed)
+    device, objective, loss, frozen, facts = world.device, config.objective, None, None, {}
+    if objective.distills:
+        ours = InputSettings.of_run(dict(options(config))) or InputSettings()
+        frozen, facts = frozen_teacher(objective, config.crops, ours, dtype)
+    if objective.dino:
+        loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
+    student, teacher = networks.build(
+        config.model, config.head if objective.dino else None, config.run.seed,
+        frozen and frozen.widths, config.crops.global_crops_size,
+    )  # fmt: skip
     if config.model.arch.startswith(TIMM_PREFIX):
         crops = config.crops
         sizes = {"global_crops_size": crops.global_crops_size}
@@ -63,22 +131,28 @@ def set_up(
         sync_batchnorm.convert(teacher)
     student.to(device).train()
     teacher.to(device).train()
-    loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
     if config.speed.grad_checkpointing:
         compiler.checkpoint_blocks(student.backbone)
     for net in (student, teacher):
         compiler.compile_blocks(net.backbone, config.speed.compile, device)
     if to_be_sharded(config.run, world):
         fsdp.shard(student, student.backbone, device)  # its loss reads the prototypes
-        fsdp.shard(teacher, teacher.backbone, device, parts=(teacher.backbone, teacher.head))
+        fsdp.shard(teacher, teacher.backbone, device, parts=list(teacher.children()))
+    modules: dict[str, nn.Module] = {"student": student, "teacher": teacher}
+    if loss is not None:
+        modules["loss"] = loss.to(device)
     state = TrainState(
-        {"student": student, "teacher": teacher, "loss": loss.to(device)},
+        modules,
         optim.adamw(student),
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         data=data,
         global_batch=global_batch,
+        frozen=facts.get("teacher_checksum", ""),
     )
     fsdp.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
     parallel = data_parallel(student, world)
-    return DinoTrainer(config, world, dtype, state, parallel, student, teacher, loss, augment)
+    return DinoTrainer(
+        config, world, dtype, state, parallel, student, teacher, loss, augment,
+        frozen and frozen.to(device), facts,
+    )  # fmt: skip

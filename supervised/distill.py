@@ -7,22 +7,15 @@ augmented, mixed images, in its own normalisation and resolution, in fp32.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from xcit_dino.errors import InputError
-from xcit_dino.eval.context import settings_of
-from xcit_dino.files import file_checksum
+from xcit_dino.eval.teacher import Teacher, load_teacher
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.probe import check_sizes
-from xcit_dino.models.weights import timm_hub
-from xcit_dino.models.weights.load import input_settings, load_backbone
-from xcit_dino.models.zoo import check_timm_name, create_model, list_models
 from xcit_dino.options import options, replace
 from xcit_dino.supervised.config import DistillConfig, TeacherConfig
 from xcit_dino.supervised.data import open_data
@@ -31,7 +24,7 @@ from xcit_dino.supervised.trainer import Method, build_model, with_input_setting
 from xcit_dino.train import loop
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import check_output
-from xcit_dino.train.state import Checkpoints, weights_file
+from xcit_dino.train.state import Checkpoints
 
 
 def main(config: DistillConfig) -> None:
@@ -96,92 +89,17 @@ class DistillationLoss:
         return (to_student + to_teacher) / 2 * self.tau**2 / len(student)
 
 
-class Teacher(nn.Module):
-    """A frozen network in evaluation mode that takes the student's images.
-
-    Args:
-        network: gives logits.
-        ours: how the student's images are prepared.
-        theirs: how the teacher's are; without a size they stay as large as they come.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, network: nn.Module, ours: InputSettings, theirs: InputSettings):
-        super().__init__()
-        self.network, self.size = network.eval().requires_grad_(False), theirs.size or 0
-        self.interpolation = theirs.interpolation
-        from_, to = (torch.tensor((each.mean, each.std)).view(2, 1, 3, 1, 1)
-                     for each in (ours, theirs))  # fmt: skip
-        self.register_buffer("scale", from_[1] / to[1])
-        self.register_buffer("shift", (from_[0] - to[0]) / to[1])
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in the student's normalisation -> float32 logits [B, C]."""
-        with torch.autocast(images.device.type, enabled=False):
-            images = images.float() * self.scale + self.shift
-            if self.size and images.shape[-1] != self.size:
-                size = (self.size, self.size)
-                images = F.interpolate(images, size, mode=self.interpolation, antialias=True)
-            return self.network(images).float()
-
-
 def build_teacher(
     config: TeacherConfig, num_classes: int, ours: InputSettings, checkpoint: Path | None = None
 ) -> tuple[Teacher, dict[str, Any]]:
-    """The teacher, and what it is.
+    """The teacher, and what it is; see :func:`load_teacher`.
 
-    ours: how the student's images are prepared; checkpoint: of the run that goes on, which then has
-    the teacher's weights.
-
-    Raises:
-        InputError: no such model, no weights, or other classes.
+    ours: how the student's images are prepared.
     """
-    name, load = config.teacher_model.removeprefix("timm/"), checkpoint is None
-    built_in = name in list_models()
-    arch = name if built_in else f"timm/{name}"
-    facts = {
-        "teacher": name,
+    network, settings, facts = load_teacher(config.teacher_model, config, num_classes, checkpoint)
+    how = {
         "distillation": config.distillation_type,
         "alpha": config.distillation_alpha,
         "tau": config.distillation_tau,
     }
-    if load and config.teacher_path is None:
-        if built_in:
-            raise InputError(f"--teacher_path is missing: timm has no weights for our {name}")
-        network = _from_timm(name, num_classes)
-    else:
-        network = create_model(arch, num_classes=num_classes)
-    path, settings = None, None
-    if load and config.teacher_path is not None:
-        path = weights_file(config.teacher_path, "--teacher_path")
-        report = load_backbone(path, network, head="required")
-        facts["teacher_weights"] = file_checksum(path)
-        if dist.is_main():
-            print(f"teacher {report}", flush=True)
-    if checkpoint is not None:
-        settings = input_settings(checkpoint, "teacher")
-        if config.teacher_path is not None and config.teacher_path.exists():
-            path = weights_file(config.teacher_path, "--teacher_path")
-    settings = settings or settings_of(arch, path)
-    settings = dataclasses.replace(settings, size=config.teacher_size or settings.size)
-    facts |= {"teacher_size": settings.size or 0, "teacher_input": settings.dump()}
-    return Teacher(network, ours, settings), facts
-
-
-def _from_timm(name: str, num_classes: int) -> nn.Module:
-    """A timm model with timm's weights, fetched where they are not on this machine."""
-    import timm
-
-    option = f"--teacher_model {name}"
-    check_timm_name(name, option)
-    known = timm.get_pretrained_cfg(name)
-    classes = known.num_classes if known else None
-    if classes != num_classes:
-        raise InputError(
-            f"{option}: timm's weights tell {classes} classes apart, and the data have "
-            f"{num_classes}; name a teacher of these classes with --teacher_path"
-        )
-    return timm_hub.pretrained(name, option)
+    return Teacher(network, ours, settings), facts | how

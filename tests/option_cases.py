@@ -181,7 +181,18 @@ RUN: Cases = {
     "config": [turn("recipe.yaml", **W)],
 }
 
+TEACHER = {"teacher_model": ARCH, "teacher_path": "tuned.pth", "teacher_size": "32"}
+DISTILLED = {"objective": "distill"} | TEACHER
+BOTH = {"objective": "dino+distill"} | TEACHER
 PRETRAIN: Cases = RUN | {
+    "objective": [turn("dino+distill", **W, given=DISTILLED), turn("distill", **W, given=BOTH)],
+    "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8", given=DISTILLED),
+                      refused("resnet18", by="--teacher_model and", given=DISTILLED),
+                      refused(ARCH, by="--objective dino")],
+    "teacher_path": [turn("tuned2.pth", **W, given=DISTILLED), refused("tuned.pth", by="dino")],
+    "teacher_size": [turn("48", **W, given=DISTILLED)],
+    "distill_weight": [turn("3", **W, given=BOTH), refused("3", by="weight", given=DISTILLED)],
+    "distill_patch_weight": [turn("0", "3", **W, given=DISTILLED)],
     "init_from": [turn("run", "other", "tuned.pth", **W)],
     "new_head": [turn("true", **W, given={"init_from": "run"})],
     "out_dim": [turn("16", **W)],
@@ -257,7 +268,7 @@ FINETUNE: Cases = RUN | {
 }  # fmt: skip
 DISTILL: Cases = FINETUNE | {
     "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8"),
-                      refused("resnet18", by="--arch")],
+                      refused("resnet18", by="--teacher_model and")],
     "teacher_path": [turn("tuned2.pth", **W)],
     "data_path": [refused("data2", by="classes")],
     "teacher_size": [turn("48", **W, given={"distillation_type": "soft"})],

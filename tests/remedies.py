@@ -37,6 +37,10 @@ FINETUNE = (
     "--output_dir {tmp}/tuned"
 )
 DISTILL = FINETUNE.replace("finetune", "distill", 1)
+UNLABELED = (
+    "pretrain --arch xcit_pico_6_p8 --global_crops_size 32 --local_crops_number 0 "
+    f"{SIZE} --warmup_epochs 0 --knn_every 0 --output_dir {{tmp}}/run --data_path {{shards}} "
+)
 PLAIN = "--num_workers 0 --device cpu --crop_size 32"
 BARE = f"{NETWORK} --pretrained_weights {{weights}} {PLAIN} --output_dir {{tmp}}/out"
 KNN = f"knn {BARE} --nb_knn 5"
@@ -430,6 +434,14 @@ RUN = [
         "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
     ),
     case(
+        "=--objective {}: names no teacher; add --teacher_model timm/NAME, or a built-in one with "
+        "its --teacher_path",
+        f"{UNLABELED} --objective distill",
+        f"{FINETUNE} --data_path {{shards}}",
+        f"{UNLABELED} --objective distill --teacher_model xcit_pico_6_p8 "
+        "--teacher_path {tmp}/tuned",
+    ),
+    case(
         "name a teacher of these classes with --teacher_path",
         f"{DISTILL} --data_path {{shards}} --teacher_model regnety_160.deit_in1k",
         f"{FINETUNE} --data_path {{shards}}",
@@ -668,6 +680,7 @@ ELSEWHERE = {
         ],
         "a layout or a list",
     ),
+    "--teacher_path: the frozen teacher changed under this run": "test_distillation.py",
     "--arch: the network takes {} channels": "weights for grey images: tests of the zoo",
     "and this run has {} and {}": "a warning that a run begins with",
     "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",

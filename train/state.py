@@ -44,6 +44,7 @@ class TrainState:
     data: str  # checksum of the index
     global_batch: int
     step: int = 0
+    frozen: str = ""  # checksum of a frozen teacher, which checkpoints do not hold
     rollbacks: int = 0  # each halves the learning rate of what follows
     log: dict[str, Any] = field(default_factory=dict)  # what RunLog and the alarms have gathered
 
@@ -54,6 +55,7 @@ class TrainState:
             "step": self.step,
             "data": self.data,
             "global_batch": self.global_batch,
+            "frozen": self.frozen,
             "rollbacks": self.rollbacks,
             "log": self.log,
             **{name: module.state_dict() for name, module in self.modules.items()},
@@ -65,7 +67,8 @@ class TrainState:
         """Restore everything; strict.
 
         Raises:
-            InputError: the run was trained on other data, or with another global batch.
+            InputError: the run was trained on other data, with another global batch, or with
+                another frozen teacher.
         """
         if state["data"] != self.data:
             raise InputError(
@@ -78,6 +81,12 @@ class TrainState:
                 f"the global batch is {self.global_batch} and was {state['global_batch']}: keep "
                 "processes x --batch_size_per_gpu x --accum_iter as it was, or start another "
                 "--output_dir"
+            )
+        if state.get("frozen", "") != self.frozen:  # runs of earlier versions have none
+            raise InputError(
+                f"--teacher_path: the frozen teacher changed under this run (its weights have "
+                f"checksum {self.frozen or 'none'}, the checkpoint {state['frozen']}); restore "
+                "its file, or start another --output_dir"
             )
         for name, module in self.modules.items():
             module.load_state_dict(state[name])

@@ -213,7 +213,7 @@ def input_settings(path: Path, which: str | None = None) -> InputSettings | None
     try:
         facts = formats.metadata(path)
         options = yaml.safe_load(facts["config"]) if "config" in facts else {}
-        if which == "teacher" and "teacher_model" in options:  # of a distillation
+        if which == "teacher" and "distillation_type" in options:  # of a distillation with labels
             text = facts.get("teacher_input")
         elif options:
             return InputSettings.of_run(options)

@@ -114,15 +114,21 @@ def load_pretraining(
     """
     path, found = Path(path), find_pretraining(path)
     for state, network in ((found.student, student), (found.teacher, teacher)):
+        state, wanted = (_without_projector(each) for each in (state, network.state_dict()))
         check_arch(path, layouts.under(state, "backbone."), _backbone(network))
-        check_head(path, state, network.state_dict())
-        check_tensors(path, state, network.state_dict())
-        network.load_state_dict(state)
+        check_head(path, state, wanted)
+        check_tensors(path, state, wanted)
+        network.load_state_dict(state, strict=False)
     center.copy_(found.center)
     return (
         f"{path.name}: took student and teacher ({len(found.student)} tensors each, with heads of "
         f"{len(center)} prototypes) and the centre; schedules and optimiser begin anew"
     )
+
+
+def _without_projector(state: State) -> State:
+    """A student's tensors without what projects them to a frozen teacher's, which begins as new."""
+    return {name: value for name, value in state.items() if not name.startswith("projector.")}
 
 
 def check_head(path: Path, theirs: State, ours: State) -> None:

@@ -175,7 +175,7 @@ def learnt(trainer, batches, now):
         targets, _ = teacher_targets(trainer, views[0], now)
         weight = 1 / len(batches)
         losses.append(
-            student_backward(trainer, views, targets, loss_weight=weight, sync_gradients=False)
+            student_backward(trainer, views, targets, loss_weight=weight, sync_gradients=False).loss
         )
     gradients = {n: p.grad for n, p in trainer.student.named_parameters() if p.requires_grad}
     return torch.stack(losses), gradients, dict(trainer.student.named_buffers())

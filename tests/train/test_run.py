@@ -29,8 +29,9 @@ BEARING = {  # why an option may not change unasked while a run goes on
     "norm_last_layer use_bn_in_head",
     "where it starts": "init_from pretrained_weights checkpoint_key new_head",
     "the loss": "student_temp warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs "
-    "center_momentum momentum_teacher smoothing teacher_model teacher_path teacher_size "
-    "distillation_type distillation_alpha distillation_tau",
+    "center_momentum momentum_teacher smoothing objective teacher_model teacher_path "
+    "teacher_size distill_weight distill_patch_weight distillation_type distillation_alpha "
+    "distillation_tau",
     "the order of the images": "shuffle_window last_batch repeated_aug",
     "the pixels (a GPU's JPEG decoder rounds in other places)": "decoder global_crops_number "
     "global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale "

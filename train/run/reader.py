@@ -50,7 +50,7 @@ class Run:
     @property
     def kind(self) -> str:
         """``pretrain``, ``finetune`` or ``distill``: whose options these are."""
-        if "teacher_model" in self.config:
+        if "distillation_type" in self.config:
             return "distill"
         return "finetune" if "input_size" in self.config else "pretrain"
 

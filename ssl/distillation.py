@@ -1,0 +1,164 @@
+"""Distillation without labels: the student reproduces a frozen teacher's features of every crop.
+
+The teacher sees the student's augmented crops, in its own normalization and resolution. Its class
+token (or pooled features) and its patch tokens, resampled to the student's grid, are standardized
+token by token (feature distillation, arXiv 2205.14141), and linear projections of the student's
+tokens are drawn towards them. Nothing can collapse: the targets do not depend on the student.
+
+Shapes: V views of B images, D and P the widths of the teacher's class and patch tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcit_dino.data.config import CropsConfig
+from xcit_dino.eval.teacher import Loaded, Teacher, load_teacher
+from xcit_dino.inputs import InputSettings
+from xcit_dino.models.probe import check_sizes
+from xcit_dino.models.tokens import Tokens, stride_of, tokens_of, widths_of
+from xcit_dino.ssl.config import ObjectiveConfig
+from xcit_dino.train.amp import autocast
+
+BETA = 2.0  # of smooth L1, as in feature distillation
+
+
+class FrozenTeacher(Teacher):
+    """The teacher of a pretraining: :class:`Tokens` of the student's crops as targets.
+
+    Args:
+        loaded: its network and input settings.
+        ours: how the student's crops are prepared.
+        global_size: side of the student's global crops in pixels.
+        patches: whether patch tokens are wanted.
+        dtype: of its forward pass.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        ours: InputSettings,
+        global_size: int,
+        *,
+        patches: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(loaded.network, ours, loaded.settings)
+        self.global_size, self.patches, self.dtype = global_size, patches, dtype
+        self.stride = stride_of(loaded.network)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D and P; P is 0 without patch tokens."""
+        return widths_of(self.network, self.size_for(self.global_size), self.patches)
+
+    def size_for(self, side: int) -> int:
+        """Side of a crop of ``side`` pixels as the teacher sees it: in proportion, rounded to its
+        stride."""
+        wanted = (self.size or self.global_size) * side / self.global_size
+        if side == self.global_size:
+            return round(wanted)
+        return max(self.stride, round(wanted / self.stride) * self.stride)
+
+    @torch.no_grad()
+    def targets(self, crops: Tensor) -> Tokens:
+        """Crops (V*B, 3, S, S) in the student's normalization -> standardized tokens, float32:
+        (V*B, D) and (V*B, H, W, P) on the teacher's own grid."""
+        with torch.autocast(crops.device.type, enabled=False):
+            images = self.prepare(crops, self.size_for(crops.shape[-1]))
+        with autocast(crops.device, self.dtype):
+            pooled, patches = tokens_of(self.network, images, self.patches)
+        return Tokens(standardize(pooled), None if patches is None else standardize(patches))
+
+
+def standardize(tokens: Tensor) -> Tensor:
+    """Every token with mean 0 and variance 1 over its channels, float32."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
+class Projector(nn.Module):
+    """The student's tokens in the width of the teacher's; serves the training alone.
+
+    Args:
+        width: of the student's tokens: pooled, patches.
+        teacher: widths of the teacher's; 0 where there are no patch tokens.
+    """
+
+    def __init__(self, width: tuple[int, int], teacher: tuple[int, int]):
+        super().__init__()
+        self.cls = nn.Linear(width[0], teacher[0])
+        self.patch = nn.Linear(width[1], teacher[1]) if teacher[1] else None
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tokens) -> Tokens:
+        patches = None if self.patch is None else self.patch(tokens.patches)
+        return Tokens(self.cls(tokens.pooled), patches)
+
+
+def distillation_loss(
+    predicted: list[Tokens], targets: list[Tokens], patch_weight: float, num_rows: int
+) -> Tensor:
+    """Smooth L1 distance to the targets, a mean over channels, tokens, and views of images; class
+    token plus ``patch_weight`` times the patch tokens.
+
+    predicted, targets: a group of crops of one size each; num_rows: V*B of all groups of an image,
+    where these are not all of them.
+    """
+    total = torch.zeros((), device=targets[0].pooled.device)
+    for ours, theirs in zip(predicted, targets, strict=True):
+        distance = F.smooth_l1_loss(ours.pooled.float(), theirs.pooled, beta=BETA)
+        if ours.patches is not None and theirs.patches is not None:
+            patches = ours.patches.float()
+            same_grid = resample(theirs.patches, patches.shape[1:3])
+            distance = distance + patch_weight * F.smooth_l1_loss(patches, same_grid, beta=BETA)
+        total = total + distance * (len(ours.pooled) / num_rows)
+    return total
+
+
+def resample(tokens_BHWP: Tensor, grid: torch.Size) -> Tensor:
+    """A grid of tokens as one of another size, bilinear and antialiased."""
+    if tokens_BHWP.shape[1:3] == grid:
+        return tokens_BHWP
+    image = tokens_BHWP.permute(0, 3, 1, 2)
+    resized = F.interpolate(image, list(grid), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1)
+
+
+def frozen_teacher(
+    config: ObjectiveConfig, crops: CropsConfig, ours: InputSettings, dtype: torch.dtype
+) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """The teacher that the options name, on the CPU, and what it is.
+
+    ours: how the student's crops are prepared; dtype: of the teacher's forward pass.
+
+    Raises:
+        InputError: no such network or weights, or crops of a size that it does not take.
+    """
+    config.check_teacher()
+    assert config.teacher_model is not None
+    loaded = load_teacher(config.teacher_model, config, num_classes=0)
+    patches = config.distill_patch_weight > 0
+    teacher = FrozenTeacher(loaded, ours, crops.global_crops_size, patches=patches, dtype=dtype)
+    sides = [crops.global_crops_size] + [crops.local_crops_size] * (crops.local_crops_number > 0)
+    for side in sides:
+        size = {"teacher_size": teacher.size_for(side)}
+        check_sizes(teacher.network, config.teacher_model, size, features=False)
+    return teacher, loaded.facts | {"teacher_checksum": tensors_checksum(loaded.network)}
+
+
+def tensors_checksum(network: nn.Module) -> str:
+    """The first 16 hex digits of a SHA-256 of a network's weights and buffers, whatever file they
+    came from."""
+    found = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
