@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -34,6 +35,26 @@ def check_sizes(model: nn.Module, arch: str, sizes: dict[str, int], features: bo
                 f"--arch {arch}: it gives {given} for an image instead of {model.embed_dim} "
                 "features; take another --arch"
             )
+
+
+def unused_parameters(model: nn.Module, arch: str, size: int) -> list[str]:
+    """Names of the trainable parameters that features do not depend on, found by a training pass
+    of a copy over two images of ``size`` pixels; ``model`` stays as it is.
+
+    Raises:
+        InputError: it cannot be trained on features alone.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        trial = copy.deepcopy(model).train()
+        images = torch.randn(2, 3, size, size, dtype=next(trial.parameters()).dtype)
+        try:
+            trial(images).sum().backward()
+        except Exception as error:  # each network has its own way
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(
+                f"--arch {arch}: it cannot be trained ({reason}); take another --arch"
+            ) from error
+    return [name for name, p in trial.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def _takes(model: nn.Module, size: int) -> bool:

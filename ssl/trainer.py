@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
 from xcit_dino.inputs import InputSettings
-from xcit_dino.models.probe import check_sizes
+from xcit_dino.models.probe import check_sizes, unused_parameters
 from xcit_dino.models.tokens import Tokens
 from xcit_dino.models.zoo import TIMM_PREFIX
 from xcit_dino.options import options
@@ -120,12 +120,15 @@ def set_up(
         config.model, config.head if objective.dino else None, config.run.seed,
         frozen and frozen.widths, config.crops.global_crops_size,
     )  # fmt: skip
+    unused: list[str] = []
     if config.model.arch.startswith(TIMM_PREFIX):
         crops = config.crops
         sizes = {"global_crops_size": crops.global_crops_size}
         if crops.local_crops_number:
             sizes["local_crops_size"] = crops.local_crops_size
         check_sizes(student.backbone, config.model.arch, sizes, features=True)
+        found = unused_parameters(student.backbone, config.model.arch, min(sizes.values()))
+        unused = [] if objective.distills else found  # whose patch tokens may depend on them
     if world.size > 1:
         sync_batchnorm.convert(student)
         sync_batchnorm.convert(teacher)
@@ -151,7 +154,7 @@ def set_up(
     )
     fsdp.take_whole_moments(state.optimizer)
     augment = Augment(config.augment, seed=config.run.seed, dtype=dtype)
-    parallel = data_parallel(student, world)
+    parallel = data_parallel(student, world, [f"backbone.{name}" for name in unused])
     return DinoTrainer(
         config, world, dtype, state, parallel, student, teacher, loss, augment,
         frozen and frozen.to(device), facts,

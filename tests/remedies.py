@@ -638,6 +638,7 @@ ELSEWHERE = {
     "the result above is not stored, as {} cannot be written": "a disk that fails: test_results.py",
     "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",
     "instead of {} features; take another --arch": "no such network at hand",
+    "--arch {}: it cannot be trained ({})": "no such network at hand: test_timm_backbones.py",
     "--{} {}: {} does not take images of that size": "networks of timm for one size: test_zoo.py",
     "xcit-dino knn makes them (embed, where there are no labels)": "needs a report with pictures: "
     "test_report.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +97,16 @@ def is_sharded(network: nn.Module) -> bool:
     return hasattr(network, "set_requires_gradient_sync")
 
 
-def data_parallel(network: nn.Module, world: dist.World) -> nn.Module:
+def data_parallel(network: nn.Module, world: dist.World, unused: Sequence[str] = ()) -> nn.Module:
     """The network in DistributedDataParallel where several ranks hold all of it. Synchronised
-    batch-norm keeps its buffers equal without broadcasts."""
+    batch-norm keeps its buffers equal without broadcasts.
+
+    unused: names of parameters that get no gradient; they stay as they are on every rank.
+    """
     if world.size == 1 or is_sharded(network):
         return network
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(network, list(unused))  # else the second step waits for their gradients
     # a depthwise weight's gradient may order its dimensions of size 1 differently, at no cost
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -19,6 +19,10 @@ class Renamed(nn.BatchNorm2d):
     """As some networks have one, for an initialisation of their own."""
 
 
+class Derived(BatchNormAct2d):
+    """As a network may have one, with another name and the same arithmetic."""
+
+
 LAYERS = {
     "1d": (nn.BatchNorm1d(3), (6, 3)),
     "1d of sequences": (nn.BatchNorm1d(3), (6, 3, 4)),
@@ -26,6 +30,7 @@ LAYERS = {
     "3d": (nn.BatchNorm3d(3), (6, 3, 2, 4, 5)),
     "renamed": (Renamed(3), (6, 3, 4, 5)),
     "timm's": (BatchNormAct2d(3, act_layer=nn.GELU), (6, 3, 4, 5)),
+    "derived from timm's": (Derived(3), (6, 3, 4, 5)),
     "without momentum": (nn.BatchNorm2d(3, momentum=None), (6, 3, 4, 5)),
 }
 

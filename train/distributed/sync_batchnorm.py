@@ -128,7 +128,7 @@ def convert(model: nn.Module) -> nn.Module:
     """
     for name, module in model.named_modules():
         kind = type(module)
-        if kind.__name__ == "BatchNormAct2d":  # by name: timm is slow to import
+        if _is_timms(kind):
             module.__class__ = SyncBatchNormAct
         elif isinstance(module, _BatchNorm) and kind.forward in (
             _BatchNorm.forward,
@@ -142,6 +142,14 @@ def convert(model: nn.Module) -> nn.Module:
                 "or take another --arch"
             )
     return model
+
+
+def _is_timms(kind: type) -> bool:
+    """Whether a layer computes as timm's BatchNormAct2d; by name, as timm is slow to import."""
+    known = [
+        base for base in kind.__mro__ if base.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
+    ]
+    return bool(known) and kind.forward is known[-1].forward and issubclass(kind, _BatchNorm)
 
 
 def _gathers_statistics(module: nn.Module) -> bool:
