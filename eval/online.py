@@ -57,14 +57,19 @@ def online_knn(
             print(f"no k-NN during pretraining: {reason}", flush=True)
         return None
     train, val, classes = labelled_splits(data_path)
-    given = {name: run[name] for name in ("num_workers", "precision") if name in run}
-    settings = InputSettings.of_run(run) or InputSettings()
-    context = make_context(EvalTargetConfig(**given), settings, run, data_path, world)
-    # unreadable images are left out, and said: they are for the training to stop at
-    context = replace(context, loader=replace(context.loader, max_bad_fraction=1.0))
+    context = online_context(run, data_path, world)
     few = replace(context.loader, num_workers=0)
     draw = OnlinePictures(pictures, replace(context, loader=few)) if pictures else None
     return OnlineKnn(train, val, classes, context, every, name, draw)
+
+
+def online_context(run: dict[str, Any], data_path: str | Path, world: dist.World) -> Context:
+    """How images reach the network in an evaluation between two steps of a run."""
+    given = {name: run[name] for name in ("num_workers", "precision") if name in run}
+    settings = InputSettings.of_run(run) or InputSettings()
+    context = make_context(EvalTargetConfig(**given), settings, run, data_path, world)
+    # unreadable images are skipped, and counted: they are for the training to stop at
+    return replace(context, loader=replace(context.loader, max_bad_fraction=1.0))
 
 
 def labelled_splits(data_path: str | Path) -> tuple[ShardIndex, ShardIndex, int]:
@@ -104,8 +109,9 @@ class OnlineKnn:
         if epoch % self.every:
             return {}
         with evaluating(backbone), torch.inference_mode():
-            bank = self._embedded(backbone, self.train, BANK)
-            queries = self._embedded(backbone, self.val, QUERIES)
+            embed = partial(embed_subset, self.context, label="k-NN", labelled=True)
+            bank = embed(self.train, backbone, BANK)
+            queries = embed(self.val, backbone, QUERIES)
             with dist.together():
                 drawn = self.draw(backbone, epoch, bank, queries) if self.draw else {}
                 accuracies = self._accuracies(bank, queries)
@@ -120,30 +126,45 @@ class OnlineKnn:
         top1, top5 = (100 * hits[0] / len(queries.labels)).tolist()
         return {f"{self.name}_top1": top1, f"{self.name}_top5": top5}
 
-    def _embedded(self, backbone: nn.Module, index: ShardIndex, most: int) -> Embedded:
-        """Features of the readable images of the subset, on every rank.
 
-        Raises:
-            InputError: there are none.
-        """
-        chosen = spread(index.num_samples, most)
-        world = dist.world_size()
-        with dist.together():
-            probe = blocks_of(backbone, self.context.blank())["cls"]
-            # the last column says that the image was read
-            table = probe.new_zeros(len(chosen), probe.shape[1] + 1, dtype=torch.float32)
-            for blocks, samples in self.context.batches(
-                partial(blocks_of, backbone), index, chosen[dist.rank() :: world], "k-NN"
-            ):
-                rows = np.searchsorted(chosen, samples)
-                table[rows, :-1], table[rows, -1] = blocks["cls"], 1
-        if world > 1:
-            torch.distributed.all_reduce(table)
-        found = table.cpu().numpy()
-        seen = found[:, -1] > 0
-        if not seen.any():
-            raise InputError(f"{index.root}: not one of {len(seen)} images can be read")
-        if not seen.all() and dist.is_main():
-            print(f"k-NN: {(~seen).sum()} of {len(seen)} images of {index.root} cannot be read")
-        samples = chosen[seen]
-        return Embedded(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))
+def embed_subset(
+    context: Context,
+    index: ShardIndex,
+    backbone: nn.Module,
+    most: int,
+    label: str,
+    *,
+    labelled: bool = False,
+) -> Embedded:
+    """Features of the readable images of a fixed subset, on every rank.
+
+    Args:
+        backbone: in evaluation mode.
+        most: images, spread evenly over the split.
+        label: of the progress bar.
+        labelled: images without a label do not count.
+
+    Raises:
+        InputError: there are none.
+    """
+    chosen = spread(index.num_samples, most)
+    world = dist.world_size()
+    with dist.together():
+        probe = blocks_of(backbone, context.blank())["cls"]
+        # the last column says that the image was read
+        table = probe.new_zeros(len(chosen), probe.shape[1] + 1, dtype=torch.float32)
+        for blocks, samples in context.batches(
+            partial(blocks_of, backbone), index, chosen[dist.rank() :: world], label, labelled
+        ):
+            rows = np.searchsorted(chosen, samples)
+            table[rows, :-1], table[rows, -1] = blocks["cls"], 1
+    if world > 1:
+        torch.distributed.all_reduce(table)
+    found = table.cpu().numpy()
+    seen = found[:, -1] > 0
+    if not seen.any():
+        raise InputError(f"{index.root}: not one of {len(seen)} images can be read")
+    if not seen.all() and dist.is_main():
+        print(f"{label}: {(~seen).sum()} of {len(seen)} images of {index.root} cannot be read")
+    samples = chosen[seen]
+    return Embedded(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))

@@ -61,6 +61,11 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.stem.rpartition("-")[2])
+
+
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint is as its JSON says.
 

@@ -24,6 +24,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
         ("Loss = teacher entropy + KL", "nats", ("loss", "teacher_entropy", "kl")),
         ("k-NN of the teacher, top-1", "%", ("knn_top1",)),
         ("k-NN on the other data, top-1", "%", ("knn_other_top1",)),
+        ("Neighbors kept since the start", "share", ("neighbors_kept", "neighbors_kept_other")),
+        ("Features: CKA with the start", "", ("feature_cka", "feature_cka_other")),
         ("Validation", "%", ("val_top1", "val_ema_top1")),
         ("Teacher outputs, 0 is collapse", "share", ("information", "mean_entropy")),
         ("Feature std, 1 is uniform", "", ("feature_std",)),

@@ -152,10 +152,6 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "knn_every")
 
-    def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.options.ineffective`."""
-        return needs(self.knn_every, "with --knn_every 0", "knn_data_path")
-
 
 @dataclass(frozen=True)
 class SpeedConfig:
@@ -178,6 +174,24 @@ class HealthConfig:
 
     on_collapse: Literal["continue", "stop"] = "continue"
     """What an alarm for collapse does beside naming the kind and the option to turn."""
+    on_forgetting: Literal["warn", "stop", "rollback"] = "warn"
+    """What happens when too little of the weights of --init_from is left: a warning, the end, or
+    back to the last good checkpoint with half the learning rate."""
+    forgetting_every: float = 1.0
+    """Epochs between measurements of what is left, without labels, on 2,000 images; with
+    --knn_data_path on those data too. 0: none."""
+    forgetting_threshold: float = 0.5
+    """Share that must be left: of each image's 10 nearest neighbors by the weights of --init_from
+    (on --knn_data_path where it is given), and of the k-NN accuracy there."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e6, "forgetting_every")
+        within(self, 0, 1, "forgetting_threshold")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.options.ineffective`."""
+        off = "with --forgetting_every 0"
+        return needs(self.forgetting_every, off, "on_forgetting", "forgetting_threshold")
 
 
 @dataclass(frozen=True)
@@ -240,14 +254,19 @@ class PretrainConfig:
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
+        start, guard = self.start.init_from, self.health.forgetting_every
+        looks = self.online.knn_every or (start and guard)
         sections = (HeadConfig, DinoConfig)
         names = [each.name for section in sections for each in fields(section)]
         names[names.index("momentum_teacher")] = (
             "new_head"  # the former is of the moving average, which there is in any case
         )
+        forgetting = ("on_forgetting", "forgetting_every", "forgetting_threshold")
         return {
             **self.loader.unused_cache(self.online.knn_data_path),
             **needs(self.objective.dino, "with --objective distill", *names),
+            **needs(looks, "with --knn_every 0 and no --init_from", "knn_data_path"),
+            **needs(start, "without --init_from", *forgetting),
         }
 
     def remarks(self) -> list[str]:

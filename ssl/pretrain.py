@@ -23,7 +23,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.online import Evaluate, online_knn
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.options import options
-from xcit_dino.ssl import diagnostics
+from xcit_dino.ssl import diagnostics, forgetting
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule, EmaHyperparameters
 from xcit_dino.ssl.start import initialize, with_input_settings
@@ -207,7 +207,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     trainer = set_up(config, world, dtype, index.checksum, batch_size)
     recipes = trainer.augment.recipes
     loader = crop_loader(config, world, index, plan, config.crops, recipes=recipes)
-    evaluation = TeacherEvaluation(trainer, evaluate, plan.steps_per_epoch)
+    drifts = forgetting.drifts(config, index, world)
+    evaluation = TeacherEvaluation(trainer, evaluate, drifts, plan.steps_per_epoch)
     training = Training(
         "pretraining",
         config,
@@ -222,6 +223,8 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
         evaluate=evaluation,
         evaluation_due=evaluation.due,
         facts=trainer.facts,
+        judge=forgetting.judge(config),
+        save_start=bool(drifts) and config.health.on_forgetting == "rollback",
     )
     train(training)
 
@@ -242,21 +245,33 @@ def open_data(config: PretrainConfig) -> ShardIndex:
 
 @dataclass(frozen=True)
 class TeacherEvaluation:
-    """Evaluations of the teacher at epoch ends."""
+    """Evaluations of the teacher: at epoch ends, and what is left of the starting weights every
+    ``--forgetting_every``."""
 
     trainer: DinoTrainer
     evaluate: Evaluate | None
+    drifts: Sequence[forgetting.Drift]
     steps_per_epoch: int
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Metrics and pictures after a step."""
-        assert self.evaluate is not None
-        return self.evaluate(self.trainer.eval_backbone(), step // self.steps_per_epoch)
+        backbone, found = self.trainer.eval_backbone(), {}
+        if self.evaluate is not None and step % self.steps_per_epoch == 0:
+            found |= self.evaluate(backbone, step // self.steps_per_epoch)
+        for drift in self.drifts if self._drift_due(step) else ():
+            found |= drift(backbone, step)
+        return found
 
     def due(self, step: int) -> bool:
-        """Whether an epoch ends with this step; before the first one, where weights were loaded."""
+        """Whether there is anything to evaluate after a step; after none, where weights were
+        loaded."""
         known = step > 0 or self.trainer.config.start.init_from is not None
-        return self.evaluate is not None and known and step % self.steps_per_epoch == 0
+        ends_epoch = self.evaluate is not None and step % self.steps_per_epoch == 0
+        return known and (ends_epoch or self._drift_due(step))
+
+    def _drift_due(self, step: int) -> bool:
+        every = self.trainer.config.health.forgetting_every * self.steps_per_epoch
+        return bool(self.drifts) and step % max(1, round(every)) == 0
 
 
 def collapse_alarms(

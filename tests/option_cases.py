@@ -184,6 +184,7 @@ RUN: Cases = {
 TEACHER = {"teacher_model": ARCH, "teacher_path": "tuned.pth", "teacher_size": "32"}
 DISTILLED = {"objective": "distill"} | TEACHER
 BOTH = {"objective": "dino+distill"} | TEACHER
+FROM_RUN = {"init_from": "run"}
 PRETRAIN: Cases = RUN | {
     "objective": [turn("dino+distill", **W, given=DISTILLED), turn("distill", **W, given=BOTH)],
     "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8", given=DISTILLED),
@@ -227,6 +228,11 @@ PRETRAIN: Cases = RUN | {
     "knn_every": [turn("1", shows="metrics")],
     "knn_data_path": [turn("data2", shows="metrics", given={"knn_every": "1"})],
     "on_collapse": [turn("stop", shows="printed", within=collapsing)],
+    "on_forgetting": [
+        turn("stop", "rollback", shows="printed", given=FROM_RUN | {"forgetting_threshold": "1"})
+    ],
+    "forgetting_every": [turn("0", "0.5", shows="metrics", given=FROM_RUN)],
+    "forgetting_threshold": [turn("1", shows="printed", given=FROM_RUN)],
     "compile": [turn("on", shows="calls")],
     "grad_checkpointing": [turn("true", shows="calls")],
     "group_backward": [turn("true", shows="calls")],

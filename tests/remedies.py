@@ -687,6 +687,7 @@ ELSEWHERE = {
     "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",
     # data that a test of its own makes
     "--split {}: {} holds {}": "names what there is: test_pack.py",
+    "from which --init_from goes on in another --output_dir": "test_forgetting.py follows it",
     "labels such as {} are quantities": "test_layouts.py, with such a list",
     "labels are numbers, but {} is none": "test_pack.py, with such a list",
     "name other classes; pack both with one label map": "test_features.py",

@@ -36,10 +36,10 @@ class Evaluations:
     def __init__(self, folder: Path, log: RunLog, compute: Callable[[int], dict[str, Any]]):
         self.mark, self.log, self.compute = folder / MARK, log, compute
 
-    def __call__(self, step: int) -> None:
-        """Evaluate what there is after ``step``."""
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Evaluate what there is after ``step``; returns what was found."""
         if not dist.from_main(lambda: self._begin(step)):
-            return
+            return {}
         with self.log.untimed(), compiler.eager():
             try:
                 found = self.compute(step)
@@ -55,11 +55,12 @@ class Evaluations:
         if dist.is_main():
             with suppress(OSError):
                 self.mark.unlink()
+        return found
 
-    def catch_up(self, step: int) -> None:
-        """Evaluate at the start of a try what the one before left out or did not finish."""
-        if not self.log.evaluated(step):
-            self(step)
+    def catch_up(self, step: int) -> dict[str, Any]:
+        """Evaluate at the start of a try what the one before left out or did not finish; returns
+        what either found."""
+        return self.log.evaluated(step) or self(step)
 
     def _begin(self, step: int) -> bool:
         """Note that an evaluation begins; False where too many tries have ended in it."""

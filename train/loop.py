@@ -22,10 +22,11 @@ from xcit_dino.options import absolute, dump_yaml
 from xcit_dino.train import memory, signals
 from xcit_dino.train.distributed import dist, fsdp
 from xcit_dino.train.evaluation import Evaluations
-from xcit_dino.train.nonfinite import RollBack, Skips, first_tensor, keys_of, roll_back
+from xcit_dino.train.nonfinite import Skips, first_tensor, keys_of
 from xcit_dino.train.run.folder import check_run, open_run, say_changes
 from xcit_dino.train.run.lock import held
 from xcit_dino.train.run.log import RunLog
+from xcit_dino.train.run.rollback import RollBack, roll_back
 from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
 from xcit_dino.train.watchdog import Watchdog
@@ -71,6 +72,11 @@ class Training:
     """Step -> metrics and pictures to log."""
     evaluation_due: Callable[[int], bool] = lambda step: False
     """Whether there is anything to evaluate after a step, 0 for the initial weights."""
+    judge: Callable[[int, dict[str, Any]], int | None] = lambda step, found: None
+    """What follows from an evaluation; returns the step whose checkpoint must stay, or raises
+    RollBack or RunError."""
+    save_start: bool = False
+    """Save the initial weights too, to go back to."""
     finish: Callable[[RunLog, Checkpoints, dict[str, Any]], None] = lambda *finished: None
     """Called once after the last step, with ``facts``."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +150,7 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
     """Step after step until the last one, or until the run is to stop.
 
     Raises:
-        RollBack: gradients were non-finite for too long.
+        RollBack: gradients were non-finite for too long, or an evaluation demands it.
         RunError: see :func:`train`.
     """
     run, state = training.config.run, training.state
@@ -165,8 +171,10 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
         saved=state.log, waited=loader.wait_seconds,
     ) as log:  # fmt: skip
         evaluations = Evaluations(run.output_dir, log, training.evaluate)
+        if training.save_start and state.step == 0:
+            save(training, checkpoints, 0, permanent=False)
         if training.evaluation_due(state.step):
-            evaluations.catch_up(state.step)
+            checkpoints.good = training.judge(state.step, evaluations.catch_up(state.step))
         for batches in steady(loader, state) if state.step < last_step else ():
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             vote.cast(overdue)
@@ -189,7 +197,7 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
                 saved_at = time.monotonic()
             urgent = wish == signals.STOP and state.step < last_step  # the next attempt catches up
             if training.evaluation_due(state.step) and not urgent:
-                evaluations(state.step)
+                checkpoints.good = training.judge(state.step, evaluations(state.step))
             watchdog.beat(state.step)
             if stopping:
                 break

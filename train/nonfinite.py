@@ -26,14 +26,9 @@ from xcit_dino.errors import RunError, warn
 from xcit_dino.train.async_copy import first_nonfinite
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.distributed.fsdp import local
-from xcit_dino.train.state import Checkpoints
+from xcit_dino.train.run.rollback import RollBack
 
-MAX_ROLLBACKS = 3  # with the learning rate at an eighth, it is not the learning rate
 ADVICE = "try --precision bf16 or fp32, a lower --lr, or a smaller --clip_grad"
-
-
-class RollBack(Exception):
-    """The run has to go back to its last checkpoint; the message says why."""
 
 
 class Flag(NamedTuple):
@@ -98,7 +93,7 @@ class Skips:
         reason = f"{self.in_a_row} steps in a row" + (f", {spoilt} is spoilt" if spoilt else "")
         reason = f"gradients were not finite up to step {flag.step} ({reason})"
         if self.roll_back:
-            raise RollBack(reason)
+            raise RollBack(reason, ADVICE)
         raise RunError(f"{reason}; the last checkpoint is from before: {ADVICE}, and go on from it")
 
     def _write_down(self, flag: Flag, place: str) -> None:
@@ -112,22 +107,6 @@ class Skips:
         name = f"nonfinite.rank{rank}.jsonl" if rank else "nonfinite.jsonl"
         with suppress(OSError), open(self.folder / name, "a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def roll_back(reason: RollBack, rollbacks: int, checkpoints: Checkpoints) -> None:
-    """Say that the run goes back, for the n-th time, and on with half the learning rate.
-
-    Raises:
-        RunError: there is nothing to go back to, or it did not help before.
-    """
-    newest = checkpoints.newest()
-    if newest is None:
-        raise RunError(f"{reason}, before the first checkpoint: {ADVICE}")
-    if rollbacks > MAX_ROLLBACKS:
-        raise RunError(f"{reason}, in spite of {MAX_ROLLBACKS} roll-backs: {ADVICE}")
-    if dist.is_main():
-        factor = 0.5**rollbacks
-        warn(f"{reason}: back to {newest.name}, on with {factor:g} of the learning rate")
 
 
 def keys_of(index: ShardIndex, config: LoaderConfig, batch: Batch) -> list[str]:

@@ -26,6 +26,7 @@ from xcit_dino.models.checkpoints import (
     facts_of,
     is_whole,
     newest_whole,
+    step_of,
 )
 from xcit_dino.provenance import now
 from xcit_dino.train.async_copy import Hashed, HostCopy, first_nonfinite, sync_folder
@@ -110,6 +111,9 @@ class Checkpoints(AbstractContextManager):
     def __init__(self, run_folder: Path, keep: int = 2):
         self.folder = run_folder / "checkpoints"
         self.keep = keep
+        self.good: int | None = None
+        """A step up to which the run may have to go back; its checkpoint, or the last one before
+        it, is not dropped."""
         self._damaged: list[Path] = []
         self._copy = HostCopy()
         self._thread: threading.Thread | None = None
@@ -229,10 +233,20 @@ class Checkpoints(AbstractContextManager):
                 temporary.unlink()
             warn(f"{error}; training goes on, and the next checkpoint is tried when it is due")
 
+    def drop_after(self, step: int) -> None:
+        """Give up the checkpoints of later steps than ``step``."""
+        self._join()
+        for path in self.all():
+            if step_of(path) > step:
+                path.unlink()
+                path.with_suffix(".json").unlink(missing_ok=True)
+
     def _drop_old(self) -> None:
         passing = [p for p in self.all() if not facts_of(p).get("permanent", True)]
+        good = [p for p in self.all() if self.good is not None and step_of(p) <= self.good][-1:]
         for path in passing[: -self.keep]:
-            drop_unless_read(path)
+            if path not in good:
+                drop_unless_read(path)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:

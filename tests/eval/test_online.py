@@ -63,7 +63,7 @@ def test_a_fixed_subset_spread_over_the_split(run_folder, monkeypatch):
     assert isinstance(callback, online.OnlineKnn)
     index = ShardIndex.load(run_folder.data / "train")
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    found = callback._embedded(model, index, 24)
+    found = online.embed_subset(callback.context, index, model, 24, "k-NN", labelled=True)
     chosen = np.linspace(0, 95, 24).astype(int)
     assert found.features.shape == (24, 3) and found.samples.tolist() == chosen.tolist()
     assert found.labels.tolist() == index.labels[chosen].tolist()

@@ -17,6 +17,7 @@ CONFIG_FILE = "config.yaml"
 FREE = frozenset(
     "output_dir max_steps may_change saveckp_freq keep_checkpoints checkpoint_minutes log_every "
     "max_skipped on_nonfinite on_collapse on_stall watchdog_minutes "
+    "on_forgetting forgetting_every forgetting_threshold "
     "device batch_size_per_gpu accum_iter compile grad_checkpointing group_backward fsdp "
     "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
     "knn_every knn_data_path eval_every eval_batch_size".split()

@@ -26,6 +26,9 @@ SHOWN = {  # beside the bar: name of a metric -> (word, format)
     "memory_gib": ("GiB", ".1f"), "knn_top1": ("knn", ".1f"), "val_top1": ("val", ".1f"),
 }  # fmt: skip
 
+EVALUATED = ("knn", "val", "neighbors_kept", "feature_cka")
+"""What the names of an evaluation's metrics begin with."""
+
 
 class Meter:
     """Means over the steps since the last reading; tensors stay on the device until then.
@@ -179,11 +182,15 @@ class RunLog(AbstractContextManager):
         finally:
             self.meter.since += time.perf_counter() - began
 
-    def evaluated(self, step: int) -> bool:
-        """Whether an accuracy of this step was logged, by this try or an earlier one; as rank 0
-        sees it."""
+    def evaluated(self, step: int) -> dict[str, float]:
+        """What evaluations of this step found, in this try or an earlier one; as rank 0 sees it."""
         lines = dist.from_main(lambda: read_metrics(self.run.output_dir))
-        return any(line.get("step") == step and accuracies_in(line) for line in lines)
+        return {
+            name: value
+            for line in lines
+            if line.get("step") == step
+            for name, value in accuracies_in(line).items()
+        }
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Add numbers to the files; pictures (uint8 [H, W, 3]) and arrays to TensorBoard only."""
@@ -223,7 +230,7 @@ def last_accuracy(run: RunConfig) -> dict[str, float]:
 
 def accuracies_in(line: dict[str, Any]) -> dict[str, float]:
     """Those numbers of a line that an evaluation found."""
-    return {name: value for name, value in line.items() if name.startswith(("knn", "val"))}
+    return {name: value for name, value in line.items() if name.startswith(EVALUATED)}
 
 
 def shown(line: dict[str, float]) -> dict[str, str]:

@@ -1,0 +1,41 @@
+"""Going back to an earlier checkpoint, and on from there with half the learning rate."""
+
+from __future__ import annotations
+
+from xcit_dino.errors import RunError, warn
+from xcit_dino.train.distributed import dist
+from xcit_dino.train.state import Checkpoints
+
+MAX_ROLLBACKS = 3  # with the learning rate at an eighth, it is not the learning rate
+
+
+class RollBack(Exception):
+    """The run has to go back to a checkpoint; the message says why.
+
+    Args:
+        reason: in words.
+        advice: which options to turn where going back does not help.
+        until: later checkpoints than of this step are given up; None: the newest one is good.
+    """
+
+    def __init__(self, reason: str, advice: str, until: int | None = None):
+        super().__init__(reason)
+        self.advice, self.until = advice, until
+
+
+def roll_back(reason: RollBack, rollbacks: int, checkpoints: Checkpoints) -> None:
+    """Say that the run goes back, for the n-th time, and on with half the learning rate.
+
+    Raises:
+        RunError: there is nothing to go back to, or it did not help before.
+    """
+    if (until := reason.until) is not None:
+        dist.from_main(lambda: checkpoints.drop_after(until))
+    newest = checkpoints.newest()
+    if newest is None:
+        raise RunError(f"{reason}, before the first checkpoint: {reason.advice}")
+    if rollbacks > MAX_ROLLBACKS:
+        raise RunError(f"{reason}, in spite of {MAX_ROLLBACKS} roll-backs: {reason.advice}")
+    if dist.is_main():
+        factor = 0.5**rollbacks
+        warn(f"{reason}: back to {newest.name}, on with {factor:g} of the learning rate")
