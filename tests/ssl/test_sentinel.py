@@ -11,7 +11,6 @@ from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.errors import RunError
 from xcit_dino.options import options
-from xcit_dino.options import options
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
 from xcit_dino.ssl.diagnostics import KINDS, Alarms, health, patience
 
