@@ -206,6 +206,12 @@ def _open(cache: CachedFeatures, index: ShardIndex) -> Features:
     kept = np.flatnonzero(blocks.pop("seen") & (labels >= 0))
     unreadable = len(labels) - len(kept)
     if unreadable:
+        if dist.is_main():
+            print(
+                f"{index.root}: {unreadable:,} of {len(labels):,} images skipped: unreadable, or "
+                "without a label",
+                flush=True,
+            )
         blocks = {name: block[kept] for name, block in blocks.items()}
         labels = labels[kept]
     return Features(blocks, labels, num_classes_of(index), unreadable, cache)

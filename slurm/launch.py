@@ -22,7 +22,7 @@ from xcit_dino.paths import NOT_PATHS
 from xcit_dino.slurm import attempts, scheduler
 from xcit_dino.slurm.config import Launch, Stage
 from xcit_dino.slurm.dry_run import ineffective_options, preview
-from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run
+from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run, holder
 
 OFFICIAL_GPUS = 8  # per node, as in dino run_with_submitit.py, if SLURM cannot be queried
 Cluster = Literal["slurm", "local", "debug"]
@@ -214,7 +214,7 @@ def global_batch(stage: Stage) -> int:
 
 
 def refuse_busy(launch: Launch, cluster: Cluster) -> None:
-    """Refuse a run folder in use by a job, and on SLURM a name that one of the user's jobs has.
+    """Refuse a run folder in use by a job or another process, and on SLURM a name that one of the user's jobs has.
 
     Raises:
         InputError: names the job.
@@ -225,6 +225,11 @@ def refuse_busy(launch: Launch, cluster: Cluster) -> None:
         raise InputError(
             f"--output_dir {launch.run}: in use by {user}; see `xcit-dino launch status`, "
             "end it with `xcit-dino launch cancel`, or choose another folder"
+        )
+    if user := holder(launch.run):  # a command that no launcher started
+        raise InputError(
+            f"--output_dir {launch.run} is in use by {user}; wait for it, stop it, or choose "
+            "another folder"
         )
     for stage in launch.stages if cluster == "slurm" else ():
         name = f"{launch.job_name}-{stage.name}"

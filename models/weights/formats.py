@@ -66,16 +66,17 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def metadata_of(tree: Any) -> dict[str, str]:
-    """The texts of a checkpoint: on its top level, in its ``facts`` and in ``metadata``."""
+    """The texts of a checkpoint, on its top level, in its ``facts`` and in ``metadata``; its step
+    too, in digits."""
     if not isinstance(tree, dict):
         return {}
     places = (tree, tree.get("facts"), getattr(tree, METADATA, None))
     return {
-        name: value
+        name: str(value)
         for place in places
         if isinstance(place, dict)
         for name, value in place.items()
-        if isinstance(value, str)
+        if isinstance(value, str) or (name == "step" and isinstance(value, int))
     }
 
 

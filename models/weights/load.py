@@ -62,12 +62,14 @@ class Report:
     head: Literal["loaded", "new", "dropped", "none"]
     """The classifier: loaded; left as initialised (the file has none, or none was wanted); in the
     file but not in the model; in neither."""
+    note: str = ""
+    """What one should know of the network beside."""
 
     def __str__(self) -> str:
         where = f" under {self.place!r}" if self.place else ""
         return (
             f"{self.path.name}: took the {self.network}{where} ({self.num_tensors} tensors, "
-            f"{self.layout} layout, classifier {self.head})"
+            f"{self.layout} layout, classifier {self.head}){self.note}"
         )
 
 
@@ -173,7 +175,8 @@ def fit(
         state |= {name: wanted[name] for name in ours}
     check_tensors(path, state, wanted, name_of(model))
     taken = len(state) - (len(ours) if outcome == "new" else 0)
-    return state, Report(path, found.network, found.place, found.layout, taken, outcome)
+    note = young_average(path) if found.network == "model_ema" else ""
+    return state, Report(path, found.network, found.place, found.layout, taken, outcome, note)
 
 
 def _as_timm_reads_it(state: State, model: nn.Module) -> State:
@@ -201,6 +204,17 @@ def name_of(model: nn.Module) -> str:
         return str(shape)
     known = getattr(model, "default_cfg", {}).get("architecture")
     return f"{TIMM_PREFIX}{known}" if known else type(model).__name__
+
+
+def young_average(path: Path) -> str:
+    """A note where a run's moving average of the weights is mostly what they were before its first
+    step; "" elsewhere."""
+    facts = formats.metadata(path)
+    decay = (yaml.safe_load(facts.get("config", "")) or {}).get("model_ema_decay")
+    if not decay or "step" not in facts:
+        return ""
+    share = decay ** int(facts["step"])
+    return f"; {share:.0%} of it is still the weights before the first step" if share > 0.5 else ""
 
 
 def input_settings(path: Path, which: str | None = None) -> InputSettings | None:

@@ -580,3 +580,13 @@ def test_the_commands_end_well(tmp_path: Path) -> None:
     ):
         words = ["weights", command, str(source), "--output", str(tmp_path / output), *more]
         assert main(words) == 0 and (tmp_path / output).is_file(), command
+
+
+@pytest.mark.parametrize(("step", "note"), [(10, "98% of it is still the weights"), (2_000, "")])
+def test_an_average_over_too_few_steps_is_said(step, note, tmp_path):
+    model = create_model("xcit_pico_6_p16", num_classes=3)
+    state = {"model": model.state_dict(), "model_ema": model.state_dict(), "step": step}
+    torch.save(state | {"config": "model_ema_decay: 0.998\n"}, tmp_path / "run.pth")
+    report = load_backbone(tmp_path / "run.pth", model, "model_ema")
+    assert bool(note) == ("before the first step" in str(report)) and note in str(report)
+    assert "before the first step" not in str(load_backbone(tmp_path / "run.pth", model, "model"))

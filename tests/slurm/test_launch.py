@@ -684,6 +684,23 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
     launch.refuse_busy(plan_of(run), "local")
 
 
+def test_a_folder_that_a_plain_command_trains_in_is_refused(run: Path) -> None:
+    """The healthy run is not to be listed as failed by a launch that cannot begin."""
+    keep = (
+        "import sys; from pathlib import Path; from xcit_dino.train.run.lock import RunLock; "
+        "RunLock(Path(sys.argv[1])).take(); print('taken', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", keep, run], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout and other.stdout.readline() == b"taken\n"
+        before = sorted(run.rglob("*"))
+        with pytest.raises(InputError, match=f"is in use by process {other.pid} on .*wait for it"):
+            launch.refuse_busy(plan_of(run), "local")
+        assert sorted(run.rglob("*")) == before
+        other.communicate()
+    launch.refuse_busy(plan_of(run), "local")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     plan = plan_of(tmp_path / "file" / "run")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,7 +17,7 @@ from xcit_dino.options import absolute, dump_yaml, ineffective, options, read_ya
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.run.metrics import METRICS
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, LOCK = "config.yaml", "owner.lock"
 # These may differ between two tries of one run: they change nothing of what is learnt.
 FREE = frozenset(
     "output_dir max_steps may_change saveckp_freq keep_checkpoints checkpoint_minutes log_every "
@@ -23,6 +28,22 @@ FREE = frozenset(
     "knn_every knn_data_path eval_every eval_batch_size".split()
 )
 FILLED_IN = ("mean", "std")  # left out, they are those that the run folder has
+
+
+def holder(folder: Path) -> str:
+    """Which process keeps a run folder (see :mod:`xcit_dino.train.run.lock`), in words; "" where
+    none does, as far as the operating system's lock shows."""
+    try:
+        with open(folder / LOCK, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            owner = json.loads((folder / LOCK).read_bytes())
+            return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        return "another process"
+    return ""
 
 
 def check_output(run: RunConfig) -> None:

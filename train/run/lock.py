@@ -19,8 +19,8 @@ from typing import Any, Literal
 from xcit_dino.errors import InputError
 from xcit_dino.provenance import now
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.run.folder import LOCK
 
-LOCK = "owner.lock"
 HEARTBEAT = 10.0  # seconds between two signs of life of a run's owner
 WATCH = 35.0  # seconds without one after which an owner on another machine is taken for dead
 LEASE = (
