@@ -214,7 +214,7 @@ def global_batch(stage: Stage) -> int:
 
 
 def refuse_busy(launch: Launch, cluster: Cluster) -> None:
-    """Refuse a run folder in use by a job or another process, and on SLURM a name that one of the user's jobs has.
+    """Refuse a run folder in use, and on SLURM a name that one of the user's jobs has.
 
     Raises:
         InputError: names the job.
