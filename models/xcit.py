@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -319,6 +320,14 @@ class XCiT(nn.Module):
         patches = self._patches(images)
         maps = [attention[:, :, 0, 1:] for _, attention in self._class_attention(patches)]
         return torch.stack(maps).unflatten(-1, patches.shape[1:3])
+
+    def group_matcher(self) -> dict[str, Any]:
+        """Which layer a parameter belongs to, as timm's networks say it (``group_parameters``)."""
+        return {
+            "stem": r"^cls_token|pos_embeder|patch_embed",
+            "blocks": r"^blocks\.(\d+)",
+            "cls_attn_blocks": [(r"^cls_attn_blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two or more dimensions that weight decay must spare."""

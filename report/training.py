@@ -46,7 +46,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
         ("Memory", "GiB", ("memory_gib",)),
     ),
 }
-NO_CURVES = {"step", "epoch", "time", "freeze_last_layer"}
+NO_CURVES = {"step", "epoch", "time", "freeze_last_layer", "freeze_backbone"}
 TITLES = {
     "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of the mean",
     "val_top1": "last weights", "val_ema_top1": "averaged weights",

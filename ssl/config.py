@@ -132,6 +132,11 @@ class StartConfig:
     backbone. Left out: new weights."""
     new_head: bool = False
     """Take the backbone alone from a full DINO checkpoint, with new heads."""
+    freeze_backbone: float = 0.0
+    """Epochs in which the backbone gets no update, while a new head learns."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e6, "freeze_backbone")
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.train.config.ineffective`."""
@@ -273,6 +278,12 @@ class PretrainConfig:
         """What the options do together that one would not expect, a line each."""
         epochs = self.run.epochs
         found = self.optim.remarks(epochs) + (self._dino_remarks() if self.objective.dino else [])
+        frozen = self.start.freeze_backbone
+        if frozen >= epochs:
+            found.append(
+                f"--freeze_backbone {frozen:g} with --epochs {epochs}: the backbone is never "
+                "trained"
+            )
         if self.dino.momentum_teacher == 1:
             found.append("--momentum_teacher 1: the teacher stays as it is at the start")
         if self.online.knn_every > epochs:

@@ -68,6 +68,8 @@ def train_step(
     norms = optim.clip_gradients(student.parameters(), config.optim.clip_grad)
     if isinstance(now, DinoHyperparameters) and now.freeze_last_layer:
         student.prototypes.zero_grad(set_to_none=True)
+    if now.freeze_backbone:
+        student.backbone.zero_grad(set_to_none=True)
     skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
     state.optimizer.zero_grad(set_to_none=True)
     if dino_loss is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.schedules import Hyperparameters, Schedule, cosine, linear
@@ -13,6 +13,7 @@ class EmaHyperparameters(Hyperparameters):
     """The scheduled values of one step with a moving average of the student."""
 
     momentum_teacher: float
+    freeze_backbone: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class DinoSchedule(Schedule):
         method = self.config.dino
         common = asdict(super().__call__(step, halvings))
         common["momentum_teacher"] = cosine(step, self.total_steps, method.momentum_teacher, 1.0)
+        frozen = self.config.start.freeze_backbone
+        common["freeze_backbone"] = step < frozen * self.steps_per_epoch
         if not self.config.objective.dino:
             return EmaHyperparameters(**common)
         return DinoHyperparameters(

@@ -146,7 +146,7 @@ def set_up(
         modules["loss"] = loss.to(device)
     state = TrainState(
         modules,
-        optim.adamw(student),
+        optim.adamw(student, config.optim.layer_decay),
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         data=data,
         global_batch=global_batch,

@@ -83,8 +83,6 @@ class RegularizationConfig:
     """Label smoothing."""
     model_ema_decay: float = 0.99996
     """Decay of the moving average of the weights, a step; 0 switches it off."""
-    layer_decay: float = 1.0
-    """The learning rate of a layer is this often multiplied as it lies layers below the head."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
@@ -93,9 +91,9 @@ class RegularizationConfig:
         within(self, 1e-3, 1e3, "std")
         within(self, 0, 10, "color_jitter", "mixup", "cutmix")
         within(self, 1, 100, "recount", "repeated_aug")
-        within(self, 0, 1, "model_ema_decay", "layer_decay")
-        if self.model_ema_decay == 1 or self.layer_decay == 0:
-            raise InputError("--model_ema_decay must be below 1 and --layer_decay above 0")
+        within(self, 0, 1, "model_ema_decay")
+        if self.model_ema_decay == 1:
+            raise InputError("--model_ema_decay must be below 1")
         low, high = self.train_scale
         if not 0 < low <= high <= 1:
             raise InputError("--train_scale must be two shares of the area, 0 < from <= to <= 1")

@@ -20,7 +20,6 @@ from xcit_dino.data.loader import Batch
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import HostAugment, LabelledData, plan_of
-from xcit_dino.supervised.optim import set_hyperparameters
 from xcit_dino.supervised.trainer import Method, SupervisedTrainer, say_average, set_up
 from xcit_dino.supervised.validation import Validation
 from xcit_dino.train import loop, optim
@@ -41,7 +40,7 @@ def train_step(
         Scalars on the device.
     """
     config, state = trainer.config, trainer.state
-    set_hyperparameters(state.optimizer, now)
+    optim.set_hyperparameters(state.optimizer, now.lr, now.weight_decay)
     losses = []
 
     for micro, batch in enumerate(batches):

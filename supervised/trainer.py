@@ -81,7 +81,7 @@ def set_up(
             fsdp.shard(network, network, world.device)
     state = TrainState(
         {method.network: model, **averages, **method.modules},
-        adamw(model, config.regularization.layer_decay),
+        adamw(model, config.optim.layer_decay),
         torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
         data=data.train.checksum,
         global_batch=images_per_step(run, world),

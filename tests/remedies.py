@@ -638,6 +638,8 @@ ELSEWHERE = {
     "the result above is not stored, as {} cannot be written": "a disk that fails: test_results.py",
     "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",
     "instead of {} features; take another --arch": "no such network at hand",
+    "--layer_decay: this backbone does not say its layers": "no such network: test_optim.py",
+    "keep --layer_decay as it was, or start": "needs --may_change on a run: test_start.py",
     "--arch {}: it cannot be trained ({})": "no such network at hand: test_timm_backbones.py",
     "--{} {}: {} does not take images of that size": "networks of timm for one size: test_zoo.py",
     "xcit-dino knn makes them (embed, where there are no labels)": "needs a report with pictures: "

@@ -22,6 +22,22 @@ def test_a_recipe_reads_and_names_every_source(path):
                 assert "[dino]" in line or "[vissl]" in line or "[ours]" in line, line
 
 
+CONTINUED = sorted((CONFIGS / "continue").glob("*.yaml"))
+SOURCES = ("[dino]", "[dinov2]", "[dinov2#204]", "[vissl]", "[ours]")
+
+
+@pytest.mark.parametrize("path", CONTINUED, ids=lambda p: p.stem)
+def test_a_recipe_for_continuing_is_gentler_than_dinos_and_names_every_source(path):
+    config = pretrain_config(["--config", str(path), "--init_from", "timm/resnet18"])
+    usual = PretrainConfig()
+    assert config.model.arch == "timm/resnet18" and not config.remarks()
+    assert config.optim.lr <= usual.optim.lr / 10 and config.optim.layer_decay < 1
+    assert config.dino.momentum_teacher > usual.dino.momentum_teacher
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert any(source in line for source in SOURCES), line
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_has_a_recipe(name):
     assert pretrain_config(["--arch", name]).model.arch == name

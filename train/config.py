@@ -30,8 +30,12 @@ class OptimConfig:
     clip_grad: float = 3.0
     """Largest gradient norm: of each parameter in pretraining (as DINO), of all together in
     finetuning and distillation (as DeiT and XCiT); 0 switches clipping off."""
+    layer_decay: float = 1.0
+    """A layer's learning rate is that of the head times this, once for each layer that it lies
+    below the head (BEiT); 1: all the same."""
 
     def __post_init__(self) -> None:
+        within(self, 0.01, 1, "layer_decay")
         within(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay", "weight_decay_end")
         within(self, 0, 1e6, "warmup_epochs", "clip_grad")
 

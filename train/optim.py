@@ -1,43 +1,83 @@
-"""AdamW as DINO uses it: two parameter groups, scaled learning rate, per-parameter clipping."""
+"""AdamW as DINO uses it: weight decay for matrices, layer-wise learning rates, per-parameter
+clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from xcit_dino.errors import InputError
 from xcit_dino.train.distributed.dist import all_reduce_sum
 from xcit_dino.train.distributed.fsdp import is_shard, local
 
 NO_DECAY = ("temperature", "cls_token")
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Group 0 gets weight decay; group 1 (1-D tensors, biases, `temperature`, `cls_token`) none.
+    With a ``layer_decay`` below 1 there is such a pair for every layer of ``model.backbone``, the
+    highest layers first; what is beside the backbone lies above it.
 
     Source: dino ``utils.get_params_groups``, plus XCiT's two names. Supervised training has timm's
     rule instead (``supervised/optim.py``): the same for XCiT, while for other networks of timm DINO
     decays the positions and timm does not.
     """
-    decay, rest = [], []
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return not (parameter.ndim == 1 or name.endswith((".bias", *NO_DECAY)))
+
+    scales: dict[str, float] = {}
+    if layer_decay < 1:
+        layers = layer_numbers(model.get_submodule("backbone"))
+        top = max(layers.values()) + 1
+        scales = {f"backbone.{name}": layer_decay ** (top - n) for name, n in layers.items()}
+    groups = grouped(model, decays, scales)
+    return sorted(groups, key=lambda group: (-group["lr_scale"], not group["decays"]))
+
+
+def grouped(
+    model: nn.Module, decays: Callable[[str, nn.Parameter], bool], scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A group for each share of the learning rate (``lr_scale``, 1 where ``scales`` has no such
+    name) and for parameters with and without weight decay (``decays``)."""
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim == 1 or name.endswith((".bias", *NO_DECAY))
-            (rest if plain else decay).append(parameter)
-    return [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
+            scale, decay = scales.get(name, 1.0), decays(name, parameter)
+            new = {"params": [], "lr_scale": scale, "decays": decay}
+            groups.setdefault((scale, decay), new)["params"].append(parameter)
+    return list(groups.values())
 
 
-def adamw(model: nn.Module) -> torch.optim.AdamW:
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """Parameter name -> its layer, 0 for the stem, a classifier last; as timm counts them.
+
+    Raises:
+        InputError: a network of timm that does not say what its layers are.
+    """
+    from timm.models import group_parameters  # pyright: ignore # slow to import
+
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise InputError("--layer_decay: this backbone does not say its layers; leave it at 1")
+    return group_parameters(model, matcher(), reverse=True)
+
+
+def adamw(model: nn.Module, layer_decay: float = 1.0) -> torch.optim.AdamW:
     """AdamW over :func:`parameter_groups`; learning rate and decay are set before every step."""
-    return torch.optim.AdamW(parameter_groups(model), lr=0.0, weight_decay=0.0, fused=True)
+    groups = parameter_groups(model, layer_decay)
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Learning rate for all groups, weight decay for group 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
+    """Each group its share of the learning rate, and weight decay where it applies."""
+    for number, group in enumerate(optimizer.param_groups):
+        # checkpoints of earlier versions have two groups without these entries
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["weight_decay"] = weight_decay if group.get("decays", number == 0) else 0.0
 
 
 @torch.no_grad()

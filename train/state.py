@@ -91,11 +91,25 @@ class TrainState:
             )
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.rollbacks = state["rollbacks"]
         self.log = state.get("log", {})  # runs of earlier versions have none
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Moments and settings; a layer's share of the learning rate is that of the options."""
+        scales = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(saved)
+        except ValueError as error:  # groups of other parameters
+            raise InputError(
+                f"the optimiser of the checkpoint has {len(saved['param_groups'])} groups of "
+                f"parameters, and this run {len(scales)}: keep --layer_decay as it was, or start "
+                "another --output_dir"
+            ) from error
+        for group, scale in zip(self.optimizer.param_groups, scales, strict=True):
+            group["lr_scale"] = scale
 
 
 class Checkpoints(AbstractContextManager):

@@ -256,3 +256,39 @@ def test_refused_starts_write_nothing(shards, tmp_path, monkeypatch):
             pretrain(replace(PretrainConfig(), config))
         assert re.search(words, str(refusal.value)), refusal.value
         assert not (tmp_path / "run").exists()
+
+
+def test_only_the_head_learns_in_the_first_epochs(shards, tmp_path):
+    """Student's and teacher's backbones keep their bits; then they move, lower layers less."""
+    torch.manual_seed(1)
+    model = create_model(ARCH)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    values = TINY | {
+        "data_path": shards, "output_dir": tmp_path / "run", "init_from": tmp_path / "start.pth",
+        "freeze_backbone": 1, "freeze_last_layer": 0, "epochs": 2, "layer_decay": 0.7, "lr": 0.01,
+        "momentum_teacher": 0.5,
+        "keep_checkpoints": 9,
+    }  # fmt: skip
+    config = replace(PretrainConfig(), values)
+    pretrain(replace(config, {"max_steps": 3}))
+    pretrain(config)
+    first, last = (load_checkpoint(tmp_path / f"run/checkpoints/checkpoint-{step:08d}.pth")
+                   for step in (3, 6))  # fmt: skip
+    start = dict(model.named_parameters())
+    for net in ("student", "teacher"):
+        for name, value in start.items():
+            assert torch.equal(first[net][f"backbone.{name}"], value), name
+            assert not torch.equal(last[net][f"backbone.{name}"], value), name
+    assert not torch.equal(
+        first["student"]["head.mlp.0.weight"], last["student"]["head.mlp.0.weight"]
+    )
+    moved = [
+        (last["student"][f"backbone.blocks.{n}.mlp.fc1.weight"]
+         - start[f"blocks.{n}.mlp.fc1.weight"]).abs().mean()
+        for n in (0, 5)
+    ]  # fmt: skip
+    assert moved[0] < moved[1] / 3  # five blocks lower: 0.7 ** 5 is 1 / 6
+    changed = replace(config, {"may_change": ("layer_decay",), "layer_decay": 1.0, "max_steps": 5})
+    (tmp_path / "run/checkpoints/checkpoint-00000006.pth").unlink()
+    with pytest.raises(InputError, match="keep --layer_decay as it was, or start another"):
+        pretrain(changed)

@@ -3,10 +3,14 @@
 import copy
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from xcit_dino.errors import InputError
+from xcit_dino.models.zoo import create_model
 from xcit_dino.train.optim import (
     adamw,
     clip_gradients,
@@ -42,7 +46,7 @@ def test_only_the_matrix_gets_weight_decay():
     net = Net()
     decayed, plain = parameter_groups(net)
     assert [p is net.linear.weight for p in decayed["params"]] == [True]
-    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 5 and decayed["decays"] and not plain["decays"]
 
 
 def test_the_average_is_timms():
@@ -57,6 +61,62 @@ def test_the_average_is_timms():
     assert ours[1].num_batches_tracked == 3
     for name, value in theirs.module.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "theirs"),
+    [
+        ("timm/vit_tiny_patch16_224", "vit_tiny_patch16_224"),
+        ("timm/resnet18", "resnet18"),
+        ("timm/tf_efficientnet_lite0", "tf_efficientnet_lite0"),
+        ("xcit_nano_12_p8", "xcit_nano_12_p8_224"),
+    ],
+)
+def test_layers_learn_as_fast_as_timm_has_it(arch, theirs):
+    """DINO's head stands where timm's has its classifier."""
+    with torch.device("meta"):
+        net = nn.Module()
+        net.backbone, net.head = create_model(arch), nn.Linear(3, 3)
+        plain = timm.create_model(theirs, num_classes=10)
+    names = {id(p): name for name, p in plain.named_parameters()}
+    want = {
+        names[id(p)]: group["lr_scale"]
+        for group in param_groups_layer_decay(plain, layer_decay=0.7)
+        for p in group["params"]
+    }
+    names = {id(p): name for name, p in net.named_parameters()}
+    groups = parameter_groups(net, 0.7)
+    found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    assert found["head.weight"] == found["head.bias"] == 1
+    for name, scale in found.items():
+        other = name.removeprefix("backbone.").replace("pos_embeder", "pos_embed")
+        if "cls_attn_blocks" in name:
+            other = other.replace(".qkv.", ".q.")  # timm splits them
+        if not name.startswith("head."):
+            assert scale == pytest.approx(want[other]), name
+    usual = {names[id(p)] for p in parameter_groups(net)[0]["params"]}
+    decayed = {names[id(p)] for group in groups if group["decays"] for p in group["params"]}
+    assert decayed == usual
+
+
+def test_each_group_gets_its_share_of_the_learning_rate():
+    net = nn.Module()
+    net.backbone, net.head = create_model("xcit_pico_6_p8"), nn.Linear(80, 3)
+    optimizer = adamw(net, 0.5)
+    set_hyperparameters(optimizer, 0.1, 0.3)
+    groups = optimizer.param_groups
+    assert [g["lr"] for g in groups] == pytest.approx([0.1 * g["lr_scale"] for g in groups])
+    assert {g["weight_decay"] for g in groups if g["decays"]} == {0.3}
+    assert {g["weight_decay"] for g in groups if not g["decays"]} == {0.0}
+    assert groups[0]["lr_scale"] == 1 and groups[-1]["lr_scale"] == 0.5**9  # 6 + 2 blocks, stem
+
+
+def test_a_backbone_that_does_not_say_its_layers_is_refused():
+    net = nn.Module()
+    net.backbone = nn.Linear(3, 3)
+    with pytest.raises(InputError, match="--layer_decay: .* leave it at 1"):
+        parameter_groups(net, 0.9)
 
 
 @pytest.mark.parametrize("limit", [0.5, 3.0, 100.0])

@@ -14,7 +14,8 @@ HPARAMS = "hparams"  # folder in the run's
 GROUPS = {  # tag prefix of a scalar; what is not named here is "eval" (knn*, val*) or "health"
     "loss": "loss",
     "lr": "schedule", "weight_decay": "schedule", "momentum_teacher": "schedule",
-    "teacher_temp": "schedule", "freeze_last_layer": "schedule", "epoch": "schedule",
+    "teacher_temp": "schedule", "freeze_last_layer": "schedule", "freeze_backbone": "schedule",
+    "epoch": "schedule",
     "images_per_s": "speed", "data_wait": "speed", "memory_gib": "speed",
 }  # fmt: skip
 
