@@ -80,9 +80,9 @@ class Quarantine:
             f"{entry['shard']}:{entry['key']} ({entry['reason']})"
             for entry in map(json.loads, list(self.bad.values())[:SHOWN])
         )
-        where = f"all in {self.folder / 'quarantine*.jsonl'}" if self.folder else "no run folder"
+        where = f" (all in {self.folder / 'quarantine*.jsonl'})" if self.folder else ""
         return (
             f"{len(self.bad)} samples are unreadable, more than --max_bad_fraction "
-            f"{self.max_bad_fraction:g} allows ({self.limit}): {first} ... ({where}); "
+            f"{self.max_bad_fraction:g} allows ({self.limit}): {first} ...{where}; "
             "repair the shards (xcit-dino shards check lists what is wrong) or raise the limit"
         )

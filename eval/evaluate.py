@@ -88,7 +88,7 @@ def classifier_accuracy(
         torch.distributed.all_reduce(hits)
     top1, top5, count = hits.tolist()
     facts = {
-        "network": report.network,
+        **report.facts,
         "arch": target.arch,
         "weights": file_checksum(target.weights),
         "val_images": int(count),

@@ -117,7 +117,7 @@ def pretrained(target: EvalTarget) -> Network:
     if dist.is_main():
         print(report, flush=True)
     facts = {
-        "network": report.network,
+        **report.facts,
         "arch": target.arch,
         "weights": file_checksum(target.weights),
     }

@@ -64,10 +64,12 @@ def newest_results(run: Run) -> list[tuple[str, dict[str, Any], float]]:
 def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> Headline:
     """A result beside the baselines and other networks that were measured by its protocol."""
     networks = NETWORKS if evaluation in ("knn", "linear", "linear-dino") else TRAINED
-    bars, lifts, notes = {networks[""]: top1}, [], []
+    averaged = networks is TRAINED and entry["protocol"].get("network") == "model_ema"
+    own = networks["ema" if averaged else ""]
+    bars, lifts, notes = {own: top1}, [], []
     for network, title in networks.items():
         name = f"{evaluation}/{network}"
-        if not network or not (others := run.entries(name)):
+        if not network or title == own or not (others := run.entries(name)):
             continue
         same = compare.baseline(run, entry, name)
         if same is None:
@@ -87,6 +89,9 @@ def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
     images = val_images(run, entry)
     facts = [
         f"the {protocol['network']}" if protocol.get("network") else None,
+        f"{protocol['initial_share']:.0%} of it still the weights before the first step"
+        if "initial_share" in protocol
+        else None,
         f"T = {protocol['temperature']}" if "temperature" in protocol else None,
         f"{protocol['epochs']} epochs" if "epochs" in protocol else None,
         f"lr {entry['chosen']['lr']:g} chosen on held-out training images"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import CompareConfig
 from xcit_dino.report.page import plain
 from xcit_dino.train.run.reader import Run, bare, headline, in_order, read_runs, title_of
@@ -110,6 +110,8 @@ def run(config: CompareConfig) -> None:
         table.add_row(ranking.title, *cells, ranking.verdict)
     console = Console()
     console.print(table)
+    for text in (text for run in runs for text in run.absent if "not readable" in text):
+        warn(text)
     comparable = [r for r in rankings if not r.differences and r.top1.count(None) <= len(runs) - 2]
     if not comparable:
         fields = sorted({name for ranking in rankings for name in ranking.differences})

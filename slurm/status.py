@@ -122,7 +122,11 @@ def infer_state(
     """State and reason of a stage whose job ended without a report."""
     if attempts.cancelled(run):
         return "cancelled", "by `launch cancel`"
-    if record.state == "waiting" and previous and not previous["state"].startswith("done"):
+    before = previous["state"] if previous else "done"
+    if record.state == "waiting" and not (record.began or record.job_id):
+        if before.startswith(("done", "not started")):
+            return "not started", "launch it again"
+    if record.state == "waiting" and previous and not before.startswith("done"):
         return "cancelled", f"{previous['stage']} is {previous['state']}"
     state = scheduler.job_state(record.job_id).lower() if record.job_id else ""
     seen = attempts.last_seen(run, record.stage) if record.began else ""

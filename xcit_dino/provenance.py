@@ -146,6 +146,8 @@ def read_results(folder: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise InputError(f"{path}: is damaged ({error}); move it away") from error
     if not isinstance(results, dict):

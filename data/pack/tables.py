@@ -44,6 +44,8 @@ def read_text(path: Path, notes: list[str] | None = None) -> str:
             raise InputError(f"{path} is larger than 1 GiB: no list of labels")
         raw = path.read_bytes()
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            if notes is not None:
+                notes.append(f"{path.name} is not UTF-8; it was read as UTF-16")
             return raw.decode("utf-16")
         if b"\0" in raw:
             raise InputError(f"{path} cannot be read: it is no text in UTF-8 or UTF-16")

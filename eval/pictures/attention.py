@@ -98,15 +98,23 @@ def output_names(files: list[Path], dst: Path) -> dict[Path, str]:
     Raises:
         InputError: two would still be called alike, or would take the place of other files.
     """
-    both = ""
+    same: list[str] = []
     for names in ([path.stem for path in files], [path.name for path in files]):
         taken = Counter(f"{name}{end}".casefold() for name in names for end in ENDINGS)
         if max(taken.values()) == 1:
             check_free(files, names, dst)
             return dict(zip(files, names, strict=True))
         both = next(name for name, count in taken.items() if count > 1)
-        print(f"two files would have maps called {both}: all names keep their endings", flush=True)
-    raise InputError(f"{files[0].parent}: two files would have maps called {both}; rename one")
+        same = [
+            path.name
+            for path, name in zip(files, names, strict=True)
+            if both in [f"{name}{end}".casefold() for end in ENDINGS]
+        ]
+        if names[0] == files[0].stem:
+            print(f"{same[0]} and {same[1]} have the same stem: all maps keep the endings")
+    raise InputError(
+        f"{files[0].parent}: the maps of {same[0]} and {same[1]} would be one file; rename one"
+    )
 
 
 def check_free(files: list[Path], names: list[str], dst: Path) -> None:

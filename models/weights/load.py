@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ class Found(NamedTuple):
     """Its tensors; official names where it is an XCiT, without wrappers and DINO's head."""
 
 
+MOSTLY = 0.5  # of a moving average: from there on it is said what it is of
+
+
 @dataclass(frozen=True)
 class Report:
     """What was loaded."""
@@ -62,14 +65,25 @@ class Report:
     head: Literal["loaded", "new", "dropped", "none"]
     """The classifier: loaded; left as initialised (the file has none, or none was wanted); in the
     file but not in the model; in neither."""
-    note: str = ""
-    """What one should know of the network beside."""
+    initial_share: float = 0.0
+    """Of a run's moving average: what it still has of the weights before the first step, 0 to 1."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result says of the network."""
+        share = round(self.initial_share, 4)
+        return {"network": self.network} | ({"initial_share": share} if share > MOSTLY else {})
 
     def __str__(self) -> str:
         where = f" under {self.place!r}" if self.place else ""
         return (
             f"{self.path.name}: took the {self.network}{where} ({self.num_tensors} tensors, "
-            f"{self.layout} layout, classifier {self.head}){self.note}"
+            f"{self.layout} layout, classifier {self.head})"
+            + (
+                f"; {self.initial_share:.0%} of it is still the weights before the first step"
+                if self.initial_share > MOSTLY
+                else ""
+            )
         )
 
 
@@ -175,8 +189,8 @@ def fit(
         state |= {name: wanted[name] for name in ours}
     check_tensors(path, state, wanted, name_of(model))
     taken = len(state) - (len(ours) if outcome == "new" else 0)
-    note = young_average(path) if found.network == "model_ema" else ""
-    return state, Report(path, found.network, found.place, found.layout, taken, outcome, note)
+    share = initial_share(path) if found.network == "model_ema" else 0.0
+    return state, Report(path, found.network, found.place, found.layout, taken, outcome, share)
 
 
 def _as_timm_reads_it(state: State, model: nn.Module) -> State:
@@ -206,15 +220,12 @@ def name_of(model: nn.Module) -> str:
     return f"{TIMM_PREFIX}{known}" if known else type(model).__name__
 
 
-def young_average(path: Path) -> str:
-    """A note where a run's moving average of the weights is mostly what they were before its first
-    step; "" elsewhere."""
+def initial_share(path: Path) -> float:
+    """What the moving average in a run's checkpoint still has of the weights before the first step,
+    0 to 1; 0 where the file does not say."""
     facts = formats.metadata(path)
     decay = (yaml.safe_load(facts.get("config", "")) or {}).get("model_ema_decay")
-    if not decay or "step" not in facts:
-        return ""
-    share = decay ** int(facts["step"])
-    return f"; {share:.0%} of it is still the weights before the first step" if share > 0.5 else ""
+    return decay ** int(facts["step"]) if decay and "step" in facts else 0.0
 
 
 def input_settings(path: Path, which: str | None = None) -> InputSettings | None:

@@ -60,6 +60,17 @@ def test_whole_shards_have_no_problems(tmp_path: Path, capsys: pytest.CaptureFix
     assert problems(folder, num_workers=2) == []
 
 
+def test_a_shard_that_was_written_again_names_the_way_out(tmp_path: Path):
+    """As after ``tar --sort=name``: whole, but not the tar of the index."""
+    folder = shards(tmp_path / "d", (0, 1, 2, 0))
+    other = shards(tmp_path / "other", (0, 1, 2, 0, 1), per_shard=5)
+    (other / "shard-000000.tar").replace(folder / "shard-000000.tar")
+    found = [reason for _, _, reason in problems(folder)]
+    assert any("5 samples, which are not the 4 of the index" in reason for reason in found)
+    assert not any("decoded" in reason for reason in found) and "--rebuild" in " ".join(found)
+    assert problems(folder, rebuild=True) == []
+
+
 def test_train_and_val_are_both_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shards(tmp_path / "train")
     shards(tmp_path / "val", (0, 1, 2))

@@ -1,5 +1,6 @@
 """Attention maps: the network's own numbers, whole patches, files."""
 
+import shutil
 import sys
 from fractions import Fraction
 
@@ -141,8 +142,12 @@ def test_no_map_takes_the_place_of_another_or_of_a_source(run_folder, photo, tmp
         Image.fromarray(photo).save(src / name)
     attention.run(config_for(run_folder, src, dst))
     assert sorted(path.name for path in dst.iterdir()) == ["a.jpg", "a.png", "b.png"]
-    assert "would have maps called a: all names keep their endings" in capsys.readouterr().out
+    assert "have the same stem: all maps keep the endings" in capsys.readouterr().out
     assert len({(dst / name / "all.png").read_bytes() for name in ("a.jpg", "a.png")}) == 2
+    shutil.copy(src / "a.jpg", src / "A.JPG")
+    with pytest.raises(InputError, match=r"the maps of A\.JPG and a\.jpg would be one file"):
+        attention.run(config_for(run_folder, src, tmp_path / "more"))
+    (src / "A.JPG").unlink()
     (dst / "b.png" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"b\.png: holds notes\.txt, not of attention"):
         attention.run(config_for(run_folder, src, dst))

@@ -588,5 +588,6 @@ def test_an_average_over_too_few_steps_is_said(step, note, tmp_path):
     state = {"model": model.state_dict(), "model_ema": model.state_dict(), "step": step}
     torch.save(state | {"config": "model_ema_decay: 0.998\n"}, tmp_path / "run.pth")
     report = load_backbone(tmp_path / "run.pth", model, "model_ema")
+    assert report.facts.get("initial_share") == (0.9802 if note else None)
     assert bool(note) == ("before the first step" in str(report)) and note in str(report)
     assert "before the first step" not in str(load_backbone(tmp_path / "run.pth", model, "model"))

@@ -37,6 +37,14 @@ def test_different_protocols_are_refused_and_the_field_named(tmp_path, capsys):
     assert "nothing can be ranked: the protocols differ in crop" in output.err
 
 
+def test_damaged_results_are_named(tmp_path, capsys):
+    a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0)
+    (b / "config.yaml").write_text("arch: x\n")
+    (b / "results.json").write_text((b / "results.json").read_text()[:50])
+    assert main(["report", "compare", str(a), str(b)]) == 2
+    assert f"{b / 'results.json'}: is damaged" in capsys.readouterr().err
+
+
 def test_one_comparable_evaluation_is_enough(tmp_path):
     a, b = make(tmp_path / "a", 50.0), make(tmp_path / "b", 60.0, crop=32)
     for folder, top1 in ((a, 70.0), (b, 70.0)):

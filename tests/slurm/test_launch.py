@@ -43,6 +43,7 @@ from xcit_dino.ssl.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 ARCH = ["--arch", "xcit_nano_12_p16"]
+NOW = "2026-01-01T10:00:00+00:00"
 
 
 @pytest.fixture(autouse=True)
@@ -742,6 +743,23 @@ def test_status_says_when_a_lost_job_was_last_seen(
     shown = " ".join(capsys.readouterr().out.split())
     seen = "last seen alive at 2026-01-01 10:02:03 (pretraining 100/200 steps)"
     assert f"ended without a report on n1, {seen}; launch it again" in shown
+
+
+def test_status_of_a_run_that_the_launcher_never_came_to(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {name: {"job_id": "", "config": {}} for name in ("pretrain", "knn")}
+    note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
+    attempts.write_launch(run, note)
+    for name in stages:
+        attempts.save(run, attempts.Record(name))
+    status.status(StatusConfig(run))
+    shown = capsys.readouterr().out
+    assert shown.count("not started: launch it again") == 2 and "lost" not in shown
+    (run / "results.json").mkdir()
+    attempts.save(run, attempts.Record("pretrain", state="done", began=NOW, ended=NOW))
+    with pytest.raises(InputError, match=r"results\.json: cannot be read \(Is a directory\)"):
+        status.status(StatusConfig(run))
 
 
 def test_status_says_why_a_stage_was_cancelled(
