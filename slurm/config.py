@@ -13,6 +13,7 @@ import tyro
 from xcit_dino.errors import InputError, needs
 from xcit_dino.options import options
 
+Cluster = Literal["slurm", "local", "debug"]
 RESUMES = frozenset({"pretrain", "finetune", "distill"})  # save a checkpoint on a stop signal
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.options import dump_yaml, options
-from xcit_dino.slurm import attempts
+from xcit_dino.slurm import launched
 from xcit_dino.slurm.config import Launch, LaunchConfig, Stage
 
 
@@ -28,7 +28,7 @@ def preview(launch: Launch, cluster: str) -> None:
         if cluster == "slurm":
             from xcit_dino.slurm.submit import script
 
-            code = attempts.folder(launch.run) / "code" / "HASH"
+            code = launched.folder(launch.run) / "code" / "HASH"
             after = "afterok:JOB" if stage is not launch.stages[0] else None
             print(f"\n-- submission script\n{script(launch, stage, code, after)}")
 

@@ -27,7 +27,7 @@ import submitit
 
 from xcit_dino.errors import InputError, RunError, Stopped, one_line
 from xcit_dino.options import options, replace
-from xcit_dino.slurm import attempts, env, scheduler
+from xcit_dino.slurm import attempts, env, launched, scheduler
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.train import signals
 
@@ -107,12 +107,12 @@ class Rank:
 
     def adapt_config(self, config: Any) -> Any:
         """The config for the current world size, with the global batch size unchanged."""
-        now, launched = self.place.num_tasks, self.job.num_tasks
-        if now == launched or self.job.stage not in RESUMES:
+        now, planned = self.place.num_tasks, self.job.num_tasks
+        if now == planned or self.job.stage not in RESUMES:
             return config
         values = dict(options(config))
-        total = values["batch_size_per_gpu"] * values["accum_iter"] * launched
-        micro_batches = Fraction(values["accum_iter"] * launched, now)
+        total = values["batch_size_per_gpu"] * values["accum_iter"] * planned
+        micro_batches = Fraction(values["accum_iter"] * planned, now)
         size = Fraction(values["batch_size_per_gpu"], micro_batches.denominator)
         if size.denominator > 1:
             raise InputError(
@@ -192,7 +192,7 @@ def begin(run: Path, stage: str) -> int:
     job_id, nodes = os.environ["SLURM_JOB_ID"], int(os.environ["SLURM_JOB_NUM_NODES"])
     attempt = attempts.begin(run, stage, job_id, restart_count(), os.environ["SLURM_JOB_NODELIST"])
     print(attempts.marker(attempt), file=sys.stderr, flush=True)
-    needed = [*attempts.read_launch(run)["needs"], str(attempts.folder(run) / f"{stage}.json")]
+    needed = [*launched.read_launch(run)["needs"], str(launched.folder(run) / f"{stage}.json")]
     try:
         lacking = scheduler.unreadable([sys.executable, *needed], nodes)
     except scheduler.SlurmError as error:

@@ -13,19 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from xcit_dino.errors import InputError, warn
 from xcit_dino.files import check_writable
-from xcit_dino.options import dump_yaml, options
-from xcit_dino.paths import NOT_PATHS
-from xcit_dino.slurm import attempts, scheduler
-from xcit_dino.slurm.config import Launch, Stage
+from xcit_dino.slurm import attempts, launched, scheduler
+from xcit_dino.slurm.checks import check_input, dump, needs, refuse_busy, unfinished
+from xcit_dino.slurm.config import Cluster, Launch, Stage
 from xcit_dino.slurm.dry_run import ineffective_options, preview
-from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run, holder
 
 OFFICIAL_GPUS = 8  # per node, as in dino run_with_submitit.py, if SLURM cannot be queried
-Cluster = Literal["slurm", "local", "debug"]
 
 
 def run(launch: Launch) -> int:
@@ -56,7 +53,7 @@ def submit_runs(runs: list[Launch], cluster: Cluster) -> int:
             continue
         earlier = number - one.launch.array_parallelism
         start(one, todo, cluster, last_jobs[earlier] if earlier >= 0 else None)
-        last_jobs.append(attempts.read_launch(one.run)["stages"][todo[-1].name]["job_id"] or None)
+        last_jobs.append(launched.read_launch(one.run)["stages"][todo[-1].name]["job_id"] or None)
     return 0
 
 
@@ -72,7 +69,7 @@ def run_here(runs: list[Launch], cluster: Cluster) -> int:
     codes = [prepare(one, todo, cluster) for one, todo in waiting]  # so `launch status` shows all
     worst = 0
     for number, (one, todo) in enumerate(waiting):
-        if attempts.cancelled(one.run):
+        if launched.cancelled(one.run):
             print(f"{one.run}: cancelled before it started")
             continue
         code = local.run_stages(one, todo, codes[number], inside=cluster == "debug")
@@ -175,101 +172,6 @@ def available_gpus(cluster: Cluster, partition: str | None, dry_run: bool) -> in
     return scheduler.gpus_per_node(partition)
 
 
-# -- checks before anything is queued --------------------------------------------------------------
-
-
-def check_input(launch: Launch) -> None:
-    """Check data and run folder as the stages will.
-
-    Raises:
-        InputError: data are missing or too few, or the folder contains another run.
-    """
-    from xcit_dino.data.shards.index import ShardIndex, resolve_split
-
-    for stage in launch.stages:
-        values = dict(options(stage.config))
-        if stage.name != "pretrain":
-            continue
-        if values["data_path"] is None:
-            raise InputError("--data_path: name the folder with the shards (xcit-dino shards make)")
-        index = ShardIndex.load(resolve_split(values["data_path"], "train"))
-        if {"knn", "linear"} & {later.name for later in launch.stages}:
-            resolve_split(values["data_path"], "val")
-        batch = global_batch(stage)
-        if index.num_samples < batch:
-            raise InputError(
-                f"--batch_size_per_gpu {values['batch_size_per_gpu']}: the global batch of {batch} "
-                f"exceeds the {index.num_samples} images of {values['data_path']}; lower it"
-            )
-        check_run(stage.config, stage.config.run)
-    pretrains = any(stage.name == "pretrain" for stage in launch.stages)
-    if not pretrains and not (launch.run / CONFIG_FILE).is_file():
-        raise InputError(f"--output_dir {launch.run}: contains no run; add pretrain to --stages")
-
-
-def global_batch(stage: Stage) -> int:
-    """Images per optimizer step of a training stage."""
-    values = dict(options(stage.config))
-    return values["batch_size_per_gpu"] * values.get("accum_iter", 1) * stage.num_tasks
-
-
-def refuse_busy(launch: Launch, cluster: Cluster) -> None:
-    """Refuse a run folder in use, and on SLURM a name that one of the user's jobs has.
-
-    Raises:
-        InputError: names the job.
-    """
-    from xcit_dino.slurm.status import owner
-
-    if user := owner(launch.run):
-        raise InputError(
-            f"--output_dir {launch.run}: in use by {user}; see `xcit-dino launch status`, "
-            "end it with `xcit-dino launch cancel`, or choose another folder"
-        )
-    if user := holder(launch.run):  # a command that no launcher started
-        raise InputError(
-            f"--output_dir {launch.run} is in use by {user}; wait for it, stop it, or choose "
-            "another folder"
-        )
-    for stage in launch.stages if cluster == "slurm" else ():
-        name = f"{launch.job_name}-{stage.name}"
-        if jobs := scheduler.jobs_named(name):
-            raise InputError(
-                f"--job_name {launch.job_name}: job {jobs[0]} is already called {name}; "
-                "give another --job_name"
-            )
-
-
-def unfinished(launch: Launch) -> list[Stage]:
-    """The stages from the first one not yet done with exactly these options."""
-    for number, stage in enumerate(launch.stages):
-        known = attempts.load(launch.run, stage.name)
-        if known.state != "done" or differ(known.config, dump(stage.config)):
-            return list(launch.stages[number:])
-        print(f"{stage.name}: already done")
-    print(f"{launch.run}: all stages are done; nothing to run")
-    return []
-
-
-def differ(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two configs differ in more than may change between two attempts of a run.
-
-    Different data make a different stage: a training that resumes compares the index itself, but
-    one that is not started cannot. With the augmented linear probe, so does the batch size.
-    """
-    free = FREE - {"max_steps", "data_path"}
-    if now.get("protocol") == "dino":
-        free -= {"batch_size_per_gpu"}
-    return any(before.get(name) != value for name, value in now.items() if name not in free)
-
-
-def dump(config: Any) -> dict[str, Any]:
-    """Options as plain YAML values."""
-    import yaml
-
-    return yaml.safe_load(dump_yaml(config))
-
-
 # -- starting --------------------------------------------------------------------------------------
 
 
@@ -280,10 +182,10 @@ def start(launch: Launch, todo: list[Stage], cluster: Cluster, after: str | None
     code = prepare(launch, todo, cluster)
     if cluster != "slurm":
         return local.run_stages(launch, todo, code, inside=cluster == "debug")
-    record = attempts.read_launch(launch.run)
+    record = launched.read_launch(launch.run)
     for name, job_id in submit.submit(launch, todo, code, after).items():
         record["stages"][name]["job_id"] = job_id
-    attempts.write_launch(launch.run, record)
+    launched.write_launch(launch.run, record)
     return print_submitted(launch, record)
 
 
@@ -296,7 +198,7 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
     from xcit_dino.slurm import snapshot, submit
 
     try:
-        code = snapshot.copy_code(attempts.folder(launch.run) / "code")
+        code = snapshot.copy_code(launched.folder(launch.run) / "code")
     except OSError as error:
         raise InputError(f"--output_dir {launch.run}: {error.strerror}") from error
     if cluster == "slurm":
@@ -306,7 +208,7 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
         "cluster": cluster,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "pid_start": attempts.process_start_time(os.getpid()),
+        "pid_start": launched.process_start_time(os.getpid()),
         "code": str(code),
         "max_requeues": launch.launch.max_requeues,
         "argv": sys.argv,
@@ -314,30 +216,11 @@ def prepare(launch: Launch, todo: list[Stage], cluster: Cluster) -> Path:
         "stages": stages,
         "earlier": attempts.earlier_stages(launch.run, stages),
     }
-    attempts.clear_cancel(launch.run)
-    attempts.write_launch(launch.run, record)
+    launched.clear_cancel(launch.run)
+    launched.write_launch(launch.run, record)
     for stage in todo:
         attempts.save(launch.run, attempts.Record(stage.name))
     return code
-
-
-DATA = ("data_path", "knn_data_path")
-FILES = ("init_from", "pretrained_weights", "teacher_path", "head", "shard_url")
-
-
-def needs(launch: Launch) -> list[str]:
-    """Files and folders that every node must be able to read: the index of each data set, weights,
-    shards; only those on a file system, without what stages write to the run folder."""
-    from xcit_dino.data.shards.index import is_url, resolve_split
-
-    def given(names: tuple[str, ...]) -> set[str]:
-        stages = (dict(options(stage.config)) for stage in launch.stages)
-        paths = {str(values[name]) for values in stages for name in names if values.get(name)}
-        return {path for path in paths if not is_url(path) and not path.startswith(NOT_PATHS)}
-
-    indexes = {f"{resolve_split(folder, 'train')}/index.json" for folder in given(DATA)}
-    files = {path.replace("{split}", "train") for path in given(FILES)}
-    return sorted(indexes | {path for path in files if not Path(path).is_relative_to(launch.run)})
 
 
 def print_submitted(launch: Launch, record: dict[str, Any]) -> int:

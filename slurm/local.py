@@ -26,7 +26,7 @@ from submitit.local.debug import DebugExecutor
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import STATE_FILE
-from xcit_dino.slurm import attempts, watch
+from xcit_dino.slurm import attempts, launched, watch
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
 from xcit_dino.slurm.dry_run import counted
 from xcit_dino.slurm.job import SIGNALS, make_job
@@ -195,7 +195,7 @@ def without_outer_job() -> Iterator[None]:
 
 def resume_note(launch: Launch, stage: Stage) -> str:
     """``", resumes from checkpoint-00000120.pth"`` if a training stage has a checkpoint."""
-    record = attempts.read_launch(launch.run)
+    record = launched.read_launch(launch.run)
     newest = attempts.newest_checkpoint(launch.run, stage.name, record)
     return f", resumes from {newest}" if newest and stage.name in RESUMES else ""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xcit_dino.options import read_yaml
-from xcit_dino.slurm import attempts
+from xcit_dino.slurm import attempts, launched
 from xcit_dino.slurm.watch import Tail
 from xcit_dino.train.run.metrics import METRICS, Line, read_tries
 
@@ -47,9 +47,9 @@ class RunState:
 
     def refresh_stages(self) -> None:
         """Read the states of the launcher's stages, if the launcher started this run."""
-        if not attempts.is_launched(self.folder):
+        if not launched.is_launched(self.folder):
             return
-        stages = attempts.all_stages(attempts.read_launch(self.folder))
+        stages = launched.all_stages(launched.read_launch(self.folder))
         known = [attempts.load(self.folder, stage) for stage in stages]
         self.unfinished = not all(stage.finished for stage in known)
         self.stages = [f"{k.stage} {k.state}{f' ({k.reason})' if k.reason else ''}" for k in known]

@@ -15,7 +15,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.files import check_writable
 from xcit_dino.progress import clock
 from xcit_dino.provenance import read_results
-from xcit_dino.slurm import attempts, scheduler, watch
+from xcit_dino.slurm import attempts, launched, scheduler, watch
 from xcit_dino.slurm.config import CancelConfig, LogsConfig, StatusConfig
 
 Queue = dict[str, dict[str, str]]
@@ -24,9 +24,9 @@ STALE = 60.0  # age of a stage's progress, in seconds, from which it is shown
 
 def owner(run: Path) -> str:
     """The job or process that uses a run folder, as text; '' if none."""
-    if not attempts.is_launched(run):
+    if not launched.is_launched(run):
         return ""
-    launch = attempts.read_launch(run)
+    launch = launched.read_launch(run)
     if launch["cluster"] == "slurm":
         jobs = sorted(queue(launch).items(), key=lambda pair: pair[1]["state"] != "RUNNING")
         return next((f"SLURM job {number} ({job['state']})" for number, job in jobs), "")
@@ -44,7 +44,7 @@ def queue(launch: dict[str, Any]) -> Queue:
 def local_owner(launch: dict[str, Any]) -> bool:
     """Whether the launcher of local processes still runs on this machine."""
     here = launch["host"] == socket.gethostname()
-    return here and attempts.process_start_time(launch["pid"]) == launch["pid_start"]
+    return here and launched.process_start_time(launch["pid"]) == launch["pid_start"]
 
 
 # -- status ----------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def local_owner(launch: dict[str, Any]) -> bool:
 def status(config: StatusConfig) -> None:
     """Print a table with one row per stage, and below it the progress of the stages that have
     started; for every run of ``--seeds``."""
-    for run in attempts.seed_runs(config.run) or [config.run]:
+    for run in launched.seed_runs(config.run) or [config.run]:
         show_status(run)
 
 
@@ -62,13 +62,13 @@ def show_status(run: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    launch = attempts.read_launch(run)
+    launch = launched.read_launch(run)
     jobs = queue(launch)
     table = Table(box=None)
     for column in ("stage", "state", "job", "nodes", "restarts", "failures"):
         table.add_column(column, overflow="fold")
     previous, lines = None, []
-    for stage in attempts.all_stages(launch):
+    for stage in launched.all_stages(launch):
         row = describe(run, stage, launch, jobs, previous)
         if progress := row.pop("progress"):
             lines.append(f"{stage}: {progress}")
@@ -81,7 +81,7 @@ def show_status(run: Path) -> None:
 
 def state(run: Path, stage: str) -> str:
     """A stage's state with its reason: ``pending: (Resources)``."""
-    launch = attempts.read_launch(run)
+    launch = launched.read_launch(run)
     return describe(run, stage, launch, queue(launch), None)["state"]
 
 
@@ -90,7 +90,7 @@ def describe(
 ) -> dict[str, str]:
     """One row of the table; ``previous`` is the row of the stage on which this one depends."""
     record = attempts.load(run, stage)
-    job_id = attempts.all_stages(launch)[stage]["job_id"] or record.job_id
+    job_id = launched.all_stages(launch)[stage]["job_id"] or record.job_id
     job = jobs.get(job_id)
     state, reason = record.state, record.reason
     if job is not None:
@@ -98,7 +98,7 @@ def describe(
             job["state"], job["state"].lower()
         )
         reason = job["reason"].replace("(None)", "") if job["state"] == "PENDING" else ""
-    elif record.state == "waiting" and attempts.cancelled(run):
+    elif record.state == "waiting" and launched.cancelled(run):
         state, reason = "cancelled", "by `launch cancel`"
     elif not record.finished and not local_owner(launch):
         state, reason = infer_state(run, record, previous)
@@ -120,7 +120,7 @@ def infer_state(
     run: Path, record: attempts.Record, previous: dict[str, str] | None
 ) -> tuple[str, str]:
     """State and reason of a stage whose job ended without a report."""
-    if attempts.cancelled(run):
+    if launched.cancelled(run):
         return "cancelled", "by `launch cancel`"
     before = previous["state"] if previous else "done"
     if record.state == "waiting" and not (record.began or record.job_id):
@@ -158,7 +158,7 @@ def outcome(run: Path, stage: str, launch: dict[str, Any], record: attempts.Reco
     seconds = datetime.fromisoformat(record.ended) - datetime.fromisoformat(record.began)
     parts = [f"took {clock(seconds.total_seconds())}"]
     if record.state == "done":
-        folder = Path(attempts.all_stages(launch)[stage]["config"].get("output_dir", run))
+        folder = Path(launched.all_stages(launch)[stage]["config"].get("output_dir", run))
         metrics = read_results(folder).get(stage, {}).get("metrics", {})
         last = watch.read_state(attempts.progress_file(run, stage)) or {"shown": ""}
         parts += [f"{name} {value:.2f}" for name, value in metrics.items()] or [last["shown"]]
@@ -176,8 +176,8 @@ def next_stage(run: Path, launch: dict[str, Any]) -> str:
 
 def logs(config: LogsConfig) -> None:
     """Print a rank's log, by default of the stage started last."""
-    launch = attempts.read_launch(config.run)
-    records = {stage: attempts.load(config.run, stage) for stage in attempts.all_stages(launch)}
+    launch = launched.read_launch(config.run)
+    records = {stage: attempts.load(config.run, stage) for stage in launched.all_stages(launch)}
     begun = {stage: record for stage, record in records.items() if record.job_id}
     stage = config.stage or next(reversed(begun), None)
     if stage is None or stage not in begun:
@@ -205,17 +205,17 @@ def logs(config: LogsConfig) -> None:
 def cancel(config: CancelConfig) -> None:
     """End the jobs of a run, or of all runs of ``--seeds``; a running stage first saves a
     checkpoint."""
-    for run in reversed(attempts.seed_runs(config.run) or [config.run]):  # pending ones first
+    for run in reversed(launched.seed_runs(config.run) or [config.run]):  # pending ones first
         cancel_run(run)
 
 
 def cancel_run(run: Path) -> None:
     """End one run's jobs, without affecting other runs of the same launcher."""
-    launch = attempts.read_launch(run)
+    launch = launched.read_launch(run)
     user = owner(run)
     remedy = "call `launch cancel` where and as whom the run was launched"
-    check_writable(attempts.folder(run), remedy, str(run))
-    attempts.cancel(run)
+    check_writable(launched.folder(run), remedy, str(run))
+    launched.cancel(run)
     if launch["cluster"] == "slurm":
         scheduler.cancel(list(reversed(queue(launch))))
     elif user and all(attempts.load(run, stage).state == "waiting" for stage in launch["stages"]):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from tests.slurm_cluster import Cluster, stat
-from xcit_dino.slurm import attempts
+from xcit_dino.slurm import attempts, launched
 from xcit_dino.slurm.watch import read_state
 
 STUCK = 240  # seconds without a sign of life
@@ -82,7 +82,7 @@ class Run:
         """Launch; the job id of the first stage."""
         done = self.launch(*words, nodes=nodes, nproc=nproc)
         assert done.returncode == 0, done.stderr
-        return next(iter(attempts.read_launch(self.folder)["stages"].values()))["job_id"]
+        return next(iter(launched.read_launch(self.folder)["stages"].values()))["job_id"]
 
     # -- waiting -----------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import tyro
 
 from xcit_dino.errors import InputError, within
 from xcit_dino.progress import clock
-from xcit_dino.slurm import attempts
+from xcit_dino.slurm import launched
 from xcit_dino.slurm.runstate import RunState, moment
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(config: WatchConfig) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    if seeds := attempts.seed_runs(config.run):
+    if seeds := launched.seed_runs(config.run):
         names = ", ".join(map(str, seeds))
         raise InputError(f"{config.run}: contains no run; watch one of {names}")
     if not config.run.is_dir():

@@ -24,10 +24,11 @@ from xcit_dino.command_line import pop_option, pop_path
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.models.zoo import TIMM_PREFIX, model_spec
 from xcit_dino.options import read_yaml
-from xcit_dino.slurm import attempts, scheduler, status
+from xcit_dino.slurm import attempts, launched, scheduler, status
+from xcit_dino.slurm.checks import global_batch
 from xcit_dino.slurm.config import CancelConfig, Launch
 from xcit_dino.slurm.dry_run import preview
-from xcit_dino.slurm.launch import choose_cluster, global_batch, with_gpus
+from xcit_dino.slurm.launch import choose_cluster, with_gpus
 from xcit_dino.slurm.stages import launch_config, read_defaults
 from xcit_dino.slurm.watch import read_state
 from xcit_dino.train.config import CONFIGS
@@ -234,7 +235,7 @@ def state(folder: Path, expected: int) -> str:
 
 def fresh_ports(folder: Path) -> str:
     """'' if no two attempts used the same port."""
-    jobs = attempts.folder(folder) / "jobs"
+    jobs = launched.folder(folder) / "jobs"
     statuses = (json.loads(path.read_text()) for path in jobs.glob("*/words-*-0.json"))
     ports = [word["port"] for word in statuses if "port" in word]
     return "" if len(set(ports)) == len(ports) else f"ports {ports}"

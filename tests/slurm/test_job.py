@@ -18,7 +18,7 @@ import pytest
 from tests.standin import StandinConfig
 from xcit_dino.errors import InputError
 from xcit_dino.options import replace
-from xcit_dino.slurm import attempts, env, job, scheduler
+from xcit_dino.slurm import attempts, env, job, launched, scheduler
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train import signals
 
@@ -29,7 +29,7 @@ STAGE = "pretrain"
 def run(tmp_path: Path) -> Path:
     """A run folder after its submission, with two restarts allowed."""
     note = {"max_requeues": 2, "stages": {STAGE: {"job_id": "9", "config": {"epochs": 3}}}}
-    attempts.write_launch(tmp_path, note)
+    launched.write_launch(tmp_path, note)
     return tmp_path
 
 
@@ -182,7 +182,7 @@ def test_a_finetuning_gets_on_in_its_own_folder(run: Path) -> None:
     folder = run / "finetune" / "checkpoints"
     folder.mkdir(parents=True)
     stages = {STAGE: {"job_id": "9", "config": {"output_dir": str(folder.parent)}}}
-    attempts.write_launch(run, {"max_requeues": 5, "stages": stages})
+    launched.write_launch(run, {"max_requeues": 5, "stages": stages})
     for restart in range(2):
         assert fail_at(run, restart, "OSError: disk", "OSError loop.py:3").state == "requeued"
         (folder / f"checkpoint-{restart:08d}.pth").touch()
@@ -235,7 +235,7 @@ def test_a_node_that_dies_is_a_failure_and_preemption_is_not(run: Path) -> None:
 
 def test_cancelled_runs_do_not_start(run: Path) -> None:
     begin(run, 0)
-    attempts.cancel(run)
+    launched.cancel(run)
     attempts.write_status(run, "9", 0, 0, heard="SIGTERM", stopped="SIGTERM after step 1")
     assert attempts.finish(run, STAGE, 0).state == "cancelled"
     with pytest.raises(InputError, match="cancelled"):
@@ -257,7 +257,7 @@ def in_slurm(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]
     monkeypatch.setattr(scheduler, "run_command", ask)
     for name, value in {"ID": "9", "NUM_NODES": "1", "NODELIST": "node1"}.items():
         monkeypatch.setenv(f"SLURM_JOB_{name}", value)
-    attempts.write_launch(run, attempts.read_launch(run) | {"needs": []})
+    launched.write_launch(run, launched.read_launch(run) | {"needs": []})
     attempts.save(run, attempts.Record(STAGE))
     return asked
 
@@ -336,7 +336,7 @@ def test_a_node_that_starts_nothing_counts_as_a_failure(
 def test_a_missing_index_ends_the_job_before_it_trains(
     run: Path, in_slurm: list[tuple[str, ...]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    attempts.write_launch(run, attempts.read_launch(run) | {"needs": ["/nowhere/index.json"]})
+    launched.write_launch(run, launched.read_launch(run) | {"needs": ["/nowhere/index.json"]})
     assert job.main(["begin", str(run), STAGE]) == 2
     assert "/nowhere/index.json cannot be read on" in capsys.readouterr().err
     assert attempts.load(run, STAGE).state == "failed"

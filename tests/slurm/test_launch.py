@@ -23,7 +23,18 @@ from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.options import option_types
-from xcit_dino.slurm import attempts, dry_run, launch, local, scheduler, snapshot, status, submit
+from xcit_dino.slurm import (
+    attempts,
+    checks,
+    dry_run,
+    launch,
+    launched,
+    local,
+    scheduler,
+    snapshot,
+    status,
+    submit,
+)
 from xcit_dino.slurm.config import (
     CancelConfig,
     Launch,
@@ -303,8 +314,8 @@ def test_nodes_are_asked_for_files_and_not_for_urls(shards: Path, monkeypatch) -
     monkeypatch.setattr(index, "_has_index", lambda root: True)
     words = [*ARCH, "--stages", "pretrain,knn", "--data_path", str(shards)]
     plan = launch_config([*words, "--knn.data_path", "s3://bucket/shards"])
-    assert launch.needs(plan) == [f"{shards}/train/index.json"]
-    assert launch.needs(dataclasses.replace(plan, stages=plan.stages[1:])) == []
+    assert checks.needs(plan) == [f"{shards}/train/index.json"]
+    assert checks.needs(dataclasses.replace(plan, stages=plan.stages[1:])) == []
 
 
 def test_nodes_are_asked_for_all_that_lies_on_a_file_system(shards: Path, tmp_path: Path) -> None:
@@ -313,11 +324,11 @@ def test_nodes_are_asked_for_all_that_lies_on_a_file_system(shards: Path, tmp_pa
     words += ["--data_path", str(shards), "--knn_data_path", str(shards / "train")]
     words += ["--init_from", str(tmp_path / "a.pth"), "--distill.teacher_path", str(other)]
     words += ["--shard_url", str(tmp_path / "{split}"), "--evaluate.head", str(run / "head.pth")]
-    assert launch.needs(launch_config(words)) == sorted(
+    assert checks.needs(launch_config(words)) == sorted(
         [f"{shards}/train/index.json", str(tmp_path / "a.pth"), str(other), str(tmp_path / "train")]
     )
     piped = launch_config([*ARCH, "--data_path", str(shards), "--shard_url", "pipe:cat {shard}"])
-    assert launch.needs(piped) == [f"{shards}/train/index.json"]
+    assert checks.needs(piped) == [f"{shards}/train/index.json"]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "knn", "linear"])
@@ -325,18 +336,18 @@ def test_a_stage_on_other_data_is_not_done_already(stage: str, tmp_path: Path) -
     words = ["--stages", stage, f"--{stage}.output_dir", str(tmp_path)]
 
     def dumped(*more: str) -> dict:
-        return launch.dump(launch_config([*words, *more]).stages[0].config)
+        return checks.dump(launch_config([*words, *more]).stages[0].config)
 
     before = dumped(f"--{stage}.data_path", "a")
-    assert not launch.differ(before, dumped(f"--{stage}.data_path", "a"))
-    assert not launch.differ(before, before | {"num_workers": 3, "batch_size_per_gpu": 3})
-    assert launch.differ(before, dumped(f"--{stage}.data_path", "b"))
+    assert not checks.differ(before, dumped(f"--{stage}.data_path", "a"))
+    assert not checks.differ(before, before | {"num_workers": 3, "batch_size_per_gpu": 3})
+    assert checks.differ(before, dumped(f"--{stage}.data_path", "b"))
 
 
 def test_the_augmented_probe_with_another_batch_is_another_one() -> None:
     plan = launch_config(["--stages", "linear", "--linear.output_dir", "r"])
-    config = launch.dump(plan.stages[0].config) | {"protocol": "dino"}
-    assert launch.differ(config, config | {"batch_size_per_gpu": 3})
+    config = checks.dump(plan.stages[0].config) | {"protocol": "dino"}
+    assert checks.differ(config, config | {"batch_size_per_gpu": 3})
 
 
 def test_dry_run_names_more_neighbours_than_images(
@@ -426,9 +437,9 @@ def test_a_run_goes_through(run: Path, capfd: pytest.CaptureFixture[str]) -> Non
     known = attempts.load(run, "pretrain")
     assert (known.state, known.attempts, known.failures) == ("done", 1, 0)
     assert steps(run) == [1, 2, 3]
-    assert launch.unfinished(plan_of(run)) == []
-    assert [s.name for s in launch.unfinished(plan_of(run, steps=4))] == ["pretrain"]
-    assert attempts.read_launch(run)["code"].startswith(str(run / "launch" / "code"))
+    assert checks.unfinished(plan_of(run)) == []
+    assert [s.name for s in checks.unfinished(plan_of(run, steps=4))] == ["pretrain"]
+    assert launched.read_launch(run)["code"].startswith(str(run / "launch" / "code"))
 
 
 def test_a_failure_starts_again_once_it_helps(run: Path) -> None:
@@ -650,7 +661,7 @@ def test_time_limit(run: Path) -> None:
     made.update_parameters(
         nodes=1, tasks_per_node=1, gpus_per_node=0, timeout_min=1, signal_delay_s=54, setup=()
     )
-    attempts.write_launch(run, {"max_requeues": 0, "stages": {"pretrain": {"config": {}}}})
+    launched.write_launch(run, {"max_requeues": 0, "stages": {"pretrain": {"config": {}}}})
     attempts.begin(run, "pretrain", "", 0, "here")
     from xcit_dino.slurm.job import make_job
 
@@ -677,12 +688,12 @@ def test_debug_runs_in_this_process(run: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_folder_in_use_is_refused(run: Path) -> None:
     note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
-    note["pid_start"] = attempts.process_start_time(os.getpid())
-    attempts.write_launch(run, note | {"stages": {}})
+    note["pid_start"] = launched.process_start_time(os.getpid())
+    launched.write_launch(run, note | {"stages": {}})
     with pytest.raises(InputError, match=f"in use by process {os.getpid()} on "):
-        launch.refuse_busy(plan_of(run), "local")
-    attempts.write_launch(run, note | {"pid_start": "1", "stages": {}})  # another process by now
-    launch.refuse_busy(plan_of(run), "local")
+        checks.refuse_busy(plan_of(run), "local")
+    launched.write_launch(run, note | {"pid_start": "1", "stages": {}})  # another process by now
+    checks.refuse_busy(plan_of(run), "local")
 
 
 def test_a_folder_that_a_plain_command_trains_in_is_refused(run: Path) -> None:
@@ -696,10 +707,10 @@ def test_a_folder_that_a_plain_command_trains_in_is_refused(run: Path) -> None:
         assert other.stdout and other.stdout.readline() == b"taken\n"
         before = sorted(run.rglob("*"))
         with pytest.raises(InputError, match=f"is in use by process {other.pid} on .*wait for it"):
-            launch.refuse_busy(plan_of(run), "local")
+            checks.refuse_busy(plan_of(run), "local")
         assert sorted(run.rglob("*")) == before
         other.communicate()
-    launch.refuse_busy(plan_of(run), "local")
+    checks.refuse_busy(plan_of(run), "local")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -723,7 +734,7 @@ def test_status_keeps_stages_of_earlier_launches(
     assert [line.split()[:2] for line in shown[2:4]] == [["pretrain", "done"], ["knn", "done"]]
     status.logs(LogsConfig(run, stage="pretrain"))
     launch.prepare(first, list(first.stages), "local")  # and again, the other way round
-    assert list(attempts.all_stages(attempts.read_launch(run))) == ["knn", "pretrain"]
+    assert list(launched.all_stages(launched.read_launch(run))) == ["knn", "pretrain"]
 
 
 def test_status_says_when_a_lost_job_was_last_seen(
@@ -731,7 +742,7 @@ def test_status_says_when_a_lost_job_was_last_seen(
 ) -> None:
     stages = {"pretrain": {"job_id": "", "config": {}}}
     note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
-    attempts.write_launch(run, note)
+    launched.write_launch(run, note)
     known = attempts.Record(
         "pretrain", state="running", hosts="n1", began="2026-01-01T10:00:00+00:00"
     )
@@ -750,7 +761,7 @@ def test_status_of_a_run_that_the_launcher_never_came_to(
 ) -> None:
     stages = {name: {"job_id": "", "config": {}} for name in ("pretrain", "knn")}
     note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
-    attempts.write_launch(run, note)
+    launched.write_launch(run, note)
     for name in stages:
         attempts.save(run, attempts.Record(name))
     status.status(StatusConfig(run))
@@ -767,7 +778,7 @@ def test_status_says_why_a_stage_was_cancelled(
 ) -> None:
     stages = {name: {"job_id": "", "config": {}} for name in ("pretrain", "knn")}
     note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
-    attempts.write_launch(run, note)
+    launched.write_launch(run, note)
     failed = attempts.Record("pretrain", state="failed", attempts=3, failures=3, reason="no luck")
     attempts.save(run, failed)
     attempts.save(run, attempts.Record("knn"))
@@ -783,7 +794,7 @@ def test_status_shows_what_a_stage_came_to(run: Path, capsys: pytest.CaptureFixt
     (folder / "results.json").write_text(json.dumps(metrics))
     stages = {"finetune": {"job_id": "", "config": {"output_dir": str(folder)}}}
     note = {"cluster": "local", "host": "elsewhere", "pid": 1, "pid_start": "", "stages": stages}
-    attempts.write_launch(run, note)
+    launched.write_launch(run, note)
     times = {"began": "2026-01-01T10:00:00+00:00", "ended": "2026-01-01T11:02:03+00:00"}
     attempts.save(run, attempts.Record("finetune", state="done", **times))
     status.status(StatusConfig(run))
@@ -793,10 +804,10 @@ def test_status_shows_what_a_stage_came_to(run: Path, capsys: pytest.CaptureFixt
 def test_status_shows_progress(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     note = {"cluster": "local", "host": os.uname().nodename, "pid": os.getpid()}
     note |= {
-        "pid_start": attempts.process_start_time(),
+        "pid_start": launched.process_start_time(),
         "stages": {"pretrain": {"job_id": "", "config": {}}},
     }
-    attempts.write_launch(run, note)
+    launched.write_launch(run, note)
     attempts.save(
         run, attempts.Record("pretrain", state="running", job_id="7", hosts="n1", attempts=2)
     )

@@ -11,7 +11,7 @@ from tests.standin import plan_of
 from xcit_dino.cli import COMMANDS
 from xcit_dino.errors import InputError
 from xcit_dino.options import option_types, replace
-from xcit_dino.slurm import attempts, launch, local, submit
+from xcit_dino.slurm import attempts, launch, launched, local, submit
 from xcit_dino.slurm.config import Launch, LaunchConfig
 from xcit_dino.slurm.dry_run import ineffective_options
 from xcit_dino.slurm.stages import ENTRIES, launch_config
@@ -141,7 +141,7 @@ def test_runs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def submitted(one: Launch, *_: object) -> int:
         after.append(_[-1])  # type: ignore[arg-type]
         stages = {"pretrain": {"job_id": str(len(after)), "config": {}}}
-        attempts.write_launch(one.run, {"stages": stages})
+        launched.write_launch(one.run, {"stages": stages})
         return 0
 
     monkeypatch.setattr(launch, "start", submitted)

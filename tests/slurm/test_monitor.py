@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from xcit_dino.cli import main
-from xcit_dino.slurm import attempts
+from xcit_dino.slurm import attempts, launched
 from xcit_dino.slurm.runstate import RunState
 from xcit_dino.slurm.tools.monitor import view
 
@@ -73,7 +73,7 @@ def test_it_is_over_when_the_try_has_ended_and_no_stage_waits(tmp_path):
     state = RunState(folder)
     state.refresh()
     assert state.ended and "ended at step 40: done" in text_of(state)
-    attempts.write_launch(folder, {"stages": {"pretrain": {}, "knn": {}}})
+    launched.write_launch(folder, {"stages": {"pretrain": {}, "knn": {}}})
     attempts.save(folder, attempts.Record("pretrain", state="done"))
     attempts.save(folder, attempts.Record("knn", state="running"))
     state.refresh()

@@ -19,7 +19,7 @@ import torch
 from tests.slurm_cluster import Cluster, Unavailable, cluster
 from tests.slurm_run import IMAGES, RECIPE, STEPS, Run
 from tests.standin import plan_of
-from xcit_dino.slurm import attempts, launch
+from xcit_dino.slurm import attempts, launch, launched
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 EPOCH = STEPS // 2
@@ -109,7 +109,7 @@ def test_every_ending_is_judged(
     run.folder.mkdir()
     plan = plan_of(run.folder, steps=1000, seconds=0.3)
     assert launch.start(plan, list(plan.stages), "slurm") == 0
-    job = attempts.read_launch(run.folder)["stages"]["pretrain"]["job_id"]
+    job = launched.read_launch(run.folder)["stages"]["pretrain"]["job_id"]
 
     def held(attempt: int) -> int:
         """The rank of an attempt that has done a step, stopped."""
@@ -251,7 +251,7 @@ def test_two_nodes_two_tasks_equal_one_process(slurm: Cluster, place: Path, chai
 def test_a_failed_stage_cancels_the_later_ones(slurm: Cluster, place: Path) -> None:
     run = Run(slurm, place, "failed chain")
     run.submit("--stages", "pretrain,knn", "--setup", "false || exit 7", "--max_requeues", "0")
-    jobs = [stage["job_id"] for stage in attempts.read_launch(run.folder)["stages"].values()]
+    jobs = [stage["job_id"] for stage in launched.read_launch(run.folder)["stages"].values()]
     run.wait_until(lambda: slurm.facts(jobs[1])["JobState"] == "CANCELLED")
     shown = run.command("status", str(run.folder))
     assert "cancelled: pretrain is" in shown.stdout, shown.stdout + shown.stderr
@@ -299,7 +299,7 @@ def test_so_many_seeds_at_a_time(slurm: Cluster, place: Path) -> None:
     words = ["--seeds", "0", "1", "2", "--array_parallelism", "2", "--slurm", "begin=now+1hour"]
     done = run.launch(*words, "--stages", "pretrain,knn")
     assert done.returncode == 0, done.stderr
-    runs = [attempts.read_launch(place / f"sweep-seed{seed}") for seed in range(3)]
+    runs = [launched.read_launch(place / f"sweep-seed{seed}") for seed in range(3)]
     jobs = [[stage["job_id"] for stage in run["stages"].values()] for run in runs]
     waits = [slurm.facts(pretrain)["Dependency"] for pretrain, _ in jobs]
     assert waits == ["(null)", "(null)", f"afterany:{jobs[0][1]}(unfulfilled)"]

@@ -24,7 +24,7 @@ from xcit_dino.errors import Stopped
 from xcit_dino.provenance import read_results
 from xcit_dino.ssl.diagnostics import Alarms
 from xcit_dino.ssl.pretrain import pretrain, pretrain_with_knn
-from xcit_dino.supervised import train as supervised
+from xcit_dino.supervised import validation
 from xcit_dino.train import signals
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.evaluation import MARK
@@ -118,7 +118,7 @@ def failing(monkeypatch, name, error, times=99):
             trainings.RUN, name, lambda options: pretrain(options, evaluate=evaluate)
         )
     else:
-        monkeypatch.setattr(supervised, "accuracies", evaluate)
+        monkeypatch.setattr(validation, "accuracies", evaluate)
     return calls
 
 
