@@ -39,7 +39,7 @@ def online_knn(
     every: int = 1,
     name: str = "knn",
     pictures: TrainingCrops | None = None,
-) -> Evaluate | None:
+) -> OnlineKnn | None:
     """What ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) -> metrics to log.
 
     Args:
@@ -102,6 +102,10 @@ class OnlineKnn:
     every: int
     name: str = "knn"
     draw: OnlinePictures | None = None
+
+    def of_teacher(self) -> OnlineKnn:
+        """The same for a frozen teacher, as ``knn_frozen_top1``: no pictures."""
+        return replace(self, name=self.name.replace("knn", "knn_frozen", 1), draw=None)
 
     def __call__(self, backbone: nn.Module, epoch: int) -> dict[str, Any]:
         """``NAME_top1`` and ``NAME_top5`` in percent at k = 20, and pictures; nothing in epochs

@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError, one_line
+from xcit_dino.models.tokens import stride_of
 
 
-def check_sizes(model: nn.Module, arch: str, sizes: dict[str, int], features: bool) -> None:
+def check_sizes(
+    model: nn.Module,
+    arch: str,
+    sizes: dict[str, int],
+    features: bool,
+    model_option: str = "--arch",
+) -> None:
     """Put an image of every size through ``model``, which stays as it is.
 
     arch: for messages; sizes: option -> side in pixels; features: whether the output has to be one
-    vector of ``model.embed_dim``.
+    vector of ``model.embed_dim``; model_option: the option that named the model.
 
     Raises:
         InputError: it fails, or gives something else; names the nearest size that it takes.
@@ -24,7 +31,8 @@ def check_sizes(model: nn.Module, arch: str, sizes: dict[str, int], features: bo
         output = _tried(model, size)
         if isinstance(output, Exception):
             near = next((s for s in _candidates(model, size) if _takes(model, s)), None)
-            remedy = f"take --{option} {near}, or another --arch" if near else "take another --arch"
+            other = f"another {model_option}"
+            remedy = f"take --{option} {near}, or {other}" if near else f"take {other}"
             reason = one_line(output, 120)
             raise InputError(
                 f"--{option} {size}: {arch} does not take images of that size ({reason}); {remedy}"
@@ -77,9 +85,7 @@ def _tried(model: nn.Module, size: int) -> object:
 
 def _candidates(model: nn.Module, size: int) -> Iterable[int]:
     """Sizes to propose: near multiples of the patch size, of 32, and the network's own."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 32)
-    patch = patch[0] if isinstance(patch, tuple | list) else patch
-    for step in (int(patch), 32):
+    for step in (stride_of(model), 32):
         near = max(1, round(size / step)) * step
         yield from (near, near + step)
     yield getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[-1]

@@ -163,6 +163,28 @@ def differences_from_newest(run: Run, key: str) -> str:
     return "; ".join(f"{name} {compare.versus([a])}" for name, (a, b) in fields.items() if a != b)
 
 
+def beside_start(run: Run) -> Section:
+    """The k-NN of the run beside that of its frozen teacher and of the weights it began with."""
+    teacher = run.config.get("teacher_model") or "teacher"
+    measured = [line for line in run.metrics if "knn_top1" in line]
+    named = [("this run", "knn", measured[-1])] if measured else []
+    named += [("starting weights", "knn", line) for line in measured[:1] if not line["step"]]
+    frozen = [line for line in run.metrics if "knn_frozen_top1" in line]
+    named += [(f"frozen teacher: {teacher}", "knn_frozen", line) for line in frozen[:1]]
+    rows = [
+        [title, *(f"{line.get(f'{name}_{top}', 0.0):.2f}" for top in ("top1", "top5"))]
+        + [f"{line['step']:,}" if name == "knn" else ""]
+        for title, name, line in named
+    ]
+    header = ["k-NN, k = 20", "top-1, %", "top-5, %", "step"]
+    about = "Measured during pretraining on the same images, by the same protocol."
+    return tables(
+        "Beside the teacher and the starting weights",
+        Table(header, rows if len(rows) > 1 else [], sortable=False),
+        about=about,
+    )
+
+
 def knn_by_k(runs: Sequence[Run]) -> Section:
     """k-NN accuracies of several runs."""
     return tables("k-NN by number of neighbors", knn_table(runs))

@@ -61,7 +61,13 @@ def page(runs: Sequence[Run], pictures: bool = True) -> str:
 
 def results(run: Run) -> list[Section]:
     """Accuracies of one run."""
-    return [accuracy.headlines(run), accuracy.beside_published(run), accuracy.all_results(run)]
+    parts = (
+        accuracy.headlines,
+        accuracy.beside_start,
+        accuracy.beside_published,
+        accuracy.all_results,
+    )
+    return [part(run) for part in parts]
 
 
 def comparison(runs: Sequence[Run]) -> list[Section]:

@@ -21,8 +21,9 @@ Panel = tuple[str, str, Sequence[str]]
 """Title, unit, and the metrics drawn together."""
 PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
     "Learning and health": (
-        ("Loss = teacher entropy + KL", "nats", ("loss", "teacher_entropy", "kl")),
-        ("k-NN of the teacher, top-1", "%", ("knn_top1",)),
+        ("Loss (of DINO: teacher entropy + KL)", "", ("loss", "teacher_entropy", "kl")),
+        ("Terms of the loss", "", ("dino_loss", "distill_loss")),
+        ("k-NN of the teacher, top-1", "%", ("knn_top1", "knn_frozen_top1")),
         ("k-NN on the other data, top-1", "%", ("knn_other_top1",)),
         ("Neighbors kept since the start", "share", ("neighbors_kept", "neighbors_kept_other")),
         ("Features: CKA with the start", "", ("feature_cka", "feature_cka_other")),
@@ -49,6 +50,8 @@ PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
 NO_CURVES = {"step", "epoch", "time", "freeze_last_layer", "freeze_backbone"}
 TITLES = {
     "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of the mean",
+    "knn_top1": "this run", "knn_frozen_top1": "frozen teacher",
+    "dino_loss": "DINO", "distill_loss": "distillation",
     "val_top1": "last weights", "val_ema_top1": "averaged weights",
 }  # fmt: skip
 
@@ -95,16 +98,21 @@ def chart(runs: Sequence[Run], title: str, unit: str, names: Sequence[str]) -> M
     if len(runs) > 1:
         lines = [(run.name, series(run, names[0])) for run in runs]
         if len(names) > 1:
-            title = f"{title.partition(' =')[0]}: {TITLES.get(names[0], names[0])}"
+            title = f"{title.partition(' (')[0]}: {TITLES.get(names[0], names[0])}"
         return line_chart(title, lines, "step", unit, from_zero=from_zero)
     found = [(TITLES.get(name, name), series(runs[0], name)) for name in names]
     found = [(name, points) for name, points in found if points]
+    if len(found) < len(names):
+        title = title.partition(" (")[0]
     return line_chart(title, found, "step", unit, restarts, from_zero)
 
 
 def series(run: Run, name: str) -> list[tuple[float, float]]:
     """(step, value) of a metric."""
-    return [(line["step"], line[name]) for line in run.metrics if is_number(line.get(name))]
+    points = [(line["step"], line[name]) for line in run.metrics if is_number(line.get(name))]
+    if name.startswith("knn_frozen") and points:  # measured once, and the same ever after
+        points.append((run.metrics[-1]["step"], points[0][1]))
+    return points
 
 
 def is_number(value: Any) -> bool:

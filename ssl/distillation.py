@@ -78,7 +78,12 @@ class FrozenTeacher(Teacher):
 
 def standardize(tokens: Tensor) -> Tensor:
     """Every token with mean 0 and variance 1 over its channels, float32."""
-    return F.layer_norm(tokens.float(), tokens.shape[-1:])
+    return F.layer_norm(widened(tokens), tokens.shape[-1:])
+
+
+def widened(tokens: Tensor) -> Tensor:
+    """In at least float32."""
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 class Projector(nn.Module):
@@ -112,11 +117,11 @@ def distillation_loss(
     predicted, targets: a group of crops of one size each; num_rows: V*B of all groups of an image,
     where these are not all of them.
     """
-    total = torch.zeros((), device=targets[0].pooled.device)
+    total = torch.zeros((), device=targets[0].pooled.device, dtype=targets[0].pooled.dtype)
     for ours, theirs in zip(predicted, targets, strict=True):
-        distance = F.smooth_l1_loss(ours.pooled.float(), theirs.pooled, beta=BETA)
+        distance = F.smooth_l1_loss(widened(ours.pooled), theirs.pooled, beta=BETA)
         if ours.patches is not None and theirs.patches is not None:
-            patches = ours.patches.float()
+            patches = widened(ours.patches)
             same_grid = resample(theirs.patches, patches.shape[1:3])
             distance = distance + patch_weight * F.smooth_l1_loss(patches, same_grid, beta=BETA)
         total = total + distance * (len(ours.pooled) / num_rows)
@@ -150,7 +155,10 @@ def frozen_teacher(
     sides = [crops.global_crops_size] + [crops.local_crops_size] * (crops.local_crops_number > 0)
     for side in sides:
         size = {"teacher_size": teacher.size_for(side)}
-        check_sizes(teacher.network, config.teacher_model, size, features=False)
+        check_sizes(
+            teacher.network, config.teacher_model, size, features=False,
+            model_option="--teacher_model",
+        )  # fmt: skip
     return teacher, loaded.facts | {"teacher_checksum": tensors_checksum(loaded.network)}
 
 

@@ -20,7 +20,7 @@ from xcit_dino.data.loader import Batch
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
-from xcit_dino.eval.online import Evaluate, online_knn
+from xcit_dino.eval.online import Evaluate, OnlineKnn, online_knn
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.options import options
 from xcit_dino.ssl import diagnostics, forgetting
@@ -160,14 +160,20 @@ def pretrain_with_knn(config: PretrainConfig) -> None:
     dist.from_main(lambda: check_output(config.run))
     config = with_input_settings(config)
     evaluations = knn_evaluations(config, world)
+    of_teacher = [each.of_teacher() for each in evaluations if config.objective.distills]
+    pretrain(config, all_of(evaluations), all_of(of_teacher))
+
+
+def all_of(evaluations: Sequence[Evaluate]) -> Evaluate | None:
+    """Several evaluations as one; None where there are none."""
 
     def evaluate(backbone: nn.Module, epoch: int) -> dict[str, Any]:
         return {k: v for each in evaluations for k, v in each(backbone, epoch).items()}
 
-    pretrain(config, evaluate if evaluations else None)
+    return evaluate if evaluations else None
 
 
-def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[Evaluate]:
+def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[OnlineKnn]:
     """k-NN on the data of the training, with pictures, and on those of ``--knn_data_path``."""
     crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     every, run = config.online.knn_every, dict(options(config))
@@ -182,13 +188,18 @@ def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[Evaluate]
     return [evaluation for evaluation in found if evaluation is not None]
 
 
-def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
+def pretrain(
+    config: PretrainConfig,
+    evaluate: Evaluate | None = None,
+    evaluate_frozen: Evaluate | None = None,
+) -> None:
     """Train, or resume training, until the last epoch.
 
     Args:
         config: the whole run; ``config.run.output_dir`` is resumed from where it stopped.
         evaluate: called with (teacher's backbone, epochs done) at epoch ends; its numbers are
             logged.
+        evaluate_frozen: called with the frozen teacher and 0 before the first step.
 
     Raises:
         InputError: bad options or data; the run folder is as it was before.
@@ -210,7 +221,7 @@ def pretrain(config: PretrainConfig, evaluate: Evaluate | None = None) -> None:
     recipes = trainer.augment.recipes
     loader = crop_loader(config, world, index, plan, config.crops, recipes=recipes)
     drifts = forgetting.drifts(config, index, world)
-    evaluation = TeacherEvaluation(trainer, evaluate, drifts, plan.steps_per_epoch)
+    evaluation = TeacherEvaluation(trainer, evaluate, evaluate_frozen, drifts, plan.steps_per_epoch)
     training = Training(
         "pretraining",
         config,
@@ -248,16 +259,23 @@ def open_data(config: PretrainConfig) -> ShardIndex:
 @dataclass(frozen=True)
 class TeacherEvaluation:
     """Evaluations of the teacher: at epoch ends, and what is left of the starting weights every
-    ``--forgetting_every``."""
+    ``--forgetting_every``; of a frozen teacher once, before the first step."""
 
     trainer: DinoTrainer
     evaluate: Evaluate | None
+    evaluate_frozen: Evaluate | None
     drifts: Sequence[forgetting.Drift]
     steps_per_epoch: int
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Metrics and pictures after a step."""
-        backbone, found = self.trainer.eval_backbone(), {}
+        found = {}
+        if self._frozen_due(step):
+            assert self.evaluate_frozen and self.trainer.frozen
+            found |= self.evaluate_frozen(self.trainer.frozen, 0)
+        if not self._teacher_due(step):
+            return found
+        backbone = self.trainer.eval_backbone()
         if self.evaluate is not None and step % self.steps_per_epoch == 0:
             found |= self.evaluate(backbone, step // self.steps_per_epoch)
         for drift in self.drifts if self._drift_due(step) else ():
@@ -265,8 +283,14 @@ class TeacherEvaluation:
         return found
 
     def due(self, step: int) -> bool:
-        """Whether there is anything to evaluate after a step; after none, where weights were
-        loaded."""
+        """Whether there is anything to evaluate after a step."""
+        return self._frozen_due(step) or self._teacher_due(step)
+
+    def _frozen_due(self, step: int) -> bool:
+        return step == 0 and self.evaluate_frozen is not None
+
+    def _teacher_due(self, step: int) -> bool:
+        """Before the first step, only where weights were loaded."""
         known = step > 0 or self.trainer.config.start.init_from is not None
         ends_epoch = self.evaluate is not None and step % self.steps_per_epoch == 0
         return known and (ends_epoch or self._drift_due(step))

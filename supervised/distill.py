@@ -48,7 +48,10 @@ def distill(config: DistillConfig) -> None:
     teacher, about = build_teacher(config.teacher, data.num_classes, ours, checkpoint)
     size = teacher.size or config.regularization.input_size
     name = config.teacher.teacher_model
-    check_sizes(teacher.network, name, {"teacher_size": size}, features=False)
+    check_sizes(
+        teacher.network, name, {"teacher_size": size}, features=False,
+        model_option="--teacher_model",
+    )  # fmt: skip
     # into the run's options, so that a run whose teacher has moved away does not go on with another
     config = replace(config, {"teacher_size": teacher.size})
     teacher.to(world.device)
