@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, needs
 
 Which = Literal["teacher", "student", "model", "model_ema"]
 WEIGHT_SUFFIXES = (".pth", ".safetensors", ".pdparams")
@@ -66,12 +66,29 @@ class ExportConfig:
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
     """Any checkpoint that `weights` reads, or a run folder: its newest."""
     output: Path = tyro.MISSING
-    """File to write: .onnx (any batch and image size) or .safetensors with metadata."""
+    """File to write: .onnx (any batch and image size) or .safetensors with metadata; with --format
+    timm-hub a new folder."""
+    format: Literal["file", "timm-hub"] = "file"
+    """timm-hub: a folder that timm.create_model loads as local-dir:FOLDER and, once it is uploaded,
+    as hf-hub:OWNER/NAME; input settings and model card included."""
     which: Which | None = None
     """Network to take; by default the teacher, else the only one there is."""
+    arch: str | None = None
+    """timm/NAME, for --format timm-hub and a file that does not say which network of timm it
+    holds."""
     results: Path | None = None
     """A results.json: what it holds of this very network goes into the metadata and onto the model
     card; left out: that of the run folder, for the card."""
 
     def __post_init__(self) -> None:
-        _require_suffix(self.output, (".onnx", ".safetensors"))
+        if self.format == "file":
+            _require_suffix(self.output, (".onnx", ".safetensors"))
+        elif self.output is not tyro.MISSING and self.output.suffix in (".onnx", *WEIGHT_SUFFIXES):
+            raise InputError(
+                f"--output {self.output}: names a file, and --format timm-hub writes a folder; "
+                f"take --output {self.output.with_suffix('')}"
+            )
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.options.ineffective`."""
+        return needs(self.format == "timm-hub", "without --format timm-hub", "arch")

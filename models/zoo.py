@@ -171,6 +171,7 @@ def _create_timm(name: str, **kwargs: Any) -> nn.Module:
     for any_size in _ANY_SIZE:
         try:
             model = timm.create_model(name, pretrained=False, **any_size, **kwargs)
+            model.any_size = any_size
             break
         except TypeError as error:  # an argument this model does not take
             if not any_size:

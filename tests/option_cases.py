@@ -452,7 +452,14 @@ CONVERT: Cases = {
     "results": RESULTS,
 }
 EXPORT: Cases = {name: CONVERT[name] for name in ("checkpoint", "which", "results")} | {
-    "output": [turn("new2.safetensors", shows="files")]
+    "output": [turn("new2.safetensors", shows="files")],
+    "format": [refused("timm-hub", by="timm has no xcit_pico_6_p16", given={"output": "folder"})],
+    "arch": [
+        refused("timm/test_vit", by="--arch"),
+        refused(
+            "timm/test_vit", by="patch 8 and 16", given={"format": "timm-hub", "output": "folder"}
+        ),
+    ],
 }
 
 

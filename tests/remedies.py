@@ -68,6 +68,11 @@ PARSED = [
         "pretrain --init_from timm/resnet18 --arch timm/resnet18",
     ),
     case(
+        "names a file, and --format timm-hub writes a folder; take --output",
+        "weights export a.pth --format timm-hub --output b.safetensors",
+        "weights export a.pth --format timm-hub --output b",
+    ),
+    case(
         "--train_scale must be two shares",
         "finetune --train_scale 0.5 0.2",
         "finetune --train_scale 0.08 1",
@@ -638,6 +643,9 @@ ELSEWHERE = {
     "the result above is not stored, as {} cannot be written": "a disk that fails: test_results.py",
     "{}: {}; free it, or name another folder with --output_dir": "a full disk: test_features.py",
     "instead of {} features; take another --arch": "no such network at hand",
+    "--output {}: exists; name a new folder": "test_timm_folder.py, with such a folder",
+    "--format timm-hub: timm has no {}": "says what timm has: test_timm_folder.py",
+    "does not say which network of timm it holds; add": "test_timm_folder.py, with such a file",
     "--layer_decay: this backbone does not say its layers": "no such network: test_optim.py",
     "keep --layer_decay as it was, or start": "needs --may_change on a run: test_start.py",
     "--arch {}: it cannot be trained ({})": "no such network at hand: test_timm_backbones.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_checksum, write_atomic
@@ -26,7 +27,7 @@ IN_ROW |= {"nb_knn"}  # the row says its k
 
 
 def write(
-    output: Path, source: Path, arch: str, network: str, model: XCiT, results: Path | None
+    output: Path, source: Path, arch: str, network: str, model: nn.Module, results: Path | None
 ) -> Path:
     """Write ``birds.onnx.md`` for ``birds.onnx``, just exported from ``source``; returns its path.
 
@@ -35,30 +36,58 @@ def write(
         results: a results.json; left out: that of the run folder in which the source lies. Only
             accuracies of this very network are taken.
     """
+    settings = input_settings(source, network) or InputSettings()
+    path = output.with_name(f"{output.name}.md")
+    write_atomic(path, text(output, source, arch, network, model, results, settings))
+    return path
+
+
+def text(
+    file: Path,
+    source: Path,
+    arch: str,
+    network: str,
+    model: Any,
+    results: Path | None,
+    settings: InputSettings,
+    *,
+    name: str | None = None,
+    hub: bool = False,
+) -> str:
+    """The card of an exported file, Markdown.
+
+    Args:
+        network, results: see :func:`write`.
+        name: of what was exported, where it is not the file's.
+        hub: whether it lies in a folder for the Hugging Face hub, whose cards begin with YAML.
+    """
     tree = formats.read(source)
     options = yaml.safe_load(tree["config"]) if isinstance(tree.get("config"), str) else {}
-    entries = matching(source, network, results)
-    settings = input_settings(source, network) or InputSettings()
     parts = [
-        f"# {output.stem}",
+        *([front_matter(model)] if hub else []),
+        f"# {name or file.stem}",
         summary(arch, network, model, options),
-        facts_table(output, source, arch, network, model, tree, settings),
+        facts_table(file, source, arch, network, model, tree, settings),
         "## Data",
         data(options, tree),
         "## Recipe",
         recipe(options),
         "## Results",
-        accuracies(entries),
+        accuracies(matching(source, network, results)),
         "## Intended use",
         USE.format(kind="classification of its classes" if model.num_classes else "features"),
         "## How to load",
-        loading(output, arch, model, settings),
+        loading(file, arch, model, settings, hub),
         "## Citation",
-        CITATION,
+        CITATION if "xcit" in arch else CITATION.split("\n", 2)[2],
     ]
-    path, text = output.with_name(f"{output.name}.md"), "\n\n".join(parts) + "\n"
-    write_atomic(path, text)
-    return path
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(model: Any) -> str:
+    """What the hub sorts models by. No licence: the files do not say one."""
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
+    return f"---\nlibrary_name: timm\ntags:\n- timm\n- {task}\n---"
 
 
 USE = """Image {kind}: as a frozen backbone for nearest neighbours and linear classifiers, or as the
@@ -71,11 +100,12 @@ CITATION = """- El-Nouby et al., *XCiT: Cross-Covariance Image Transformers*, Ne
   arXiv:2104.14294"""
 
 
-def summary(arch: str, network: str, model: XCiT, options: dict[str, Any]) -> str:
+def summary(arch: str, network: str, model: Any, options: dict[str, Any]) -> str:
     """One sentence."""
     how = "with DINO, without labels" if "teacher_temp" in options else "as its file says"
     what = f"classifier of {model.num_classes} classes" if model.num_classes else "backbone"
-    return f"An XCiT {what} (`{arch}`, the {network}), trained {how}."
+    kind = f"An XCiT {what}" if arch.startswith("xcit") else f"A {what}"
+    return f"{kind} (`{arch}`, the {network}), trained {how}."
 
 
 def facts_table(
@@ -83,7 +113,7 @@ def facts_table(
     source: Path,
     arch: str,
     network: str,
-    model: XCiT,
+    model: Any,
     tree: formats.Tree,
     settings: InputSettings,
 ) -> str:
@@ -93,7 +123,8 @@ def facts_table(
         "architecture": f"`{arch}`, {parameters / 1e6:.1f} M parameters",
         "output": f"{model.num_classes} classes" if model.num_classes else
         f"{model.embed_dim} features",
-        "input": f"RGB, sides in multiples of {model.patch_size}"
+        "input": "RGB"
+        + (f", sides in multiples of {model.patch_size}" if isinstance(model, XCiT) else "")
         + (f", evaluated at {settings.size} px" if settings.size else "")
         + f", resized by {settings.interpolation} interpolation, mean "
         f"{numbers(settings.mean)}, std {numbers(settings.std)}",
@@ -181,9 +212,16 @@ def endings(metrics: dict[str, float]) -> list[str]:
     return [f"_k{k}" for k in sorted(ks, key=int)] or [""]
 
 
-def loading(output: Path, arch: str, model: XCiT, settings: InputSettings) -> str:
+def loading(output: Path, arch: str, model: Any, settings: InputSettings, hub: bool = False) -> str:
     """Code for the format of the file."""
-    if output.suffix == ".onnx":
+    if hub:
+        code = """import timm
+
+# from the hub: "hf-hub:OWNER/NAME"
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+outputs = model(transform(image).unsqueeze(0))  # image: a PIL image"""
+    elif output.suffix == ".onnx":
         code = f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("{output.name}")

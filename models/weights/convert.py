@@ -19,7 +19,7 @@ from xcit_dino.files import check_writable
 from xcit_dino.inputs import KEY
 from xcit_dino.models.checkpoints import checkpoint_of
 from xcit_dino.models.config import ConvertConfig, ExportConfig, ExtractConfig
-from xcit_dino.models.weights import card, formats, layouts
+from xcit_dino.models.weights import card, formats, layouts, timm_folder
 from xcit_dino.models.weights.load import (
     Found,
     check_finite,
@@ -109,9 +109,11 @@ def _convert(config: ConvertConfig) -> tuple[str, XCiT, Found]:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a file to hand over, ONNX or safetensors, with its model card (``weights export``)."""
+    """Write a file or folder to hand over, with its model card (``weights export``)."""
     check_output(config.output)
     config = replace(config, checkpoint=checkpoint_of(config.checkpoint))
+    if config.format == "timm-hub":
+        return timm_folder.export(config)
     if config.output.suffix == ".safetensors":
         options = ConvertConfig(
             config.checkpoint, config.output, config.which, results=config.results

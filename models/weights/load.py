@@ -176,8 +176,7 @@ def fit(
     state = layouts.to_timm(found.state) if layouts.layout_of(wanted) == "timm" else found.state
     state = _as_timm_reads_it(state, model)
     check_arch(path, state, model)
-    theirs = [name for name in state if _is_classifier(name, model)]
-    ours = [name for name in wanted if _is_classifier(name, model)]
+    theirs, ours = classifier_names(state, model), classifier_names(wanted, model)
     if head == "required" and not theirs:
         raise InputError(f"{path}: has no classifier; train one with linear or finetune")
     if head != "new" and theirs and ours:
@@ -264,6 +263,11 @@ def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:
             check_finite(Path(path), layer)
             return layer["weight"], layer["bias"]
     raise InputError(f"{path}: holds no linear layer (linear.weight and linear.bias)")
+
+
+def classifier_names(state: State, model: nn.Module) -> list[str]:
+    """Names of the tensors in ``state`` that are the classifier of a network like ``model``."""
+    return [name for name in state if _is_classifier(name, model)]
 
 
 def _is_classifier(name: str, model: nn.Module) -> bool:
