@@ -2,6 +2,7 @@
 
 import pytest
 
+from xcit_dino.errors import InputError
 from xcit_dino.models.zoo import list_models
 from xcit_dino.options import read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config, recipe_path
@@ -36,6 +37,21 @@ def test_a_recipe_for_continuing_is_gentler_than_dinos_and_names_every_source(pa
     for line in path.read_text().splitlines():
         if line and not line.startswith("#"):
             assert any(source in line for source in SOURCES), line
+
+
+DISTILLED = sorted((CONFIGS / "distill_ssl").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", DISTILLED, ids=lambda p: p.stem)
+def test_a_recipe_for_distillation_names_no_teacher_and_every_source(path):
+    """A teacher is the user's choice; without one the recipe is refused in a line."""
+    with pytest.raises(InputError, match="--objective distill: names no teacher"):
+        pretrain_config(["--config", str(path)])
+    config = pretrain_config(["--config", str(path), "--teacher_model", "timm/resnet18"])
+    assert config.objective.objective == "distill" and not config.remarks()
+    for line in path.read_text().splitlines():
+        if line and not line.startswith(("#", "objective:")):
+            assert any(source in line for source in ("[dino]", "[deit]", "[ours]")), line
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -1,0 +1,163 @@
+"""A student distilled without labels against DINO from random weights, at equal wall-clock time:
+python bench/distill_vs_dino.py --data_path SHARDS --teacher_path FILE
+
+The same student twice, side by side, each pinned to a core of its own. The speed of both is
+measured first, so that the schedule of each ends with its time; at the end of it both are stopped.
+Then the k-NN of every epoch's checkpoint (as during pretraining, but outside of the time), and k-NN
+and linear probe of the last one by the evaluations' own commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+METHODS = ("distill", "dino")
+COMMAND = (sys.executable, "-m", "xcit_dino.cli")
+TRIED = 60  # steps to measure the speed with
+SAFETY = 0.95  # share of the time that the schedule is made for
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Distillation without labels against DINO")
+    parser.add_argument("--data_path", required=True, help="shards with train and val, labeled")
+    parser.add_argument("--arch", default="xcit_pico_6_p4", help="the student")
+    parser.add_argument("--config", default="configs/distill_ssl/xcit_pico_6_p4.yaml")
+    parser.add_argument("--teacher_model", default="timm/tf_efficientnet_lite0")
+    parser.add_argument("--teacher_path", required=True)
+    parser.add_argument("--teacher_size", default="64")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", default="0")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--linear_epochs", default="30")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/distill_vs_dino"))
+    return parser.parse_args()
+
+
+def pretraining(args: argparse.Namespace, method: str) -> list[str]:
+    """The command line of a method, without its length."""
+    words = ["pretrain", "--data_path", args.data_path, "--seed", args.seed]
+    words += ["--precision", args.precision, "--num_workers", "1", "--knn_every", "0"]
+    words += ["--saveckp_freq", "1", "--checkpoint_minutes", "0", "--log_every", "20"]
+    if method == "dino":
+        return [*words, "--arch", args.arch]
+    words += ["--config", args.config, "--arch", args.arch, "--teacher_model", args.teacher_model]
+    return [*words, "--teacher_path", args.teacher_path, "--teacher_size", args.teacher_size]
+
+
+def side_by_side(commands: dict[str, list[str]], log: Path, seconds: float = 0) -> dict[str, float]:
+    """Run a command of each method on a core of its own; SIGTERM after ``seconds``, 0 for never.
+    Returns the seconds of each."""
+    cores = sorted(os.sched_getaffinity(0))
+    began, running = time.monotonic(), {}
+    for number, (method, words) in enumerate(commands.items()):
+        core = cores[number % len(cores)]
+        output = open(f"{log}-{method}.log", "a")
+        running[method] = subprocess.Popen(
+            ["taskset", "-c", str(core), *COMMAND, *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
+        )  # fmt: skip
+    took: dict[str, float] = {}
+    while len(took) < len(running):
+        time.sleep(0.5)
+        now = time.monotonic() - began
+        for method, process in running.items():
+            if method in took:
+                continue
+            if process.poll() is not None:
+                took[method] = now
+            elif 0 < seconds < now:
+                process.send_signal(signal.SIGTERM)
+                process.wait()
+                took[method] = now
+    codes = {method: process.returncode for method, process in running.items()}
+    if bad := [m for m, code in codes.items() if code and not (seconds and code == 1)]:
+        raise SystemExit(f"{', '.join(bad)} failed: see {log}-*.log")
+    return took
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def epochs_within(run: Path, seconds: float) -> int:
+    """Whole epochs that fit into a time, from the speed of a short run."""
+    logged = [line for line in lines(run) if "images_per_s" in line]
+    per_epoch = logged[-1]["step"] / logged[-1]["epoch"]
+    batch = logged[-1]["images_per_s"]
+    starts = [json.loads(x) for x in (run / "tries.jsonl").read_text().splitlines()]
+    images = next(start["global_batch"] for start in starts if "global_batch" in start)
+    return max(1, int(seconds * batch / (per_epoch * images)))
+
+
+def curve(run: Path, args: argparse.Namespace) -> dict[int, float]:
+    """Step -> on-line k-NN of its checkpoint, top-1 in percent."""
+    import torch
+
+    from xcit_dino.eval.online import online_knn
+    from xcit_dino.models.weights.load import load_backbone
+    from xcit_dino.models.zoo import create_model
+    from xcit_dino.options import read_yaml
+    from xcit_dino.train.distributed import dist
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    evaluate = online_knn(args.data_path, read_yaml(run / "config.yaml"), dist.init("cpu"))
+    assert evaluate is not None, "the shards need labels and a validation split"
+    found = {}
+    for path in sorted((run / "checkpoints").glob("checkpoint-*.pth")):
+        backbone = create_model(args.arch, num_classes=0)
+        load_backbone(path, backbone, "teacher")
+        found[int(path.stem.split("-")[1])] = evaluate(backbone, 0)["knn_top1"]
+    return found
+
+
+def main() -> None:
+    args = arguments()
+    folder: Path = args.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = 60 * args.minutes
+    tried = {
+        method: [*pretraining(args, method), "--output_dir", str(folder / f"speed-{method}"),
+                 "--max_steps", str(TRIED)]
+        for method in METHODS
+    }  # fmt: skip
+    side_by_side(tried, folder / "speed")
+    commands = {}
+    for method in METHODS:
+        epochs = epochs_within(folder / f"speed-{method}", SAFETY * seconds)
+        words = ["--epochs", str(epochs), "--warmup_epochs", str(min(1, epochs / 10))]
+        commands[method] = [
+            *pretraining(args, method), *words, "--output_dir", str(folder / method)
+        ]  # fmt: skip
+        print(f"{method}: {epochs} epochs in {args.minutes:g} minutes", flush=True)
+    took = side_by_side(commands, folder / "train", seconds)
+    runs = {method: folder / method for method in METHODS}
+    side_by_side(
+        {m: ["knn", "--output_dir", str(run), "--num_workers", "1"] for m, run in runs.items()},
+        folder / "knn",
+    )
+    options = ["--num_workers", "1", "--epochs", args.linear_epochs]
+    side_by_side(
+        {m: ["linear", "--output_dir", str(run), *options] for m, run in runs.items()},
+        folder / "linear",
+    )
+    for method, run in runs.items():
+        results = json.loads((run / "results.json").read_text())
+        knn, linear = (results[name]["metrics"] for name in ("knn", "linear"))
+        steps = lines(run)[-1]["step"]
+        print(
+            f"{method}: {took[method] / 60:.1f} min, {steps:,} steps, "
+            f"k-NN {knn['top1_k20']:.2f}, linear {linear['top1']:.2f}"
+        )
+        print("  k-NN by step: ", {k: round(v, 2) for k, v in curve(run, args).items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
