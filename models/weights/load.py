@@ -27,6 +27,7 @@ PLACES = (
     ("teacher", "teacher."),
     ("student", "Student."),
     ("student", "model.Student."),
+    ("model", "classy_state_dict.base_model.model.trunk."),  # VISSL
     ("model", "model."),
     ("model", "state_dict."),
     ("student", "student."),

@@ -77,6 +77,12 @@ def backbones():
         "finetuned by us.pth": {"model": supervised, "model_ema": other},
         "without a centre.pth": dino,
         "distilled.pth": prefixed("Student.", a) | prefixed("Teacher.", {"w": torch.ones(2)}),
+        "vissl.torch": {
+            "classy_state_dict": {
+                "base_model": {"model": {"trunk": a, "heads": prefixed("0.", head_of(80))}}
+            }
+        },
+        "official DINO in DDP.pth": prefixed("module.backbone.", a),
         "timm.pth": layouts.to_timm(supervised),
         "timm.safetensors": layouts.to_timm(a),
         "ours.safetensors": a,
@@ -88,7 +94,7 @@ def backbones():
 def test_a_backbone_of_every_layout_begins_student_and_teacher(name, tmp_path, capsys):
     """Its tensors are in both, and the head is as it was initialised."""
     path, tree = tmp_path / name, backbones()[name]
-    if path.suffix == ".pth":
+    if path.suffix in (".pth", ".torch"):
         torch.save(tree, path)
     else:
         formats.write(path, tree, {})
