@@ -15,7 +15,9 @@ import os
 import re
 import resource
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,12 +71,15 @@ def train(
         prepare(*args)
     module, _, name = options.pop("entry", "xcit_dino.ssl.pretrain:pretrain").partition(":")
     try:
-        getattr(importlib.import_module(module), name)(config(**options))
+        with dist.leaving():
+            getattr(importlib.import_module(module), name)(config(**options))
     except (InputError, RunError, Stopped) as error:
         print(f"xcit-dino: {error}", flush=True)
         os._exit(2 if isinstance(error, InputError) else 1)
-    finally:
-        dist.shutdown()
+    except Exception:  # as the command ends: nothing is torn down that could wait for other ranks
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 # -- what befalls a victim from within; each is a ``prepare`` of :func:`start`

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -112,7 +113,16 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code: 0 done, 1 failed while running, 2 bad input."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    code = exit_code(list(sys.argv[1:] if argv is None else argv))
+    if code and one_of_several_ranks():  # tearing down torch could wait for ranks that wait for us
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def exit_code(words: list[str]) -> int:
+    """See :func:`main`."""
     try:
         name, rest = find_command(words)
         if name is None:
@@ -130,6 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:
+        if not one_of_several_ranks():
+            raise
+        traceback.print_exc()
+        return 1
+
+
+def one_of_several_ranks() -> bool:
+    """Whether this process has joined others."""
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
 def find_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
