@@ -185,14 +185,15 @@ def plain_distillation_loss(
 ) -> Tensor:
     """Distillation from features, an image of a view at a time.
 
-    predicted, targets: for each view (B, D) class tokens and (B, H, W, P) patch tokens, the
-    targets as the teacher gives them; the grids of both may differ.
+    predicted, targets: for each size of crops (V*B, D) class tokens and (V*B, H, W, P) patch
+    tokens, the targets as the teacher gives them; the grids of both may differ.
     """
     losses = []
-    for (cls, patches), (teacher_cls, teacher_patches) in zip(predicted, targets, strict=True):
+    for (cls, patches), teacher in zip(predicted, targets, strict=True):
+        teacher_cls, teacher_patches = (plain_standardized(tokens) for tokens in teacher)
         for image in range(len(cls)):
-            loss = plain_smooth_l1(cls[image], plain_standardized(teacher_cls[image])).mean()
-            wanted = plain_standardized(teacher_patches[image]).permute(2, 0, 1)[None]
+            loss = plain_smooth_l1(cls[image], teacher_cls[image]).mean()
+            wanted = teacher_patches[image].permute(2, 0, 1)[None]
             size = patches.shape[1:3]
             if wanted.shape[2:] != size:
                 wanted = F.interpolate(wanted, size, mode="bilinear", antialias=True)
@@ -202,9 +203,14 @@ def plain_distillation_loss(
 
 
 def plain_standardized(tokens: Tensor) -> Tensor:
-    """Mean 0 and variance 1 along the last dimension."""
-    away = tokens - tokens.mean(-1, keepdim=True)
-    return away / (away.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    """Each channel with mean 0 and variance 1 over all tokens; a channel that varies less than a
+    hundredth of the others is divided by that."""
+    result = torch.empty_like(tokens)
+    deviations = [tokens[..., c].std(correction=0) for c in range(tokens.shape[-1])]
+    floor = 0.01 * sum(deviations) / len(deviations)
+    for c, deviation in enumerate(deviations):
+        result[..., c] = (tokens[..., c] - tokens[..., c].mean()) / max(deviation, floor)
+    return result
 
 
 def plain_smooth_l1(x: Tensor, y: Tensor, beta: float = 2.0) -> Tensor:

@@ -2,8 +2,9 @@
 
 The teacher sees the student's augmented crops, in its own normalization and resolution. Its class
 token (or pooled features) and its patch tokens, resampled to the student's grid, are standardized
-token by token (feature distillation, arXiv 2205.14141), and linear projections of the student's
-tokens are drawn towards them. Nothing can collapse: the targets do not depend on the student.
+channel by channel over the batch, and linear projections of the student's tokens are drawn towards
+them by a smooth L1 loss (feature distillation, arXiv 2205.14141, which standardizes token by
+token). Nothing can collapse: the targets do not depend on the student.
 
 Shapes: V views of B images, D and P the widths of the teacher's class and patch tokens.
 """
@@ -24,8 +25,10 @@ from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.tokens import Tokens, stride_of, tokens_of, widths_of
 from xcit_dino.ssl.config import ObjectiveConfig
 from xcit_dino.train.amp import autocast
+from xcit_dino.train.distributed import dist
 
 BETA = 2.0  # of smooth L1, as in feature distillation
+DEVIATION_FLOOR = 0.01  # of the mean deviation: channels that hardly vary are not blown up to noise
 
 
 class FrozenTeacher(Teacher):
@@ -77,8 +80,19 @@ class FrozenTeacher(Teacher):
 
 
 def standardize(tokens: Tensor) -> Tensor:
-    """Every token with mean 0 and variance 1 over its channels, float32."""
-    return F.layer_norm(widened(tokens), tokens.shape[-1:])
+    """Every channel (the last dimension) with mean 0 and variance 1 over the tokens of all ranks,
+    of which each has as many; in at least float32.
+
+    Features after a ReLU, as convolutional networks have them, share a large mean: standardized
+    token by token, targets of all images would be nearly the same.
+    """
+    rows = widened(tokens).flatten(0, -2)
+    moments = torch.stack([rows.mean(0), rows.square().mean(0)]).double()
+    mean, square = dist.all_reduce_mean(moments)
+    deviation = (square - mean.square()).clamp_min(0).sqrt()
+    floor = DEVIATION_FLOOR * deviation.mean() + torch.finfo(rows.dtype).tiny
+    scaled = (rows - mean.to(rows.dtype)) / torch.maximum(deviation, floor).to(rows.dtype)
+    return scaled.view(tokens.shape)
 
 
 def widened(tokens: Tensor) -> Tensor:

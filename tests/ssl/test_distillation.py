@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from bench.reference import plain_distillation_loss
+from bench.reference import plain_distillation_loss, plain_standardized
 from tests import trainings, victims
 from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import CropsConfig
@@ -84,11 +84,7 @@ def test_the_loss_is_the_plain_one_value_and_gradients():
         ))  # fmt: skip
     fixed = [Tokens(*(standardize(each) for each in group)) for group in targets]
     found = distillation_loss([Tokens(*each) for each in predicted], fixed, 0.7, num_rows=10)
-    want = plain_distillation_loss(
-        [tuple(t.split(2)[v] for t in g) for g in predicted for v in range(len(g[0]) // 2)],
-        [tuple(t.split(2)[v] for t in g) for g in targets for v in range(len(g[0]) // 2)],
-        0.7,
-    )  # fmt: skip
+    want = plain_distillation_loss(predicted, targets, 0.7)
     torch.testing.assert_close(found, want)
     leaves = [each for group in predicted for each in group]
     for ours, plain in zip(
@@ -118,7 +114,7 @@ def test_the_teacher_sees_every_crop_in_its_own_mean_and_size(tmp_path):
     with torch.no_grad():
         grid = network.forward_features(images)
     found = teacher.targets((pixels - mean) / std)
-    want = F.layer_norm(grid.mean((2, 3)), (1280,)), F.layer_norm(grid.permute(0, 2, 3, 1), (1280,))
+    want = [plain_standardized(x) for x in (grid.mean((2, 3)), grid.permute(0, 2, 3, 1))]
     torch.testing.assert_close(found.pooled, want[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.patches, want[1], rtol=1e-3, atol=1e-3)
     assert facts["teacher"] == "tf_efficientnet_lite0" and len(facts["teacher_checksum"]) == 16
