@@ -133,14 +133,23 @@ class StartConfig:
     new_head: bool = False
     """Take the backbone alone from a full DINO checkpoint, with new heads."""
     freeze_backbone: float = 0.0
-    """Epochs in which the backbone gets no update, while a new head learns."""
+    """Epochs in which the backbone stays as it is, batch-norm statistics too, while a new head
+    learns."""
+    freeze_batchnorm: bool = False
+    """Keep the batch-norm statistics of --init_from for the whole run, as is usual in detection:
+    those of few images, or of strongly augmented ones, make a network forget what it knew."""
+
+    @property
+    def keeps_batchnorm(self) -> bool:
+        """Whether there are batch-norm statistics to keep for the whole run."""
+        return self.freeze_batchnorm and self.init_from is not None
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "freeze_backbone")
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.train.config.ineffective`."""
-        return needs(self.init_from, "without --init_from", "new_head")
+        return needs(self.init_from, "without --init_from", "new_head", "freeze_batchnorm")
 
 
 @dataclass(frozen=True)

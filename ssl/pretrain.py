@@ -51,6 +51,7 @@ def train_step(
     student, dino_loss = trainer.student, trainer.loss
     optim.set_hyperparameters(state.optimizer, now.lr, now.weight_decay)
     seed_drop_path(config.run.seed, state.step, trainer.world.rank)
+    trainer.freeze_batchnorm(now.freeze_backbone or config.start.keeps_batchnorm)
     metrics = []
 
     for micro, batch in enumerate(batches):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
@@ -83,6 +84,13 @@ class DinoTrainer(Trainer):
                 outputs.predicted, tokens, self.config.objective.distill_patch_weight, rows
             )
         return terms
+
+    def freeze_batchnorm(self, frozen: bool) -> None:
+        """Whether batch-norms of the backbones use the statistics that they have, in this step."""
+        for net in (self.student, self.teacher):
+            for module in net.backbone.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train(not frozen)
 
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student. Where it does not run itself, in distillation, it

@@ -197,6 +197,7 @@ PRETRAIN: Cases = RUN | {
     "distill_patch_weight": [turn("0", "3", **W, given=DISTILLED)],
     "init_from": [turn("run", "other", "tuned.pth", **W)],
     "new_head": [turn("true", **W, given={"init_from": "run"})],
+    "freeze_batchnorm": [turn("true", **W, given=FROM_RUN)],
     "freeze_backbone": [turn("1", **W)],
     "out_dim": [turn("16", **W)],
     "head_nlayers": [turn("1", **W, given={"head_hidden_dim": "2048"})],

@@ -264,6 +264,27 @@ def test_refused_starts_write_nothing(shards, tmp_path, monkeypatch):
         assert not (tmp_path / "run").exists()
 
 
+def test_batchnorm_statistics_stay_where_they_are_to(shards, tmp_path):
+    """In student and teacher, to the end, while weights move; those of the head are not meant."""
+    model = create_model(ARCH)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    values = TINY | {
+        "data_path": shards, "output_dir": tmp_path / "run", "init_from": tmp_path / "start.pth",
+        "freeze_batchnorm": True, "epochs": 1, "momentum_teacher": 0.5, "use_bn_in_head": True,
+        "norm_last_layer": True, "head_nlayers": 2,
+    }  # fmt: skip
+    pretrain(replace(PretrainConfig(), values))
+    path = newest_checkpoint(tmp_path / "run")
+    assert path is not None
+    saved = load_checkpoint(path)
+    for net in ("student", "teacher"):
+        for name, value in model.named_buffers():
+            assert torch.equal(saved[net][f"backbone.{name}"], value), name
+        assert saved[net]["head.mlp.1.num_batches_tracked"] > 0
+        weight = "patch_embed.proj.0.1.weight"
+        assert not torch.equal(saved[net][f"backbone.{weight}"], model.state_dict()[weight])
+
+
 def test_only_the_head_learns_in_the_first_epochs(shards, tmp_path):
     """Student's and teacher's backbones keep their bits; then they move, lower layers less."""
     torch.manual_seed(1)
@@ -280,6 +301,10 @@ def test_only_the_head_learns_in_the_first_epochs(shards, tmp_path):
     pretrain(config)
     first, last = (load_checkpoint(tmp_path / f"run/checkpoints/checkpoint-{step:08d}.pth")
                    for step in (3, 6))  # fmt: skip
+    for net in ("student", "teacher"):
+        for name, value in model.named_buffers():  # batch-norm statistics
+            assert torch.equal(first[net][f"backbone.{name}"], value), name
+            assert not torch.equal(last[net][f"backbone.{name}"], value), name
     start = dict(model.named_parameters())
     for net in ("student", "teacher"):
         for name, value in start.items():

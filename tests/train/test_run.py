@@ -27,7 +27,8 @@ BEARING = {  # why an option may not change unasked while a run goes on
     "arithmetic": "precision",
     "the network": "arch drop_path_rate out_dim head_nlayers head_hidden_dim head_bottleneck_dim "
     "norm_last_layer use_bn_in_head",
-    "where it starts": "init_from pretrained_weights checkpoint_key new_head freeze_backbone",
+    "where it starts": "init_from pretrained_weights checkpoint_key new_head freeze_backbone "
+    "freeze_batchnorm",
     "the loss": "student_temp warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs "
     "center_momentum momentum_teacher smoothing objective teacher_model teacher_path "
     "teacher_size distill_weight distill_patch_weight distillation_type distillation_alpha "
