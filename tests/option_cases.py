@@ -183,13 +183,17 @@ RUN: Cases = {
 }
 
 TEACHER = {"teacher_model": ARCH, "teacher_path": "tuned.pth", "teacher_size": "32"}
-DISTILLED = {"objective": "distill"} | TEACHER
+NO_HEAD = {  # the recipe's own: others are refused where there is no head
+    "out_dim": "65536", "head_nlayers": "3", "head_hidden_dim": "2048",
+    "head_bottleneck_dim": "256",
+}  # fmt: skip
+DISTILLED = {"objective": "distill"} | TEACHER | NO_HEAD
 BOTH = {"objective": "dino+distill"} | TEACHER
 FROM_RUN = {"init_from": "run"}
 PRETRAIN: Cases = RUN | {
-    "objective": [turn("dino+distill", **W, given=DISTILLED), turn("distill", **W, given=BOTH)],
+    "objective": [turn("dino+distill", **W, given=DISTILLED), turn("distill", **W, given=BOTH | NO_HEAD)],
     "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8", given=DISTILLED),
-                      refused("resnet18", by="--teacher_model and", given=DISTILLED),
+                      refused("resnet18", by="--teacher_model or the file", given=DISTILLED),
                       refused(ARCH, by="--objective dino")],
     "teacher_path": [turn("tuned2.pth", **W, given=DISTILLED), refused("tuned.pth", by="dino")],
     "teacher_size": [turn("48", **W, given=DISTILLED)],
@@ -276,7 +280,7 @@ FINETUNE: Cases = RUN | {
 }  # fmt: skip
 DISTILL: Cases = FINETUNE | {
     "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8"),
-                      refused("resnet18", by="--teacher_model and")],
+                      refused("resnet18", by="--teacher_model or the file")],
     "teacher_path": [turn("tuned2.pth", **W)],
     "data_path": [refused("data2", by="classes")],
     "teacher_size": [turn("48", **W, given={"distillation_type": "soft"})],
