@@ -191,7 +191,8 @@ DISTILLED = {"objective": "distill"} | TEACHER | NO_HEAD
 BOTH = {"objective": "dino+distill"} | TEACHER
 FROM_RUN = {"init_from": "run"}
 PRETRAIN: Cases = RUN | {
-    "objective": [turn("dino+distill", **W, given=DISTILLED), turn("distill", **W, given=BOTH | NO_HEAD)],
+    "objective": [turn("dino+distill", **W, given=DISTILLED),
+                  turn("distill", **W, given=BOTH | NO_HEAD)],
     "teacher_model": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8", given=DISTILLED),
                       refused("resnet18", by="--teacher_model or the file", given=DISTILLED),
                       refused(ARCH, by="--objective dino")],
