@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CORES ?= 2
 
 .PHONY: install quickstart test test-slurm faults lint typecheck clean
 
@@ -19,7 +20,7 @@ quickstart: $(STAMP)
 	$(BIN)/xcit-dino quickstart
 
 test: $(STAMP) lint typecheck
-	$(BIN)/python -m pytest -q -m "not slurm and not faults"
+	$(BIN)/python -m pytest -q -n $(CORES) --dist loadscope -m "not slurm and not faults"
 
 # The launcher on a real SLURM that the tests start on this machine (needs slurm-wlm and munge).
 test-slurm: $(STAMP)

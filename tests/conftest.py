@@ -20,6 +20,30 @@ from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.models.zoo import create_model
 
 ARCH = "xcit_pico_6_p8"
+DEPEND_ON_THE_MACHINE = {
+    "test_cli": "measures seconds",
+    "test_plan": "measures seconds",
+    "test_lock": "waits for another process's sign of life",
+    "test_watchdog": "stops processes and waits for them to be missed",
+    "test_evaluation": "stops processes and waits for them to be missed",
+    "test_steady": "kills loader workers",
+    "test_faults": "kills processes at many points",
+    "test_faults_inside": "kills processes at many points",
+    "test_together": "commands at the same time",
+    "test_job": "signals and time limits of real processes",
+    "test_launch": "signals and time limits of real processes",
+    "test_monitor": "watches a process that goes on",
+    "test_slurm_cluster": "a real cluster with its own clocks",
+}
+"""Modules whose tests are tried a second time where they fail, with the reason; pytest counts them
+as "rerun". A test anywhere else fails at once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that depend on the load of the machine."""
+    for item in items:
+        if item.path.stem in DEPEND_ON_THE_MACHINE:
+            item.add_marker(pytest.mark.flaky(reruns=1))
 
 
 @dataclass(frozen=True)
