@@ -42,10 +42,10 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "healthy, head without batch-norm": {"use_bn_in_head": False},
 }
 SICK: dict[str, dict[str, Any]] = {
-    "no centring": {"center_momentum": 1.0},
+    "no centering": {"center_momentum": 1.0},
     "no sharpening": {"teacher_temp": 1.0, "warmup_teacher_temp": 1.0},
     "momentum 0": {"momentum_teacher": 0.0},
-    "no centring, momentum 0": {"center_momentum": 1.0, "momentum_teacher": 0.0},
+    "no centering, momentum 0": {"center_momentum": 1.0, "momentum_teacher": 0.0},
 }
 SIGNS = (
     "teacher_entropy kl information mean_entropy modes prototypes_used feature_std effective_rank"

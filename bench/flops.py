@@ -1,7 +1,7 @@
 """Floating-point operations of a DINO step with XCiT, counted from the sizes.
 
 A multiplication and an addition are two operations. Only products of matrices and convolutions
-count, as is usual for utilisation: norms, activations and softmaxes do not, nor does anything
+count, as is usual for utilization: norms, activations and softmaxes do not, nor does anything
 computed a second time to save memory.
 """
 

@@ -41,9 +41,9 @@ def official_knn(
         strict=True,
     ):
         similarity, nearest = (part @ bank.t()).topk(k, largest=True, sorted=True)
-        neighbours = labels[nearest]
+        neighbors = labels[nearest]
         one_hot = torch.zeros(len(part) * k, num_classes)
-        one_hot.scatter_(1, neighbours.view(-1, 1), 1)
+        one_hot.scatter_(1, neighbors.view(-1, 1), 1)
         weights = (similarity / temperature).exp()
         votes = (one_hot.view(len(part), k, num_classes) * weights.view(len(part), k, 1)).sum(1)
         predictions = votes.sort(1, descending=True).indices
@@ -79,11 +79,11 @@ def brute_force_hits(
 
 
 def clusters(count: int, dim: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Features [count, dim] around class centres, and labels."""
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(0))
+    """Features [count, dim] around class centers, and labels."""
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (count,), generator=generator)
-    return centres[labels] + 3.5 * torch.randn(count, dim, generator=generator), labels
+    return centers[labels] + 3.5 * torch.randn(count, dim, generator=generator), labels
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def official_epoch(model: nn.Module, images: DataLoader, heads: Classifiers) -> 
 
 
 def classifiers(dim: int, num_classes: int, lrs: tuple[float, ...]) -> Classifiers:
-    """Linear classifiers with an optimiser each, all starting from the same weights."""
+    """Linear classifiers with an optimizer each, all starting from the same weights."""
     heads = []
     for lr in lrs:
         torch.manual_seed(0)

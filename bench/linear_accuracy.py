@@ -107,7 +107,7 @@ def accuracies(train: Epochs, val: Epochs, classes: int, seed: int) -> tuple[Per
     (features,), (labels,) = val.features, val.labels
     with torch.no_grad():
         right = [float((head(features).argmax(1) == labels).double().mean()) for head, _ in theirs]
-        scores = ours.judge([({"cls": features}, labels)])
+        scores = ours.score([({"cls": features}, labels)])
     return 100 * np.array(right), np.array([top1 for top1, _ in scores])
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     target, context = resolve(options, dist.World(0, 1, CPU))
     config = LinearConfig(target=options)
     model, classes = pretrained(target).model, num_classes(context)
-    val = embedded(model, [loader(context, "val")], "centre crops")
+    val = embedded(model, [loader(context, "val")], "center crops")
     kinds = {
         "torchvision, bilinear": their_crops(context, transforms.InterpolationMode.BILINEAR),
         "torchvision, bicubic": their_crops(context, BICUBIC),

@@ -67,7 +67,7 @@ def largest_batch(make: Callable[[int], Callable[[], object]]) -> int:
         try:
             step = make(size)
             step()
-            step()  # this one has the optimiser's state beside it
+            step()  # this one has the optimizer's state beside it
             return True
         except torch.OutOfMemoryError:
             return False

@@ -122,7 +122,7 @@ def scale(args: argparse.Namespace) -> Table:
 
 def shuffle(samples: int, shards: int) -> Table:
     table = Table(
-        "window", "travel", "neighbours part", "same-shard pairs in a batch",
+        "window", "travel", "neighbors part", "same-shard pairs in a batch",
         title=f"shuffling of {samples:,} samples in {shards:,} shards, batch 1024",
     )  # fmt: skip
     counts = np.diff(np.linspace(0, samples, shards + 1).astype(int))

@@ -35,7 +35,7 @@ class PlainHead(nn.Module):
 
 
 class PlainPrototypes(nn.Module):
-    """Weight-normalised linear layer; its length is fixed at 1 with ``norm_last``."""
+    """Weight-normalized linear layer; its length is fixed at 1 with ``norm_last``."""
 
     def __init__(self, bottleneck: int, out_dim: int, norm_last: bool):
         super().__init__()

@@ -8,7 +8,7 @@ gradients in float32. Parts: the whole step, then loss and head alone, each in a
 a process did before decides what fresh memory costs. The official code knows no lower precision on
 CPUs, and fp16 on GPUs; ``--reference_precision`` changes that.
 
-Memory: the most that a step holds beyond weights and optimiser state; on a CPU from the
+Memory: the most that a step holds beyond weights and optimizer state; on a CPU from the
 allocator's own trace, on a GPU from ``max_memory_allocated``. Needs no data and no network.
 """
 
@@ -48,7 +48,7 @@ def fresh(function: Callable[..., Any], args: argparse.Namespace, *rest: str) ->
 def part_rows(
     args: argparse.Namespace, part: str, precision: str, reference_precision: str
 ) -> list[Row]:
-    """The table's rows of a part: rate, memory and, of the whole step, utilisation."""
+    """The table's rows of a part: rate, memory and, of the whole step, utilization."""
     pair = [
         getattr(plain_work(args, reference_precision, args.batch_size), part),
         getattr(our_work(args, precision, args.batch_size), part),
@@ -64,8 +64,8 @@ def part_rows(
     if part == "step":
         peak, source = peak_tflops(args.device, precision)
         used = [rate * step_flops(args) / peak / 1e12 for rate in rates]
-        utilised = [f"{share:.1%}" for share in used]
-        rows.append((f"utilisation of {peak:.3g} TFLOP/s, {source}", *utilised, ""))
+        utilized = [f"{share:.1%}" for share in used]
+        rows.append((f"utilization of {peak:.3g} TFLOP/s, {source}", *utilized, ""))
     return rows
 
 
@@ -111,7 +111,7 @@ def main() -> None:
         if args.device == "cuda" and args.largest:
             table.add_row(*fresh(largest_row, args, args.precision, official))
         Console(width=120).print(table)
-    print(f"utilisation: {step_flops(args) / 1e9:.1f} GFLOP an image (bench/flops.py)")
+    print(f"utilization: {step_flops(args) / 1e9:.1f} GFLOP an image (bench/flops.py)")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""uint8 crops -> augmented, normalised crops, batched on any device (dino DataAugmentationDINO).
+"""uint8 crops -> augmented, normalized crops, batched on any device (dino DataAugmentationDINO).
 
-Flip, colour jitter in random order, grey, blur, solarize, normalise. Random choices
+Flip, color jitter in random order, gray, blur, solarize, normalize. Random choices
 (:func:`sample_params`) are made on the host from (seed, epoch, sample, crop), so they do not depend
 on ranks, workers or micro-batches; applying them (:func:`apply`) is a pure function. Each operation
 is Pillow's with the same parameters, without its rounding to 8 bits after every one.
@@ -129,7 +129,7 @@ Array = TypeVar("Array", NDArray, Tensor)
 
 
 class Jitter(NamedTuple, Generic[Array]):
-    """One of the four passes of colour jitter over N crops; see :func:`blend`, :func:`shift_hue`.
+    """One of the four passes of color jitter over N crops; see :func:`blend`, :func:`shift_hue`.
 
     Attributes:
         mean, gray, image: float32 [N, 1, 1, 1], weight of each in the blend.
@@ -177,7 +177,7 @@ def recipe(params: AugmentParams) -> Recipe[NDArray]:
 def jitter_passes(order: NDArray[np.int64], factors: NDArray[np.float32]) -> list[Jitter[NDArray]]:
     """Brightness, contrast, saturation and hue of each image in its own order, [N, 4] each.
 
-    Four passes. The first three operations blend an image with black, its mean grey or its grey
+    Four passes. The first three operations blend an image with black, its mean gray or its gray
     version, so a pass does them for all images at once, each with its own; hue goes separately.
     """
     passes = []
@@ -251,7 +251,7 @@ def blend(x: Tensor, with_mean: Tensor, with_gray: Tensor, with_itself: Tensor) 
     """``factor * x + (1 - factor) * other``, clamped to 0..1 (Pillow's ImageEnhance).
 
     ``with_itself`` is the factor; 1 - factor is in ``with_mean`` where ``other`` is the mean
-    grey level (contrast), in ``with_gray`` where it is the grey image (saturation), and in neither,
+    gray level (contrast), in ``with_gray`` where it is the gray image (saturation), and in neither,
     where it is black (brightness); the rest is 0. [N, 1, 1, 1] each.
     """
     gray = grayscale(x)
@@ -330,7 +330,7 @@ def solarize(x: Tensor) -> Tensor:
 
 
 def _band(boxes: Tensor, size: int) -> Tensor:
-    """[N, size, size]: row i holds the taps centred on column i, taps beyond an edge added to it.
+    """[N, size, size]: row i holds the taps centered on column i, taps beyond an edge added to it.
 
     Differences of the taps' running sum, so that no two weights are added to one element.
     """

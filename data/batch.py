@@ -17,7 +17,7 @@ class Batch:
     """One rank's micro-batch; G global and L local crops of B samples.
 
     Attributes:
-        step, micro, epoch: optimiser step (from 0), micro-batch in it, epoch of the step.
+        step, micro, epoch: optimizer step (from 0), micro-batch in it, epoch of the step.
         samples: int64 [B], the plan's numbers; keys of every random choice.
         sources: int64 [B], the samples that were read; a substitute where a sample is unreadable.
         labels: int64 [B], of the sources; -1 where there is none.

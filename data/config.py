@@ -64,9 +64,9 @@ class AugmentConfig:
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Brightness, contrast, saturation (factors from 1-s to 1+s) and hue (+-s turns)."""
     color_jitter_prob: float = 0.8
-    """Probability of colour jitter; its four operations come in random order."""
+    """Probability of color jitter; its four operations come in random order."""
     gray_prob: float = 0.2
-    """Probability that a crop loses its colours."""
+    """Probability that a crop loses its colors."""
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Probability of blur for the first global, the other global and the local crops."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -266,7 +266,7 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """``xcit-dino shards demo DST``: the built-in labelled images, no download."""
+    """``xcit-dino shards demo DST``: the built-in labeled images, no download."""
 
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder that gets train/ and val/ shards."""

@@ -1,6 +1,6 @@
 """Encoded image -> uint8 crops: decode once, cut and resize every crop, nothing else.
 
-Operations on pixel values (flip, colour, blur ...) run on the device (augment.py). Every crop is
+Operations on pixel values (flip, color, blur ...) run on the device (augment.py). Every crop is
 resized directly into the memory from which it is copied to the device, by
 torch's antialiased bicubic on uint8 (Pillow's filter to within one level).
 

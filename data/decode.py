@@ -3,7 +3,7 @@
 - libjpeg-turbo through simplejpeg; whatever it refuses (CMYK, PNG, WebP, slightly damaged JPEGs)
   goes to Pillow, with formats that run other programs (EPS) shut out. Both give the same pixels
   for a plain JPEG.
-- EXIF orientation is honoured, unlike torchvision's ImageFolder, which trains on sideways
+- EXIF orientation is honored, unlike torchvision's ImageFolder, which trains on sideways
   photographs; for images without the tag (ImageNet's, nearly all) nothing differs.
 - Alpha is dropped and animations give their first frame, as with Pillow's ``convert("RGB")``.
 - Images of 16 bits keep their upper 8 (Pillow's convert would clip them to white), TIFFs that say
@@ -67,7 +67,7 @@ class Deep(NamedTuple):
         if self.bits >= 16:
             return [f"{self.images:,} images have 16 bits, of which the upper 8 are used"]
         levels = 1 << max(self.bits - 8, 0)
-        remain = f"{levels:,} grey level{'s' * (levels > 1)} remain"
+        remain = f"{levels:,} gray level{'s' * (levels > 1)} remain"
         return [
             f"WARNING: {self.images:,} images have 16 bits, but no value uses more than "
             f"{self.bits}: {remain}; pack the originals with --bits {max(self.bits, 8)}"
@@ -233,7 +233,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upper_bits(image: Image.Image, bits: int) -> Pixels:
-    """The upper 8 of ``bits`` bits of a grey image, black at 0 [H, W]."""
+    """The upper 8 of ``bits`` bits of a gray image, black at 0 [H, W]."""
     values = np.asarray(image).astype(np.int32)
     if _tag(image, 262) == 0:  # PhotometricInterpretation: white is zero
         values = (1 << bits) - 1 - values
@@ -244,25 +244,25 @@ def rescaled(header: Header, bits: int, scratch: Scratch) -> bytes:
     """An image of 16 bits whose values use ``bits`` of them, as 8-bit PNG, upright.
 
     Raises:
-        BadImage: damaged, in colour, or with larger values, which would be clipped.
+        BadImage: damaged, in color, or with larger values, which would be clipped.
     """
     image = header.pillow
     assert image is not None
     if not image.mode.startswith("I"):
-        raise BadImage(f"16 bits in colour: --bits {bits} rescales grey images only")
+        raise BadImage(f"16 bits in color: --bits {bits} rescales gray images only")
     pixels = decode(b"", header, scratch)  # raises where it is damaged, and records its bits
     if (used := _used_bits(image, pixels)) > bits:
         raise BadImage(f"values of {used} bits, more than --bits {bits}")
-    grey = Image.fromarray(_upper_bits(image, bits))
+    gray = Image.fromarray(_upper_bits(image, bits))
     if header.orientation > 1:
-        grey = grey.transpose(ROTATIONS[header.orientation])
+        gray = gray.transpose(ROTATIONS[header.orientation])
     buffer = io.BytesIO()
-    grey.save(buffer, "PNG")
+    gray.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _used_bits(image: Image.Image, pixels: Pixels) -> int:
-    """How many bits the largest value uses; of images in colour, of which Pillow gives the upper
+    """How many bits the largest value uses; of images in color, of which Pillow gives the upper
     byte only, at least that many."""
     if image.mode.startswith("I"):
         return int(np.asarray(image).max()).bit_length()

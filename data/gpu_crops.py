@@ -108,7 +108,7 @@ def resampled(image: Tensor, boxes: Tensor, size: int) -> Tensor:
 def resampling(start: Tensor, length: Tensor, size: int, of: int) -> Tensor:
     """Matrices [V, size, of]: row i holds what output i takes from each input of ``start`` [V] to
     ``start + length`` (as Pillow's ImagingResample: the filter widens when shrinking, and is cut
-    off and renormalised at the box's edges)."""
+    off and renormalized at the box's edges)."""
     at = torch.arange(of, device=start.device) + 0.5
     scale = (length / size)[:, None, None]
     begin = start[:, None, None]

@@ -49,7 +49,7 @@ from xcit_dino.errors import InputError
 
 
 class CropLoader:
-    """Iterates over the optimiser steps from ``start_step`` on, without end.
+    """Iterates over the optimizer steps from ``start_step`` on, without end.
 
     Yields, for each step, the list of this rank's ``accum`` micro-batches.
 
@@ -64,7 +64,7 @@ class CropLoader:
         run_folder: for ``quarantine.jsonl``.
         host_transform: called in the worker on the crops of every micro-batch.
         recipes: draws a micro-batch's augmentation, which is attached to it.
-        labelled: an image without a label counts as unreadable.
+        labeled: an image without a label counts as unreadable.
 
     Attributes:
         wait_seconds: total time the caller has waited for data.
@@ -88,7 +88,7 @@ class CropLoader:
         run_folder: Path | None = None,
         host_transform: HostTransform | None = None,
         recipes: Callable[[Batch], Packed] | None = None,
-        labelled: bool = False,
+        labeled: bool = False,
     ) -> None:
         if plan.batch_size % (world_size * accum):
             raise InputError(
@@ -102,7 +102,7 @@ class CropLoader:
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
-        self.host_transform, self.recipes, self.labelled = host_transform, recipes, labelled
+        self.host_transform, self.recipes, self.labeled = host_transform, recipes, labeled
         self.device = torch.device(device or "cpu")
         self.wait_seconds = 0.0
         self.quarantine = Quarantine(
@@ -121,7 +121,7 @@ class CropLoader:
         source = open_source(self.index, self.config)
         kind = EncodedWork if on_device else CropWork
         work = kind(
-            self.index, source, ring, self.crops, self.plan.seed, self.host_transform, self.labelled
+            self.index, source, ring, self.crops, self.plan.seed, self.host_transform, self.labeled
         )
         crops_of: Callable[[Done], tuple[Done, Tensor, Tensor]] = partial(_in_ring, ring)
         copier = None
@@ -174,7 +174,7 @@ class CropLoader:
 
 
 class ImageLoader:
-    """One pass over labelled images for feature extraction: resized, centre-cropped, not augmented.
+    """One pass over labeled images for feature extraction: resized, center-cropped, not augmented.
 
     Yields (uint8 [B, 3, crop, crop] channels last, int64 labels [B], int64 sample numbers [B]); the
     images are valid until the batch after the next is requested. Unreadable images are skipped.
@@ -188,7 +188,7 @@ class ImageLoader:
         batch_size: of this rank; the last batch may be smaller.
         indices: sample numbers to yield, in this order; None: all.
         rank, world_size: this rank yields every ``world_size``-th of them.
-        labelled: an image without a label counts as unreadable.
+        labeled: an image without a label counts as unreadable.
     """
 
     def __init__(
@@ -204,9 +204,9 @@ class ImageLoader:
         rank: int = 0,
         world_size: int = 1,
         run_folder: Path | None = None,
-        labelled: bool = False,
+        labeled: bool = False,
     ) -> None:
-        self.index, self.config, self.labelled = index, config, labelled
+        self.index, self.config, self.labeled = index, config, labeled
         self.resize, self.crop, self.batch_size = resize, crop, batch_size
         self.interpolation = interpolation
         everything = np.arange(index.num_samples) if indices is None else np.asarray(indices)
@@ -226,7 +226,7 @@ class ImageLoader:
         ring = Ring(in_flight + 2, [(1, self.batch_size, self.crop, self.crop, 3)])
         source = open_source(self.index, self.config)
         work = ImageWork(
-            self.index, source, ring, self.resize, self.crop, self.labelled, self.interpolation
+            self.index, source, ring, self.resize, self.crop, self.labeled, self.interpolation
         )
         with closing(run_tasks(work, self._tasks(ring.num_slots), self.config, ring)) as results:
             for done in results:

@@ -2,7 +2,7 @@
 
 An epoch visits every sample once. Its order: the shards in random order; then, inside each window
 of consecutive shards in that order, all samples in random order. Storage is thus read window by
-window, nearly in sequence, while neighbours in a shard are separated. Nothing here reads data, and
+window, nearly in sequence, while neighbors in a shard are separated. Nothing here reads data, and
 nothing has to be replayed: any step of any epoch is computed directly, from O(shards + window)
 memory, so a run continues at the exact next sample from one integer, on any number of ranks.
 """
@@ -30,7 +30,7 @@ class Plan:
         counts: samples of each shard, in the index's order; a sample's number counts through it.
         seed: of the run.
         checksum: of the index; other data, another order.
-        batch_size: global: samples of one optimiser step over all ranks and micro-batches.
+        batch_size: global: samples of one optimizer step over all ranks and micro-batches.
         window: shards among which samples are mixed.
         last_batch: whether an epoch's last partial batch is dropped, or wrapped round to the
             epoch's first samples.
@@ -84,7 +84,7 @@ class Plan:
         return whole + (rest > 0 and self.last_batch == "wrap")
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Sample numbers [batch_size] of the global batch of optimiser step ``step`` (from 0).
+        """Sample numbers [batch_size] of the global batch of optimizer step ``step`` (from 0).
 
         The r-th copy of sample n has the number n + r * num_samples, so that its random
         choices differ between copies.

@@ -2,7 +2,7 @@
 
 Unlike a stateful generator it has nothing to save or replay on resume, and a crop is the same on
 whichever rank, worker or micro-batch it is made. Each key is folded in
-with the finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+with the finalizer of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014), which passes BigCrush as a generator; it needs only integer arithmetic,
 so numpy draws a whole batch at once and the values never change with a library's version.
 """

@@ -69,17 +69,17 @@ class Reading:
     """Reads images by sample number and collects those that cannot be read.
 
     Args:
-        labelled: count images without a label among them.
+        labeled: count images without a label among them.
     """
 
     index: ShardIndex
     source: Source
-    labelled: bool = False
+    labeled: bool = False
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
     def many(self, samples: NDArray[np.int64]) -> list[bytes | Unreadable]:
         images = self.source.read_many([self.index.locate(int(sample)) for sample in samples])
-        if self.labelled:
+        if self.labeled:
             labels = self.index.labels[samples]
             pairs = zip(images, labels, strict=True)
             return [image if label >= 0 else Unreadable("no label") for image, label in pairs]
@@ -105,9 +105,9 @@ class CropWork:
         crops: CropsConfig,
         seed: int,
         host_transform: HostTransform | None = None,
-        labelled: bool = False,
+        labeled: bool = False,
     ) -> None:
-        self.reading = Reading(index, source, labelled)
+        self.reading = Reading(index, source, labeled)
         self.ring, self.crops, self.seed, self.host_transform = ring, crops, seed, host_transform
         self.num_samples = index.num_samples
         self.scratch, self.cutter = Scratch(), Cutter()
@@ -169,7 +169,7 @@ class CropWork:
 
 
 class ImageWork:
-    """Fills a slot with centre views; the places of unreadable images stay empty."""
+    """Fills a slot with center views; the places of unreadable images stay empty."""
 
     def __init__(
         self,
@@ -178,10 +178,10 @@ class ImageWork:
         ring: Ring,
         resize: int | None,
         crop: int,
-        labelled: bool = False,
+        labeled: bool = False,
         interpolation: str = "bicubic",
     ) -> None:
-        self.reading = Reading(index, source, labelled)
+        self.reading = Reading(index, source, labeled)
         self.ring, self.resize, self.crop = ring, resize, crop
         self.interpolation = interpolation
         self.scratch = Scratch()

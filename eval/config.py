@@ -1,5 +1,5 @@
-"""Options of the evaluations; torch-free, so that ``--help`` is quick. Names are DINO's where DINO
-has them."""
+"""Options of the evaluations; free of torch, so that ``--help`` is fast. Names are DINO's where
+DINO has them."""
 
 from __future__ import annotations
 
@@ -17,52 +17,53 @@ NetworkName = Literal["teacher", "student", "model", "model_ema"]
 
 @dataclass(frozen=True)
 class EvalTargetConfig:
-    """Which network is evaluated, on which images, and how they are computed."""
+    """Network to evaluate, its images, and how features are computed."""
 
     output_dir: Path = Path("runs/default")
-    """The run folder: its config.yaml gives what is left out below; results.json and features go
-    there."""
+    """The run folder: its config.yaml provides defaults for the options below; results.json and
+    features are written there."""
     pretrained_weights: Path | None = None
-    """A file of any kind that `weights` reads, or a run folder; left out: the run's newest
+    """A file of any kind that `weights` reads, or a run folder. Default: the run's newest
     checkpoint."""
     checkpoint_key: NetworkName | None = None
-    """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
+    """Network of a checkpoint. Default: the teacher of a DINO checkpoint, else the only one."""
     arch: str | None = None
-    """Model name; left out: the run's."""
+    """Model name. Default: the run's."""
     data_path: Location | None = None
-    """Folder (or URL) that holds the shards of train and val; left out: the run's."""
+    """Folder (or URL) with the shards of train and val. Default: the run's."""
     shard_url: Location | None = None
-    """Where the shards lie if not beside their index, as for `pretrain`, with ``{split}`` for train
-    or val; left out: the run's."""
+    """Location of the shards if not next to their index, as for `pretrain`, with ``{split}`` for
+    train or val. Default: the run's."""
     cache_dir: Path | None = None
-    """Local folder for copies of remote shards; left out: the run's."""
+    """Local folder for copies of remote shards. Default: the run's."""
     cache_gb: float | None = None
-    """The cache holds at most this many gigabytes; left out: the run's, else 100."""
+    """Maximum size of the cache in gigabytes. Default: the run's, else 100."""
     max_bad_fraction: float | None = None
-    """Share of unreadable images that ends the evaluation; left out: the run's, else 0.001."""
+    """Fraction of unreadable images that ends the evaluation. Default: the run's, else 0.001."""
     crop_size: int = 0
-    """Side of the centre crop; 0: the network's own (of its run, its file or timm's table), else
-    224."""
+    """Side of the center crop in pixels; 0: the network's own (from its run, its file or timm),
+    else 224."""
     resize_size: int = -1
-    """Shorter side before the crop; -1: by the network's own crop ratio, else crop_size x 256 / 224
-    above 64 px and crop_size up to it."""
+    """Shorter side before the crop; -1: from the network's own crop ratio, else crop_size x 256 /
+    224 above 64 px and crop_size up to 64 px."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
-    """How images are resized; left out: the network's own, else bicubic."""
+    """Resize interpolation. Default: the network's own, else bicubic."""
     mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels (values in [0, 1]); left out: the network's own, else
+    """Mean of the channels (values in [0, 1]), subtracted. Default: the network's own, else
     ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """The channels are divided by it; left out: the network's own, else ImageNet's."""
+    """Standard deviation of the channels, the divisor. Default: the network's own, else
+    ImageNet's."""
     baselines: bool = False
-    """Evaluate raw pixels and a randomly initialised backbone too, so that the lift is visible."""
+    """Also evaluate raw pixels and a randomly initialized backbone, for comparison."""
     batch_size_per_gpu: int = 128
-    """Images a process takes at once."""
+    """Images per batch of each process."""
     num_workers: int = 10
-    """Processes that decode images; 0 decodes in the main process."""
+    """Decoding processes; 0 decodes in the main process."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
-    """Arithmetic of the forward pass; the published numbers are fp32."""
+    """Precision of the forward pass; published numbers use fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: cuda where there is one."""
+    """auto: cuda if available."""
 
     def __post_init__(self) -> None:
         within(self, 0, 4096, "crop_size")
@@ -84,51 +85,51 @@ class KnnConfig:
 
     target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     nb_knn: tuple[int, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours; one search serves all. 20 usually works best."""
+    """Values of k; one search serves all. 20 usually works best."""
     temperature: float = 0.07
-    """Temperature T of a neighbour's vote exp(cosine / T)."""
+    """Temperature T of a neighbor's vote exp(cosine / T)."""
 
     def __post_init__(self) -> None:
         if not self.nb_knn:
-            raise InputError("--nb_knn: give one or more numbers of neighbours")
+            raise InputError("--nb_knn: give one or more numbers of neighbors")
         within(self, 1, 1e9, "nb_knn")
         within(self, 1e-4, 1e4, "temperature")
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Linear probe: a grid of heads trained side by side in one pass over the features."""
+    """Linear probe: a grid of heads trained simultaneously on the same features."""
 
     target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     protocol: Literal["cached", "dino"] = "cached"
-    """cached: features of the centre crop, extracted once. dino: RandomResizedCrop + flip, every
-    epoch through the backbone (DINO ``eval_linear.py``)."""
+    """cached: features of the center crop, extracted once. dino: RandomResizedCrop + flip, with a
+    forward pass through the backbone in every epoch (DINO ``eval_linear.py``)."""
     epochs: int = 100
     """Passes over the training images (DINO: 100)."""
     lrs: tuple[float, ...] = (
         1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0,
     )  # fmt: skip
-    """Learning rates for 256 images, scaled linearly with the batch; one head each."""
+    """Learning rates for batch size 256, scaled linearly with the batch size; one head each."""
     weight_decays: tuple[float, ...] = (0.0,)
-    """Weight decays, each with every learning rate (DINO: 0)."""
+    """Weight decays, combined with every learning rate (DINO: 0)."""
     layers: tuple[Literal["cls", "cls+patch", "cls2", "cls2+patch"], ...] = (
         "cls",
         "cls+patch",
         "cls2",
     )
-    """Features, each with every learning rate: the class token after the last layer (DINO for
+    """Features, combined with every learning rate: the class token after the last layer (DINO for
     XCiT), with the mean of the patch tokens, with the class token one class-attention layer
     earlier."""
     probe_batch_size: int = 1024
-    """Images of one step of the heads (cached); dino takes batch_size_per_gpu x processes."""
+    """Batch size of the heads (cached); dino uses batch_size_per_gpu x processes."""
     decoder: Literal["host", "cuda"] | None = None
-    """Where the dino protocol's JPEGs are decoded and cropped; left out: where the run's were, and
-    without CUDA on the host."""
+    """Where the dino protocol decodes and crops JPEGs. Default: as in the run, and on the host
+    without CUDA."""
     holdout: float = 0.1
-    """Share of the training images on which the best head is chosen; the validation set never
-    is."""
+    """Fraction of the training images used to select the best head; the validation set is never
+    used for that."""
     seed: int = 0
-    """Seed of heads, order, held-out part and crops."""
+    """Seed of heads, data order, held-out images and crops."""
 
     def __post_init__(self) -> None:
         for name in ("lrs", "layers", "weight_decays"):
@@ -136,7 +137,7 @@ class LinearConfig:
                 raise InputError(f"--{name}: give at least one")
         if self.decoder == "cuda" and self.protocol == "cached":
             raise InputError(
-                "--decoder cuda: serves --protocol dino only; centre crops are cut on the host"
+                "--decoder cuda: for --protocol dino only; center crops are made on the host"
             )
         within(self, 1e-9, 1e3, "lrs")
         within(self, 0, 1, "weight_decays")
@@ -157,7 +158,7 @@ class EvaluateConfig:
 
     target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     head: Path | None = None
-    """Head saved by `linear` (linear_head.safetensors); left out: the weights file holds a
+    """Head saved by `linear` (linear_head.safetensors). Default: the weights file contains a
     classifier."""
 
     def __post_init__(self) -> None:
@@ -170,18 +171,18 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Features of all images of a split, labelled or not, for search, clustering, deduplication:
-    features.npy, images.csv and a picture of nearest neighbours."""
+    """Features of all images of a split, labeled or not, for search, clustering, deduplication:
+    features.npy, images.csv and a picture of nearest neighbors."""
 
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DST]")] = None
-    """Folder to write; left out: embeddings/SPLIT in the run folder."""
+    """Folder to write. Default: embeddings/SPLIT in the run folder."""
     target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     split: Literal["train", "val"] = "train"
-    """Which shards of --data_path; one set of shards without train/ and val/ is train."""
+    """Shards of --data_path to use; a set of shards without train/ and val/ counts as train."""
     examples: int = 8
-    """Images shown with their nearest neighbours; 0 draws no picture."""
+    """Images shown with their nearest neighbors; 0: no picture."""
     seed: int = 0
-    """Which images are shown."""
+    """Seed for selecting the images shown."""
 
     def __post_init__(self) -> None:
         within(self, 0, 100, "examples")
@@ -197,14 +198,14 @@ class ReportConfig:
     """One self-contained HTML page of one or more runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Run folders; the page of several compares them. Left out: --output_dir."""
+    """Run folders; a page of several compares them. Default: --output_dir."""
     output_dir: Path = Path("runs/default")
-    """The run folder where none is named; stages name it so."""
+    """The run folder if none is named; used by the launcher's stages."""
     output: Path | None = None
-    """File to write; left out: report.html in the first run folder."""
+    """File to write. Default: report.html in the first run folder."""
     pictures: bool = True
-    """Show crops, attention, neighbours, confusions and a map of the features too; they need the
-    shards, a checkpoint and the features that `knn` leaves."""
+    """Also show crops, attention, neighbors, confusions and a map of the features; they need the
+    shards, a checkpoint and the features cached by `knn`."""
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
@@ -218,7 +219,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Accuracies of runs beside one another, ranked only where their protocols are the same."""
+    """Accuracies of runs side by side, ranked only if their protocols are the same."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Two or more run folders."""
@@ -230,7 +231,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Class-attention maps of an XCiT, one a head, laid over photos."""
+    """Class-attention maps of an XCiT, one per head, overlaid on photos."""
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
     """A photo, an animated GIF or WebP, a video (needs PyAV: pip install av), or a folder of
@@ -238,28 +239,29 @@ class AttentionConfig:
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = Path("attention")
     """Folder for the maps."""
     output_dir: Path = Path("runs/default")
-    """The run folder: gives arch and weights where they are left out."""
+    """The run folder: provides defaults for arch and weights."""
     pretrained_weights: Path | None = None
     """A file of any kind that `weights` reads, or a run folder."""
     checkpoint_key: NetworkName | None = None
-    """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
+    """Network of a checkpoint. Default: the teacher of a DINO checkpoint, else the only one."""
     arch: str | None = None
-    """Model name; left out: the run's."""
+    """Model name. Default: the run's."""
     image_size: int = 480
     """Shorter side to which an image is resized (DINO: 480), before its sides are rounded to whole
-    patches; 0 keeps its own."""
+    patches; 0 keeps its size."""
     mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels (values in [0, 1]); left out: the network's own, else
+    """Mean of the channels (values in [0, 1]), subtracted. Default: the network's own, else
     ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """The channels are divided by it; left out: the network's own, else ImageNet's."""
+    """Standard deviation of the channels, the divisor. Default: the network's own, else
+    ImageNet's."""
     layer: Literal[1, 2] = 2
-    """Class attention layer, the last is 2."""
+    """Class attention layer; the last one is 2."""
     threshold: float = 0.0
-    """Show only the brightest patches that hold this share of a head's attention (DINO: 0.6);
+    """Show only the strongest patches that make up this fraction of a head's attention (DINO: 0.6);
     0 shows all."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: cuda where there is one."""
+    """auto: cuda if available."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "threshold", "mean")

@@ -1,8 +1,8 @@
-"""How images reach a network in an evaluation: geometry, normalisation, loader, device, precision.
+"""The evaluation context: image geometry, normalization, loader, device, precision.
 
-:func:`make_context` fills it once, from what knows best: options, then the network's own input
-settings (:func:`settings_of`), then the published protocol. Every evaluation works with it, the
-on-line k-NN, supervised validation, teachers, attention maps and the report's pictures too.
+:func:`make_context` resolves it once, in order of precedence: options, the network's own input
+settings (:func:`resolve_input_settings`), the published protocol. It is used by every evaluation,
+the online k-NN, supervised validation, teachers, attention maps and the report's pictures.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
 
 PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
-WHOLE = 64  # images up to this side are seen whole
-INHERITED = (  # loader options that an evaluation takes from the run
+WHOLE = 64  # images up to this side are not cropped
+INHERITED = (  # loader options inherited from the run
     "shard_url cache_dir cache_gb max_bad_fraction prefetch_factor shuffle_window decoder".split()
 )
-ENLARGED = 3  # times, from which on it is said
-LOOKED_AT = 16  # images whose size is looked at
+ENLARGED = 3  # upsampling factor from which a note is printed
+SIZES_READ = 16  # images whose size is read for that
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Context:
     resize: int
     """Shorter side after resizing, in pixels."""
     crop: int
-    """Side of the centre crop, in pixels."""
+    """Side of the center crop, in pixels."""
     data_path: str
     loader: LoaderConfig
     batch_size: int
-    """Images of a batch of this process."""
+    """Images per batch of this process."""
     precision: str
     world: dist.World
     output_dir: Path
@@ -67,7 +67,7 @@ class Context:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What bears on the features of an image, beside the network and the arithmetic."""
+        """What affects the features of an image, apart from network and precision."""
         return {
             "resize": self.resize,
             "crop": self.crop,
@@ -77,19 +77,19 @@ class Context:
         }
 
     def index(self, split: str) -> ShardIndex:
-        """Opened shards of ``train`` or ``val``; says so where their images are small beside the
-        crop."""
+        """Open the shards of ``train`` or ``val``; prints a note if their images are small compared
+        with the crop."""
         index = ShardIndex.load(resolve_split(self.data_path, split))
-        if dist.is_main() and (text := self.enlargement(index)):
+        if dist.is_main() and (text := self.upsampling_note(index)):
             print(text, flush=True)
         return index
 
     def blank(self) -> Tensor:
-        """float32 [1, C, crop, crop] of zeros on the device, to see what a network gives."""
+        """float32 [1, C, crop, crop] of zeros on the device, to probe a network's output."""
         return torch.zeros(1, self.inputs.channels, self.crop, self.crop, device=self.device)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] anywhere -> float32 on the device, as the network expects it."""
+        """uint8 [B, 3, H, W] on any device -> normalized float32 on the context's device."""
         images = images.to(self.device, non_blocking=True)
         return normalize(images, self.inputs.mean, self.inputs.std)
 
@@ -98,13 +98,13 @@ class Context:
         index: ShardIndex,
         samples: np.ndarray,
         batch_size: int | None = None,
-        labelled: bool = True,
+        labeled: bool = True,
     ) -> ImageLoader:
-        """Centre views (uint8) of some samples, those with a label unless ``labelled`` is false."""
+        """Center crops (uint8) of some samples, only labeled ones unless ``labeled`` is false."""
         return ImageLoader(
             index, self.loader, resize=self.resize, crop=self.crop,
             interpolation=self.inputs.interpolation, batch_size=batch_size or self.batch_size,
-            indices=samples, labelled=labelled,
+            indices=samples, labeled=labeled,
         )  # fmt: skip
 
     def batches(
@@ -113,23 +113,23 @@ class Context:
         index: ShardIndex,
         samples: np.ndarray,
         label: str,
-        labelled: bool = True,
+        labeled: bool = True,
     ) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
-        """What a function of normalised images gives (as float32, on the device), and the sample
-        numbers: the readable ones of ``samples``, a batch at a time, with a progress bar."""
+        """Apply a function to normalized images; yields its outputs (float32, on the device) and
+        the sample numbers per batch, for the readable ones of ``samples``, with a progress bar."""
         dtype = resolve_precision(self.precision, self.device)
         with progress(label, len(samples), "images") as bar:
-            for images, _, numbers in self.images(index, samples, labelled=labelled):
+            for images, _, numbers in self.images(index, samples, labeled=labeled):
                 with autocast(self.device, dtype):
                     outputs = function(self.normalize(images))
                 yield {name: output.float() for name, output in outputs.items()}, numbers
                 bar.advance(len(numbers))
 
-    def enlargement(self, index: ShardIndex) -> str:
-        """A line where images are enlarged several times; "" where they are not."""
+    def upsampling_note(self, index: ShardIndex) -> str:
+        """A note if images are upsampled by ``ENLARGED`` or more, else ""."""
         if not index.num_samples:
             return ""
-        samples = np.unique(np.linspace(0, index.num_samples - 1, LOOKED_AT).astype(int))
+        samples = np.unique(np.linspace(0, index.num_samples - 1, SIZES_READ).astype(int))
         source = open_source(index, self.loader)
         sides = []
         for image in source.read_many([index.locate(int(sample)) for sample in samples]):
@@ -143,9 +143,10 @@ class Context:
         if self.resize < ENLARGED * side:
             return ""
         return (
-            f"{index.root}: images of about {side} px are enlarged {self.resize / side:.0f} times, "
-            f"to {self.resize} px, as the network takes crops of {self.crop}; "
-            f"--crop_size {side} takes them as they are"
+            f"{index.root}: images of about {side} px are upsampled "
+            f"{self.resize / side:.0f} times, to {self.resize} px, as the network uses crops of "
+            f"{self.crop}; "
+            f"--crop_size {side} keeps their size"
         )
 
 
@@ -156,15 +157,15 @@ def make_context(
     data_path: str | Path,
     world: dist.World,
 ) -> Context:
-    """The context of an evaluation.
+    """Make the context of an evaluation.
 
     Args:
-        options: of the command; what they give wins.
+        options: of the command; they take precedence.
         settings: the network's own.
-        run: options of the run that the data and their loader belong to; may be empty.
+        run: options of the run whose data and loader are used; may be empty.
 
     Raises:
-        InputError: a network that takes no RGB images.
+        InputError: a network that does not accept RGB images.
     """
     given = {
         "mean": options.mean,
@@ -177,22 +178,22 @@ def make_context(
     )
     if inputs.channels != 3:
         raise InputError(
-            f"--arch: the network takes {inputs.channels} channels, and shards hold RGB images; "
+            f"--arch: the network expects {inputs.channels} channels, and shards are RGB images; "
             "name weights for 3 channels"
         )
     crop = inputs.size or PROTOCOL_CROP
-    resize = options.resize_size if options.resize_size != -1 else resize_of(inputs)
+    resize = options.resize_size if options.resize_size != -1 else default_resize(inputs)
     return Context(
-        inputs, resize, crop, str(data_path), loader_of(options, run, data_path),
+        inputs, resize, crop, str(data_path), resolve_loader(options, run, data_path),
         options.batch_size_per_gpu, options.precision, world, options.output_dir,
     )  # fmt: skip
 
 
-def resize_of(inputs: InputSettings) -> int:
-    """Shorter side after resizing, for a centre crop of ``inputs.size``.
+def default_resize(inputs: InputSettings) -> int:
+    """Shorter side after resizing, for a center crop of ``inputs.size``.
 
-    The network's own ratio, rounded down as timm does; the protocol's 256 / 224 where it has none.
-    Then, up to 64 px, the whole image is kept: a margin of an eighth, harmless in a photograph,
+    By the network's own crop ratio, rounded down as in timm; else by the protocol's 256 / 224.
+    In the latter case images up to 64 px are kept whole: cropping an eighth, harmless in a photo,
     would cut into the object of a small image.
     """
     crop = inputs.size or PROTOCOL_CROP
@@ -201,78 +202,78 @@ def resize_of(inputs: InputSettings) -> int:
     return crop if crop <= WHOLE else round(crop * PROTOCOL_RESIZE / PROTOCOL_CROP)
 
 
-def loader_of(
+def resolve_loader(
     options: EvalTargetConfig, run: Mapping[str, Any], data_path: str | Path
 ) -> LoaderConfig:
-    """The data plane's options: those given, then the run's. Its ``shard_url`` belongs to its own
-    data, and no other."""
-    known = {name: run[name] for name in INHERITED if run.get(name) is not None}
-    if not same_place(run.get("data_path"), data_path):
-        known.pop("shard_url", None)
+    """Loader options: those given, then the run's. The run's ``shard_url`` applies only to the
+    run's own data."""
+    defaults = {name: run[name] for name in INHERITED if run.get(name) is not None}
+    if not same_path(run.get("data_path"), data_path):
+        defaults.pop("shard_url", None)
     given = {name: value for name, value in options_of(options) if name in INHERITED}
-    known |= {name: value for name, value in given.items() if value is not None}
-    known["num_workers"] = options.num_workers
-    return replace(LoaderConfig(), known, source="config.yaml")
+    defaults |= {name: value for name, value in given.items() if value is not None}
+    defaults["num_workers"] = options.num_workers
+    return replace(LoaderConfig(), defaults, source="config.yaml")
 
 
-def same_place(run: Any, given: str | Path) -> bool:
-    """Whether two data paths are one."""
+def same_path(run: Any, given: str | Path) -> bool:
+    """Whether two data paths are the same."""
     return run is not None and os.path.abspath(str(run)) == os.path.abspath(str(given))
 
 
 # -- the network's own settings
 
 
-def settings_of(
+def resolve_input_settings(
     arch: str, weights: Path | None, which: str | None = None, run: Mapping[str, Any] | None = None
 ) -> InputSettings:
-    """How images are prepared for a network: as its file says, the run folder that the file lies
-    in, the run (where it has this architecture), timm's table; else as for the published XCiTs.
+    """Input settings of a network: from its file, from the run folder that contains the file, from
+    the run (if it has this architecture), from timm; else those of the published XCiTs.
 
     Args:
         arch: name of the architecture, ``timm/NAME`` for timm's.
         weights: the file; None: the run's own network.
         which: network of the file.
-        run: options of the run folder that is evaluated.
+        run: options of the evaluated run folder.
     """
     found = None
     if weights is not None:
         found = input_settings(weights, which)
         if found is None and which != "teacher":
-            found = InputSettings.of_run(run_options(weights.parent.parent))
+            found = InputSettings.from_run(run_options(weights.parent.parent))
     if found is None and run and run.get("arch") == arch:
-        found = InputSettings.of_run(run)
-    return found or of_timm(arch) or InputSettings()
+        found = InputSettings.from_run(run)
+    return found or timm_input_settings(arch) or InputSettings()
 
 
-def of_timm(arch: str) -> InputSettings | None:
-    """What timm knows of its own weights of that name; None for other names."""
+def timm_input_settings(arch: str) -> InputSettings | None:
+    """Input settings of timm's own weights of that name; None for other names."""
     if not arch.startswith(TIMM_PREFIX):
         return None
     import timm
 
     check_timm_name(arch.removeprefix(TIMM_PREFIX), f"arch {arch}")
-    known = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX), allow_unregistered=True)
-    if known is None:
+    defaults = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX), allow_unregistered=True)
+    if defaults is None:
         return None
     kinds = ("bicubic", "bilinear")
-    interpolation = known.interpolation if known.interpolation in kinds else "bicubic"
-    if (known.interpolation, known.crop_mode) != (interpolation, "center") and dist.is_main():
+    interpolation = defaults.interpolation if defaults.interpolation in kinds else "bicubic"
+    if (defaults.interpolation, defaults.crop_mode) != (interpolation, "center") and dist.is_main():
         warn(
-            f"{arch}: timm prepares images by {known.interpolation} resizing and crop mode "
-            f"{known.crop_mode}; here it is {interpolation} and center"
+            f"{arch}: timm prepares images by {defaults.interpolation} resizing and crop mode "
+            f"{defaults.crop_mode}; here it is {interpolation} and center"
         )
     return InputSettings(
-        size=known.input_size[-1],
-        crop_ratio=known.crop_pct,
+        size=defaults.input_size[-1],
+        crop_ratio=defaults.crop_pct,
         interpolation=interpolation,
-        mean=tuple(known.mean),
-        std=tuple(known.std),
-        channels=known.input_size[0],
+        mean=tuple(defaults.mean),
+        std=tuple(defaults.std),
+        channels=defaults.input_size[0],
     )
 
 
 def run_options(folder: Path) -> dict[str, Any]:
-    """The options of a run folder's ``config.yaml``; empty where there is none."""
+    """Options of a run folder's ``config.yaml``; empty if there is none."""
     path = folder / "config.yaml"
     return read_yaml(path) if path.is_file() else {}

@@ -1,9 +1,9 @@
-"""``xcit-dino embed``: the features of a split's images, in files that other tools read.
+"""``xcit-dino embed``: features of a split's images, in files that other tools can read.
 
-``DST/features.npy`` float32 [N, D], row by row the class token of an image (not normalised);
-``DST/images.csv`` which image each row is; ``DST/neighbours.png`` some images, each followed by
-those most similar to it. With ``--baselines`` the features and the picture also for a randomly
-initialised network and for raw pixels. No labels are needed.
+``DST/features.npy`` float32 [N, D], one class token per image (not normalized);
+``DST/images.csv`` the image of each row; ``DST/neighbours.png`` some images, each followed by
+those most similar to it. With ``--baselines`` also features and picture of a randomly
+initialized network and of raw pixels. Labels are not needed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
 WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv")
-NEIGHBOURS = 8
-COPIED_ROWS = 1 << 16
-GAP = 16  # pixels between an image and its neighbours
+NEIGHBORS = 8
+COPY_ROWS = 1 << 16
+GAP = 16  # pixels between an image and its neighbors
 
 
 def run(config: EmbedConfig) -> None:
-    """Write the folder, whole or not at all.
+    """Write the folder atomically.
 
     Raises:
         InputError: no weights or shards, or none of the images can be read.
@@ -60,9 +60,11 @@ def run(config: EmbedConfig) -> None:
             if not world.is_main:
                 continue
             ending = network.suffix.replace("/", "-")
-            features = copied(cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy")
+            features = copy_rows(
+                cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy"
+            )
             if config.examples:
-                picture = neighbours(index, samples, features, context, config)
+                picture = neighbors(index, samples, features, context, config)
                 Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
             if not ending:
                 write_names(index, samples, unfinished / "images.csv", context.loader)
@@ -73,36 +75,36 @@ def run(config: EmbedConfig) -> None:
 
 
 def check_free(dst: Path) -> None:
-    """Nothing may be where the folder is to be but what this command has written.
+    """Check that the target is free, or contains only files written by this command.
 
     Raises:
-        InputError: something else is there, or it cannot be written.
+        InputError: it contains something else, or cannot be written.
     """
     check_writable(dst.parent, "choose another folder", f"DST {dst}")
     try:
-        there = {path.name for path in dst.iterdir()} if dst.exists() else set()
+        existing = {path.name for path in dst.iterdir()} if dst.exists() else set()
     except OSError as error:
         raise InputError(f"{dst}: {error.strerror}; choose another folder") from error
-    other = sorted(name for name in there if not WRITTEN.fullmatch(name))
-    if other or (there and "features.npy" not in there):
-        named = (*other, *sorted(there))[0]
+    other = sorted(name for name in existing if not WRITTEN.fullmatch(name))
+    if other or (existing and "features.npy" not in existing):
+        named = (*other, *sorted(existing))[0]
         raise InputError(f"{dst}: holds {named}, not of embed; choose a folder of its own")
 
 
-def copied(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:
-    """Some rows of an ``.npy`` file in a file of their own; memory-mapped."""
+def copy_rows(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:
+    """Copy some rows of an ``.npy`` file to another file; returns it memory-mapped."""
     table = np.load(source, mmap_mode="r")
     shape = (len(rows), table.shape[1])
     result = np.lib.format.open_memmap(target, "w+", table.dtype, shape)
-    for first in range(0, len(rows), COPIED_ROWS):
-        part = slice(first, first + COPIED_ROWS)
+    for first in range(0, len(rows), COPY_ROWS):
+        part = slice(first, first + COPY_ROWS)
         result[part] = table[rows[part]]
     result.flush()
     return result
 
 
 def write_names(index: ShardIndex, samples: np.ndarray, path: Path, loader: LoaderConfig) -> None:
-    """A line an image: row, sample number, shard, key, the file that it was packed from, label,
+    """Write one line per image: row, sample number, shard, key, original file, label,
     class."""
     source = open_source(index, loader)
     classes = index.classes or []
@@ -116,17 +118,17 @@ def write_names(index: ShardIndex, samples: np.ndarray, path: Path, loader: Load
             writer.writerow((row, sample, index.shards[shard], *origin, *(known or ("", ""))))
 
 
-def neighbours(
+def neighbors(
     index: ShardIndex,
     samples: np.ndarray,
     features: np.ndarray,
     context: Context,
     config: EmbedConfig,
 ) -> Pixels:
-    """Some images on the left, each followed by the most similar others, the nearest first."""
+    """A mosaic: each row is a query image, followed by the most similar others, nearest first."""
     count = min(config.examples, len(samples))
     chosen = np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
-    nearest, _ = nearest_others(features, chosen, NEIGHBOURS)
+    nearest, _ = nearest_others(features, chosen, NEIGHBORS)
     numbers = samples[np.column_stack((chosen, nearest))]
     pixels = photos(index, numbers.ravel().tolist(), context)
     known = [[n for n in row if n in pixels] for row in numbers.tolist() if row[0] in pixels]

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on the validation images: one checkpoint, or a backbone and a linear
+"""Accuracy of a classifier on the validation images: a checkpoint, or a backbone and a linear
 head."""
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvaluateConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import LAYERS, load_features, num_classes_of
-from xcit_dino.eval.linear import accuracy, top_hits
-from xcit_dino.eval.ranges import Ranges, warn_constant
+from xcit_dino.eval.features import LAYERS, count_classes, load_features
+from xcit_dino.eval.linear import accuracy, topk_hits
+from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve
 from xcit_dino.files import file_checksum
@@ -30,12 +30,12 @@ def run(config: EvaluateConfig) -> None:
     """Write ``evaluate`` (or ``evaluate/head``) with top-1 and top-5 to ``results.json``.
 
     Raises:
-        InputError: bad options, unlabelled data, or weights of another architecture or class count.
+        InputError: bad options, unlabeled data, or weights of another architecture or class count.
     """
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     val = context.index("val")
-    num_classes = num_classes_of(val)
+    num_classes = count_classes(val)
     began = time.monotonic()
     if config.head is None:
         metrics, facts = classifier_accuracy(target, context, val, num_classes)
@@ -63,7 +63,7 @@ def run(config: EvaluateConfig) -> None:
 def classifier_accuracy(
     target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
 ) -> tuple[dict[str, float], dict[str, object]]:
-    """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks share the
+    """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks split the
     images."""
     world = context.world
     model = create_model(target.arch, num_classes=num_classes)
@@ -73,14 +73,14 @@ def classifier_accuracy(
     model = model.to(world.device).eval()
     first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
     hits = torch.zeros(3, dtype=torch.float64)  # top-1, top-5, images
-    ranges = Ranges(num_classes, world.device)
+    ranges = OutputRange(num_classes, world.device)
     with torch.inference_mode():
         for outputs, samples in context.batches(
             lambda images: {"logits": model(images)}, val, np.arange(first, last), "evaluate"
         ):
             ranges.add(outputs["logits"])
             labels = torch.from_numpy(val.labels[samples].astype(np.int64)).to(world.device)
-            hits[:2] += top_hits(outputs["logits"], labels)
+            hits[:2] += topk_hits(outputs["logits"], labels)
             hits[2] += len(samples)
     if ranges.constant() and world.is_main:
         warn_constant("the classifier's outputs")
@@ -99,7 +99,7 @@ def classifier_accuracy(
 def head_accuracy(
     head: Path, target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
 ) -> tuple[dict[str, float], dict[str, object]]:
-    """(top1 and top5 in percent, facts) of a backbone and the head that a linear probe saved."""
+    """(top1 and top5 in percent, facts) of a backbone and a head saved by a linear probe."""
     network = pretrained(target)
     checksum, layers, weight, bias = read_head(head)
     features = load_features(network, val, "val", context)
@@ -114,7 +114,7 @@ def head_accuracy(
 
 def read_head(path: Path) -> tuple[str, str, Tensor, Tensor]:
     """(checksum, layer choice, weight (C, D), bias (C,)) of a head of ours, or of an official one;
-    all of one file, though `linear` may put another in its place meanwhile."""
+    read consistently, even if `linear` replaces the file meanwhile."""
     checksum = ""
     while True:
         weight, bias = load_linear(path)
@@ -132,21 +132,21 @@ def check_head(
     blocks: dict[str, np.ndarray],
     num_classes: int,
 ) -> None:
-    """The head fits backbone and data.
+    """Check that the head fits backbone and data.
 
     Raises:
-        InputError: other features or other classes; it names both.
+        InputError: other features or other classes; names both.
     """
     missing = [block for block in LAYERS.get(layers, (layers,)) if block not in blocks]
     width = 0 if missing else sum(blocks[block].shape[1] for block in LAYERS[layers])
     if missing or width != weight.shape[1]:
         raise InputError(
             f"--head {path}: was trained on {weight.shape[1]} features ({layers}), and "
-            f"{network.facts['arch']} gives {width or 'no such ones'}; name the backbone it "
+            f"{network.facts['arch']} has {width or 'no such features'}; name the backbone it "
             "belongs to with --arch and --pretrained_weights"
         )
     if len(weight) != num_classes:
         raise InputError(
-            f"--head {path}: tells {len(weight)} classes apart, and the data have {num_classes}; "
+            f"--head {path}: has {len(weight)} classes, and the data have {num_classes}; "
             "train a head on these data with: xcit-dino linear"
         )

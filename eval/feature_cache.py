@@ -1,4 +1,4 @@
-"""The cache of features: each set is computed once, by one command, and not removed while another
+"""The feature cache: each set is computed once, by one command, and not removed while another
 command reads it."""
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from xcit_dino.errors import RunError
 from xcit_dino.files import FileLock, write_atomic
 from xcit_dino.train.distributed import dist
 
-POLL = 0.5  # seconds between two looks at features that another command computes
+POLL = 0.5  # seconds between checks for features being computed by another command
 
 
 class CachedFeatures:
     """One folder of features, ``RUN/features/NETWORK-SPLIT-KEY``, and this process's lock on it.
 
-    The lock is held alone while the features are computed, and shared as long as this object lives.
-    All ranks make one; rank 0 holds the lock for them.
+    The lock is exclusive while the features are computed, and shared as long as this object lives.
+    All ranks create one; rank 0 holds the lock for them.
     """
 
     def __init__(self, path: Path):
@@ -36,7 +36,7 @@ class CachedFeatures:
         weakref.finalize(self, self.lock.release)
 
     def claim(self) -> bool:
-        """Wait until the features are there, or are to be computed by these ranks: then true.
+        """Wait until the features exist (False), or these ranks have to compute them (True).
 
         Raises:
             RunError: the folder cannot be written.
@@ -45,7 +45,7 @@ class CachedFeatures:
         while (state := dist.from_main(self._look)) == "busy":
             if dist.is_main() and not said:
                 said = True
-                print(f"{self.path.name}: another command computes it; waiting", flush=True)
+                print(f"{self.path.name}: being computed by another command; waiting", flush=True)
             time.sleep(POLL)
         return state == "absent"
 
@@ -68,35 +68,36 @@ class CachedFeatures:
         return "busy"
 
     def publish(self, facts: dict[str, Any]) -> None:
-        """Give what was computed its name, and the lock back; of earlier weights or options,
-        remove what nobody reads."""
+        """Rename the computed features to their final name and release the lock; remove unused
+        features of earlier weights or options."""
         write_atomic(self.unfinished / "meta.json", json.dumps(facts, indent=1) + "\n")
         if not self.path.is_dir():  # it is, where a file system has no locks
             os.replace(self.unfinished, self.path)
-        self._drop_others()
+        self._remove_others()
         self.abandon()
 
     def facts(self) -> dict[str, Any]:
-        """What the features depend on, and whether all images have the same (``constant``)."""
+        """What the features depend on, and whether they are the same for all images
+        (``constant``)."""
         return json.loads((self.path / "meta.json").read_text())
 
     def abandon(self) -> None:
-        """Remove what is unfinished, and give the lock back."""
+        """Remove unfinished features and release the lock."""
         shutil.rmtree(self.unfinished, ignore_errors=True)
         self.lock.release()
 
-    def _drop_others(self) -> None:
+    def _remove_others(self) -> None:
         prefix = self.path.name.rpartition("-")[0]
         for old in self.path.parent.glob(f"{prefix}-*"):
             if old != self.path:
-                _drop(old, old)
+                _remove(old, old)
         for left in self.path.parent.glob(f".{prefix}-*.{platform.node()}.*.tmp"):
             if not Path("/proc", left.name.split(".")[-2]).exists():  # its process was killed
-                _drop(self.path.with_name(left.name.split(".")[1]), left)
+                _remove(self.path.with_name(left.name.split(".")[1]), left)
 
 
 def newest_first(folder: Path, pattern: str) -> list[Path]:
-    """Folders of features, as far as they are there."""
+    """Existing feature folders, newest first."""
     times = {}
     for path in folder.glob(pattern):
         with suppress(FileNotFoundError):  # another command has just removed it
@@ -105,8 +106,8 @@ def newest_first(folder: Path, pattern: str) -> list[Path]:
 
 
 @contextmanager
-def kept(path: Path) -> Iterator[bool]:
-    """Whether a folder of features is there, which then nobody removes inside. Changes nothing: one
+def reading(path: Path) -> Iterator[bool]:
+    """Whether a feature folder exists; it is not removed inside the block. Read-only: a folder
     without a lock file (of an earlier version) is read without a lock."""
     try:
         file = os.open(_lock_of(path), os.O_RDONLY | os.O_CLOEXEC)
@@ -114,15 +115,15 @@ def kept(path: Path) -> Iterator[bool]:
         yield path.is_dir()
         return
     try:
-        with suppress(OSError):  # no locks there, or somebody is just removing it: then it is gone
+        with suppress(OSError):  # no locks supported, or just being removed: then it is gone
             fcntl.flock(file, fcntl.LOCK_SH)
         yield path.is_dir()
     finally:
         os.close(file)
 
 
-def _drop(target: Path, folder: Path) -> None:
-    """Remove a folder of the cache unless somebody holds the lock of ``target``."""
+def _remove(target: Path, folder: Path) -> None:
+    """Remove a folder of the cache unless the lock of ``target`` is held."""
     lock = FileLock(_lock_of(target))
     if lock.take(wait=False):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,10 @@
 """Features of all images of a split, extracted once to disk and memory-mapped.
 
-They lie in ``RUN/features/NETWORK-SPLIT-KEY/``: one float32 ``.npy`` a *block* (``cls``, ``patch``,
-``cls2``), ``seen.npy`` (0 where the image could not be read) and ``meta.json``. KEY is a hash of
-everything that bears on them (weights, network, index checksum, input settings, precision). Every
-rank writes its own rows; the folder gets its name when all are done (``eval/feature_cache.py``).
+They are in ``RUN/features/NETWORK-SPLIT-KEY/``: one float32 ``.npy`` per *block* (``cls``,
+``patch``, ``cls2``), ``seen.npy`` (0 if the image could not be read) and ``meta.json``. KEY is a
+hash of everything that affects them (weights, network, index checksum, input settings, precision).
+Every rank writes its own rows; the folder gets its name when all are done
+(``eval/feature_cache.py``).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from xcit_dino.data.shards.index import ShardIndex, sparse_labels
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import CachedFeatures
-from xcit_dino.eval.ranges import Ranges, warn_constant
+from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.target import Network
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.distributed import dist
 
 FORMAT = 2
-LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
+LAYERS = {  # feature sets of a linear probe -> blocks, concatenated
     "cls": ("cls",),
     "cls+patch": ("cls", "patch"),
     "cls2": ("cls", "cls2"),
@@ -43,7 +44,7 @@ LAYERS = {  # feature sets that a linear probe can use -> blocks, side by side
 
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of the readable, labelled images of a split, in index order."""
+    """Features and labels of the readable, labeled images of a split, in index order."""
 
     blocks: dict[str, np.ndarray]
     """Block name -> float32 [N, D], memory-mapped."""
@@ -51,15 +52,15 @@ class Features:
     """int64 [N]."""
     num_classes: int
     unreadable: int
-    """Images left out because they could not be decoded or have no label."""
+    """Images skipped because they could not be decoded or have no label."""
     cache: CachedFeatures | None = None
-    """Keeps other commands from removing the files."""
+    """Prevents other commands from removing the files."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def blocks_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def feature_blocks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Feature blocks of a batch, each (B, D).
 
     ``cls`` is the network's output (XCiT: class token after the last norm). XCiT adds ``patch``,
@@ -73,10 +74,11 @@ def blocks_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module and random generator is as before.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards modules and random generators are as before.
 
-    DINO's teacher stays in training mode, where its batch-norms gather the statistics used here.
+    During pretraining DINO's teacher is in training mode, in which its batch-norms collect the
+    statistics used here.
     """
     modes = {module: module.training for module in model.modules()}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -90,7 +92,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_labels(index: ShardIndex) -> None:
-    """There are labels; single images without one count as unreadable.
+    """Check that there are labels; single images without one count as unreadable.
 
     Raises:
         InputError: no image has one, or there are no images.
@@ -99,13 +101,13 @@ def check_labels(index: ShardIndex) -> None:
         raise InputError(f"--data_path {index.root}: holds no images")
     if (np.asarray(index.labels) < 0).all():
         raise InputError(
-            f"--data_path {index.root}: the images carry no labels, and an accuracy needs them; "
+            f"--data_path {index.root}: the images have no labels, which an accuracy needs; "
             "pack class sub-folders or a list of path,label with: xcit-dino shards make SRC DST"
         )
 
 
-def num_classes_of(*indexes: ShardIndex) -> int:
-    """Number of classes of labelled splits that belong together.
+def count_classes(*indexes: ShardIndex) -> int:
+    """Number of classes of labeled splits of one data set.
 
     Raises:
         InputError: no image has a label, or their class lists differ.
@@ -129,15 +131,15 @@ def num_classes_of(*indexes: ShardIndex) -> int:
 
 
 def load_features(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
-    """Features and labels of a split, for an accuracy; see :func:`cached_features`."""
+    """Load features and labels of a split, to compute accuracies; see :func:`cached_features`."""
     return _open(cached_features(network, index, split, context), index)
 
 
 def cached_features(
     network: Network, index: ShardIndex, split: str, context: Context
 ) -> CachedFeatures:
-    """The folder with the features of all readable images of a split, labelled or not: from the run
-    folder's cache, or computed by all ranks and put there.
+    """Features of all readable images of a split, labeled or not: from the run folder's cache, or
+    computed by all ranks and cached.
 
     Raises:
         InputError: they are not finite.
@@ -171,12 +173,12 @@ def cached_features(
 
 def _compute(
     network: Network, index: ShardIndex, split: str, context: Context, folder: Path
-) -> Ranges:
-    """Run this rank's share of the images through the network and write its rows."""
+) -> OutputRange:
+    """Compute features of this rank's part of the images and write its rows."""
     world, model, count = context.world, network.model.to(context.device), index.num_samples
     with torch.inference_mode():
-        shapes = blocks_of(model, context.blank())
-        ranges = Ranges(shapes["cls"].shape[1], context.device)
+        shapes = feature_blocks(model, context.blank())
+        ranges = OutputRange(shapes["cls"].shape[1], context.device)
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -188,7 +190,7 @@ def _compute(
         first, last = (count * (world.rank + i) // world.size for i in (0, 1))
         label = f"features {network.name} {split}"
         for blocks, samples in context.batches(
-            partial(blocks_of, model), index, np.arange(first, last), label, labelled=False
+            partial(feature_blocks, model), index, np.arange(first, last), label, labeled=False
         ):
             for name, block in blocks.items():
                 rows[name].write(samples, block.cpu().numpy())
@@ -214,14 +216,14 @@ def _open(cache: CachedFeatures, index: ShardIndex) -> Features:
             )
         blocks = {name: block[kept] for name, block in blocks.items()}
         labels = labels[kept]
-    return Features(blocks, labels, num_classes_of(index), unreadable, cache)
+    return Features(blocks, labels, count_classes(index), unreadable, cache)
 
 
 class Rows:
-    """Rows of an ``.npy`` file that several processes fill, each its own.
+    """Rows of an ``.npy`` file written by several processes, each its own.
 
-    Plain writes at byte offsets instead of a shared memory map: two machines that map one page of a
-    network file overwrite each other's half of it.
+    Plain writes at byte offsets instead of a shared memory map: two machines that map the same page
+    of a network file would overwrite each other's half.
     """
 
     def __init__(self, path: Path):
@@ -232,11 +234,11 @@ class Rows:
 
     @staticmethod
     def create(path: Path, shape: tuple[int, ...], dtype: Any) -> None:
-        """A file of zeros."""
+        """Create a file of zeros."""
         np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
 
     def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Put ``values`` [n, ...] at row numbers ``rows`` [n], consecutive ones in one write."""
+        """Write ``values`` [n, ...] to rows ``rows`` [n], consecutive ones in one call."""
         values = np.ascontiguousarray(values, self.dtype)
         cuts = np.flatnonzero(np.diff(rows) != 1) + 1
         for numbers, part in zip(np.split(rows, cuts), np.split(values, cuts), strict=True):

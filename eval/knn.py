@@ -1,10 +1,10 @@
 """Weighted k-NN on frozen features (DINO ``eval_knn.py``; Wu et al. 2018, arXiv 1805.01978, section
 3.4).
 
-Similarity is the cosine; a neighbour of similarity s votes exp(s / T) for its class. One exact
-FAISS search for the largest k serves every k, as the neighbours come sorted. What is equal has an
-order: of neighbours equally near the one with the lower number comes first, of classes with equal
-votes the lower label.
+Similarity is the cosine; a neighbor with similarity s votes for its class with weight exp(s / T).
+One exact FAISS search for the largest k serves every k, as the neighbors are sorted. Ties are
+broken deterministically: among equally similar neighbors the lower number comes first, among
+classes with equal equal equal votes the lower label.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ import torch.nn.functional as F
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import Features, load_features, num_classes_of
+from xcit_dino.eval.features import Features, count_classes, load_features
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
-QUERY_ROWS = 4096  # queries of one search
-BANK_ROWS = 1 << 21  # images of one index: 3 GB at 384 dimensions
-ADD_ROWS = 1 << 16  # images normalised at a time
-VOTE_CELLS = 1 << 24  # float64 cells of one table of votes, or of one widened search
+QUERY_ROWS = 4096  # queries per search
+BANK_ROWS = 1 << 21  # images per index: 3 GB at 384 dimensions
+ADD_ROWS = 1 << 16  # images normalized at a time
+VOTE_CELLS = 1 << 24  # float64 cells per table of votes, or per widened search
 GPU_MAX_K = 2048  # FAISS's limit on GPUs
 
 
@@ -40,18 +40,18 @@ def run(config: KnnConfig) -> None:
     """Evaluate by k-NN and write ``knn`` (and ``knn/random``, ``knn/pixels``) to ``results.json``.
 
     Raises:
-        InputError: bad options, unlabelled data, or a bank smaller than every k.
+        InputError: bad options, unlabeled data, or a bank smaller than every k.
     """
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
-    num_classes = num_classes_of(train, val)
+    num_classes = count_classes(train, val)
     fitting_ks(config.nb_knn, int((train.labels >= 0).sum()))
     for network in networks(config.target, target):
         began = time.monotonic()
         bank = load_features(network, train, "train", context)
         queries = load_features(network, val, "val", context)
-        ks = fitting_ks(config.nb_knn, len(bank), tell=network.name == "pretrained")
+        ks = fitting_ks(config.nb_knn, len(bank), verbose=network.name == "pretrained")
         metrics = evaluate(bank, queries, ks, config.temperature, num_classes, world)
         if world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
@@ -68,8 +68,8 @@ def run(config: KnnConfig) -> None:
     dist.barrier()
 
 
-def fitting_ks(ks: Sequence[int], bank_size: int, tell: bool = False) -> list[int]:
-    """The numbers of neighbours that the bank has, ascending; tell: name those left out.
+def fitting_ks(ks: Sequence[int], bank_size: int, verbose: bool = False) -> list[int]:
+    """The values of k that do not exceed the bank, ascending; verbose: print the skipped ones.
 
     Raises:
         InputError: none of them.
@@ -77,13 +77,13 @@ def fitting_ks(ks: Sequence[int], bank_size: int, tell: bool = False) -> list[in
     fitting = sorted({k for k in ks if k <= bank_size})
     if not fitting:
         raise InputError(
-            f"--nb_knn {min(ks)}: the training split has only {bank_size} labelled, readable "
+            f"--nb_knn {min(ks)}: the training split has only {bank_size} labeled, readable "
             f"images; ask for at most {bank_size}"
         )
     left_out = sorted(set(ks) - set(fitting))
-    if left_out and tell and dist.is_main():
+    if left_out and verbose and dist.is_main():
         words = " and ".join(map(str, left_out))
-        print(f"k-NN: k = {words} left out, as the bank has {bank_size} images", flush=True)
+        print(f"k-NN: k = {words} skipped: the bank has only {bank_size} images", flush=True)
     return fitting
 
 
@@ -95,7 +95,8 @@ def protocol(
     bank: Features,
     queries: Features,
 ) -> dict[str, Any]:
-    """Everything that two k-NN accuracies must share to be compared, beside the shards."""
+    """Everything that must match for two k-NN accuracies to be comparable, apart from the
+    shards."""
     return (
         network.facts
         | context.protocol
@@ -122,10 +123,10 @@ def evaluate(
     num_classes: int,
     world: dist.World,
 ) -> dict[str, float]:
-    """Accuracies in percent, ``top1_k20`` and so on; every rank takes its share of the queries."""
-    mine = slice(*(len(queries) * (world.rank + i) // world.size for i in (0, 1)))
+    """Accuracies in percent, ``top1_k20`` and so on; ranks split the queries."""
+    own = slice(*(len(queries) * (world.rank + i) // world.size for i in (0, 1)))
     hits = knn_hits(
-        bank.blocks["cls"], bank.labels, queries.blocks["cls"][mine], queries.labels[mine],
+        bank.blocks["cls"], bank.labels, queries.blocks["cls"][own], queries.labels[own],
         ks, temperature, num_classes, gpu=world.device.type == "cuda",
     )  # fmt: skip
     if world.size > 1:
@@ -148,18 +149,18 @@ def knn_hits(
     num_classes: int,
     gpu: bool = False,
 ) -> torch.Tensor:
-    """Number of queries whose label is the first, and among the first five, of the classes by
-    votes.
+    """Number of queries whose label is the first, and among the first five, of the classes ranked
+    by votes.
 
     Args:
-        bank, queries: float [N, D] and [Q, D], not normalised.
+        bank, queries: float [N, D] and [Q, D], not normalized.
         bank_labels, query_labels: int64 [N] and [Q], from 0 to num_classes - 1.
-        ks: numbers of neighbours, at most N each.
+        ks: values of k, at most N each.
         temperature: T > 0.
 
     Returns:
-        float64 [k's in ascending order, 2]. Below 5 neighbours the second is among the first k, as
-            in DINO.
+        float64 [number of ks, 2], ascending in k. For k < 5 the second column counts the
+            first k, as in DINO.
     """
     ks = sorted(set(ks))
     hits = torch.zeros(len(ks), 2, dtype=torch.float64)
@@ -167,9 +168,9 @@ def knn_hits(
     starts = range(0, len(queries), QUERY_ROWS)
     for start in track(starts, "k-NN search", len(starts), "blocks"):
         part = slice(start, start + QUERY_ROWS)
-        similarities, neighbours = search(queries[part], ks[-1])
+        similarities, neighbors = search(queries[part], ks[-1])
         ranks = vote_ranks(
-            torch.from_numpy(similarities), torch.from_numpy(bank_labels[neighbours]),
+            torch.from_numpy(similarities), torch.from_numpy(bank_labels[neighbors]),
             torch.from_numpy(query_labels[part]), ks, temperature, num_classes,
         )  # fmt: skip
         for row, k in enumerate(ks):
@@ -186,11 +187,11 @@ def vote_ranks(
     temperature: float,
     num_classes: int,
 ) -> torch.Tensor:
-    """Place (0 is first) of each query's own class after the votes of its k nearest, for every k.
+    """Rank (0 is first) of each query's own class by the votes of its k nearest, for every k.
 
     Args:
         similarities: [Q, K] cosines, descending; K = max(ks).
-        labels: int64 [Q, K] classes of these neighbours.
+        labels: int64 [Q, K], classes of these neighbors.
         targets: int64 [Q].
         ks: ascending.
 
@@ -213,14 +214,14 @@ def vote_ranks(
 def predict(
     similarities: torch.Tensor, labels: torch.Tensor, temperature: float, num_classes: int
 ) -> torch.Tensor:
-    """int64 [Q]: the class with the most votes of all K neighbors; of equal ones the lowest."""
+    """int64 [Q]: the class with the most votes of all K neighbors; the lowest in a tie."""
     predicted = torch.empty(len(labels), dtype=torch.int64)
     rows = max(1, VOTE_CELLS // num_classes)
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         ks = [labels.shape[1]]
         (table,) = vote_tables(similarities[part], labels[part], ks, temperature, num_classes)
-        # numpy's argmax takes the first of equal values, torch's any of them
+        # numpy's argmax returns the first of equal values, torch's any of them
         predicted[part] = torch.from_numpy(table.numpy().argmax(1))
     return predicted
 
@@ -232,8 +233,8 @@ def vote_tables(
     temperature: float,
     num_classes: int,
 ) -> Iterator[torch.Tensor]:
-    """Votes float64 [Q, C] of the first k neighbors, for every k; one tensor that grows."""
-    # a factor common to a query's votes changes nothing; this one keeps exp() finite at any T
+    """Yield votes float64 [Q, C] of the first k neighbors, for every k; always the same tensor."""
+    # a common factor of a query's votes changes nothing; this one keeps exp() finite at any T
     votes = ((similarities - similarities[:, :1]).double() / temperature).exp()
     table = torch.zeros(len(labels), num_classes, dtype=torch.float64)
     done = 0
@@ -246,39 +247,37 @@ def vote_tables(
 class Search:
     """Exact search for the most similar rows of a bank.
 
-    The bank lies in parts, one on each GPU, or one on the CPU, and the parts' neighbours are
-    merged. Memory is bounded: parts have at most BANK_ROWS rows, and where there are more of them
-    than places they are indexed for one search and dropped. Where there is a process for each GPU,
-    it uses its own, as the processes share out the queries.
+    The bank is split into parts, one on each GPU, or one on the CPU, and the parts' neighbors are
+    merged. Memory is bounded: parts have at most BANK_ROWS rows, and if there are more parts than
+    devices, they are indexed for each search and dropped. With one process per GPU, each uses its
+    own GPU, as the processes split the queries.
     """
 
     def __init__(self, bank: np.ndarray, gpu: bool = False):
         self.bank = bank
         self.gpus: list[int] = []
         if gpu and faiss.get_num_gpus():
-            everyone, mine = range(faiss.get_num_gpus()), [torch.cuda.current_device()]
-            self.gpus = list(everyone) if dist.world_size() == 1 else mine
+            everyone, own = range(faiss.get_num_gpus()), [torch.cuda.current_device()]
+            self.gpus = list(everyone) if dist.world_size() == 1 else own
         # scratch memory (over a gigabyte) and streams; not for two threads at once
         self.resources = {gpu: faiss.StandardGpuResources() for gpu in self.gpus}
-        self.places = max(1, len(self.gpus))
-        self.size = min(BANK_ROWS, -(-len(bank) // self.places))
+        self.num_devices = max(1, len(self.gpus))
+        self.size = min(BANK_ROWS, -(-len(bank) // self.num_devices))
         self.starts = range(0, len(bank), self.size)
-        kept = self.starts if len(self.starts) <= self.places else ()
-        self.kept = {start: self._index(start) for start in kept}
+        resident = self.starts if len(self.starts) <= self.num_devices else ()
+        self.resident = {start: self._index(start) for start in resident}
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines float32 [Q, k], descending, and row numbers int64 [Q, k], ascending where cosines
-        are equal."""
+        """Cosines float32 [Q, k], descending, and row numbers int64 [Q, k], ascending for equal
+        cosines."""
         similarities, rows = self._exact(unit_rows(queries), k)
-        if (rows < 0).any():  # FAISS's mark for "none": every comparison failed
-            raise InputError(
-                "features are not finite: the weights are damaged or diverged in training"
-            )
+        if (rows < 0).any():  # FAISS's value for "none": every comparison failed
+            raise InputError("non-finite features: the weights are damaged, or training diverged")
         return similarities, rows
 
     def _exact(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """One neighbour more than asked shows whether equal ones were cut apart at k, where FAISS
-        may keep either; those queries search wider until the whole group is seen."""
+        """One neighbor more than requested reveals ties at k, of which FAISS may return any; those
+        queries are repeated with a larger k until the whole group is found."""
         wide = min(k + 1, len(self.bank))
         similarities, rows = self._search(queries, wide)
         cut = np.flatnonzero(similarities[:, k - 1] == similarities[:, k]) if wide > k else []
@@ -291,35 +290,35 @@ class Search:
         return similarities, rows
 
     def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best, sorted; which of equal ones at the end is FAISS's choice."""
-        with ThreadPoolExecutor(self.places) as pool:
-            found = pool.map(partial(self._search_place, queries, k), range(self.places))
-            return merged(found, len(queries), k)
+        """The k best, sorted; FAISS decides ties at the end."""
+        with ThreadPoolExecutor(self.num_devices) as pool:
+            found = pool.map(partial(self._search_device, queries, k), range(self.num_devices))
+            return merge(found, len(queries), k)
 
-    def _search_place(
-        self, queries: np.ndarray, k: int, place: int
+    def _search_device(
+        self, queries: np.ndarray, k: int, device: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of the parts on one GPU, or on the CPU, one part after the other."""
-        starts = self.starts[place :: self.places]
+        """The k best of the parts on one device, one part after the other."""
+        starts = self.starts[device :: self.num_devices]
         found = (self._search_part(queries, k, start) for start in starts)
-        return merged(found, len(queries), k)
+        return merge(found, len(queries), k)
 
     def _search_part(
         self, queries: np.ndarray, k: int, start: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of one part, or all of it."""
+        """The k best of one part, or all of its rows."""
         on_gpu = k <= GPU_MAX_K
-        index = self.kept.get(start) if on_gpu or not self.gpus else None
+        index = self.resident.get(start) if on_gpu or not self.gpus else None
         index = index or self._index(start, on_gpu)
         similarities, rows = index.search(queries, min(k, index.ntotal))
         return similarities, np.where(rows < 0, rows, rows + start)  # -1 is FAISS's "none"
 
     def _index(self, start: int, on_gpu: bool = True) -> Any:
-        """One part of the bank, on its GPU where there are some."""
+        """Index of one part of the bank, on its GPU if there are any."""
         rows = self.bank[start : start + self.size]
         index = faiss.IndexFlatIP(rows.shape[1])
         if self.gpus and on_gpu:
-            gpu = self.gpus[start // self.size % self.places]
+            gpu = self.gpus[start // self.size % self.num_devices]
             index = faiss.index_cpu_to_gpu(self.resources[gpu], gpu, index)
         for first in range(0, len(rows), ADD_ROWS):
             index.add(unit_rows(rows[first : first + ADD_ROWS]))
@@ -327,22 +326,23 @@ class Search:
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows divided by their lengths, float32; a row of zeros stays."""
+    """L2-normalize rows, float32; rows of zeros are unchanged."""
     return F.normalize(torch.from_numpy(np.ascontiguousarray(rows, np.float32)), dim=1).numpy()
 
 
-def merged(
+def merge(
     results: Iterable[tuple[np.ndarray, np.ndarray]], num_queries: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of several searches (none: no columns) for the same queries, sorted."""
+    """Merge several searches for the same queries: the k best, sorted; no columns if there are
+    none."""
     best = np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
     for found in results:
-        similarities, rows = in_order(*map(np.hstack, zip(best, found, strict=True)))
+        similarities, rows = sort_neighbors(*map(np.hstack, zip(best, found, strict=True)))
         best = similarities[:, :k], rows[:, :k]
     return best
 
 
-def in_order(similarities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort each query's neighbours by similarity, descending, then by row number."""
+def sort_neighbors(similarities: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort each query's neighbors by similarity, descending, then by row number."""
     order = np.lexsort((rows, -similarities), axis=1)
     return np.take_along_axis(similarities, order, 1), np.take_along_axis(rows, order, 1)

@@ -1,10 +1,10 @@
 """Linear probe on a frozen backbone, as a grid of heads trained in one pass (DINO
 ``eval_linear.py``, widened).
 
-``--protocol cached`` trains on features of the centre crop, extracted once. ``--protocol dino``
-sends RandomResizedCrop + flip of every image through the backbone in every epoch, as the official
-code does. Both choose learning rate, weight decay and layers by heads that never saw a held-out
-part of the training images, and report the chosen one's twin that learnt from all of them.
+``--protocol cached`` trains on features of the center crop, extracted once. ``--protocol dino``
+computes features of RandomResizedCrop + flip of every image in every epoch, as the official
+code does. Both select learning rate, weight decay and layers on a held-out part of the training
+images, and report a head with these hyper-parameters trained on all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import LAYERS, Features, load_features, num_classes_of
+from xcit_dino.eval.features import LAYERS, Features, count_classes, load_features
 from xcit_dino.eval.linear_augmented import state_file, train_augmented
 from xcit_dino.eval.linear_grid import (
     Blocks,
@@ -31,9 +31,9 @@ from xcit_dino.eval.linear_grid import (
     Heads,
     Probe,
     best,
+    fast_matmul,
     grid,
     hold_out,
-    quick_products,
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.target import Network, networks, resolve
@@ -45,7 +45,7 @@ from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import cosine
 
 HEAD_FILE = "linear_head.safetensors"
-CHUNK = 4096  # images of one batch when heads are only applied
+CHUNK = 4096  # batch size when heads are only applied
 
 
 def run(config: LinearConfig) -> None:
@@ -55,12 +55,12 @@ def run(config: LinearConfig) -> None:
     The head of the pretrained backbone is saved as ``linear_head.safetensors`` for ``evaluate``.
 
     Raises:
-        InputError: bad options, unlabelled data, or too few images to hold some out.
+        InputError: bad options, unlabeled data, or too few images to hold some out.
     """
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
-    num_classes = num_classes_of(train, val)
+    num_classes = count_classes(train, val)
     name = "linear" if config.protocol == "cached" else "linear-dino"
     for network in networks(config.target, target):
         began = time.monotonic()
@@ -71,16 +71,16 @@ def run(config: LinearConfig) -> None:
             train_features = load_features(network, train, "train", context)
             probe = train_cached(train_features, choices, num_classes, config, world.device)
         elif network.name == "pixels":
-            continue  # crops of raw pixels are no features
+            continue  # not defined for crops of raw pixels
         else:
             probe = train_augmented(network, train, context, choices, num_classes, config, facts)
         metrics = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
         metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
-            whole = facts | {"val_index": val.checksum}
-            tell(network, probe.choice, metrics, config)
+            full_protocol = facts | {"val_index": val.checksum}
+            print_result(network, probe.choice, metrics, config)
             write_result(
-                config.target.output_dir, f"{name}{network.suffix}", metrics, whole,
+                config.target.output_dir, f"{name}{network.suffix}", metrics, full_protocol,
                 grid=[
                     asdict(choice) | {"holdout_top1": top1}
                     for choice, (top1, _) in zip(choices, probe.scores, strict=True)
@@ -90,19 +90,21 @@ def run(config: LinearConfig) -> None:
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
             if network.name == "pretrained":
-                save_head(config.target.output_dir / HEAD_FILE, probe, whole, train.classes)
+                save_head(config.target.output_dir / HEAD_FILE, probe, full_protocol, train.classes)
             state_file(config, network, facts).unlink(missing_ok=True)
     dist.barrier()
 
 
 def choices_for(config: LinearConfig, network: Network) -> list[Choice]:
-    """The grid; what is not XCiT has the layer choice ``cls`` only."""
+    """The grid; networks other than XCiT have only the layer choice ``cls``."""
     layers = config.layers if hasattr(network.model, "get_intermediate") else ("cls",)
     return grid(layers, config.lrs, config.weight_decays)
 
 
-def tell(network: Network, choice: Choice, metrics: dict[str, float], config: LinearConfig) -> None:
-    """One line on the terminal, and a hint where the grid was too narrow."""
+def print_result(
+    network: Network, choice: Choice, metrics: dict[str, float], config: LinearConfig
+) -> None:
+    """Print the result, and a hint if the grid was too narrow."""
     print(
         f"linear probe, {network.name}: top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}  "
         f"(lr {choice.lr:g}, weight decay {choice.weight_decay:g}, layers {choice.layers})",
@@ -129,13 +131,13 @@ def train_cached(
     device: torch.device,
 ) -> Probe:
     """Train the grid on extracted features without the held-out images, then the best choice alone
-    on all of them; every rank does the same, as the heads are small."""
+    on all of them; every rank does the same work, as the heads are small."""
     names = sorted({block for choice in choices for block in LAYERS[choice.layers]})
     table = Table(features, names, device)
     held_out = hold_out(len(features), config.holdout, config.seed)
     heads = fit(table, torch.nonzero(~held_out).squeeze(1), choices, num_classes, config)
-    judged = torch.nonzero(held_out).squeeze(1).split(CHUNK)
-    scores = heads.judge(table.rows(part) for part in judged)
+    held_out_rows = torch.nonzero(held_out).squeeze(1).split(CHUNK)
+    scores = heads.score(table.rows(part) for part in held_out_rows)
     chosen = best(scores)
     final = fit(table, torch.arange(len(features)), [choices[chosen]], num_classes, config)
     return Probe(choices, scores, chosen, *final.head(0))
@@ -150,7 +152,7 @@ def fit(
     steps = len(images) // size  # an epoch's last, smaller batch is dropped
     generator = torch.Generator().manual_seed(config.seed)
     many = f"{len(choices)} linear heads" if len(choices) > 1 else "the best head, on all images"
-    with progress(many, config.epochs, "epochs") as bar, quick_products():
+    with progress(many, config.epochs, "epochs") as bar, fast_matmul():
         for epoch in range(config.epochs):
             order = images[torch.randperm(len(images), generator=generator)[: steps * size]]
             for step, rows in enumerate(order.view(steps, size)):
@@ -161,8 +163,8 @@ def fit(
 
 
 class Table:
-    """Rows of some feature blocks and labels; on a GPU they lie there when they take less than half
-    its memory."""
+    """Rows of some feature blocks and labels; kept on the GPU if they take less than half of its
+    free memory."""
 
     def __init__(self, features: Features, names: Iterable[str], device: torch.device):
         self.device = device
@@ -193,13 +195,13 @@ def accuracy(features: Features, layers: str, weight: Tensor, bias: Tensor) -> d
     for part in torch.arange(len(features)).split(CHUNK):
         blocks, labels = table.rows(part)
         logits = torch.cat([blocks[name] for name in LAYERS[layers]], 1) @ weight.t() + bias
-        right += top_hits(logits, labels)
+        right += topk_hits(logits, labels)
     top1, top5 = (100 * right / len(features)).tolist()
     return {"top1": top1, "top5": top5}
 
 
-def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """float64 (2,): how often the label is first, and among the first five (fewer classes: all of
+def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """float64 (2,): number of labels ranked first, and among the first five (fewer classes: all of
     them)."""
     found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack((found[:, 0].sum(), found.sum())).double().cpu()
@@ -209,7 +211,7 @@ def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str
     """``weight`` (C, D) and ``bias`` (C,) as safetensors; metadata: layers, protocol, class names.
 
     As in results.json, the head of another protocol moves to ``linear_head@DIGEST.safetensors``.
-    At no moment is there no file called ``path``, as `evaluate` may read it.
+    A file called ``path`` exists at every moment, as `evaluate` may read it.
     """
     from safetensors.torch import save
 
@@ -230,7 +232,7 @@ def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str
 
 
 def protocol_of(path: Path) -> str:
-    """The protocol of a saved head, as JSON; empty where there is none."""
+    """The protocol of a saved head, as JSON; empty if there is none."""
     try:
         return formats.metadata(path).get("protocol", "")
     except (OSError, SafetensorError):
@@ -240,8 +242,8 @@ def protocol_of(path: Path) -> str:
 def protocol(
     config: LinearConfig, context: Context, network: Network, train: ShardIndex
 ) -> dict[str, Any]:
-    """Everything that two linear accuracies must share to be compared, beside the validation
-    images; and everything that the training of the heads depends on."""
+    """Everything that must match for two linear accuracies to be comparable, apart from the
+    validation images; and everything that the training of the heads depends on."""
     dino = config.protocol == "dino"
     return (
         network.facts

@@ -1,9 +1,9 @@
 """DINO's linear protocol (``eval_linear.py``), for a whole grid of heads at once: RandomResizedCrop
-and flip of every image go through the frozen backbone in every epoch, and all heads learn from the
-same features. Two grids learn at once: one without the held-out images, to choose by, and one from
-all images, whose head is reported. So the choice costs no second training.
+and flip of every image pass through the frozen backbone in every epoch, and all heads train on the
+same features. Two grids train at once: one without the held-out images, for selection, and one on
+all images, whose head is reported. The selection thus needs no second training.
 
-Interpolation is bicubic where the official code leaves torchvision's default, bilinear.
+Interpolation is bicubic; the official code uses torchvision's default, bilinear.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import blocks_of
+from xcit_dino.eval.features import feature_blocks
 from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, hold_out
 from xcit_dino.eval.target import Network
 from xcit_dino.files import write_atomic
@@ -52,17 +52,17 @@ def train_augmented(
     config: LinearConfig,
     facts: dict[str, Any],
 ) -> Probe:
-    """Train all heads on augmented crops; the learning rate falls once an epoch, as in DINO. The
-    choice is made on centre crops of the held-out images.
+    """Train all heads on augmented crops; the learning rate changes once per epoch, as in DINO. The
+    selection uses center crops of the held-out images.
 
-    facts: all that the heads depend on, so that an unfinished training of others is not taken up.
+    facts: all that the heads depend on, so that no other unfinished training is resumed.
     """
     loader = crop_loader(train, context, config)
     plan = loader.plan
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
     selection, final = two_grids(network, context, choices, num_classes, config, plan)
 
-    saved = Saved(state_file(config, network, facts), json.dumps(facts, sort_keys=True))
+    saved = SavedHeads(state_file(config, network, facts), json.dumps(facts, sort_keys=True))
     changing = selection.state() + final.state()
     start = loader.start_step = saved.load_into(changing) * plan.steps_per_epoch
     steps = config.epochs * plan.steps_per_epoch
@@ -79,13 +79,13 @@ def train_augmented(
 
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
-        scores = selection.judge(held_out_batches(network, train, context, rows))
+        scores = selection.score(held_out_batches(network, train, context, rows))
     chosen = best(scores)
     return Probe(choices, scores, chosen, *final.head(chosen))
 
 
 def crop_loader(train: ShardIndex, context: Context, config: LinearConfig) -> CropLoader:
-    """RandomResizedCrops of all labelled images, one of each in every epoch, not flipped yet."""
+    """RandomResizedCrops of all labeled images, one per image and epoch, not yet flipped."""
     world, size = context.world, context.batch_size * context.world.size
     inherited = context.loader.decoder if world.device.type == "cuda" else "host"
     options = replace(context.loader, decoder=config.decoder or inherited)
@@ -103,7 +103,7 @@ def crop_loader(train: ShardIndex, context: Context, config: LinearConfig) -> Cr
         rank=world.rank,
         world_size=world.size,
         device=world.device,
-        labelled=True,
+        labeled=True,
     )
 
 
@@ -115,10 +115,10 @@ def two_grids(
     config: LinearConfig,
     plan: Plan,
 ) -> tuple[Heads, Heads]:
-    """Untrained heads twice: to choose by, and to report."""
+    """Two sets of untrained heads: for selection, and to report."""
     device = context.device
     with torch.inference_mode():
-        blocks = blocks_of(network.model.to(device), context.blank())
+        blocks = feature_blocks(network.model.to(device), context.blank())
     dims = {name: block.shape[1] for name, block in blocks.items()}
     selection, final = (
         Heads(choices, dims, num_classes, plan.batch_size, config.seed, device) for _ in range(2)
@@ -129,15 +129,15 @@ def two_grids(
 def features_of(batch: Batch, network: Network, context: Context, seed: int) -> Blocks:
     """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
     with autocast(context.device, resolve_precision(context.precision, context.device)):
-        blocks = blocks_of(network.model, context.normalize(flip_half(batch, seed)))
+        blocks = feature_blocks(network.model, context.normalize(flip_half(batch, seed)))
     return {name: block.float() for name, block in blocks.items()}
 
 
 def step_grids(selection: Heads, final: Heads, blocks: Blocks, rows: Blocks, factor: float) -> None:
-    """One step of both grids, for which the host does not wait for the GPU.
+    """One step of both grids, without synchronizing host and GPU.
 
-    blocks: (B, d) on the device; rows: ``labels`` int64 (B,) there, ``held_out`` bool (B,) on the
-    host, so that the number of rows without the held-out ones is known there.
+    blocks: (B, d) on the device; rows: ``labels`` int64 (B,) on the device, ``held_out`` bool (B,)
+    on the host, so that the number of rows not held out is known on the host.
     """
     labels = rows["labels"]
     final.step(blocks, labels, factor)
@@ -149,19 +149,19 @@ def step_grids(selection: Heads, final: Heads, blocks: Blocks, rows: Blocks, fac
 
 
 def state_file(config: LinearConfig, network: Network, facts: dict[str, Any]) -> Path:
-    """Where an unfinished training of heads is kept, each in a file of its own, as several may go
-    on at once; deleted when its result is written."""
+    """File of an unfinished training of heads, one per training, as several may run
+    concurrently; deleted when its result is written."""
     name = f"linear-dino-{network.name}-{digest(facts)}.state.pth"
     return config.target.output_dir / name
 
 
 @dataclass(frozen=True)
-class Saved:
-    """The heads after the last whole epoch, for a job that is stopped and started again."""
+class SavedHeads:
+    """The heads after the last complete epoch, from which a stopped job resumes."""
 
     path: Path
     key: str
-    """What the training depends on; a state of another one is not taken."""
+    """What the training depends on; a state with another key is not used."""
 
     def load_into(self, tensors: list[Tensor]) -> int:
         """Restore the heads' tensors; returns the epochs they have seen. Rank 0 reads for all."""
@@ -176,10 +176,10 @@ class Saved:
         kind = self.path.name.rpartition("-")[0]
         others = sorted(self.path.parent.glob(f"{kind}*.state.pth"))  # KIND.state.pth: of 0.1
         for path in (self.path, *(other for other in others if other != self.path)):
-            with suppress(FileNotFoundError):  # also: another command has just ended
+            with suppress(FileNotFoundError):  # also if another command has just ended
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 same = state["key"] == self.key
-                what = f"goes on after epoch {state['epochs']}" if same else "does not go on"
+                what = f"resumes after epoch {state['epochs']}" if same else "does not resume"
                 why = f"{path.name} is {'of this' if same else 'of another'} training"
                 print(f"linear probe {what}: {why}", flush=True)
                 if same:
@@ -187,14 +187,14 @@ class Saved:
         return None
 
     def save(self, tensors: list[Tensor], epochs: int) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state atomically."""
         content = io.BytesIO()
         torch.save({"key": self.key, "epochs": epochs, "tensors": tensors}, content)
         write_atomic(self.path, content.getvalue())
 
 
 def flip_half(batch: Batch, seed: int) -> Tensor:
-    """The batch's only crop of each image, uint8 (B, 3, H, W), half of them left-right mirrored."""
+    """The batch's crops, uint8 (B, 3, H, W), half of them flipped horizontally."""
     params = sample_params(AugmentConfig(), seed, batch.epoch, batch.samples, range(1), 1)
     crops = batch.global_crops[0]
     flip = to_device(torch.from_numpy(params.flip), crops.device)
@@ -204,8 +204,8 @@ def flip_half(batch: Batch, seed: int) -> Tensor:
 def held_out_batches(
     network: Network, train: ShardIndex, context: Context, rows: np.ndarray
 ) -> Iterator[tuple[Blocks, Tensor]]:
-    """Centre-crop features and labels of the held-out images, a batch at a time."""
-    function = partial(blocks_of, network.model)
+    """Center-crop features and labels of the held-out images, a batch at a time."""
+    function = partial(feature_blocks, network.model)
     for blocks, samples in context.batches(function, train, rows, "held-out images"):
         labels = torch.from_numpy(train.labels[samples].astype(np.int64)).to(context.device)
         yield blocks, labels

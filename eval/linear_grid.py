@@ -1,5 +1,5 @@
-"""Many linear classifiers trained side by side on the same features: one matrix product for all of
-them.
+"""Many linear classifiers trained simultaneously on the same features: one matrix product for all
+of them.
 
 A *head* is a linear layer with its own learning rate, weight decay and choice of feature blocks.
 
@@ -32,21 +32,21 @@ class Choice:
 
     layers: str
     lr: float
-    """For 256 images."""
+    """For batch size 256."""
     weight_decay: float
 
 
 def grid(
     layers: Sequence[str], lrs: Sequence[float], weight_decays: Sequence[float]
 ) -> list[Choice]:
-    """All combinations, in the order in which the first of equally good ones is preferred."""
+    """All combinations; of equally good ones the first is preferred."""
     return [
         Choice(*point) for point in itertools.product(layers, sorted(lrs), sorted(weight_decays))
     ]
 
 
 def hold_out(count: int, share: float, seed: int) -> Tensor:
-    """bool (count,): a random share of the images, at least one."""
+    """bool (count,): a random fraction of the images, at least one."""
     if count < 2:
         raise InputError("the training split has fewer than 2 images: none can be held out")
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1))
@@ -59,8 +59,8 @@ class HeadGroup:
     """The heads of one layer choice.
 
     The gradient of the mean cross-entropy of a linear softmax classifier is (softmax(W X') -
-    onehot) X / B. It is written out here; the part with the labels is the same for all heads, so it
-    is multiplied once. The update is ``torch.optim.SGD``'s.
+    onehot) X / B. It is computed explicitly; the part with the labels is the same for all heads, so
+    it is computed once. The update is ``torch.optim.SGD``'s.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class HeadGroup:
     ):
         self.blocks = LAYERS[choices[0].layers]
         generator = torch.Generator().manual_seed(seed)
-        first = torch.randn(classes, dim, generator=generator) * INIT_STD  # all heads start equal
+        first = (
+            torch.randn(classes, dim, generator=generator) * INIT_STD
+        )  # all heads have the same initialization
         first = torch.cat((first, torch.zeros(classes, 1)), dim=1)
         self.weight_CGD = first[:, None].repeat(1, len(choices), 1).to(device)
         self.momentum_CGD = torch.zeros_like(self.weight_CGD)
@@ -84,12 +86,12 @@ class HeadGroup:
         self.decays = any(c.weight_decay for c in choices)
 
     def inputs(self, blocks: Blocks) -> Tensor:
-        """Blocks (B, d) side by side with a column of ones: (B, D)."""
+        """Concatenate blocks (B, d) and a column of ones: (B, D)."""
         parts = [blocks[name] for name in self.blocks]
         return torch.cat((*parts, parts[0].new_ones(len(parts[0]), 1)), dim=1)
 
     def logits(self, x_BD: Tensor) -> Tensor:
-        """Of every head: (C, G, B)."""
+        """Logits of every head, (C, G, B)."""
         return (self.weight_CGD.flatten(0, 1) @ x_BD.t()).unflatten(0, self.weight_CGD.shape[:2])
 
     def step(self, blocks: Blocks, labels: Tensor, factor: float) -> None:
@@ -104,8 +106,8 @@ class HeadGroup:
         self.momentum_CGD.mul_(MOMENTUM).add_(gradient_CGD)
         self.weight_CGD.addcmul_(self.momentum_CGD, self.lr_G, value=-factor)
 
-    def judge(self, blocks: Blocks, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(right answers, summed cross-entropy) on a batch, each float64 (G,)."""
+    def score(self, blocks: Blocks, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(correct predictions, summed cross-entropy) on a batch, each float64 (G,)."""
         logits_CGB = self.logits(self.inputs(blocks))
         right_GB = logits_CGB.argmax(0) == labels
         own_GB = logits_CGB.gather(0, labels.expand(1, *right_GB.shape)).squeeze(0)
@@ -118,7 +120,7 @@ class HeadGroup:
 
 
 class Heads:
-    """The whole grid: a :class:`HeadGroup` for every layer choice."""
+    """The whole grid: one :class:`HeadGroup` per layer choice."""
 
     def __init__(
         self,
@@ -144,11 +146,11 @@ class Heads:
         for group in self.groups:
             group.step(blocks, labels, factor)
 
-    def judge(self, batches: Iterable[tuple[Blocks, Tensor]]) -> list[tuple[float, float]]:
+    def score(self, batches: Iterable[tuple[Blocks, Tensor]]) -> list[tuple[float, float]]:
         """(accuracy in percent, mean cross-entropy) of every choice, in grid order."""
         totals, count = None, 0
         for blocks, labels in batches:
-            parts = [torch.stack(group.judge(blocks, labels)) for group in self.groups]
+            parts = [torch.stack(group.score(blocks, labels)) for group in self.groups]
             totals = torch.cat(parts, 1) + (0 if totals is None else totals)
             count += len(labels)
         assert totals is not None
@@ -158,7 +160,7 @@ class Heads:
         ]
 
     def state(self) -> list[Tensor]:
-        """The tensors that change, in place when written to."""
+        """The tensors changed by training; may be written in place."""
         return [t for group in self.groups for t in (group.weight_CGD, group.momentum_CGD)]
 
     def head(self, number: int) -> tuple[Tensor, Tensor]:
@@ -172,16 +174,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Probe:
-    """A trained grid: which head won, and its layer."""
+    """A trained grid: the selected head and its weights."""
 
     choices: list[Choice]
     scores: list[tuple[float, float]]
-    """(accuracy in percent, cross-entropy) of each choice on the held-out images, learnt without
+    """(accuracy in percent, cross-entropy) of each choice on the held-out images, trained without
     them."""
     chosen: int
-    """The best choice by them."""
+    """The best choice by these scores."""
     weight: Tensor
-    """(C, D - 1), learnt from all training images."""
+    """(C, D - 1), trained on all training images."""
     bias: Tensor
     """(C,)"""
 
@@ -191,10 +193,10 @@ class Probe:
 
 
 @contextmanager
-def quick_products() -> Iterator[None]:
-    """float32 matrix products by the quickest kernels inside: TF32 on GPUs; on CPUs oneDNN's, which
-    are float32 but for processors with AMX (bf16 factors), and nearly twice as fast as MKL's on
-    AMD's."""
+def fast_matmul() -> Iterator[None]:
+    """Use the fastest float32 matrix products inside the block: TF32 on GPUs; on CPUs oneDNN's,
+    which are float32 except on processors with AMX (bf16 factors), and nearly twice as fast as
+    MKL's on AMD's."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -204,5 +206,5 @@ def quick_products() -> Iterator[None]:
 
 
 def best(scores: Sequence[tuple[float, float]]) -> int:
-    """The choice of highest accuracy, of equals the one of lowest cross-entropy, then the first."""
+    """The choice of highest accuracy; ties: lowest cross-entropy, then the first."""
     return min(range(len(scores)), key=lambda i: (-scores[i][0], scores[i][1], i))

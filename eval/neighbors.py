@@ -1,6 +1,6 @@
-"""What a run's features say of single images: nearest neighbours, confusions, a map of the space.
+"""Per-image analysis of a run's features: nearest neighbors, confusions, a map of the space.
 
-Everything is computed from the features that ``knn`` has left in ``RUN/features``, on a fixed part
+Everything is computed from the features cached by ``knn`` in ``RUN/features``, on a fixed subset
 of the validation images.
 """
 
@@ -18,21 +18,21 @@ import torch
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.feature_cache import kept, newest_first
+from xcit_dino.eval.feature_cache import newest_first, reading
 from xcit_dino.eval.knn import Search, predict, unit_rows
 
 K, TEMPERATURE = 20, 0.07
-MOST_QUERIES = 2000  # validation images that are classified, spread evenly
+MOST_QUERIES = 2000  # validation images to classify, evenly spaced
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Classified validation images; Q queries, k neighbours."""
+    """Classified validation images; Q queries, k neighbors."""
 
     queries: np.ndarray
     """int64 [Q], sample numbers of the validation split."""
     features: np.ndarray
-    """float32 [Q, D], of length 1."""
+    """float32 [Q, D], L2-normalized."""
     labels: np.ndarray
     """int64 [Q], true classes."""
     predicted: np.ndarray
@@ -55,18 +55,18 @@ def load_cached(
     context: Context, split: str, index: ShardIndex, like: dict[str, Any] | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
     """Class tokens [N, D] of all images of a split, the numbers [M] of the readable ones, and the
-    facts of the cache: the newest with the input settings of the context in its folder. No command
-    removes them meanwhile.
+    facts of the cache: the newest with the input settings of the context. No command removes them
+    meanwhile.
 
-    like: further facts that have to be the same (``weights``, ``network`` ...).
+    like: further facts that must match (``weights``, ``network`` ...).
 
     Raises:
-        InputError: ``knn`` has left none, or only ones with other facts; it names one difference.
+        InputError: none are cached, or only ones with other facts; names one difference.
     """
     wanted = context.protocol | (like or {}) | {"index": index.checksum}
     found = ""
     for folder in newest_first(context.output_dir / "features", f"pretrained-{split}-*"):
-        with kept(folder) as exists:
+        with reading(folder) as exists:
             facts = json.loads((folder / "meta.json").read_text()) if exists else {}
             differing = [name for name, value in wanted.items() if facts.get(name) != value]
             if exists and not differing:
@@ -75,15 +75,15 @@ def load_cached(
                 return
             if exists and not found:
                 name = differing[0]
-                found = f"those kept are of {name} {facts.get(name)}, not {wanted[name]}"
+                found = f"those cached are of {name} {facts.get(name)}, not {wanted[name]}"
     raise InputError(
-        f"features of the {split} images: {found or 'none are kept'}; xcit-dino knn makes them "
-        "(embed, where there are no labels)"
+        f"features of the {split} images: {found or 'none are cached'}; xcit-dino knn makes them "
+        "(embed, if there are no labels)"
     )
 
 
 def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
-    """Neighbours and k-NN classes (k = 20, fewer where the bank is smaller) of a part of the
+    """Neighbors and k-NN predictions (k = 20, fewer if the bank is smaller) of a subset of the
     validation images.
 
     Raises:
@@ -92,7 +92,7 @@ def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
     if min(train.labels.min(), val.labels.min()) < 0:
         raise InputError("images without labels")
     with load_cached(context, "val", val) as (table, val_samples, facts):
-        chosen = val_samples[spread(len(val_samples), MOST_QUERIES)]
+        chosen = val_samples[evenly_spaced(len(val_samples), MOST_QUERIES)]
         features = unit_rows(table[chosen])
     with load_cached(context, "train", train, like=facts) as (bank, bank_samples, _):
         bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]
@@ -110,31 +110,31 @@ def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
 def nearest_others(
     features: np.ndarray, rows: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The most similar other rows of some rows of a table, and their cosines, the nearest first.
+    """The most similar other rows for some rows of a table, and their cosines, nearest first.
 
     Args:
-        features: float [N, D], not normalised.
+        features: float [N, D], not normalized.
         rows: int64 [Q].
-        count: k, cut to N - 1.
+        count: k, limited to N - 1.
 
     Returns:
         int64 [Q, k] and float32 [Q, k].
     """
     similarities, found = Search(features)(features[rows], min(count + 1, len(features)))
     others = found != rows[:, None]
-    others[others.all(1), -1] = False  # more than k copies of it hide the row itself
+    others[others.all(1), -1] = False  # more than k duplicates hide the row itself
     shape = (len(rows), found.shape[1] - 1)
     return found[others].reshape(shape), similarities[others].reshape(shape)
 
 
-def spread(count: int, most: int) -> np.ndarray:
-    """int64: at most ``most`` of the numbers 0 to count - 1, evenly."""
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """int64: at most ``most`` of the numbers 0 to count - 1, evenly spaced."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
 def examples(found: Neighbors, right: int, wrong: int) -> list[int]:
-    """Rows to show: some whose class was found and some whose class was not, spread over the
-    classes, the surest first in each."""
+    """Rows to show: some classified correctly and some not, spread over the classes, the most
+    confident first in each."""
     chosen = []
     for count, rows in ((right, found.right), (wrong, ~found.right)):
         rows = np.flatnonzero(rows)
@@ -146,7 +146,7 @@ def examples(found: Neighbors, right: int, wrong: int) -> list[int]:
 
 
 def confusion(found: Neighbors, num_classes: int) -> np.ndarray:
-    """float [C, C]: share of row class's images that were taken for the column class; rows of
+    """float [C, C]: fraction of the row class's images predicted as the column class; rows of
     classes without images are 0."""
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (found.labels, found.predicted), 1)
@@ -154,7 +154,7 @@ def confusion(found: Neighbors, num_classes: int) -> np.ndarray:
 
 
 def most_confused(found: Neighbors, most: int) -> list[tuple[int, int, int]]:
-    """(class, taken for, images) of the most frequent mistakes."""
+    """(class, predicted class, images) of the most frequent errors."""
     wrong = ~found.right
     pairs = np.stack([found.labels[wrong], found.predicted[wrong]], 1)
     kinds, counts = np.unique(pairs, axis=0, return_counts=True)
@@ -163,14 +163,15 @@ def most_confused(found: Neighbors, most: int) -> list[tuple[int, int, int]]:
 
 
 def principal_plane(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(coordinates [Q, 2] on the first two principal components, their shares of the variance)."""
-    centred = features - features.mean(0)
-    _, strengths, directions = np.linalg.svd(centred, full_matrices=False)
+    """(coordinates [Q, 2] on the first two principal components, their fractions of the
+    variance)."""
+    centered = features - features.mean(0)
+    _, strengths, directions = np.linalg.svd(centered, full_matrices=False)
     variance = strengths**2
-    return centred @ directions[:2].T, variance[:2] / max(variance.sum(), 1e-12)
+    return centered @ directions[:2].T, variance[:2] / max(variance.sum(), 1e-12)
 
 
 def common_classes(labels: Sequence[int] | np.ndarray, most: int) -> list[int]:
-    """The most frequent classes, in the order of their numbers."""
+    """The most frequent classes, sorted by number."""
     kinds, counts = np.unique(labels, return_counts=True)
     return sorted(kinds[np.argsort(-counts, kind="stable")[:most]].tolist())

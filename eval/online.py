@@ -1,5 +1,5 @@
-"""k-NN while pretraining goes on: a fixed subset, all ranks together, nothing of the training
-disturbed."""
+"""k-NN during pretraining: on a fixed subset, by all ranks together, without affecting the
+training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
-from xcit_dino.eval.features import blocks_of, evaluating, num_classes_of
+from xcit_dino.eval.features import count_classes, eval_mode, feature_blocks
 from xcit_dino.eval.knn import knn_hits
-from xcit_dino.eval.neighbors import spread
-from xcit_dino.eval.pictures.online import Embedded, OnlinePictures
+from xcit_dino.eval.neighbors import evenly_spaced
+from xcit_dino.eval.pictures.online import EmbeddedSubset, OnlinePictures
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.inputs import InputSettings
 from xcit_dino.train.distributed import dist
 
-BANK, QUERIES = 20_000, 4_000  # images, spread evenly over the splits
+BANK, QUERIES = 20_000, 4_000  # images, evenly spaced over the splits
 K, TEMPERATURE = 20, 0.07
 Evaluate = Callable[[nn.Module, int], dict[str, Any]]
-"""(backbone, epochs done) -> numbers to log, and arrays for TensorBoard."""
+"""(backbone, epochs done) -> metrics to log, and arrays for TensorBoard."""
 
 
 def online_knn(
@@ -43,20 +43,20 @@ def online_knn(
     """What ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) -> metrics to log.
 
     Args:
-        data_path: shards; the bank comes from train, the queries from val.
+        data_path: shards; the bank is from train, the queries are from val.
         run: the options of the pretraining, as in config.yaml.
         every: epochs between evaluations.
-        name: what the metrics' names begin with.
-        pictures: show crops made like this, attention and neighbours too.
+        name: prefix of the metrics' names.
+        pictures: show crops made like this, attention and neighbors too.
 
     Returns:
-        None where no accuracy can be had: no validation split, or images without labels.
+        None if no accuracy can be computed: no validation split, or images without labels.
     """
-    if reason := dist.from_main(lambda: refusal(data_path)):  # on all ranks alike
+    if reason := dist.from_main(lambda: unavailable_reason(data_path)):  # on all ranks alike
         if dist.is_main():
             print(f"no k-NN during pretraining: {reason}", flush=True)
         return None
-    train, val, classes = labelled_splits(data_path)
+    train, val, classes = labeled_splits(data_path)
     context = online_context(run, data_path, world)
     few = replace(context.loader, num_workers=0)
     draw = OnlinePictures(pictures, replace(context, loader=few)) if pictures else None
@@ -66,26 +66,26 @@ def online_knn(
 def online_context(run: dict[str, Any], data_path: str | Path, world: dist.World) -> Context:
     """How images reach the network in an evaluation between two steps of a run."""
     given = {name: run[name] for name in ("num_workers", "precision") if name in run}
-    settings = InputSettings.of_run(run) or InputSettings()
+    settings = InputSettings.from_run(run) or InputSettings()
     context = make_context(EvalTargetConfig(**given), settings, run, data_path, world)
     # unreadable images are skipped, and counted: they are for the training to stop at
     return replace(context, loader=replace(context.loader, max_bad_fraction=1.0))
 
 
-def labelled_splits(data_path: str | Path) -> tuple[ShardIndex, ShardIndex, int]:
+def labeled_splits(data_path: str | Path) -> tuple[ShardIndex, ShardIndex, int]:
     """Training and validation shards, and the number of their classes.
 
     Raises:
         InputError: one is missing, or has no labels.
     """
     train, val = (ShardIndex.load(resolve_split(data_path, s)) for s in ("train", "val"))
-    return train, val, num_classes_of(train, val)
+    return train, val, count_classes(train, val)
 
 
-def refusal(data_path: str | Path) -> str:
-    """Why no accuracy can be had from these shards; "" where one can."""
+def unavailable_reason(data_path: str | Path) -> str:
+    """Why no accuracy can be computed from these shards; "" if it can."""
     try:
-        labelled_splits(data_path)
+        labeled_splits(data_path)
     except InputError as reason:
         return str(reason)
     return ""
@@ -93,7 +93,7 @@ def refusal(data_path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class OnlineKnn:
-    """The callable; see :func:`online_knn`. What fails on one rank is raised on all."""
+    """The callable; see :func:`online_knn`. A failure on one rank is raised on all."""
 
     train: ShardIndex
     val: ShardIndex
@@ -108,12 +108,12 @@ class OnlineKnn:
         return replace(self, name=self.name.replace("knn", "knn_frozen", 1), draw=None)
 
     def __call__(self, backbone: nn.Module, epoch: int) -> dict[str, Any]:
-        """``NAME_top1`` and ``NAME_top5`` in percent at k = 20, and pictures; nothing in epochs
-        between."""
+        """``NAME_top1`` and ``NAME_top5`` in percent at k = 20, and pictures; {} in epochs
+        in between."""
         if epoch % self.every:
             return {}
-        with evaluating(backbone), torch.inference_mode():
-            embed = partial(embed_subset, self.context, label="k-NN", labelled=True)
+        with eval_mode(backbone), torch.inference_mode():
+            embed = partial(embed_subset, self.context, label="k-NN", labeled=True)
             bank = embed(self.train, backbone, BANK)
             queries = embed(self.val, backbone, QUERIES)
             with dist.together():
@@ -121,7 +121,7 @@ class OnlineKnn:
                 accuracies = self._accuracies(bank, queries)
         return accuracies | drawn
 
-    def _accuracies(self, bank: Embedded, queries: Embedded) -> dict[str, float]:
+    def _accuracies(self, bank: EmbeddedSubset, queries: EmbeddedSubset) -> dict[str, float]:
         k = min(K, len(bank.labels))
         hits = knn_hits(
             bank.features, bank.labels, queries.features, queries.labels, [k], TEMPERATURE,
@@ -138,27 +138,27 @@ def embed_subset(
     most: int,
     label: str,
     *,
-    labelled: bool = False,
-) -> Embedded:
+    labeled: bool = False,
+) -> EmbeddedSubset:
     """Features of the readable images of a fixed subset, on every rank.
 
     Args:
         backbone: in evaluation mode.
         most: images, spread evenly over the split.
         label: of the progress bar.
-        labelled: images without a label do not count.
+        labeled: images without a label do not count.
 
     Raises:
         InputError: there are none.
     """
-    chosen = spread(index.num_samples, most)
+    chosen = evenly_spaced(index.num_samples, most)
     world = dist.world_size()
     with dist.together():
-        probe = blocks_of(backbone, context.blank())["cls"]
-        # the last column says that the image was read
+        probe = feature_blocks(backbone, context.blank())["cls"]
+        # the last column marks images that were read
         table = probe.new_zeros(len(chosen), probe.shape[1] + 1, dtype=torch.float32)
         for blocks, samples in context.batches(
-            partial(blocks_of, backbone), index, chosen[dist.rank() :: world], label, labelled
+            partial(feature_blocks, backbone), index, chosen[dist.rank() :: world], label, labeled
         ):
             rows = np.searchsorted(chosen, samples)
             table[rows, :-1], table[rows, -1] = blocks["cls"], 1
@@ -167,8 +167,8 @@ def embed_subset(
     found = table.cpu().numpy()
     seen = found[:, -1] > 0
     if not seen.any():
-        raise InputError(f"{index.root}: not one of {len(seen)} images can be read")
+        raise InputError(f"{index.root}: none of {len(seen)} images can be read")
     if not seen.all() and dist.is_main():
         print(f"{label}: {(~seen).sum()} of {len(seen)} images of {index.root} cannot be read")
     samples = chosen[seen]
-    return Embedded(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))
+    return EmbeddedSubset(index, samples, found[seen, :-1], index.labels[samples].astype(np.int64))

@@ -1,4 +1,4 @@
-"""Whether a network's outputs are finite, and whether they differ from image to image at all."""
+"""Check that a network's outputs are finite and differ between images."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from xcit_dino.errors import InputError, warn
 from xcit_dino.train.distributed import dist
 
-SAME = 1e-6  # spread, relative to the largest value, up to which rows differ by rounding only
+SAME = 1e-6  # range, relative to the largest value, below which rows differ by rounding only
 
 
-class Ranges:
+class OutputRange:
     """Smallest and largest value of every output over the images of all ranks.
 
-    width: outputs of an image; device: where they lie.
+    width: number of outputs per image; device: of the outputs.
     """
 
     def __init__(self, width: int, device: torch.device):
@@ -32,10 +32,10 @@ class Ranges:
             self.rows += len(rows)
 
     def constant(self) -> bool:
-        """Whether all images have the same outputs. All ranks have to ask, once.
+        """Whether all images have the same outputs. To be called once on all ranks.
 
         Raises:
-            InputError: outputs that are not finite.
+            InputError: non-finite outputs.
         """
         count = torch.stack((self.nonfinite, torch.full_like(self.nonfinite, self.rows)))
         low, high = self.low.nan_to_num(), self.high.nan_to_num()
@@ -55,8 +55,8 @@ class Ranges:
 
 
 def warn_constant(what: str) -> None:
-    """Say that all images have the same outputs."""
+    """Warn that all images have the same outputs."""
     warn(
         f"{what} are the same for all images: the weights are degenerate, or training collapsed; "
-        "an accuracy of them means nothing"
+        "accuracies are meaningless"
     )

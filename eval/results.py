@@ -1,4 +1,4 @@
-"""An evaluation's outcome: into ``results.json``, and beside the options into TensorBoard."""
+"""Store an evaluation's results in ``results.json``, and with the options in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from xcit_dino.train.run.tensorboard_log import write_hparams
 def write_result(
     folder: Path, name: str, metrics: dict[str, float], protocol: dict[str, Any], **facts: Any
 ) -> None:
-    """Keep one evaluation of a run; the arguments are those of ``record_result``. It is printed
-    first, so that it is not lost where it cannot be kept.
+    """Store one evaluation of a run; the arguments are those of ``record_result``. It is printed
+    before, so that it is not lost if it cannot be stored.
 
     Raises:
         RunError: the folder cannot be written.
@@ -27,15 +27,15 @@ def write_result(
     except OSError as error:
         raise RunError(
             f"the result above is not stored, as {folder} cannot be written ({error.strerror}); "
-            "mend that, or name another folder with --output_dir, and run the command again"
+            "fix that, or name another folder with --output_dir, and run the command again"
         ) from error
     run = read_run(folder)
     if not run.config:
-        return  # weights from elsewhere, which no options led to
-    telling = {name: value for name, value in run.config.items() if name not in FREE}
+        return  # weights from elsewhere: no options to show
+    logged_options = {name: value for name, value in run.config.items() if name not in FREE}
     try:
         with locked(folder / LOCK):
-            write_hparams(folder, telling, final_accuracies(read_run(folder)))
+            write_hparams(folder, logged_options, final_accuracies(read_run(folder)))
     except OSError as error:
         warn(f"TensorBoard: {error}; its page of hyper-parameters lacks this result")
 

@@ -1,4 +1,4 @@
-"""What is evaluated: a network, pretrained, randomly initialised, or none: raw pixels."""
+"""The evaluated network: pretrained, randomly initialized, or none (raw pixels)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
-from xcit_dino.eval.context import Context, make_context, run_options, settings_of
+from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options
 from xcit_dino.files import check_writable, file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.state import newest_checkpoint, weights_file
 
-RANDOM_SEED = 0  # of the randomly initialised baseline
+RANDOM_SEED = 0  # of the randomly initialized baseline
 PIXELS = 32  # raw pixels are averaged to at most this side
 
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """The pretrained network: its architecture, and where its weights are."""
+    """The pretrained network: architecture and weights file."""
 
     arch: str
     weights: Path
@@ -35,22 +35,22 @@ class EvalTarget:
 
 @dataclass(frozen=True)
 class Network:
-    """A backbone in evaluation mode, and what tells it from others."""
+    """A backbone in evaluation mode, with the facts that identify it."""
 
     name: str
     """``pretrained``, ``random`` or ``pixels``."""
     model: nn.Module
     facts: dict[str, Any]
-    """Goes into the protocol and into the key of cached features."""
+    """Part of the protocol and of the key of cached features."""
 
     @property
     def suffix(self) -> str:
-        """``""``, ``"/random"`` or ``"/pixels"``: the end of a result's name."""
+        """Suffix of a result's name: ``""``, ``"/random"`` or ``"/pixels"``."""
         return "" if self.name == "pretrained" else f"/{self.name}"
 
 
-class Pixels(nn.Module):
-    """The normalised image as features, averaged over areas to at most 32 x 32: (B, 3, H, W) -> (B,
+class PixelFeatures(nn.Module):
+    """The normalized image as features, average-pooled to at most 32 x 32: (B, 3, H, W) -> (B,
     3072)."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,11 +60,11 @@ class Pixels(nn.Module):
 
 
 def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Context]:
-    """What is evaluated, and how images reach it; what the options leave out comes from the run
-    folder; where that is a new one, from the run folder that the weights come from.
+    """The evaluated network and its context; missing options are taken from the run folder, or, if
+    that is new, from the run folder of the weights.
 
     Raises:
-        InputError: no arch, data or weights, with the option that gives them.
+        InputError: arch, data or weights are missing; names the option.
     """
     weights_folder = config.pretrained_weights
     check_writable(config.output_dir, f"name another folder for the results: {elsewhere(config)}")
@@ -85,16 +85,16 @@ def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Co
             "or name a file with --pretrained_weights"
         )
     target = EvalTarget(canonical_name(arch), weights, config.checkpoint_key)
-    settings = settings_of(target.arch, weights, config.checkpoint_key, run)
+    settings = resolve_input_settings(target.arch, weights, config.checkpoint_key, run)
     return target, make_context(config, settings, run, data_path, world)
 
 
 def elsewhere(config: EvalTargetConfig) -> str:
-    """The options by which an evaluation that has these options writes to another folder."""
+    """Options with which this evaluation would write to another folder."""
     words, run = ["--output_dir ELSEWHERE"], run_options(config.output_dir)
     if config.pretrained_weights is None:
         words += [f"--pretrained_weights {config.output_dir}"] if run else []
-    elif not config.pretrained_weights.is_dir():  # then the run folder said the rest
+    elif not config.pretrained_weights.is_dir():  # then the run folder provided the rest
         for name in ("arch", "data_path"):
             if getattr(config, name) is None and run.get(name):
                 words.append(f"--{name} {run[name]}")
@@ -102,16 +102,16 @@ def elsewhere(config: EvalTargetConfig) -> str:
 
 
 def networks(config: EvalTargetConfig, target: EvalTarget) -> Iterator[Network]:
-    """The pretrained network and, with ``--baselines``, a randomly initialised one and raw
-    pixels."""
+    """Yield the pretrained network and, with ``--baselines``, a randomly initialized one and raw
+    nearest-neighbor interpolation."""
     yield pretrained(target)
     if config.baselines:
         yield random_network(target.arch)
-        yield Network("pixels", Pixels(), {"network": "pixels", "side": PIXELS})
+        yield Network("pixels", PixelFeatures(), {"network": "pixels", "side": PIXELS})
 
 
 def pretrained(target: EvalTarget) -> Network:
-    """The backbone with the target's weights."""
+    """Load the backbone with the target's weights."""
     model = create_model(target.arch, num_classes=0)
     report = load_backbone(target.weights, model, which=target.checkpoint_key)
     if dist.is_main():
@@ -125,9 +125,9 @@ def pretrained(target: EvalTarget) -> Network:
 
 
 def random_network(arch: str) -> Network:
-    """The same architecture as initialised from seed 0.
+    """The same architecture, initialized from seed 0.
 
-    In evaluation mode its batch-norms hold their initial statistics (mean 0, variance 1): it has
+    In evaluation mode its batch-norms use their initial statistics (mean 0, variance 1): it has
     seen no image at all, as in the official code.
     """
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval.context import settings_of
+from xcit_dino.eval.context import resolve_input_settings
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights import timm_hub
@@ -58,7 +58,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in the student's normalisation -> float32 output of the network."""
+        """Images [B, 3, S, S] in the student's normalization -> float32 output of the network."""
         with torch.autocast(images.device.type, enabled=False):
             return self.network(self.prepare(images, self.size)).float()
 
@@ -120,7 +120,7 @@ def load_teacher(
         settings = input_settings(checkpoint, "teacher")
         if path is not None and path.exists():
             file = weights_file(path, "--teacher_path")
-    settings = settings or settings_of(arch, file)
+    settings = settings or resolve_input_settings(arch, file)
     if settings.channels != 3:
         raise InputError(
             f"{option}: takes {settings.channels} channels, and shards hold RGB "

@@ -1,8 +1,8 @@
-"""The checkpoints of a run folder, for those who read them: which there are, and the newest whole
-one, which the run that goes on there does not drop meanwhile.
+"""Read access to a run folder's checkpoints: list them, and find the newest intact one, which a
+running training does not delete while it is read.
 
-Beside each ``checkpoint-STEP.pth`` lies a small JSON with its step, size and SHA-256, which
-``train/state.py`` writes first; a checkpoint that its JSON does not vouch for is damaged.
+Next to each ``checkpoint-STEP.pth`` is a small JSON with its step, size and SHA-256, which
+``train/state.py`` writes first; a checkpoint that does not match its JSON is damaged.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from xcit_dino.files import file_checksum
 FOLDER = "checkpoints"
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")
 MOST_RESERVED = 8  # a long-lived process reads one run after the other
-_reserved: dict[Path, int] = {}  # folder -> the open file of its checkpoint that is being read
+_reserved: dict[Path, int] = {}  # folder -> open file of its checkpoint being read
 
 
-def checkpoint_of(path: Path) -> Path:
-    """A weights file as it is; of a run folder its newest whole checkpoint. Nothing is changed.
+def resolve_checkpoint(path: Path) -> Path:
+    """The path itself if it is a file; for a run folder, its newest intact checkpoint. Read-only.
 
     Raises:
-        InputError: a folder without one.
+        InputError: a folder without an intact checkpoint.
     """
     if not path.is_dir():
         return path
-    if (file := newest_whole(path)) is None:
-        raise InputError(f"{path}: this folder holds no checkpoint; name a run folder or a file")
+    if (file := newest_intact(path)) is None:
+        raise InputError(f"{path}: no checkpoint in this folder; name a run folder or a file")
     return file
 
 
-def newest_whole(run_folder: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder, or None, for reading: nothing is changed.
+def newest_intact(run_folder: Path) -> Path | None:
+    """The newest intact checkpoint of a run folder, or None. Read-only.
 
-    A damaged one is passed over, and a run that goes on does not drop the one returned while this
-    process lives (or reads another of the same folder).
+    Damaged ones are skipped. A running training does not delete the one returned while this
+    process lives (or until it reads another of the same folder).
     """
     paths = all_checkpoints(run_folder / FOLDER)
     for path in reversed(paths):
         try:
             reserve(path)
-            if is_whole(path):
+            if is_intact(path):
                 return path
-            warn(f"{path} is damaged; passed over")
-        except FileNotFoundError:  # just dropped, as there is a newer one now
+            warn(f"{path} is damaged; skipped")
+        except FileNotFoundError:  # just deleted: there is a newer one now
             if all_checkpoints(run_folder / FOLDER) != paths:
-                return newest_whole(run_folder)
+                return newest_intact(run_folder)
     return None
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, whole or not, oldest first."""
+    """All checkpoints, intact or not, oldest first."""
     return sorted(p for p in folder.glob("checkpoint-*.pth") if NAME.fullmatch(p.name))
 
 
@@ -66,18 +66,18 @@ def step_of(path: Path) -> int:
     return int(path.stem.rpartition("-")[2])
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is as its JSON says.
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint matches the size and SHA-256 in its JSON.
 
     Raises:
-        FileNotFoundError: the run that writes here has dropped it.
+        FileNotFoundError: deleted by the running training.
     """
-    facts, size = facts_of(path), path.stat().st_size
+    facts, size = read_metadata(path), path.stat().st_size
     return size == facts.get("bytes") and file_checksum(path) == facts.get("sha256")
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """What the JSON beside a checkpoint says of it; nothing where that is damaged or gone."""
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint's JSON; {} if damaged or missing."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
     except (ValueError, FileNotFoundError):
@@ -86,10 +86,10 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def reserve(path: Path) -> None:
-    """Keep the run from dropping a checkpoint while this process reads it."""
+    """Keep the training from deleting a checkpoint while this process reads it."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(file, fcntl.LOCK_SH)  # who is just dropping it holds it for a moment
+        fcntl.flock(file, fcntl.LOCK_SH)  # waits briefly if it is just being deleted
     release(path.parent)
     _reserved[path.parent] = file
     while len(_reserved) > MOST_RESERVED:
@@ -97,14 +97,14 @@ def reserve(path: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Let the run drop the checkpoint of ``folder`` that :func:`reserve` keeps, if any."""
+    """Release the checkpoint of ``folder`` kept by :func:`reserve`, if any."""
     if (file := _reserved.pop(folder, None)) is not None:
         os.close(file)
 
 
-def drop_unless_read(path: Path) -> None:
-    """Remove a checkpoint; one that another command reads (see :func:`reserve`) stays until the
-    next time."""
+def remove_unless_in_use(path: Path) -> None:
+    """Remove a checkpoint, unless another command reads it (see :func:`reserve`); then it stays
+    until the next call."""
     with contextlib.suppress(BlockingIOError), open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

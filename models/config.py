@@ -1,4 +1,4 @@
-"""Options of ``xcit-dino weights ...``; torch-free: ``--help`` is quick."""
+"""Options of ``xcit-dino weights ...``; free of torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ WEIGHT_SUFFIXES = (".pth", ".safetensors", ".pdparams")
 
 
 def _require_suffix(output: Path, suffixes: tuple[str, ...]) -> None:
-    if output is not tyro.MISSING and output.suffix not in suffixes:  # missing: tyro says so
+    if output is not tyro.MISSING and output.suffix not in suffixes:  # missing: reported by tyro
         raise InputError(f"--output {output}: the name must end in {' or '.join(suffixes)}")
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """``xcit-dino weights extract CHECKPOINT``: the tensors under one prefix, as they are."""
+    """``xcit-dino weights extract CHECKPOINT``: copy the tensors under one prefix."""
 
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
-    """Checkpoint that holds several networks, or a run folder: its newest."""
+    """Checkpoint with several networks, or a run folder (its newest checkpoint)."""
     output: Path = tyro.MISSING
     """File to write: .pth, .safetensors or .pdparams."""
     prefix: str = "Student"
-    """What the wanted names begin with: Student, Teacher, teacher.backbone, ..."""
+    """Prefix of the names to extract: Student, Teacher, teacher.backbone, ..."""
     remove_prefix: bool = False
-    """Write the names without the prefix, as a bare network has them."""
+    """Remove the prefix from the names, as in a bare network."""
 
     def __post_init__(self) -> None:
         _require_suffix(self.output, WEIGHT_SUFFIXES)
@@ -42,15 +42,15 @@ class ConvertConfig:
 
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
     """Any checkpoint that `weights` reads: official, ours, timm's, safetensors or PASSL's; or a run
-    folder: its newest."""
+    folder (its newest checkpoint)."""
     output: Path = tyro.MISSING
     """File to write: .pth or .safetensors; .pdparams is PASSL's layout."""
     which: Which | None = None
-    """Network to take; by default the teacher, else the only one there is."""
+    """Network to use. Default: the teacher, else the only one in the file."""
     layout: Literal["official", "timm"] = "official"
-    """Names of the tensors: facebookresearch's (and ours), or timm's."""
+    """Naming of the tensors: facebookresearch's (and ours), or timm's."""
     results: Path | None = None
-    """A results.json: what it holds of this very network goes into the metadata of a
+    """A results.json; its results of this network are added to the metadata of a
     .safetensors."""
 
     def __post_init__(self) -> None:
@@ -61,10 +61,10 @@ class ConvertConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """``xcit-dino weights export CHECKPOINT``: a file to hand over, checked by running it."""
+    """``xcit-dino weights export CHECKPOINT``: a file to distribute, verified by running it."""
 
     checkpoint: tyro.conf.Positional[Path] = tyro.MISSING
-    """Any checkpoint that `weights` reads, or a run folder: its newest."""
+    """Any checkpoint that `weights` reads, or a run folder (its newest checkpoint)."""
     output: Path = tyro.MISSING
     """File to write: .onnx (any batch and image size) or .safetensors with metadata; with --format
     timm-hub a new folder."""
@@ -77,8 +77,8 @@ class ExportConfig:
     """timm/NAME, for --format timm-hub and a file that does not say which network of timm it
     holds."""
     results: Path | None = None
-    """A results.json: what it holds of this very network goes into the metadata and onto the model
-    card; left out: that of the run folder, for the card."""
+    """A results.json; its results of this network are added to the metadata and the model card.
+    Default: the run folder's, for the card only."""
 
     def __post_init__(self) -> None:
         if self.format == "file":

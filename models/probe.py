@@ -1,4 +1,4 @@
-"""Does a backbone take images of these sizes, found by trying before a run begins."""
+"""Check that a backbone accepts the image sizes of a run, by a forward pass before it starts."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ def check_sizes(
     vector of ``model.embed_dim``; model_option: the option that named the model.
 
     Raises:
-        InputError: it fails, or gives something else; names the nearest size that it takes.
+        InputError: it fails, or its output differs; names the nearest size accepted.
     """
     for option, size in sizes.items():
-        output = _tried(model, size)
+        output = _try_size(model, size)
         if isinstance(output, Exception):
             near = next((s for s in _candidates(model, size) if _takes(model, s)), None)
             other = f"another {model_option}"
             remedy = f"take --{option} {near}, or {other}" if near else f"take {other}"
             reason = one_line(output, 120)
             raise InputError(
-                f"--{option} {size}: {arch} does not take images of that size ({reason}); {remedy}"
+                f"--{option} {size}: {arch} does not accept images of that size ({reason}); "
+                f"{remedy}"
             )
         given = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         if features and given != [1, model.embed_dim]:
             raise InputError(
-                f"--arch {arch}: it gives {given} for an image instead of {model.embed_dim} "
+                f"--arch {arch}: returns {given} for an image instead of {model.embed_dim} "
                 "features; take another --arch"
             )
 
 
 def unused_parameters(model: nn.Module, arch: str, size: int) -> list[str]:
     """Names of the trainable parameters that features do not depend on, found by a training pass
-    of a copy over two images of ``size`` pixels; ``model`` stays as it is.
+    of a copy over two images of ``size`` pixels; ``model`` is unchanged.
 
     Raises:
         InputError: it cannot be trained on features alone.
@@ -57,7 +58,7 @@ def unused_parameters(model: nn.Module, arch: str, size: int) -> list[str]:
         images = torch.randn(2, 3, size, size, dtype=next(trial.parameters()).dtype)
         try:
             trial(images).sum().backward()
-        except Exception as error:  # each network has its own way
+        except Exception as error:  # networks raise different types
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise InputError(
                 f"--arch {arch}: it cannot be trained ({reason}); take another --arch"
@@ -65,18 +66,18 @@ def unused_parameters(model: nn.Module, arch: str, size: int) -> list[str]:
     return [name for name, p in trial.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def _takes(model: nn.Module, size: int) -> bool:
-    return not isinstance(_tried(model, size), Exception)
+def _accepts(model: nn.Module, size: int) -> bool:
+    return not isinstance(_try_size(model, size), Exception)
 
 
 @torch.no_grad()
-def _tried(model: nn.Module, size: int) -> object:
-    """The output for one black image, or the exception."""
+def _try_size(model: nn.Module, size: int) -> object:
+    """The output for one black image, or the exception raised."""
     training = {module: module.training for module in model.modules()}
     weight = next(model.parameters())
     try:
         return model.eval()(weight.new_zeros(1, 3, size, size))
-    except Exception as error:  # each network has its own way
+    except Exception as error:  # networks raise different types
         return error
     finally:
         for module, mode in training.items():

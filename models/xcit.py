@@ -6,7 +6,7 @@ the stem to the class attention: seen through ``permute(0, 3, 1, 2)`` that is a 
 so the 3x3 convolutions read and write it without a copy.
 
 Shape suffixes: B images, H W rows and columns of patches, N = H W patches, D channels, h heads,
-d = D / h channels a head.
+d = D / h channels per head.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PATCH_SIZES = (4, 8, 16)
 def residual(x: Tensor, update: Tensor, gamma: Tensor, drop_rate: float = 0.0) -> Tensor:
     """``x + drop_path(gamma * update)`` in one pass over the tokens.
 
-    x, update: (B, ..., D); gamma: (D,), the layer scale; drop_rate: the chance in [0, 1) that an
-    image skips the update (stochastic depth); the others' updates grow by 1 / (1 - drop_rate).
+    x, update: (B, ..., D); gamma: (D,), layer scale; drop_rate: probability in [0, 1) that an
+    image skips the update (stochastic depth); kept updates are scaled by 1 / (1 - drop_rate).
     """
     if drop_rate > 0:
         keep = 1 - drop_rate
@@ -42,7 +42,7 @@ def residual(x: Tensor, update: Tensor, gamma: Tensor, drop_rate: float = 0.0) -
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
+    """Two linear layers with a GELU in between; the hidden width is 4 * dim."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -64,15 +64,15 @@ class FourierPosition(nn.Module):
         self.token_projection = nn.Conv2d(4 * self.bands, dim, kernel_size=1)
 
     def forward(self, height: int, width: int) -> Tensor:
-        """(H, W, D). The projection is linear, so rows and columns are projected apart and added:
-        H + W small vectors instead of a table of H x W."""
+        """(H, W, D). The projection is linear, so rows and columns are projected separately and
+        added: H + W small vectors instead of a table of H x W."""
         weight_y, weight_x = self.token_projection.weight.flatten(1).chunk(2, dim=1)
         rows = F.linear(self._waves(height), weight_y, self.token_projection.bias)
         columns = F.linear(self._waves(width), weight_x)
         return rows[:, None] + columns
 
     def _waves(self, size: int) -> Tensor:
-        """(size, 2 bands): sin, cos, sin, cos ... of position / size * 2 pi, slower and slower."""
+        """(size, 2 bands): sin, cos, ... of position / size * 2 pi, decreasing frequency."""
         device = self.token_projection.weight.device
         position = torch.arange(1, size + 1, device=device, dtype=torch.float32)
         octave = torch.arange(self.bands, device=device, dtype=torch.float32) / self.bands
@@ -82,7 +82,7 @@ class FourierPosition(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """log2(patch_size) strided 3x3 convolutions, each twice as wide as the one before."""
+    """log2(patch_size) strided 3x3 convolutions, each twice as wide as the previous one."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -97,11 +97,11 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, rows, columns) -> (B, H, W, D), contiguous."""
         x = self.proj(images.contiguous(memory_format=torch.channels_last))
-        return x.permute(0, 2, 3, 1).contiguous()  # no copy: it is channels-last already
+        return x.permute(0, 2, 3, 1).contiguous()  # no copy: already channels-last
 
 
 class LocalPatchInteraction(nn.Module):
-    """Two depthwise 3x3 convolutions that let neighbouring patches talk."""
+    """Two depthwise 3x3 convolutions that mix neighboring patches."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -128,15 +128,15 @@ class CrossCovarianceAttention(nn.Module):
     def forward(self, x_BHWD: Tensor) -> Tensor:
         B, H, W, D = x_BHWD.shape
         qkv = self.qkv(x_BHWD).view(B, H * W, 3, self.num_heads, D // self.num_heads)
-        # One copy puts the tokens last: norms and all products, gradients' too, read along them.
+        # One copy puts tokens last: all norms and products reduce over them, in backward too.
         q_BhdN, k_BhdN, v_BhdN = qkv.permute(2, 0, 3, 4, 1).contiguous().unbind(0)
         x_BhdN = self._attention(q_BhdN, k_BhdN).to(v_BhdN.dtype) @ v_BhdN
         return self.proj(x_BhdN.flatten(1, 2).transpose(1, 2).reshape(B, H, W, D))
 
     def _attention(self, q_BhdN: Tensor, k_BhdN: Tensor) -> Tensor:
-        """(B, h, d, d) in float32: the small matrix is divided by the norms, not q and k."""
+        """(B, h, d, d) in float32; divides the small matrix by the norms instead of q and k."""
         if q_BhdN.dtype == torch.float16:
-            # a sum over N tokens can pass 65504; cosines ignore scale
+            # a sum over N tokens can exceed 65504; cosines do not depend on scale
             shrink = q_BhdN.shape[-1] ** -0.5
             q_BhdN, k_BhdN = q_BhdN * shrink, k_BhdN * shrink
         norms = _channel_norms(q_BhdN).unsqueeze(-1) * _channel_norms(k_BhdN).unsqueeze(-2)
@@ -145,7 +145,7 @@ class CrossCovarianceAttention(nn.Module):
 
 
 def _channel_norms(x_BhdN: Tensor) -> Tensor:
-    """(B, h, d): the length of each channel over the tokens, accumulated in at least float32."""
+    """(B, h, d): the norm of each channel over the tokens, accumulated in at least float32."""
     dtype = torch.promote_types(x_BhdN.dtype, torch.float32)
     return torch.linalg.vector_norm(x_BhdN, dim=-1, dtype=dtype).clamp_min(1e-12)
 
@@ -173,18 +173,21 @@ class XCABlock(nn.Module):
         return residual(x, self.mlp(self.norm2(x)), self.gamma2, drop)
 
 
-def recomputed(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)`` that keeps ``x`` alone for its backward pass and computes the rest again, with
-    the same drop-path, and without counting the batch in its batch-norm's statistics twice."""
+def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` with activation checkpointing: only ``x`` is stored, the rest is recomputed in
+    the backward pass, with the same drop-path and without updating batch-norm statistics twice."""
     out = checkpoint(
-        block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _uncounted(block))
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _without_statistics(block)),
     )
     assert isinstance(out, Tensor)
     return out
 
 
 @contextmanager
-def _uncounted(block: nn.Module) -> Iterator[None]:
+def _without_statistics(block: nn.Module) -> Iterator[None]:
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -198,7 +201,7 @@ def _uncounted(block: nn.Module) -> Iterator[None]:
 
 
 class ClassAttention(nn.Module):
-    """The class token alone asks; itself and the patches answer (CaiT, arXiv:2103.17239)."""
+    """Attention of the class token to itself and all patches (CaiT, arXiv:2103.17239)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -207,7 +210,7 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens: (B, 1 + N, D), the class token first. Returns its update (B, 1, D) and the
+        """tokens: (B, 1 + N, D), class token first. Returns its update (B, 1, D) and the
         attention (B, h, 1, 1 + N), whose rows sum to 1."""
         B, _, D = tokens.shape
         weight_q, weight_kv = self.qkv.weight.split((D, 2 * D))
@@ -223,8 +226,8 @@ class ClassAttention(nn.Module):
 class ClassAttentionBlock(nn.Module):
     """Class attention and MLP on the class token.
 
-    What happens to the patches is the official code's arithmetic, kept because its weights expect
-    it: they gain their own normalised values and leave doubled.
+    The patches are treated as in the official code, because its weights depend on it: their own
+    normalized values are added, and the result is doubled.
     """
 
     def __init__(self, dim: int, num_heads: int, eta: float, tokens_norm: bool) -> None:
@@ -252,11 +255,11 @@ class ClassAttentionBlock(nn.Module):
 
 
 class XCiT(nn.Module):
-    """The network. Any image whose sides the patch divides goes in; no size is built in.
+    """The network; takes images of any size divisible by the patch size.
 
-    patch_size: 4, 8 or 16 pixels; num_classes: 0 leaves the class token's features; eta: initial
-    layer scale; tokens_norm: class attention normalises all tokens (every size but nano);
-    drop_path_rate: in [0, 1), the same at every depth, none in the class attention (official).
+    patch_size: 4, 8 or 16 pixels; num_classes: 0 returns the class token's features; eta: initial
+    layer scale; tokens_norm: class attention normalizes all tokens (all sizes except nano);
+    drop_path_rate: in [0, 1), the same at every depth, 0 in the class attention (official).
     """
 
     def __init__(
@@ -279,7 +282,7 @@ class XCiT(nn.Module):
             raise InputError(f"drop_path_rate {drop_path_rate}: must be at least 0 and below 1")
         self.patch_size, self.num_classes, self.embed_dim = patch_size, num_classes, embed_dim
         self.in_chans, self.num_heads = in_chans, num_heads
-        self.grad_checkpointing = False  # compute the blocks' activations again in the backward
+        self.grad_checkpointing = False  # recompute the blocks' activations in the backward pass
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.pos_embeder = FourierPosition(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -296,12 +299,12 @@ class XCiT(nn.Module):
         self.apply(_init_linear)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, rows, columns) -> logits (B, num_classes), or features (B, D) without."""
+        """(B, in_chans, rows, columns) -> logits (B, num_classes), or (B, D) without classes."""
         cls, _ = self._class_attention(self._patches(images), class_only=True)[-1]
         return self.head(self.norm(cls[:, 0]))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the last norm, (B, 1 + N, D): the class token, then rows of patches."""
+        """All tokens after the final norm, (B, 1 + N, D): class token, then patches row by row."""
         tokens, _ = self._class_attention(self._patches(images))[-1]
         return self.norm(tokens)
 
@@ -315,7 +318,7 @@ class XCiT(nn.Module):
         return [(tokens[:, 0], tokens[:, 1:].mean(dim=1)) for tokens in normed]
 
     def get_attention(self, images: Tensor) -> Tensor:
-        """How much the class token looks at each patch: (layers, B, h, H, W), in [0, 1]. A map
+        """Attention of the class token to each patch: (layers, B, h, H, W), in [0, 1]. A map
         and the token's attention to itself sum to 1."""
         patches = self._patches(images)
         maps = [attention[:, :, 0, 1:] for _, attention in self._class_attention(patches)]
@@ -330,7 +333,7 @@ class XCiT(nn.Module):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that weight decay must spare."""
+        """Names of parameters with two or more dimensions exempt from weight decay."""
         temperatures = {f"blocks.{i}.attn.temperature" for i in range(len(self.blocks))}
         return {"cls_token"} | temperatures
 
@@ -345,14 +348,14 @@ class XCiT(nn.Module):
         x = self.patch_embed(images)
         x = x + self.pos_embeder(x.shape[1], x.shape[2])
         for block in self.blocks:
-            x = recomputed(block, x) if self.grad_checkpointing and self.training else block(x)
+            x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
         return x
 
     def _class_attention(
         self, patches_BHWD: Tensor, class_only: bool = False
     ) -> list[tuple[Tensor, Tensor]]:
         """Tokens (B, 1 + N, D) and attention (B, h, 1, 1 + N) after each class attention layer;
-        class_only spares the last layer the patches, which nobody reads."""
+        with class_only the last layer does not update the patches, which are unused."""
         cls_token = self.cls_token.expand(patches_BHWD.shape[0], -1, -1)
         tokens = torch.cat((cls_token, patches_BHWD.flatten(1, 2)), dim=1)
         outputs = []
@@ -363,7 +366,7 @@ class XCiT(nn.Module):
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Official initialisation: truncated normal, 0.02; the rest keeps torch's defaults."""
+    """Official initialization: truncated normal, std 0.02; the rest keeps torch's defaults."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""Names of backbones and what they stand for; importing this never imports torch."""
+"""Names of backbones and how to create them; importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMM_PREFIX = "timm/"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which backbone."""
+    """Backbone."""
 
     arch: str = "xcit_small_12_p16"
     """Backbone: a name from xcit_dino.list_models(), or timm/NAME for any timm model."""
@@ -33,7 +33,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The sizes of one XCiT (official ``xcit.py``); the fields are the arguments of XCiT."""
+    """Sizes of an XCiT (official ``xcit.py``); the fields are arguments of ``XCiT``."""
 
     patch_size: int
     embed_dim: int
@@ -53,12 +53,12 @@ _OFFICIAL_SIZES = {
     "medium_24": (512, 24, 8, 1e-5, True),
     "large_24": (768, 24, 16, 1e-5, True),
 }
-# Ours, for laptops, tests and the quickstart: 0.7 M parameters. Nothing published uses it.
+# Not from the paper; for laptops, tests and the quickstart: 0.7 M parameters.
 _OUR_SIZES = {"pico_6": (80, 6, 4, 1.0, True)}
 
 
 def _specs() -> dict[str, ModelSpec]:
-    """The official 14, then ours: patch 4 of the official sizes (for small images), then pico."""
+    """The official 14, then the official sizes with patch 4 (for small images), then pico."""
     official = [(f"xcit_{s}_p{p}", p, v) for p in (8, 16) for s, v in _OFFICIAL_SIZES.items()]
     small = [(f"xcit_{s}_p4", 4, v) for s, v in _OFFICIAL_SIZES.items()]
     pico = [(f"xcit_{s}_p{p}", p, v) for p in (4, 8, 16) for s, v in _OUR_SIZES.items()]
@@ -75,7 +75,7 @@ def list_models() -> list[str]:
 
 def canonical_name(name: str) -> str:
     """The built-in model behind a published name: ``xcit_small_12_p8_384_dist`` is
-    ``xcit_small_12_p8``. ``timm/NAME`` stays as it is. Raises InputError for any other name."""
+    ``xcit_small_12_p8``. ``timm/NAME`` is unchanged. Raises InputError for any other name."""
     if name.startswith(TIMM_PREFIX):
         return name
     bare = re.sub(r"(_224|_384)?(_dist)?$", "", name)
@@ -86,10 +86,10 @@ def canonical_name(name: str) -> str:
 
 
 def model_spec(name: str) -> ModelSpec:
-    """Sizes of a built-in model, any spelling of its name."""
+    """Sizes of a built-in model, by any of its published names."""
     bare = canonical_name(name)
     if bare.startswith(TIMM_PREFIX):
-        raise InputError(f"arch {name!r}: only built-in XCiT models have a known size table")
+        raise InputError(f"arch {name!r}: only built-in XCiT models have known sizes")
     return _SPECS[bare]
 
 
@@ -102,11 +102,11 @@ def create_model(
     drop_path_rate: float | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a backbone with fresh weights.
+    """Build a backbone with randomly initialized weights.
 
     name: a built-in name or ``timm/NAME``; config: a recipe (YAML) whose ``arch`` and
-    ``drop_path_rate`` are used instead; num_classes: 0 gives features (B, embed_dim);
-    drop_path_rate: overrides the recipe's, 0 where neither says; kwargs: any field of ModelSpec,
+    ``drop_path_rate`` are used instead; num_classes: 0 returns features (B, embed_dim);
+    drop_path_rate: overrides the recipe's, default 0; kwargs: any field of ModelSpec,
     or an argument of the timm model. Every model has ``embed_dim`` and ``num_classes``.
     """
     if (name is None) == (config is None):
@@ -118,7 +118,7 @@ def create_model(
             drop_path_rate = recipe.get("drop_path_rate")
     assert name is not None
     common: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
-    if drop_path_rate:  # not every timm model knows the argument
+    if drop_path_rate:  # not every timm model has this argument
         common["drop_path_rate"] = drop_path_rate
     if name.startswith(TIMM_PREFIX):
         return _create_timm(name.removeprefix(TIMM_PREFIX), **common, **kwargs)
@@ -129,7 +129,7 @@ def create_model(
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """A flat YAML of ``key: value`` that names an arch."""
+    """Read a flat YAML of ``key: value`` that contains an arch."""
     import yaml
 
     try:
@@ -141,8 +141,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-# What timm's networks call it when images of other sizes than their own are let in: ViTs resample
-# their positions, Swins pad their windows. At their own size both compute what they did.
+# timm's options to accept images of sizes other than the default: ViTs interpolate their
+# position embeddings, Swins pad their windows. At the default size the outputs are unchanged.
 _ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 
 
@@ -162,8 +162,8 @@ def check_timm_name(name: str, option: str) -> None:
 
 
 def _create_timm(name: str, **kwargs: Any) -> nn.Module:
-    """A timm model, headless at num_classes 0, with ``embed_dim``, the width of its features; it
-    takes images of any size where timm has that."""
+    """A timm model, without classifier if num_classes is 0, with ``embed_dim``, its feature width;
+    accepts images of any size where timm supports it."""
     import timm
 
     check_timm_name(name, f"arch timm/{name}")
@@ -173,12 +173,12 @@ def _create_timm(name: str, **kwargs: Any) -> nn.Module:
             model = timm.create_model(name, pretrained=False, **any_size, **kwargs)
             model.any_size = any_size
             break
-        except TypeError as error:  # an argument this model does not take
+        except TypeError as error:  # an argument this model does not have
             if not any_size:
                 unknown = "drop_path_rate" in str(error)
                 remedy = "; it has no such layers: --drop_path_rate 0" if unknown else ""
                 raise InputError(f"arch timm/{name}: {_first_line(error)}{remedy}") from error
-    # convolutional networks widen their features once more before the classifier
+    # convolutional networks have a wider layer before the classifier
     model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
     return model
 

@@ -63,7 +63,7 @@ class Images:
     def context(self) -> Context:
         """How evaluations of the run's network read images; unreadable ones are skipped."""
         options = EvalTargetConfig(self.run.folder, num_workers=0, max_bad_fraction=1.0)
-        settings = InputSettings.of_run(self.options) or InputSettings()
+        settings = InputSettings.from_run(self.options) or InputSettings()
         data_path = self.options.get("data_path") or ""
         world = dist.World(0, 1, torch.device("cpu"))
         return make_context(options, settings, self.options, data_path, world)

@@ -54,7 +54,7 @@ def nearest_unlabeled(images: Images) -> dict[str, Any]:
     """Training images with the most similar other training images."""
     with neighbors.load_cached(images.context, "train", images.train) as (features, samples, _):
         features = features if len(samples) == len(features) else features[samples]
-        rows = neighbors.spread(len(samples), RIGHT + WRONG)
+        rows = neighbors.evenly_spaced(len(samples), RIGHT + WRONG)
         others, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBORS)
     numbers = samples[np.column_stack((rows, others))]
     photos = images.photos(images.train, numbers.ravel().tolist())
@@ -106,7 +106,7 @@ def feature_map(images: Images) -> Markup:
     """Validation features on their first two principal components."""
     found = images.found
     plane, shares = neighbors.principal_plane(found.features)
-    rows = neighbors.spread(len(plane), MAPPED_POINTS)
+    rows = neighbors.evenly_spaced(len(plane), MAPPED_POINTS)
     mapped = neighbors.common_classes(found.labels, MAPPED_CLASSES)
     names = [images.name(label) for label in mapped]
     groups = [mapped.index(n) if n in mapped else -1 for n in found.labels[rows].tolist()]

@@ -52,9 +52,11 @@ def crops(images: Images) -> dict[str, Any]:
     if images.run.kind != "pretrain":
         raise InputError("only pretraining has several crops per image")
     config = replace(PretrainConfig(), images.options | {"cache_dir": None})
-    samples = neighbors.spread(images.train.num_samples, CROP_SAMPLES + 2)[1:-1]
+    samples = neighbors.evenly_spaced(images.train.num_samples, CROP_SAMPLES + 2)[1:-1]
     made = render.TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
-    rows = render.crops_of(made, images.train, samples.tolist(), max(0, config.run.epochs - 1))
+    rows = render.training_crops(
+        made, images.train, samples.tolist(), max(0, config.run.epochs - 1)
+    )
     captions = [f"global {n + 1}" for n in range(config.crops.global_crops_number)]
     captions += [f"local {n + 1}" for n in range(len(rows[0]) - len(captions) if rows else 0)]
     return one_card(rows, captions)
@@ -72,11 +74,11 @@ def attention(images: Images) -> dict[str, Any]:
         index = images.val
     except InputError:
         pass
-    samples = neighbors.spread(index.num_samples, ATTENTION_PHOTOS + 2)[1:-1].tolist()
+    samples = neighbors.evenly_spaced(index.num_samples, ATTENTION_PHOTOS + 2)[1:-1].tolist()
     photos = list(images.photos(index, samples).values())
     if not photos:
         raise InputError("none of the photos could be read")
-    rows = render.attention_of(model.eval(), photos, images.context)
+    rows = render.attention_rows(model.eval(), photos, images.context)
     return one_card(rows, ["photo", *(f"head {h + 1}" for h in range(len(rows[0]) - 2)), "mean"])
 
 

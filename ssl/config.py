@@ -58,7 +58,7 @@ class DinoConfig:
     warmup_teacher_temp_epochs: float = 0.0
     """Epochs of the linear warm-up of the teacher's temperature."""
     center_momentum: float = 0.9
-    """Momentum of the centre of the teacher's outputs; one update an optimiser step."""
+    """Momentum of the center of the teacher's outputs; one update an optimizer step."""
     momentum_teacher: float = 0.996
     """EMA momentum of the teacher at the start; cosine to 1."""
 
@@ -128,7 +128,7 @@ class StartConfig:
     init_from: Location | None = None
     """Weights to begin with, on these data and with schedules from their beginning: a file of any
     kind that `weights` reads, a run folder (its newest checkpoint), or timm/NAME for timm's own
-    weights. A full DINO checkpoint gives student, teacher, heads and centre; any other the
+    weights. A full DINO checkpoint gives student, teacher, heads and center; any other the
     backbone. Left out: new weights."""
     new_head: bool = False
     """Take the backbone alone from a full DINO checkpoint, with new heads."""
@@ -170,7 +170,7 @@ class OnlineConfig:
 @dataclass(frozen=True)
 class SpeedConfig:
     """How a step is computed; beyond rounding, and the masks of drop-path under --compile, none of
-    it changes what is learnt."""
+    it changes what is learned."""
 
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the blocks. auto: on GPUs, falling back to eager where it fails. Compiled

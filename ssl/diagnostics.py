@@ -7,7 +7,7 @@ The three kinds, and what gives them away (K prototypes, N teacher rows of a mic
   *information* in them (entropy of the mean answer minus mean entropy), goes to 0, whereas a
   healthy teacher's is a good part of ln N.
 * **single mode**: the teacher gives every image one of a few sharp answers, in the end the same;
-  nothing is centred. The mean answer covers a few prototypes: the number of *modes* (its
+  nothing is centered. The mean answer covers a few prototypes: the number of *modes* (its
   perplexity) goes to 1.
 * **dimensional**: answers differ, but the features of the backbone lie along few directions, or on
   a point: their *effective rank* goes to 1, or their deviation to 0.
@@ -110,8 +110,8 @@ KINDS = (
         lambda line: line["modes"] < FEW_MODES and line["used"] <= FEW_USED,
         lambda line: line["modes"] > ENOUGH_MODES or line["used"] > ENOUGH_USED,
         "the teacher knows {modes:.1f} answers for all images (entropy {teacher_entropy:.2f}, "
-        "{prototypes_used:.0%} of prototypes used, centre {center_norm:.1f})",
-        "centre: --center_momentum 0.9 (1 never centres); a lower --lr; a longer "
+        "{prototypes_used:.0%} of prototypes used, center {center_norm:.1f})",
+        "center: --center_momentum 0.9 (1 never centers); a lower --lr; a longer "
         "--freeze_last_layer; a higher --momentum_teacher",
     ),
     Kind(

@@ -21,10 +21,10 @@ from torch import nn
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import RunError, warn
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import evaluating
+from xcit_dino.eval.features import eval_mode
 from xcit_dino.eval.knn import unit_rows
 from xcit_dino.eval.online import embed_subset, online_context
-from xcit_dino.eval.pictures.online import Embedded
+from xcit_dino.eval.pictures.online import EmbeddedSubset
 from xcit_dino.files import atomic_path
 from xcit_dino.options import options
 from xcit_dino.ssl.config import PretrainConfig
@@ -85,11 +85,11 @@ class Drift:
     def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:
         """``neighbors_kept`` and ``feature_cka`` after a step; nothing where the features of the
         starting weights are lost. All ranks call it."""
-        with evaluating(backbone), torch.inference_mode():
+        with eval_mode(backbone), torch.inference_mode():
             now = embed_subset(self.context, self.index, backbone, IMAGES, "forgetting")
         return dist.from_main(lambda: self.measure(now, step))
 
-    def measure(self, now: Embedded, step: int) -> dict[str, float]:
+    def measure(self, now: EmbeddedSubset, step: int) -> dict[str, float]:
         """Compare features with those of the starting weights; at step 0 they are those."""
         if step == 0:
             with atomic_path(self.file) as temporary, temporary.open("wb") as file:

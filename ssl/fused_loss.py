@@ -1,8 +1,8 @@
 """Cross-entropy with a teacher's targets over many prototypes, a few prototypes at a time.
 
-What the mathematics needs of a student's row of scores is its log-normaliser; with that known, the
-gradient of each score is ``exp(score - normaliser) - target`` on its own. So the forward pass goes
-over the prototypes once for the normalisers, the backward pass once more for the gradients. Nothing
+What the mathematics needs of a student's row of scores is its log-normalizer; with that known, the
+gradient of each score is ``exp(score - normalizer) - target`` on its own. So the forward pass goes
+over the prototypes once for the normalizers, the backward pass once more for the gradients. Nothing
 of size (V*B, K) is there in float32 (200 MB at 64 images, 12 crops and 65,536 prototypes; its
 softmax, gradients and copies are several times that). Between the passes the products of features
 and prototypes stay in 16 bits where autocast made them so, and are computed again where not.
@@ -36,7 +36,7 @@ def dino_cross_entropy(
     """Mean of ``H(target g of an image, softmax(student's view v / temperature))`` over all images
     and all pairs (g, v) but those of a view with itself (dino ``main_dino.py:DINOLoss``).
 
-    z_RZ: the student's bottleneck, views-major; weight_v_KZ, weight_g_K1: the weight-normalised
+    z_RZ: the student's bottleneck, views-major; weight_v_KZ, weight_g_K1: the weight-normalized
     last layer; targets_GBK: probabilities; chunk: prototypes at a time, by default as many as a
     cache or 64 MB hold. Matrix products are in autocast's dtype, everything else in float32 (or
     float64); nothing waits for the device.
@@ -60,7 +60,7 @@ def dino_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """For one student's row the pairs share its normaliser, and the targets add up:
+    """For one student's row the pairs share its normalizer, and the targets add up:
     ``sum_g H(q_g, p_v) = n_v * logsumexp(s_v) - <sum_g q_g, s_v>`` with n_v targets for view v.
 
     own: how many of the first views are global ones, each with a target of its own that it is not
@@ -74,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         num_global, batch, _ = targets_GBK.shape
         scores = _Scores(z_RZ, v_KZ, g_K1, temperature, dtype)
-        normaliser_R = z_RZ.new_full((len(z_RZ),), -torch.inf)
+        normalizer_R = z_RZ.new_full((len(z_RZ),), -torch.inf)
         agreement = z_RZ.new_zeros(())
         kept: list[Tensor] = []
         for part in _chunks(len(v_KZ), chunk):
@@ -84,14 +84,14 @@ class _CrossEntropy(torch.autograd.Function):
             scores_VBC = scores(products_RC, part).unflatten(0, (-1, batch))
             targets_GBC = targets_GBK[:, :, part]
             total_BC = targets_GBC.sum(0)
-            normaliser_R = torch.logaddexp(normaliser_R, scores_VBC.logsumexp(-1).flatten())
+            normalizer_R = torch.logaddexp(normalizer_R, scores_VBC.logsumexp(-1).flatten())
             agreement += (total_BC * scores_VBC.sum(0)).sum()
             agreement -= (targets_GBC[:own] * scores_VBC[:own]).sum()
-        teachers_R = torch.full_like(normaliser_R, num_global)  # how many targets a row has
+        teachers_R = torch.full_like(normalizer_R, num_global)  # how many targets a row has
         teachers_R[: own * batch] -= 1
-        ctx.save_for_backward(z_RZ, v_KZ, g_K1, targets_GBK, normaliser_R - teachers_R.log())
+        ctx.save_for_backward(z_RZ, v_KZ, g_K1, targets_GBK, normalizer_R - teachers_R.log())
         ctx.arguments = temperature, chunk, dtype, own, terms, kept
-        return ((teachers_R * normaliser_R).sum() - agreement) / terms
+        return ((teachers_R * normalizer_R).sum() - agreement) / terms
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -124,7 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _Scores:
     """``z . (g v / |v|) / temperature`` of a chunk of prototypes; the length and the temperature
-    scale the few scores, so that no normalised copy of the prototypes is made."""
+    scale the few scores, so that no normalized copy of the prototypes is made."""
 
     def __init__(
         self, z_RZ: Tensor, v_KZ: Tensor, g_K1: Tensor, temperature: float, dtype: torch.dtype

@@ -15,7 +15,7 @@ from xcit_dino.train.distributed.dist import all_reduce_mean
 
 
 class DinoLoss(nn.Module):
-    """Cross-entropy between the teacher's centred, sharpened prototypes and the student's.
+    """Cross-entropy between the teacher's centered, sharpened prototypes and the student's.
 
     State: ``center`` (K,), the moving average of the teacher's outputs.
     """
@@ -33,7 +33,7 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def targets(self, teacher_VBK: Tensor, temperature: float, num_global: int) -> Tensor:
-        """Teacher's scores (G*B, K) -> probabilities (G, B, K); counted for the centre."""
+        """Teacher's scores (G*B, K) -> probabilities (G, B, K); counted for the center."""
         self.batch_sum += teacher_VBK.sum(0)
         self.rows += len(teacher_VBK)
         probabilities = (teacher_VBK - self.center).div_(temperature).softmax(dim=-1)
@@ -60,7 +60,7 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Move the centre to the mean output of all micro-batches and ranks since the last time."""
+        """Move the center to the mean output of all micro-batches and ranks since the last time."""
         mean = all_reduce_mean(self.batch_sum / self.rows)
         self.center.lerp_(mean, 1.0 - self.center_momentum)
         self.batch_sum.zero_()

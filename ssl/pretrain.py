@@ -41,7 +41,7 @@ from xcit_dino.train.worker_restart import check_shards
 def train_step(
     trainer: DinoTrainer, batches: Sequence[Batch], now: EmaHyperparameters
 ) -> dict[str, Tensor]:
-    """One optimiser step of DINO over this rank's micro-batches, of distillation from a frozen
+    """One optimizer step of DINO over this rank's micro-batches, of distillation from a frozen
     teacher (``--objective``), or of both.
 
     Returns:

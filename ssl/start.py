@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from xcit_dino.errors import warn
-from xcit_dino.eval.context import of_timm, run_options, settings_of
+from xcit_dino.eval.context import resolve_input_settings, run_options, timm_input_settings
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
 from xcit_dino.models.weights import timm_hub
@@ -31,13 +31,13 @@ def with_input_settings(config: PretrainConfig) -> PretrainConfig:
         return config
     settings = None
     if has_checkpoint(folder):
-        settings = InputSettings.of_run(run_options(folder))
+        settings = InputSettings.from_run(run_options(folder))
     elif source is not None:
         settings = start_settings(source, config.model.arch)
     settings = settings or InputSettings()
     found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
     if dist.is_main() and found["mean"] != IMAGENET_MEAN:
-        print(f"images are normalised by mean {found['mean']}, std {found['std']}", flush=True)
+        print(f"images are normalized by mean {found['mean']}, std {found['std']}", flush=True)
     return replace(config, found)
 
 
@@ -45,8 +45,8 @@ def start_settings(source: str, arch: str) -> InputSettings | None:
     """How images were prepared for the weights to start from."""
     if source.startswith(TIMM_PREFIX):
         check_timm_name(source.removeprefix(TIMM_PREFIX), f"--init_from {source}")
-        return of_timm(source)
-    return settings_of(arch, weights_file(Path(source), "--init_from"))
+        return timm_input_settings(source)
+    return resolve_input_settings(arch, weights_file(Path(source), "--init_from"))
 
 
 def initialize(trainer: DinoTrainer) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def initialize(trainer: DinoTrainer) -> dict[str, Any]:
         return {}
     if start.init_from.startswith(TIMM_PREFIX):
         taken, facts = initialize_by_name(trainer, start.init_from)
-        before = of_timm(start.init_from)
+        before = timm_input_settings(start.init_from)
     else:
         path = weights_file(Path(start.init_from), "--init_from")
         student, teacher, loss = trainer.student, trainer.teacher, trainer.loss

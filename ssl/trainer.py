@@ -34,7 +34,7 @@ class DinoTrainer(Trainer):
     student: networks.MultiCropNet
     teacher: networks.MultiCropNet
     loss: DinoLoss | None
-    """None where a frozen teacher alone is learnt from."""
+    """None where a frozen teacher alone is learned from."""
     augment: Augment
     frozen: FrozenTeacher | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class DinoTrainer(Trainer):
 def set_up(
     config: PretrainConfig, world: dist.World, dtype: torch.dtype, data: str, global_batch: int
 ) -> DinoTrainer:
-    """Student, teacher, loss, optimiser and augmentation on this process's device, at step 0.
+    """Student, teacher, loss, optimizer and augmentation on this process's device, at step 0.
 
     dtype: of the forward pass; data: checksum of the index; global_batch: images a step.
 
@@ -120,7 +120,7 @@ def set_up(
     """
     device, objective, loss, frozen, facts = world.device, config.objective, None, None, {}
     if objective.distills:
-        ours = InputSettings.of_run(dict(options(config))) or InputSettings()
+        ours = InputSettings.from_run(dict(options(config))) or InputSettings()
         frozen, facts = frozen_teacher(objective, config.crops, ours, dtype)
     if objective.dino:
         loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)

@@ -59,11 +59,11 @@ class RegularizationConfig:
     aa: str = "rand-m9-mstd0.5-inc1"
     """timm's policy of automatic augmentation: rand-..., augmix-..., original, v0, 3a; or none."""
     color_jitter: float = 0.4
-    """Strength of colour jitter, where there is no automatic augmentation (timm's rule)."""
+    """Strength of color jitter, where there is no automatic augmentation (timm's rule)."""
     reprob: float = 0.25
     """Probability of erasing a random rectangle."""
     remode: Literal["pixel", "rand", "const"] = "pixel"
-    """Filled with noise for each pixel, one random colour, or the mean colour."""
+    """Filled with noise for each pixel, one random color, or the mean color."""
     recount: int = 1
     """Rectangles."""
     repeated_aug: int = 3
@@ -141,7 +141,7 @@ class ValidationConfig:
     eval_every: int = 10
     """Epochs between validations of the raw and the averaged weights; 0: at the end only."""
     eval_crop_ratio: float = 1.0
-    """Share of the resized image's side that the centre crop keeps (XCiT's --full_crop: 1)."""
+    """Share of the resized image's side that the center crop keeps (XCiT's --full_crop: 1)."""
     eval_batch_size: int = 128
     """Images that a process validates at once."""
 

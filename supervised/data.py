@@ -1,9 +1,9 @@
-"""Labelled shards -> augmented, mixed batches, for supervised training.
+"""Labeled shards -> augmented, mixed batches, for supervised training.
 
 The loader of pretraining cuts one RandomResizedCrop an image, so that order, resumption, quarantine
 and remote shards are the same. Its workers then run timm's own PIL operations on the crop
 (:class:`HostAugment`): RandAugment is defined by them, and rewriting fifteen for the device would
-buy little beside the decoding. Erasing and mixing work on normalised batches and are done on the
+buy little beside the decoding. Erasing and mixing work on normalized batches and are done on the
 device (:class:`DeviceAugment`).
 
 timm draws from the global generators of random, numpy and torch. They are seeded anew for each
@@ -36,7 +36,7 @@ from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.workers import Task
 from xcit_dino.errors import InputError
-from xcit_dino.eval.features import num_classes_of
+from xcit_dino.eval.features import count_classes
 from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig
 from xcit_dino.train.distributed import dist
 
@@ -59,7 +59,7 @@ auto_augment.NAME_TO_OP |= {
 
 
 @dataclass(frozen=True)
-class LabelledData:
+class LabeledData:
     """Training and validation images that belong together."""
 
     train: ShardIndex
@@ -67,7 +67,7 @@ class LabelledData:
     num_classes: int
 
 
-def open_data(config: FinetuneConfig) -> LabelledData:
+def open_data(config: FinetuneConfig) -> LabeledData:
     """The two splits of ``--data_path``.
 
     Raises:
@@ -78,7 +78,7 @@ def open_data(config: FinetuneConfig) -> LabelledData:
         raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
     train, val = (ShardIndex.load(resolve_split(path, split)) for split in ("train", "val"))
     dist.refuse_other_data(train.checksum + val.checksum, path)
-    return LabelledData(train, val, num_classes_of(train, val))
+    return LabeledData(train, val, count_classes(train, val))
 
 
 def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Plan:
@@ -95,7 +95,7 @@ def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Pla
 
 
 class HostAugment:
-    """Flip and timm's automatic augmentation, or colour jitter, of a slot's crops, in the worker.
+    """Flip and timm's automatic augmentation, or color jitter, of a slot's crops, in the worker.
 
     Raises:
         InputError: timm does not know the policy, or would ignore a part of it.
@@ -109,7 +109,7 @@ class HostAugment:
             _, self.transform, _ = create_transform(  # pyright: ignore
                 config.input_size,
                 is_training=True,
-                separate=True,  # crop and flip, what we want, tensor and normalisation
+                separate=True,  # crop and flip, what we want, tensor and normalization
                 auto_augment=None if config.aa in ("", "none") else config.aa,
                 color_jitter=config.color_jitter,
                 interpolation="bicubic",
@@ -153,7 +153,7 @@ def refuse_too_many(transform: Any) -> None:
 
 
 class DeviceAugment:
-    """Normalise, erase, mix: a micro-batch of crops and labels, ready for network and loss."""
+    """Normalize, erase, mix: a micro-batch of crops and labels, ready for network and loss."""
 
     def __init__(self, config: FinetuneConfig, num_classes: int, world: dist.World):
         options = config.regularization

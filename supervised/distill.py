@@ -2,7 +2,7 @@
 2012.12877; XCiT ``losses.py``).
 
 XCiT has no distillation token: the class output learns from both. The teacher sees the student's
-augmented, mixed images, in its own normalisation and resolution, in fp32.
+augmented, mixed images, in its own normalization and resolution, in fp32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def distill(config: DistillConfig) -> None:
     student, facts = build_model(
         config.model, config.start, data.num_classes, run.output_dir, run.seed
     )
-    ours = InputSettings.of_run(dict(options(config))) or InputSettings()
+    ours = InputSettings.from_run(dict(options(config))) or InputSettings()
     checkpoint = Checkpoints(run.output_dir).newest()
     teacher, about = build_teacher(config.teacher, data.num_classes, ours, checkpoint)
     size = teacher.size or config.regularization.input_size

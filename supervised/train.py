@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xcit_dino.data.loader import Batch
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.supervised.config import FinetuneConfig
-from xcit_dino.supervised.data import HostAugment, LabelledData, plan_of
+from xcit_dino.supervised.data import HostAugment, LabeledData, plan_of
 from xcit_dino.supervised.trainer import Method, SupervisedTrainer, say_average, set_up
 from xcit_dino.supervised.validation import Validation
 from xcit_dino.train import loop, optim
@@ -34,7 +34,7 @@ from xcit_dino.train.trainer import crop_loader, images_per_step
 def train_step(
     trainer: SupervisedTrainer, batches: Sequence[Batch], now: Hyperparameters
 ) -> dict[str, Tensor]:
-    """One optimiser step over this rank's micro-batches.
+    """One optimizer step over this rank's micro-batches.
 
     Returns:
         Scalars on the device.
@@ -65,7 +65,7 @@ def forward_backward(
     """Augmentation, network, loss and backward pass of one of ``num_micro`` micro-batches; returns
     the loss.
 
-    step: optimiser steps before this one; sync_gradients: average gradients over ranks.
+    step: optimizer steps before this one; sync_gradients: average gradients over ranks.
     """
     images, targets = trainer.augment(batch)
     config, rank = trainer.config, trainer.world.rank
@@ -87,7 +87,7 @@ def train(
     config: FinetuneConfig,
     method: Method,
     model: nn.Module,
-    data: LabelledData,
+    data: LabeledData,
     world: dist.World,
 ) -> None:
     """Train, or resume training, until the last epoch; then validate and write ``results.json``.
@@ -105,7 +105,7 @@ def train(
     host_transform = HostAugment(regularization, run.seed)
     loader = crop_loader(
         config, world, data.train, plan, regularization.crops,
-        host_transform=host_transform, labelled=True,
+        host_transform=host_transform, labeled=True,
     )  # fmt: skip
     loop.check(config)
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.eval.context import run_options, settings_of
+from xcit_dino.eval.context import resolve_input_settings, run_options
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import ModelConfig, create_model
 from xcit_dino.options import replace
 from xcit_dino.supervised.config import Config, FinetuneConfig, StartConfig
-from xcit_dino.supervised.data import DeviceAugment, LabelledData
+from xcit_dino.supervised.data import DeviceAugment, LabeledData
 from xcit_dino.supervised.optim import adamw
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
@@ -66,9 +66,9 @@ class SupervisedTrainer(Trainer):
 
 
 def set_up(
-    config: FinetuneConfig, method: Method, model: nn.Module, data: LabelledData, world: dist.World
+    config: FinetuneConfig, method: Method, model: nn.Module, data: LabeledData, world: dist.World
 ) -> SupervisedTrainer:
-    """The network on its device, its moving average, the optimiser, and the state of all of it."""
+    """The network on its device, its moving average, the optimizer, and the state of all of it."""
     run, decay = config.run, config.regularization.model_ema_decay
     dtype = resolve_precision(run.precision, world.device)
     if world.size > 1:
@@ -117,15 +117,15 @@ def with_input_settings(config: Config) -> Config:
     start, folder, arch = config.start, config.run.output_dir, config.model.arch
     settings = None
     if has_checkpoint(folder):
-        settings = InputSettings.of_run(run_options(folder))
+        settings = InputSettings.from_run(run_options(folder))
     elif start.pretrained_weights is not None:
         path = weights_file(start.pretrained_weights, "--pretrained_weights")
-        settings = settings_of(arch, path, start.checkpoint_key)
+        settings = resolve_input_settings(arch, path, start.checkpoint_key)
     settings = settings or InputSettings()
     own = config.regularization
     found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
     if dist.is_main() and found["mean"] != IMAGENET_MEAN:
-        print(f"images are normalised by mean {found['mean']}, std {found['std']}", flush=True)
+        print(f"images are normalized by mean {found['mean']}, std {found['std']}", flush=True)
     return replace(config, found)
 
 

@@ -15,15 +15,15 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
-from xcit_dino.eval.features import evaluating
-from xcit_dino.eval.linear import top_hits
+from xcit_dino.eval.features import eval_mode
+from xcit_dino.eval.linear import topk_hits
 from xcit_dino.eval.results import write_result
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.options import options
 from xcit_dino.provenance import read_results
 from xcit_dino.supervised.config import FinetuneConfig
-from xcit_dino.supervised.data import LabelledData
+from xcit_dino.supervised.data import LabeledData
 from xcit_dino.supervised.trainer import Method, SupervisedTrainer
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.log import RunLog
@@ -45,7 +45,7 @@ class Validation:
 
     method: Method
     trainer: SupervisedTrainer
-    data: LabelledData
+    data: LabeledData
     schedule: Schedule
 
     def __call__(self, step: int = 0) -> dict[str, float]:
@@ -98,11 +98,11 @@ def accuracies(
     hits = torch.zeros(len(networks) + 1, 2, dtype=torch.float64)
     with dist.together(), ExitStack() as modes, torch.inference_mode():
         for network in networks.values():
-            modes.enter_context(evaluating(network))
+            modes.enter_context(eval_mode(network))
         for images, labels, _ in loader:
             images, labels = context.normalize(images), labels.to(world.device)
             for row, network in enumerate(networks.values()):
-                hits[row] += top_hits(network(images), labels)
+                hits[row] += topk_hits(network(images), labels)
             hits[-1] += len(labels)
     if world.size > 1:
         torch.distributed.all_reduce(hits)
@@ -123,7 +123,7 @@ def context_of(config: FinetuneConfig, world: dist.World) -> Context:
         batch_size_per_gpu=config.validation.eval_batch_size,
         num_workers=config.loader.num_workers,
     )
-    settings = InputSettings.of_run(run) or InputSettings()
+    settings = InputSettings.from_run(run) or InputSettings()
     return make_context(given, settings, run, config.loader.data_path or "", world)
 
 
@@ -131,7 +131,7 @@ def record(
     name: str,
     network: str,
     config: FinetuneConfig,
-    data: LabelledData,
+    data: LabeledData,
     results: Results,
     facts: dict[str, Any],
     checkpoint: Path,

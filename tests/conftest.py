@@ -62,7 +62,7 @@ class RunFolder:
 
 @pytest.fixture(scope="session")
 def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 + 48 labelled images of 32 px in shards."""
+    """96 + 48 labeled images of 32 px in shards."""
     folder = tmp_path_factory.mktemp("shards")
     make(DemoConfig(dst=folder, train=96, val=48))
     return folder
@@ -112,11 +112,11 @@ def run_folder(tmp_path: Path, demo_shards: Path) -> RunFolder:
 
 
 @pytest.fixture
-def unlabelled(tmp_path: Path, demo_shards: Path) -> Path:
+def unlabeled(tmp_path: Path, demo_shards: Path) -> Path:
     """The training images without labels, as train and val."""
     index = ShardIndex.load(demo_shards / "train")
     for split in ("train", "val"):
-        folder = tmp_path / "unlabelled" / split
+        folder = tmp_path / "unlabeled" / split
         folder.mkdir(parents=True)
         samples = []
         for number in range(8):
@@ -124,7 +124,7 @@ def unlabelled(tmp_path: Path, demo_shards: Path) -> Path:
             image = Path(index.path(shard)).read_bytes()[offset : offset + size]
             samples.append(Sample(f"{number:04d}", "jpg", image, -1, {}))
         write_index(folder, [write_shard(folder, "shard-000000.tar", samples)], None)
-    return tmp_path / "unlabelled"
+    return tmp_path / "unlabeled"
 
 
 @pytest.fixture(autouse=True)

@@ -252,8 +252,8 @@ FINETUNE: Cases = RUN | {
     "checkpoint_key": [
         turn("student", **W, given={"pretrained_weights": "run"}),
         turn("model_ema", **W, given={"pretrained_weights": "tuned.pth"}),
-        refused("model", by="holds no model", given={"pretrained_weights": "run"}),
-        refused("teacher", by="holds no teacher", given={"pretrained_weights": "student.pth"}),
+        refused("model", by="contains no model", given={"pretrained_weights": "run"}),
+        refused("teacher", by="contains no teacher", given={"pretrained_weights": "student.pth"}),
     ],
     "new_head": [turn("true", **W, given={"pretrained_weights": "tuned.pth"})],
     "cooldown_epochs": [turn("1", **W)],
@@ -302,7 +302,7 @@ COPIED = {"data_path": "file://{here}/data", "cache_dir": "copies"}
 EVAL_TARGET: Cases = {
     "output_dir": [turn("other", **F)],
     "pretrained_weights": [turn("other", **F)],
-    "checkpoint_key": [turn("student", **F), refused("model", "model_ema", by="holds no model")],
+    "checkpoint_key": [turn("student", **F), refused("model", "model_ema", by="contains no model")],
     "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
     "data_path": [turn("data2", **F)],
     "cache_dir": [turn("copies", shows="files", given={"data_path": "file://{here}/data"})],
@@ -342,7 +342,7 @@ LINEAR = EVAL_TARGET | {
 EVALUATE = EVAL_TARGET | {
     "output_dir": [turn("tuned2", **A)],
     "pretrained_weights": [turn("tuned2.pth", **A)],
-    "checkpoint_key": [turn("model_ema", **P), refused("teacher", "student", by="holds no",
+    "checkpoint_key": [turn("model_ema", **P), refused("teacher", "student", by="contains no",
                        given={"pretrained_weights": "ema.pth"})],
     "data_path": [
         turn("broken", shows="calls", given={"max_bad_fraction": "1"}),
@@ -369,7 +369,7 @@ ATTENTION: Cases = {
     "dst": [turn("elsewhere", shows="files")],
     "output_dir": [turn("other", **C)],
     "pretrained_weights": [turn("other", **C)],
-    "checkpoint_key": [turn("student", **C), refused("model", "model_ema", by="holds no model")],
+    "checkpoint_key": [turn("student", **C), refused("model", "model_ema", by="contains no model")],
     "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
     "image_size": [turn("96", "0", **C)],
     "mean": [turn("0.5 0.5 0.5", **C)],
@@ -452,7 +452,7 @@ CONVERT: Cases = {
     "which": [
         turn("model_ema", **C),
         turn("student", "teacher", **C, given={"checkpoint": "run"}),
-        refused("model", by="holds no model", given={"checkpoint": "run"}),
+        refused("model", by="contains no model", given={"checkpoint": "run"}),
     ],
     "layout": [turn("timm", **C, given={"checkpoint": "nano.pth"})],
     "results": RESULTS,

@@ -1,7 +1,7 @@
 """Messages that name an option or a command: a command line that provokes each, and its remedy
 followed by the letter.
 
-Folders in the lines: ``{shards}`` 96 + 48 labelled images, ``{plain}`` such without labels,
+Folders in the lines: ``{shards}`` 96 + 48 labeled images, ``{plain}`` such without labels,
 ``{away}`` an index without its shards, ``{photos}`` two class folders, ``{run}`` a pretraining run,
 ``{weights}`` a network without a run, ``{tmp}`` an empty folder.
 """
@@ -103,7 +103,7 @@ PARSED = [
         "shards check a --batch_size_per_gpu 8 --gpus 1",
     ),
     case(
-        "--decoder cuda: serves --protocol dino only",
+        "--decoder cuda: for --protocol dino only",
         "linear --decoder cuda",
         "linear --decoder cuda --protocol dino",
     ),
@@ -372,7 +372,7 @@ RUN = [
         "shards make {others} {tmp}/another --split val",
     ),
     case(
-        "the images carry no labels, and an accuracy needs them",
+        "the images have no labels, which an accuracy needs",
         f"{KNN} --data_path {{plain}}",
         "shards make {parts} {empty}",
         f"{KNN} --data_path {{empty}}",
@@ -454,7 +454,7 @@ RUN = [
         "--output_dir {tmp}/distilled --teacher_path {tmp}/tuned",
     ),
     case(
-        "tells {} classes apart, and the data have {}; train a head on these data",
+        "has {} classes, and the data have {}; train a head on these data",
         f"evaluate {BARE} --data_path {{shards}} --head {{heads}}/other.pth",
         f"linear {BARE} --data_path {{shards}} --epochs 1 --lrs 0.1 --layers cls",
         f"evaluate {BARE} --data_path {{shards}} --head {{tmp}}/out/linear_head.safetensors",
@@ -649,8 +649,8 @@ ELSEWHERE = {
     "--layer_decay: this backbone does not say its layers": "no such network: test_optim.py",
     "keep --layer_decay as it was, or start": "needs --may_change on a run: test_start.py",
     "--arch {}: it cannot be trained ({})": "no such network at hand: test_timm_backbones.py",
-    "--{} {}: {} does not take images of that size": "networks of timm for one size: test_zoo.py",
-    "xcit-dino knn makes them (embed, where there are no labels)": "needs a report with pictures: "
+    "--{} {}: {} does not accept images of that size": "networks of timm for one size: test_zoo.py",
+    "xcit-dino knn makes them (embed, if there are no labels)": "needs a report with pictures: "
     "test_report.py",
     # need several processes, GPUs or a fault
     "whose statistics cannot be shared among processes": "needs several ranks: test_syncbn.py",
@@ -658,14 +658,14 @@ ELSEWHERE = {
     "cannot be split evenly over": "needs several ranks: test_loader.py",
     "process {} of this node has no GPU of its own": "needs GPUs",
     "is in use by {}; wait for it": "needs a second process: test_lock.py",
-    "gradients were not finite in all {} steps": "a diverging run: test_log.py",
+    "non-finite gradients in all {} steps": "a diverging run: test_log.py",
     "loader workers died {} times": "killed workers: test_faults_inside.py",
     "no image can be read in place of an unreadable one": "damaged shards: test_loader.py",
     "and had {} when it was indexed (xcit-dino shards check": "truncated shards: test_storage.py",
     "--data_path {}: not one image can be read": "needs a validation set of damaged images",
     "videos need PyAV": "needs PyAV to be missing: test_attention.py",
     "no alarms for collapse: --batch_size_per_gpu {}": "a warning of a run: test_sentinel.py",
-    "--grad_checkpointing: this backbone does not have it": "no such backbone: test_compiler.py",
+    "--grad_checkpointing: this backbone does not support it": "no such backbone: test_compiler.py",
     # layouts and lists, whose remedies tests/data/test_layouts.py follows
     **dict.fromkeys(
         [
@@ -692,7 +692,7 @@ ELSEWHERE = {
         "a layout or a list",
     ),
     "--teacher_path: the frozen teacher changed under this run": "test_distillation.py",
-    "--arch: the network takes {} channels": "weights for grey images: tests of the zoo",
+    "--arch: the network expects {} channels": "weights for gray images: tests of the zoo",
     "and this run has {} and {}": "a warning that a run begins with",
     "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",
     # data that a test of its own makes

@@ -185,7 +185,7 @@ class Run:
         return [line["step"] for line in lines if line["event"] == "start"]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Everything in the last checkpoint: student, teacher, centre, optimiser."""
+        """Everything in the last checkpoint: student, teacher, center, optimizer."""
         newest = sorted((self.folder / "checkpoints").glob("*.pth"))[-1]
         return tensors(torch.load(newest, weights_only=True))
 

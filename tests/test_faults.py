@@ -150,7 +150,7 @@ def test_full_disk(small_disk: Path, shards: Path, whole: Path) -> None:
     full = start(run, shards, at_step, 7, after_saving, first, fill, filler)
     assert ended(full) == 1
     words = said(run)
-    assert "No space left on device" in words and "training goes on" in words
+    assert "No space left on device" in words and "training continues" in words
     assert "checkpoint-00000005.pth is intact" in words
     assert steps_reached(words) == STEPS
     filler.unlink()

@@ -47,7 +47,7 @@ def test_out_of_memory_in_a_step(shards: Path, tmp_path: Path) -> None:
     assert ended(start(run, shards, at_step, 2, limit_memory, **options)) == 1
     words = said(run)
     assert "out of memory in step 2 on rank 0: weights, gradients" in words
-    assert "Take --batch_size_per_gpu 5 --accum_iter 2: the same run goes on" in words
+    assert "Take --batch_size_per_gpu 5 --accum_iter 2: the same run resumes" in words
     options |= {"batch_size_per_gpu": 5, "accum_iter": 2}
     assert ended(start(run, shards, **options)) == 0
     assert steps_done(run) == 4 * 20 // 10, "the same steps as planned"
@@ -74,14 +74,14 @@ def test_rank_that_hangs_is_named(shards: Path, tmp_path: Path) -> None:
     ranks = two_ranks(run, shards, watchdog_minutes=1 / 60)
     wait_for(lambda: steps_done(run) >= 3)
     os.kill(ranks[1].pid, signal.SIGSTOP)
-    wait_for(lambda: "does not answer" in said(run))
+    wait_for(lambda: "does not respond" in said(run))
     os.kill(ranks[1].pid, signal.SIGCONT)
     assert [ended(rank) for rank in ranks] == [0, 0]
     words = said(run)
     assert re.search(
         r"no step for \d s after step \d+: rank 0 on \S+ is in: (backward|coll)", words
     )
-    assert "rank 1 does not answer (stopped, or its machine is gone)" in words
+    assert "rank 1 does not respond (stopped, or its machine is gone)" in words
     (stacks,) = list((run / "stalls").glob("*/rank-0.txt"))[:1]
     assert "in train_step" in stacks.read_text()
 
@@ -118,7 +118,7 @@ def test_infinite_gradients_are_skipped(shards: Path, tmp_path: Path) -> None:
     assert [(line["step"], line["in_a_row"]) for line in found] == [(3, 1), (4, 2)]
     assert found[0]["first"].startswith("the gradient of student.head.last_layer.")
     assert len(found[0]["keys"]) == 4 and all(":" in key for key in found[0]["keys"])
-    assert "step 3 skipped: not finite on rank 0: the gradient of student.head" in said(run)
+    assert "step 3 skipped: non-finite on rank 0: the gradient of student.head" in said(run)
 
 
 def test_spoilt_state_is_rolled_back_with_a_lower_rate(shards: Path, tmp_path: Path) -> None:
@@ -128,8 +128,8 @@ def test_spoilt_state_is_rolled_back_with_a_lower_rate(shards: Path, tmp_path: P
     ranks = two_ranks(run, shards, spoil, 7, 9, (1,), 1)
     assert [ended(rank) for rank in ranks] == [0, 0], said(run)
     words = said(run)
-    assert "step 7 skipped: not finite on rank 1: the output of " in words
-    assert "back to checkpoint-00000005.pth, on with 0.5 of the learning rate" in words
+    assert "step 7 skipped: non-finite on rank 1: the output of " in words
+    assert "rolled back to checkpoint-00000005.pth, now 0.5 of the learning rate" in words
     metrics = lines(run)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert not any(line["skipped"] for line in metrics)
@@ -140,12 +140,12 @@ def test_spoilt_state_is_rolled_back_with_a_lower_rate(shards: Path, tmp_path: P
 def test_rolling_back_in_vain_ends_in_words(shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert ended(start(run, shards, spoil, 7, 7, (0,), 99)) == 1
-    assert "in spite of 3 roll-backs: try --precision" in said(run)
+    assert "despite 3 roll-backs: try --precision" in said(run)
     other = tmp_path / "other"
     assert (
         ended(start(other, shards, spoil_gradients, 7, 99, on_nonfinite="stop", max_skipped=4)) == 1
     )
-    assert "gradients were not finite up to step 10 (4 steps in a row)" in said(other)
+    assert "non-finite gradients up to step 10 (4 steps in a row)" in said(other)
 
 
 def finish_with(run: Path, shards: Path, *prepare: Any, **options: Any) -> None:

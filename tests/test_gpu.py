@@ -74,7 +74,7 @@ def test_a_step_is_that_of_float32_on_the_cpu(dtype, tolerance, device):
     for number in range(2):
         want = train_step(plain, [batch_on(torch.device("cpu"), plain, number)], NOW)
         batch = batch_on(device, ours, number)
-        if number:  # the first makes constants and the optimiser's state
+        if number:  # the first makes constants and the optimizer's state
             with no_waiting(device):
                 got = train_step(ours, [batch], NOW)
         else:

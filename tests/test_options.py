@@ -177,7 +177,7 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
         config.num_workers, config.prefetch_factor, [tuple(view.shape) for view in ring.views(0)],
         getattr(work, "resize", 0)))  # fmt: skip
     watch(parallel, "ProcessPoolExecutor", lambda workers, *_: workers)
-    watch(xcit, "recomputed", lambda *_: "")
+    watch(xcit, "checkpointed", lambda *_: "")
     watch(torch.Tensor, "backward", lambda *_: "")
     watch(torch.nn.Module, "compile", lambda *_: "", instead=lambda *_, **__: None)
     watch(knn, "vote_ranks", lambda s, labels, targets, ks, temperature, n: temperature)

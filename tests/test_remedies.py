@@ -125,7 +125,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, demo_shards: Path) -> Path:
 
 @pytest.fixture
 def places(
-    base: Path, demo_shards: Path, run_folder, unlabelled: Path, tmp_path: Path
+    base: Path, demo_shards: Path, run_folder, unlabeled: Path, tmp_path: Path
 ) -> dict[str, Path]:
     """Where each name in a command line leads; what a command may change is a copy."""
     tmp = tmp_path / "own"
@@ -159,7 +159,7 @@ def places(
     }
     return own | given | {
         "tmp": tmp, "empty": tmp_path / "empty", "classes": base / "classes.txt",
-        "shards": demo_shards, "plain": unlabelled, "weights": run_folder.weights,
+        "shards": demo_shards, "plain": unlabeled, "weights": run_folder.weights,
     }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def keep_all() -> None:
     """Drop no checkpoint."""
     from xcit_dino.train import state
 
-    state.drop_unless_read = lambda path: None
+    state.remove_unless_in_use = lambda path: None
 
 
 def results(run: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which arithmetic a device should use."""
+"""Precision of the forward pass on a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     """``auto | bf16 | fp16 | fp32`` -> dtype of the forward pass.
 
-    ``auto``: bf16 where the hardware multiplies it, GPU or CPU; fp32 elsewhere.
+    ``auto``: bf16 if the hardware has bf16 instructions, GPU or CPU; else fp32.
 
     Raises:
         InputError: fp16 on a CPU.

@@ -1,4 +1,4 @@
-"""From a state on a device to bytes on a disk, while training goes on."""
+"""Asynchronous copy of a state from the device to host memory, and its way to disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from xcit_dino.train.distributed.fsdp import all_finite
 
 
 class HostCopy:
-    """A copy of a state's tensors in host memory, which is used again for the next copy.
+    """A copy of a state's tensors in host memory, whose buffers are reused for the next copy.
 
-    Copies from a GPU are queued behind the step that has been done and before the next one, so that
+    Copies from a GPU are queued between the finished step and the next one, so that
     nobody waits: neither the host for the GPU, nor the GPU for the disk.
     """
 
@@ -57,7 +57,7 @@ class Hashed:
     """A file that ``torch.save`` writes to, hashed and counted on the way.
 
     An error of the file system is kept for :meth:`finish`: torch's writer is C++ and would turn it
-    into something unrecognisable.
+    into something unrecognizable.
     """
 
     def __init__(self, file: BinaryIO):
@@ -79,7 +79,7 @@ class Hashed:
         """torch's writer calls it; :meth:`finish` does it."""
 
     def finish(self) -> None:
-        """Bring it all to the disk.
+        """Flush everything to disk.
 
         Raises:
             OSError: that, or something before, failed.
@@ -96,7 +96,7 @@ class Hashed:
 
 
 def first_nonfinite(value: Any, place: str = "") -> str | None:
-    """Path of the first tensor that holds an infinity or NaN ("student.head.mlp.0.weight")."""
+    """Path of the first tensor that contains an infinity or NaN ("student.head.mlp.0.weight")."""
     if isinstance(value, dict):
         found = (first_nonfinite(inner, f"{place}.{key}") for key, inner in value.items())
         return next(filter(None, found), None)
@@ -106,7 +106,7 @@ def first_nonfinite(value: Any, place: str = "") -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring renames in a folder to the disk."""
+    """Flush renames in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
 """``torch.compile`` and activation checkpointing, block by block.
 
-All blocks of a network are one piece of code, so one compiled graph serves them all: what is
-compiled is one for each crop size and network, not one for each layer. Sizes are static. Graphs
-are cached on disc between runs (torch's own cache; TORCHINDUCTOR_CACHE_DIR moves it).
+All blocks of a network share their code, so one compiled graph serves them all: there is
+one for each crop size and network, not one for each layer. Sizes are static. Graphs
+are cached on disk between runs (torch's own cache; TORCHINDUCTOR_CACHE_DIR moves it).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from xcit_dino.errors import InputError
 def compile_blocks(backbone: nn.Module, choice: str, device: torch.device) -> None:
     """Compile the blocks of ``backbone``, in place; parameters keep their names.
 
-    choice: ``on``; ``off``; ``auto``: on GPUs, and where the compiler fails there, torch warns and
-    goes on without it.
+    choice: ``on``; ``off``; ``auto``: on GPUs, and if the compiler fails there, torch warns and
+    continues without it.
 
     Raises:
         InputError: ``on`` for a backbone that is not made of blocks.
@@ -35,12 +35,12 @@ def compile_blocks(backbone: nn.Module, choice: str, device: torch.device) -> No
 
 
 def eager() -> AbstractContextManager[object]:
-    """While it lasts nothing compiled runs: an evaluation's sizes would each need a graph."""
+    """Disable compiled graphs inside the block: an evaluation's sizes would each need a graph."""
     return torch.compiler.set_stance("force_eager")
 
 
 def checkpoint_blocks(backbone: nn.Module) -> None:
-    """Let ``backbone`` compute its blocks' activations again in the backward pass.
+    """Let ``backbone`` recompute its blocks' activations in the backward pass.
 
     Raises:
         InputError: a backbone that cannot.
@@ -50,4 +50,4 @@ def checkpoint_blocks(backbone: nn.Module) -> None:
     elif hasattr(backbone, "set_grad_checkpointing"):  # timm's
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     else:
-        raise InputError("--grad_checkpointing: this backbone does not have it")
+        raise InputError("--grad_checkpointing: this backbone does not support it")

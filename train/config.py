@@ -1,4 +1,4 @@
-"""Options that every training has: the run, and AdamW with its schedules; torch-free."""
+"""Options of every training: the run, and AdamW with its schedules; free of torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class OptimConfig:
     """AdamW and its schedules; names and defaults are those of DINO's ``main_dino.py``."""
 
     lr: float = 0.0005
-    """Peak learning rate for 256 images; scaled linearly with the global batch (DINO's rule)."""
+    """Peak learning rate for batch size 256; scaled linearly with the global batch (DINO's
+    rule)."""
     min_lr: float = 1e-6
     """Learning rate at the end of training; not scaled."""
     warmup_epochs: float = 10.0
@@ -28,8 +29,8 @@ class OptimConfig:
     weight_decay_end: float = 0.4
     """Weight decay at the end (cosine)."""
     clip_grad: float = 3.0
-    """Largest gradient norm: of each parameter in pretraining (as DINO), of all together in
-    finetuning and distillation (as DeiT and XCiT); 0 switches clipping off."""
+    """Maximum gradient norm: per parameter in pretraining (as DINO), over all parameters in
+    finetuning and distillation (as DeiT and XCiT); 0 disables clipping."""
     layer_decay: float = 1.0
     """A layer's learning rate is that of the head times this, once for each layer that it lies
     below the head (BEiT); 1: all the same."""
@@ -44,7 +45,8 @@ class OptimConfig:
         return needs(self.warmup_epochs, "with --warmup_epochs 0", "warmup_lr")
 
     def remarks(self, epochs: int) -> list[str]:
-        """What the schedules of ``epochs`` epochs do that one would not expect, a line each."""
+        """Warnings about unexpected effects of the schedules over ``epochs`` epochs, one per
+        line."""
         if self.warmup_epochs < epochs:
             return []
         given = f"--warmup_epochs {self.warmup_epochs:g} with --epochs {epochs}"
@@ -56,46 +58,47 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and how it computes."""
+    """Run folder, duration, batch, precision, checkpoints and logging."""
 
     output_dir: Path = Path("runs/default")
     """The run folder: config, checkpoints, metrics, results, report."""
     epochs: int = 100
-    """Passes over the data."""
+    """Number of passes over the data."""
     batch_size_per_gpu: int = 64
-    """Images a process takes at once."""
+    """Images per micro-batch of each process."""
     accum_iter: int = 1
-    """Micro-batches a step; the global batch is batch_size_per_gpu x accum_iter x processes."""
+    """Micro-batches per step; the global batch is batch_size_per_gpu x accum_iter x processes."""
     fsdp: bool = False
     """Split weights, their averages, gradients and moments over the processes (FSDP2) instead of
     keeping them in each: for models that leave too little memory. Not with --precision fp16."""
     seed: int = 0
     """Seed of weights, data order, augmentation and drop-path."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Forward arithmetic; weights stay fp32. auto: bf16 where the hardware has it, else fp32."""
+    """Precision of the forward pass; weights stay fp32. auto: bf16 if supported, else fp32."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: cuda where there is one."""
+    """auto: cuda if available."""
     saveckp_freq: int = 20
-    """Keep a checkpoint every so many epochs, beside the newest ones."""
+    """Epochs between checkpoints that are kept permanently, besides the newest ones."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     checkpoint_minutes: float = 10.0
-    """Also save after so many minutes; 0 saves at epoch ends only."""
+    """Minutes between additional checkpoints; 0 saves only at epoch ends."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl and TensorBoard."""
     max_skipped: int = 20
-    """Steps in a row that may be skipped for non-finite gradients."""
+    """Maximum consecutive steps skipped for non-finite gradients."""
     on_nonfinite: Literal["rollback", "stop"] = "rollback"
-    """After --max_skipped steps: back to the last checkpoint with half the learning rate (three
-    times at most), or stop."""
+    """After --max_skipped steps: roll back to the last checkpoint with half the learning rate
+    (three times at most), or stop."""
     watchdog_minutes: float = 10.0
-    """Say where each rank hangs, with stacks, after so long without a step; 0 never does."""
+    """Minutes without a step after which each rank's phase and stacks are reported; 0 disables
+    it."""
     on_stall: Literal["warn", "abort"] = "warn"
-    """abort: after twice --watchdog_minutes the process ends itself, for a launcher to restart."""
+    """abort: after twice --watchdog_minutes the process exits, so that a launcher restarts it."""
     max_steps: int = 0
-    """Stop (resumably) after this optimiser step; 0 runs to the end. Schedules do not change."""
+    """Stop (resumably) after this optimizer step; 0 runs to the end. Schedules do not change."""
     may_change: tuple[str, ...] = ()
-    """Options that may differ from those the run folder was made with."""
+    """Options that may differ from those of the existing run."""
 
     def __post_init__(self) -> None:
         within(self, 1, 1e6, "epochs", "batch_size_per_gpu", "accum_iter")
@@ -110,5 +113,5 @@ class RunConfig:
         return needs(self.watchdog_minutes, "with --watchdog_minutes 0", "on_stall")
 
     def last_step(self, total_steps: int) -> int:
-        """The optimiser step after which training stops, at the latest ``total_steps``."""
+        """The optimizer step after which training stops, at the latest ``total_steps``."""
         return min(total_steps, self.max_steps or total_steps)

@@ -1,4 +1,4 @@
-"""Evaluations between two steps: after the checkpoint, and never the end of a training."""
+"""Evaluations between two steps, after the checkpoint; a failure never ends a training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from xcit_dino.train.run.log import RunLog
 from xcit_dino.train.run.metrics import tolerated
 
 MARK = "evaluating.json"  # in the run folder while an evaluation runs
-MAX_DEATHS = 2  # tries that may end in one evaluation before it is left out
+MAX_DEATHS = 2  # process deaths in one evaluation after which it is skipped
 
 
 class Evaluations:
     """Runs and logs a training's evaluations.
 
-    One that raises is logged, and training goes on. One in which the process ends (its memory, a
-    time limit) is tried again from the checkpoint before it, and left out after ``MAX_DEATHS``
-    times, so that the run gets past it.
+    An exception is logged, and training continues. If the process dies in an evaluation (memory, a
+    time limit), it is retried from the checkpoint before it, and skipped after ``MAX_DEATHS``
+    deaths, so that the run gets past it.
 
     Args:
         folder: of the run.
         log: of the run.
-        compute: step -> numbers and pictures to log; empty where none is due. All ranks call it,
+        compute: step -> metrics and pictures to log; empty if none is due. All ranks call it,
             and it raises on all of them or on none (``dist.together``).
     """
 
@@ -48,7 +48,7 @@ class Evaluations:
                 if dist.is_main():
                     reason = one_line(error, 300)
                     warn(
-                        f"step {step}: the evaluation failed, and training goes on "
+                        f"step {step}: the evaluation failed; training continues "
                         f"({type(error).__name__}: {reason})"
                     )
         self.log.write(step, found)
@@ -63,15 +63,15 @@ class Evaluations:
         return self.log.evaluated(step) or self(step)
 
     def _begin(self, step: int) -> bool:
-        """Note that an evaluation begins; False where too many tries have ended in it."""
+        """Record the start of an evaluation; False if too many attempts died in it."""
         deaths = 0
         with suppress(OSError, ValueError, TypeError, KeyError):
             before = json.loads(self.mark.read_text())
             deaths = before["tries"] if before["step"] == step else 0
         if deaths >= MAX_DEATHS:
             warn(
-                f"step {step}: {deaths} tries of this run ended in its evaluation, which is left "
-                "out now; the memory of the machine may be too small for it"
+                f"step {step}: {deaths} attempts died in its evaluation, which is now "
+                "skipped; the machine may have too little memory for it"
             )
             self.mark.unlink(missing_ok=True)
             return False

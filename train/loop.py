@@ -1,4 +1,4 @@
-"""The loop of every training: what happens around its steps.
+"""The training loop: everything around the steps.
 
 A training supplies its step, data and schedule as a :class:`Training`. Here are the lock on the run
 folder, resuming, the restart of dead loader workers, the vote to stop or save, checkpoints,
@@ -30,24 +30,24 @@ from xcit_dino.train.run.rollback import RollBack, roll_back
 from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
 from xcit_dino.train.watchdog import Watchdog
-from xcit_dino.train.worker_restart import steady
+from xcit_dino.train.worker_restart import restarting_workers
 
 
 class Diagnostics(Protocol):
-    """Judges the logged metrics of a training."""
+    """Monitors the logged metrics of a training (collapse alarms)."""
 
     def observe(self, step: int, line: dict[str, float]) -> dict[str, float]:
-        """Judge a line of the log; returns metrics to log beside it."""
+        """Check a line of the log; returns additional metrics to log."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a resumed training needs to judge as this one would have."""
+        """State with which a resumed training continues the checks."""
         ...
 
 
 @dataclass
 class Training:
-    """What the loop runs; all ranks hold the same."""
+    """A training for the loop to run; the same on all ranks."""
 
     label: str
     """Of the progress bar."""
@@ -59,15 +59,15 @@ class Training:
     train_step: Callable[[Sequence[Batch], Any], dict[str, Tensor]]
     """(this rank's micro-batches, the step's hyperparameters) -> scalars on the device."""
     replay_step: Callable[[int, Sequence[Batch]], Tensor]
-    """Forward and backward passes of a finished step again, counted from 1; its loss."""
+    """Repeat forward and backward passes of a finished step, counted from 1; returns its loss."""
     smaller_options: str
-    """Options that make an image take less memory, for the message when it runs out."""
+    """Options that reduce the memory per image, for the out-of-memory message."""
     batch_unit: int = 1
-    """What a process's batch must be a multiple of."""
+    """A process's batch size must be a multiple of this."""
     initialize: Callable[[], dict[str, Any]] = dict
-    """Loads the initial weights, where there is no checkpoint; returns facts about them."""
+    """Loads the initial weights if there is no checkpoint; returns facts about them."""
     diagnostics: Callable[[dict[str, Any]], Diagnostics] | None = None
-    """Builds the diagnostics from what an earlier attempt saved of them."""
+    """Builds the diagnostics from the state saved by an earlier attempt."""
     evaluate: Callable[[int], dict[str, Any]] = lambda step: {}
     """Step -> metrics and pictures to log."""
     evaluation_due: Callable[[int], bool] = lambda step: False
@@ -80,7 +80,7 @@ class Training:
     finish: Callable[[RunLog, Checkpoints, dict[str, Any]], None] = lambda *finished: None
     """Called once after the last step, with ``facts``."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """About the initial weights; kept in checkpoints."""
+    """About the initial weights; stored in checkpoints."""
 
 
 def command(training: Callable[[Any], None], config: Any) -> None:
@@ -100,7 +100,7 @@ def check(config: Any) -> None:
 
 
 def train(training: Training) -> None:
-    """Train, or resume training, until the last step; after a roll-back again from the last
+    """Train, or resume training, until the last step; after a roll-back continue from the last
     checkpoint.
 
     Raises:
@@ -127,12 +127,12 @@ def train(training: Training) -> None:
     dist.barrier()
     if (reason := signals.requested()) and state.step < training.schedule.total_steps:
         signals.clear()  # acted upon; a request made before the loop began was kept until here
-        raise Stopped(f"{reason} after step {state.step}; the same command goes on from there")
+        raise Stopped(f"{reason} after step {state.step}; the same command resumes from there")
 
 
 def resume(training: Training, checkpoints: Checkpoints) -> None:
-    """Load the newest whole checkpoint, or the initial weights; only then, when nothing can refuse
-    the run any more, is its folder written to."""
+    """Load the newest intact checkpoint, or the initial weights; the run folder is written to only
+    afterwards, when the run can no longer be refused."""
     config = training.config
     if (newest := checkpoints.newest()) is None:
         training.facts = training.facts | training.initialize()
@@ -147,7 +147,7 @@ def resume(training: Training, checkpoints: Checkpoints) -> None:
 
 
 def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog) -> None:
-    """Step after step until the last one, or until the run is to stop.
+    """Run steps until the last one, or until the run is to stop.
 
     Raises:
         RollBack: gradients were non-finite for too long, or an evaluation demands it.
@@ -175,7 +175,7 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
             save(training, checkpoints, 0, permanent=False)
         if training.evaluation_due(state.step):
             checkpoints.good = training.judge(state.step, evaluations.catch_up(state.step))
-        for batches in steady(loader, state) if state.step < last_step else ():
+        for batches in restarting_workers(loader, state) if state.step < last_step else ():
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             vote.cast(overdue)
             now = schedule(state.step, state.rollbacks)
@@ -207,8 +207,8 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
 
 
 def save(training: Training, checkpoints: Checkpoints, epoch: int, permanent: bool) -> None:
-    """Write a checkpoint in the background: the state, and what it is a state of."""
-    config, state = training.config, fsdp.whole(training.state.state_dict())
+    """Write a checkpoint in the background: the state and its metadata."""
+    config, state = training.config, fsdp.full_tensors(training.state.state_dict())
     if dist.is_main():
         about = {"epoch": epoch, "arch": config.model.arch, "config": dump_yaml(absolute(config))}
         facts = {"facts": training.facts} if training.facts else {}

@@ -1,4 +1,4 @@
-"""Running out of memory in a step, in words: what it was used for, and what to lower."""
+"""Explain an out-of-memory error in a step: what memory was used for, and what to lower."""
 
 from __future__ import annotations
 
@@ -20,37 +20,38 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA,
 
 @contextmanager
 def explained(state: TrainState, run: RunConfig, sizes: str, unit: int = 1) -> Iterator[None]:
-    """Turn an allocation that fails inside into a message.
+    """Turn a failed allocation inside the block into a message.
 
     Args:
-        sizes: the options of this training that make an image cheaper, as the message names them.
-        unit: a process's batch has to remain a multiple of it.
+        sizes: options of this training that reduce the memory per image, as named in the message.
+        unit: a process's batch size must remain a multiple of this.
 
     Raises:
-        RunError: it names the step, what weights and a micro-batch take, and the options to turn.
+        RunError: names the step, the memory of weights and of a micro-batch, and the options to
+        lower.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        words = str(error)
-        if not isinstance(error, MemoryError) and not any(sign in words for sign in SIGNS):
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in SIGNS):
             raise
         raise RunError(advice(state, run, sizes, unit)) from error
 
 
 def advice(state: TrainState, run: RunConfig, sizes: str, unit: int = 1) -> str:
-    """What was needed and what to lower, in one line; see :func:`explained`."""
+    """The message with memory needed and options to lower; see :func:`explained`."""
     fixed, peak, images = lasting_bytes(state), peak_bytes(), run.batch_size_per_gpu
     each = max(0, peak - fixed) / images
     text = (
         f"out of memory in step {state.step + 1} on rank {dist.rank()}: weights, gradients, "
-        f"optimiser and teacher take {gib(fixed)}, {images} images at once more than "
+        f"optimizer and teacher take {gib(fixed)}, {images} images at once more than "
         f"{gib(peak - fixed)} (some {each / 2**20:.0f} MiB an image). "
     )
     if images % (2 * unit) == 0:
         text += (
             f"Take --batch_size_per_gpu {images // 2} --accum_iter {2 * run.accum_iter}: the "
-            "same run goes on, with the same global batch. Or lower "
+            "same run resumes, with the same global batch. Or lower "
         )
     else:
         text += "Lower "
@@ -58,7 +59,7 @@ def advice(state: TrainState, run: RunConfig, sizes: str, unit: int = 1) -> str:
 
 
 def lasting_bytes(state: TrainState) -> int:
-    """Bytes that stay from step to step: networks, gradients, optimiser."""
+    """Bytes that persist between steps: networks, gradients, optimizer."""
     tensors = [t for module in state.modules.values() for t in module.state_dict().values()]
     moments = [
         value
@@ -67,18 +68,18 @@ def lasting_bytes(state: TrainState) -> int:
         if isinstance(value, Tensor)
     ]
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
-    moments = moments or trained * 2  # before the first step: Adam will keep two of each
+    moments = moments or trained * 2  # before the first step: Adam will keep two moments each
     here = [local(tensor) for tensor in (*tensors, *moments, *trained)]
     return sum(t.numel() * t.element_size() for t in here)
 
 
 def peak_bytes() -> int:
-    """The most that this process has held: on the GPU, or in host memory."""
+    """Peak memory of this process: on the GPU, or in host memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def gib(count: float) -> str:
-    """Bytes in words."""
+    """Format bytes."""
     return f"{count / 2**30:.2f} GiB"

@@ -1,7 +1,7 @@
-"""Steps whose gradients are no numbers: counted, traced to a tensor, written down, undone.
+"""Non-finite gradients: steps are counted, traced to a tensor, recorded, and rolled back.
 
 The step itself skips them on the device, on all ranks together (``optim.step_unless_nonfinite``).
-Here the host learns of it: at once on a CPU, a step late on a GPU, so that nobody waits. Every rank
+Here the host learns of it: at once on a CPU, a step later on a GPU, to avoid waiting. Every rank
 sees the same flags and therefore decides the same.
 """
 
@@ -32,7 +32,7 @@ ADVICE = "try --precision bf16 or fp32, a lower --lr, or a smaller --clip_grad"
 
 
 class Flag(NamedTuple):
-    """Whether a step was skipped, on its way to the host."""
+    """Flag of a skipped step, being copied to the host."""
 
     step: int
     skipped: Tensor
@@ -42,13 +42,13 @@ class Flag(NamedTuple):
 
 @dataclass
 class Skips:
-    """What becomes of skipped steps.
+    """Handles skipped steps.
 
     Args:
-        limit: steps in a row that may be skipped.
-        roll_back: beyond it raise :class:`RollBack`, else RunError.
-        modules: networks and centre; a skipped step must have left them finite.
-        trace: names the first tensor of a step that is not finite on this rank, "" where none is.
+        limit: maximum number of consecutive skipped steps.
+        roll_back: beyond the limit raise :class:`RollBack`, else RunError.
+        modules: networks and center; a skipped step must have left them finite.
+        trace: returns the first non-finite tensor of a step on this rank, "" if there is none.
         keys: of a batch's samples.
         folder: of the run, for ``nonfinite.jsonl`` (``nonfinite.rankN.jsonl`` of other ranks).
     """
@@ -66,7 +66,7 @@ class Skips:
         """Step ``step`` is done; ``skipped`` is 1.0 or 0.0, perhaps still to be computed.
 
         Raises:
-            RollBack, RunError: too many in a row, or one that has spoilt the state.
+            RollBack, RunError: too many in a row, or a corrupted state.
         """
         if not skipped.is_cuda:
             return self._judge(Flag(step, skipped, None, batches))
@@ -90,17 +90,17 @@ class Skips:
         spoilt = first_nonfinite({name: m.state_dict() for name, m in self.modules.items()})
         if not spoilt and self.in_a_row < self.limit:
             return
-        reason = f"{self.in_a_row} steps in a row" + (f", {spoilt} is spoilt" if spoilt else "")
-        reason = f"gradients were not finite up to step {flag.step} ({reason})"
+        reason = f"{self.in_a_row} steps in a row" + (f", {spoilt} is non-finite" if spoilt else "")
+        reason = f"non-finite gradients up to step {flag.step} ({reason})"
         if self.roll_back:
             raise RollBack(reason, ADVICE)
-        raise RunError(f"{reason}; the last checkpoint is from before: {ADVICE}, and go on from it")
+        raise RunError(f"{reason}; the last checkpoint predates them: {ADVICE}, and resume from it")
 
     def _write_down(self, flag: Flag, place: str) -> None:
         rank = dist.rank()
         if place or (self.in_a_row == 1 and rank == 0):
-            what = place or "nothing on this rank, in a second try"
-            warn(f"step {flag.step} skipped: not finite on rank {rank}: {what}")
+            what = place or "nothing on this rank when repeated"
+            warn(f"step {flag.step} skipped: non-finite on rank {rank}: {what}")
         line = {"step": flag.step, "rank": rank, "first": place, "in_a_row": self.in_a_row}
         line["samples"] = [int(s) for batch in flag.batches for s in batch.sources]
         line["keys"] = [key for batch in flag.batches for key in self.keys(batch)]
@@ -116,7 +116,7 @@ def keys_of(index: ShardIndex, config: LoaderConfig, batch: Batch) -> list[str]:
     return [f"{index.shards[s]}:{read_key(source, s, offset)}" for s, offset, _ in places]
 
 
-# -- which tensor it was
+# -- tracing the tensor
 
 
 def first_tensor(
@@ -125,12 +125,12 @@ def first_tensor(
     step: int,
     batches: Sequence[Batch],
 ) -> str:
-    """Do a step's passes again and name the first tensor that is not finite on this rank ("" where
-    none is); afterwards everything is as before. All ranks do it together.
+    """Repeat a step's passes and return the first non-finite tensor on this rank ("" if
+    there is none); afterwards everything is as before. Called on all ranks together.
 
     Args:
         modules: networks and loss.
-        passes: forward and backward over the micro-batches of a step, giving the loss.
+        passes: forward and backward over the micro-batches of a step; returns the loss.
     """
     with undone(modules.values()), watching(modules) as places:
         if not passes(step, batches).isfinite():
@@ -141,7 +141,7 @@ def first_tensor(
 
 @contextmanager
 def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards buffers (batch-norm statistics, centre) are as before, and gradients are gone."""
+    """Afterwards buffers (batch-norm statistics, center) are as before, and gradients are gone."""
     modules = list(modules)
     before = [(b, b.detach().clone()) for m in modules for b in m.buffers()]
     try:
@@ -155,9 +155,9 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def watching(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
-    """Names of the modules whose output was not finite, in the order of computation.
+    """Names of the modules with non-finite output, in the order of computation.
 
-    It raises nothing inside: with synchronised batch-norm, the other ranks wait for this one.
+    It raises nothing inside: with synchronized batch-norm, the other ranks wait for this one.
     """
     found: list[str] = []
 
@@ -175,7 +175,7 @@ def watching(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
 
 
 def gradients(modules: dict[str, nn.Module]) -> list[str]:
-    """Parameters whose gradient is not finite, nearest the loss first."""
+    """Parameters with non-finite gradients, closest to the loss first."""
     named = [pair for top, module in modules.items() for pair in module.named_parameters(top)]
     return [
         f"the gradient of {name}"

@@ -85,11 +85,11 @@ def clip_gradients(
     parameters: Iterable[nn.Parameter], limit: float, *, together: bool = False
 ) -> Tensor:
     """Scale down each gradient whose norm exceeds ``limit`` (dino ``utils.clip_gradients``), or
-    ``together`` all of them by one factor where the norm of all does (torch ``clip_grad_norm_``, as
-    DeiT and XCiT have it). A limit of 0 changes nothing.
+    if ``together`` all of them by one factor if their global norm does (torch ``clip_grad_norm_``,
+    as in DeiT and XCiT). A limit of 0 disables clipping.
 
     Returns:
-        Norms before clipping, one a parameter that has a gradient. Nothing waits for the device.
+        Norms before clipping, one per parameter with a gradient. Does not synchronize the device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded = any(map(is_shard, gradients))
@@ -108,7 +108,7 @@ def clip_gradients(
 def update_ema(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """``target = momentum * target + (1 - momentum) * source`` over parameters; buffers stay.
 
-    DINO's teacher keeps batch-norm statistics of its own (``main_dino.py`` copies parameters only).
+    DINO's teacher keeps its own batch-norm statistics (``main_dino.py`` copies parameters only).
     """
     targets, sources = ([local(p) for p in net.parameters()] for net in (target, source))
     torch._foreach_lerp_(targets, sources, 1.0 - momentum)
@@ -131,12 +131,12 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 def step_unless_nonfinite(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norms: Tensor
 ) -> Tensor:
-    """Take the step, or skip it on the device where a gradient is not finite; nobody waits to know.
+    """Take the step, or skip it on the device if a gradient is non-finite, without synchronization.
 
     The norms are those of gradients averaged over ranks, so all ranks skip together.
 
     Returns:
-        1.0 where the step was skipped, else 0.0, a device scalar.
+        1.0 if the step was skipped, else 0.0, a device scalar.
     """
     skipped = (~torch.isfinite(norms.sum())).float()
     if not scaler.is_enabled():

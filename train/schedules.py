@@ -12,19 +12,19 @@ class Hyperparameters:
     """The scheduled values of one step."""
 
     lr: float
-    """Of the last layer, where lower layers have a share of it."""
+    """Of the last layer; with layer decay, lower layers have a fraction of it."""
     weight_decay: float
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """``schedule(step)``: a pure function, so that a resumed run is where it would have been.
+    """``schedule(step)``: a pure function, so that a resumed run continues exactly.
 
     Args:
         config: of the run, with sections ``run`` and ``optim``.
-        steps_per_epoch: optimiser steps an epoch.
-        global_batch: images a step.
-        cooldown_epochs: the last epochs, at the final values.
+        steps_per_epoch: optimizer steps per epoch.
+        global_batch: images per step.
+        cooldown_epochs: final epochs at the final values.
     """
 
     config: Any
@@ -34,18 +34,18 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return self.config.run.epochs * self.steps_per_epoch
 
     @property
     def peak_lr(self) -> float:
-        """The linear rule: ``lr`` is for 256 images."""
+        """Linear scaling rule: ``lr`` is for batch size 256."""
         return self.config.optim.lr * self.global_batch / 256
 
     def __call__(self, step: int, halvings: int = 0) -> Hyperparameters:
         """Values for step ``step``, counted from 0.
 
-        halvings: of the learning rate, one for each time that the run was rolled back.
+        halvings: of the learning rate, one per roll-back.
         """
         opt = self.config.optim
         warmup = round(opt.warmup_epochs * self.steps_per_epoch)

@@ -6,8 +6,9 @@ import torch
 
 
 def seed_drop_path(seed: int, step: int, rank: int) -> None:
-    """Give drop-path, the one user of torch's generator, numbers that depend on nothing else.
+    """Seed torch's generator, which only drop-path uses, so that its numbers depend on nothing
+    else.
 
-    torch takes 64 bits, which seeds from some hundred millions on would overflow.
+    torch accepts 64 bits, which seeds from some hundred millions on would overflow.
     """
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**64)

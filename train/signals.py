@@ -1,8 +1,8 @@
-"""Stopping between two steps, together: signals set a flag, ranks agree, the loop saves and leaves.
+"""Coordinated stop between two steps: signals set a flag, ranks agree, the loop saves and exits.
 
-A signal reaches the ranks at different times, perhaps only one of them. Every rank therefore brings
-its flag to a tiny all-reduce each step; whoever heard a signal stops all of them after the same
-step.
+A signal reaches the ranks at different times, or only one of them. Every rank therefore brings
+its flag to a tiny all-reduce each step; any rank that received a signal stops all of them after the
+same step.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a job listens for signals before it spends seconds on importing torch
+if TYPE_CHECKING:  # a job installs its handlers before it spends seconds on importing torch
     import torch.distributed as dist
 
 TOGETHER = 0.5  # seconds
-SAVE, STOP = 1, 2  # what a rank can wish for; who stops saves, too
+SAVE, STOP = 1, 2  # votes; stopping includes saving
 _reason: str | None = None
 
 
 def request(reason: str) -> None:
-    """Ask this process to stop after the step it is in."""
+    """Request this process to stop after the current step."""
     global _reason
     _reason = _reason or reason
 
@@ -34,12 +34,12 @@ def clear() -> None:
 
 
 def requested() -> str | None:
-    """Why this process was asked to stop, or None."""
+    """Reason of the stop request, or None."""
     return _reason
 
 
 def install(*signals: signal.Signals) -> None:
-    """Let signals ask for a stop; a second one of the same kind leaves at once.
+    """Let signals request a stop; a second one of the same kind exits at once.
 
     Ctrl-C in a terminal reaches a rank from the terminal and from torchrun: repeats that follow
     within ``TOGETHER`` seconds are the same request.
@@ -57,10 +57,10 @@ def install(*signals: signal.Signals) -> None:
 
 
 class Vote:
-    """All ranks' wishes, combined while the step runs: the greatest one counts.
+    """Votes of all ranks, combined while the step runs: the maximum counts.
 
     ``cast`` starts the all-reduce at the beginning of a step and ``result`` reads it at the end, so
-    that agreeing costs no waiting. It runs on CPU tensors (gloo) and never touches the GPU.
+    that the vote costs no waiting. It runs on CPU tensors (gloo) and never touches the GPU.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Vote:
             self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
 
     def result(self) -> int:
-        """STOP, SAVE or 0, on all ranks alike: the wishes of when :meth:`cast` was called."""
+        """STOP, SAVE or 0, the same on all ranks: the votes at the time of :meth:`cast`."""
         if self.work is not None:
             self.work.wait()
             self.work = None

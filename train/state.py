@@ -1,7 +1,7 @@
-"""All that changes during a run, in one object; checkpoints that are whole or not there.
+"""The complete training state in one object, and atomic checkpoints of it.
 
-What is random in a step (data order, crops, augmentation, drop-path) is a function of seed and
-step, so the step number is the whole random state and the whole data cursor.
+All randomness of a step (data order, crops, augmentation, drop-path) is a function of seed and
+step, so the step number alone is the random state and the position in the data.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from xcit_dino.errors import InputError, RunError, one_line, warn
 from xcit_dino.files import write_atomic
 from xcit_dino.models.checkpoints import (
     all_checkpoints,
-    drop_unless_read,
-    facts_of,
-    is_whole,
-    newest_whole,
+    is_intact,
+    newest_intact,
+    read_metadata,
+    remove_unless_in_use,
     step_of,
 )
 from xcit_dino.provenance import now
@@ -37,9 +37,9 @@ FORMAT = 2
 
 @dataclass
 class TrainState:
-    """Networks, optimiser, gradient scaler, which data and options, and how far the run is."""
+    """Networks, optimizer, gradient scaler, which data and options, and how far the run is."""
 
-    modules: dict[str, nn.Module]  # student, teacher and loss (its centre)
+    modules: dict[str, nn.Module]  # student, teacher and loss (its center)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     data: str  # checksum of the index
@@ -47,7 +47,7 @@ class TrainState:
     step: int = 0
     frozen: str = ""  # checksum of a frozen teacher, which checkpoints do not hold
     rollbacks: int = 0  # each halves the learning rate of what follows
-    log: dict[str, Any] = field(default_factory=dict)  # what RunLog and the alarms have gathered
+    log: dict[str, Any] = field(default_factory=dict)  # running sums of RunLog and the alarms
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, readable with ``torch.load(weights_only=True)``."""
@@ -104,7 +104,7 @@ class TrainState:
             self.optimizer.load_state_dict(saved)
         except ValueError as error:  # groups of other parameters
             raise InputError(
-                f"the optimiser of the checkpoint has {len(saved['param_groups'])} groups of "
+                f"the optimizer of the checkpoint has {len(saved['param_groups'])} groups of "
                 f"parameters, and this run {len(scales)}: keep --layer_decay as it was, or start "
                 "another --output_dir"
             ) from error
@@ -113,13 +113,13 @@ class TrainState:
 
 
 class Checkpoints(AbstractContextManager):
-    """The ``checkpoints/`` folder of a run: ``checkpoint-STEP.pth`` and a small JSON beside each.
+    """The ``checkpoints/`` folder of a run: ``checkpoint-STEP.pth``, each with a small JSON.
 
     The JSON (step, size, SHA-256, time) is written first and the checkpoint renamed to its final
-    name last: one that is there is whole, and one that the JSON does not vouch for is damaged.
+    name last: an existing one is complete, and one that does not match its JSON is damaged.
 
-    Writing happens in a thread, from a copy in host memory; training waits for the copy only. As a
-    context, it ends when the last one is written.
+    Writing happens in a thread, from a copy in host memory; training waits only for the copy. As a
+    context manager, it waits for the last one at the end.
     """
 
     def __init__(self, run_folder: Path, keep: int = 2):
@@ -134,18 +134,19 @@ class Checkpoints(AbstractContextManager):
         self._error: BaseException | None = None
 
     def save(self, state: dict[str, Any], permanent: bool = False) -> Path:
-        """Begin to write one, after the one before; older ones beyond ``keep`` are then dropped.
+        """Start writing a checkpoint, after the previous one; older ones beyond ``keep`` are
+        deleted.
 
-        Where the file system refuses (full, read-only, no permission), a warning says so, the
-        checkpoints that are there stay, and the next call tries again.
+        If the file system refuses (full, read-only, no permission), a warning is printed, the
+        existing checkpoints stay, and the next call tries again.
 
         Returns:
-            The path it will have; see :meth:`wait`.
+            Its final path; see :meth:`wait`.
 
         Raises:
-            Exception: what went wrong with the one before, beyond the file system.
+            Exception: raised while writing the previous one, other than by the file system.
         """
-        with contextlib.suppress(RunError):  # it was said, and this is the next try
+        with contextlib.suppress(RunError):  # already reported, and this is the next try
             self.wait()
         path = self.folder / f"checkpoint-{state['step']:08d}.pth"
         self._thread = threading.Thread(
@@ -158,10 +159,10 @@ class Checkpoints(AbstractContextManager):
         return path
 
     def wait(self) -> None:
-        """Return once the checkpoint being written is there.
+        """Wait until the checkpoint being written is complete.
 
         Raises:
-            RunError: the file system refused the last one, or it was not finite.
+            RunError: the file system refused the last one, or it was non-finite.
         """
         self._join()
         error, self._error = self._error, None
@@ -170,7 +171,7 @@ class Checkpoints(AbstractContextManager):
             kept = f"{there[-1].name} is intact" if there else "there is none yet"
             raise RunError(
                 f"the last checkpoint could not be written to {self.folder} ({error}); {kept}: "
-                "mend that, and the same command goes on from there"
+                "fix that, and the same command resumes from there"
             ) from error
         if error is not None:
             raise error
@@ -178,18 +179,18 @@ class Checkpoints(AbstractContextManager):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        self._join()  # where the run ends for another reason, that is the one to show
+        self._join()  # if the run ends for another reason, that one is shown
 
     def _join(self) -> None:
-        """Return once nothing is being written."""
+        """Wait until nothing is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def newest(self) -> Path | None:
-        """The newest whole checkpoint; damaged ones are named and passed over, nothing is changed.
+        """The newest intact checkpoint; damaged ones are reported and skipped. Read-only.
 
-        Where there are several ranks, all have to ask: rank 0 looks, for all of them.
+        To be called on all ranks: rank 0 looks, for all of them.
         """
         return dist.from_main(self._newest)
 
@@ -198,18 +199,18 @@ class Checkpoints(AbstractContextManager):
         self._damaged = []
         for path in reversed(self.all()):
             with contextlib.suppress(FileNotFoundError):
-                if is_whole(path):
+                if is_intact(path):
                     return path
-                warn(f"{path} is damaged and is passed over")
+                warn(f"{path} is damaged and is skipped")
                 self._damaged.append(path)
         return None
 
     def all(self) -> list[Path]:
-        """Checkpoints, whole or not, oldest first."""
+        """All checkpoints, intact or not, oldest first."""
         return all_checkpoints(self.folder)
 
     def clean(self) -> None:
-        """Remove what a killed process left half-written, and rename what :meth:`newest` found
+        """Remove partial files of a killed process, and rename what :meth:`newest` found
         damaged to ``*.damaged``; for the owner of the run folder only."""
         self._join()
         for path in self._damaged:
@@ -224,28 +225,30 @@ class Checkpoints(AbstractContextManager):
                 path.unlink()
 
     def _write(self, copy: HostCopy, path: Path, permanent: bool) -> None:
-        """In the thread: write, vouch, show, drop old ones."""
+        """In the thread: write the file, its JSON, rename, delete old ones."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             state = copy.ready()
             if place := first_nonfinite(state):
-                raise RunError(f"{path.name} was not written: {place} is not finite")
+                raise RunError(f"{path.name} was not written: {place} is non-finite")
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 output = Hashed(file)
-                torch.save(state, output)  # type: ignore[arg-type] # whatever has write() will do
+                torch.save(state, output)  # type: ignore[arg-type] # anything with write() works
                 output.finish()
             facts = {"step": state["step"], "bytes": output.bytes, "sha256": output.checksum}
             facts |= {"permanent": permanent, "time": now()}
             write_atomic(path.with_suffix(".json"), json.dumps(facts) + "\n")
             os.replace(temporary, path)
-            sync_folder(self.folder)  # before older ones go
+            sync_folder(self.folder)  # before older ones are deleted
             self._drop_old()
         except BaseException as error:
             self._error = error
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            warn(f"{error}; training goes on, and the next checkpoint is tried when it is due")
+            warn(
+                f"{error}; training continues, and the next checkpoint is attempted when it is due"
+            )
 
     def drop_after(self, step: int) -> None:
         """Give up the checkpoints of later steps than ``step``."""
@@ -256,23 +259,23 @@ class Checkpoints(AbstractContextManager):
                 path.with_suffix(".json").unlink(missing_ok=True)
 
     def _drop_old(self) -> None:
-        passing = [p for p in self.all() if not facts_of(p).get("permanent", True)]
+        passing = [p for p in self.all() if not read_metadata(p).get("permanent", True)]
         good = [p for p in self.all() if self.good is not None and step_of(p) <= self.good][-1:]
         for path in passing[: -self.keep]:
             if path not in good:
-                drop_unless_read(path)
+                remove_unless_in_use(path)
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
-    """See :func:`newest_whole`; all ranks have to call it."""
-    return dist.from_main(lambda: newest_whole(run_folder))
+    """See :func:`newest_intact`; to be called on all ranks."""
+    return dist.from_main(lambda: newest_intact(run_folder))
 
 
 def has_checkpoint(run_folder: Path) -> bool:
-    """Whether a run folder holds a whole checkpoint, which then has all weights needed; all ranks
-    have to call it."""
+    """Whether a run folder contains an intact checkpoint, which then has all weights needed; to be
+    called on all ranks."""
     found = Checkpoints(run_folder).all()
-    return dist.from_main(lambda: any(is_whole(path) for path in reversed(found)))
+    return dist.from_main(lambda: any(is_intact(path) for path in reversed(found)))
 
 
 def weights_file(path: Path, option: str) -> Path:
@@ -285,9 +288,9 @@ def weights_file(path: Path, option: str) -> Path:
 
 
 def _weights_file(path: Path, option: str) -> Path:
-    found = newest_whole(path) if path.is_dir() else path
+    found = newest_intact(path) if path.is_dir() else path
     if found is None:
-        raise InputError(f"{option} {path}: this folder holds no checkpoint; train first")
+        raise InputError(f"{option} {path}: no checkpoint in this folder; train first")
     if not found.is_file():
         raise InputError(f"{option} {path}: no such file")
     return found

@@ -1,4 +1,4 @@
-"""What a training step works with, whatever the method."""
+"""Networks and settings of a training step, common to all methods."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from xcit_dino.train.state import TrainState
 
 @dataclass
 class Trainer:
-    """The networks of a method and how they compute; methods add their own."""
+    """The networks of a method and their precision; methods add their own fields."""
 
     config: Any
     world: dist.World
@@ -32,15 +32,15 @@ class Trainer:
     """Of the forward pass."""
     state: TrainState
     parallel: nn.Module
-    """The trained network, in DistributedDataParallel where several ranks hold all of it."""
+    """The trained network, in DistributedDataParallel if several ranks hold full copies."""
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a part of the networks only (FSDP)."""
+        """Whether each rank holds only a part of the networks (FSDP)."""
         return is_sharded(self.parallel)
 
     def sync_gradients(self, now: bool) -> AbstractContextManager[None]:
-        """Whether the backward pass inside averages gradients over ranks: once a step."""
+        """Whether the backward pass inside averages gradients over ranks: once per step."""
         if self.sharded:
             self.parallel.set_requires_gradient_sync(now)  # type: ignore[operator]
         elif isinstance(self.parallel, DistributedDataParallel) and not now:
@@ -53,7 +53,7 @@ class Trainer:
         if not self.sharded:
             return network
         copy = create_model(self.config.model.arch, num_classes=num_classes).requires_grad_(False)
-        copy.load_state_dict(fsdp.whole(network.state_dict(), everywhere=True))
+        copy.load_state_dict(fsdp.full_tensors(network.state_dict(), everywhere=True))
         return copy.to(self.world.device).train(network.training)
 
 

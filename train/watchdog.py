@@ -1,8 +1,8 @@
-"""Says where a run hangs: which rank, in which phase, with the stacks of all its threads.
+"""Reports where a run hangs: rank, phase, and the stacks of all threads.
 
-Nothing has to be marked in the step: the phase is read off the main thread's stack, from outside,
+The step needs no instrumentation: the phase is read off the main thread's stack, from outside,
 once no step has finished for a while. Each rank's watchdog writes a report into the run folder, and
-the first to look finds the ranks whose report says what the others wait for, or is missing.
+the first to look identifies the ranks for which the others wait, or whose report is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from xcit_dino.errors import warn
 from xcit_dino.train.distributed import dist
 
 FOLDER = "stalls"
-# innermost frame that says something: (end of the file name, function or "") -> phase
+# innermost known frame: (end of the file name, function or "") -> phase
 PHASES = (
     (("torch/distributed/", ""), "collective"),
     (("train/distributed/dist.py", ""), "collective"),
@@ -36,7 +36,7 @@ PHASES = (
     (("torch/utils/data/", ""), "data"),
     (("train/state.py", ""), "checkpoint"),
     (("train/async_copy.py", ""), "checkpoint"),
-    (("train/optim.py", ""), "optimiser"),
+    (("train/optim.py", ""), "optimizer"),
     (("train/evaluation.py", ""), "evaluation"),
     (("supervised/validation.py", ""), "evaluation"),
     (("", "train_step"), "forward"),
@@ -45,13 +45,14 @@ EVALUATIONS = ("train/evaluation.py", "supervised/validation.py")
 
 
 class Watchdog(AbstractContextManager):
-    """Watches the steps of this process from a thread, as a context.
+    """Monitors the steps of this process from a thread, as a context manager.
 
     Args:
         folder: of the run; reports and stacks go into its ``stalls/``.
-        minutes: without a step after which the run counts as hanging; 0 switches it off.
-        abort: end the process after as long again (unless it evaluates, which may take long), so
-            that its launcher can start the run anew.
+        minutes: time without a step after which the run counts as hanging; 0 disables it.
+        abort: end the process after the same time again (unless it evaluates, which may take long),
+        so
+            that its launcher can restart the run.
     """
 
     def __init__(self, folder: Path, minutes: float, abort: bool = False):
@@ -66,7 +67,7 @@ class Watchdog(AbstractContextManager):
 
     def __enter__(self) -> Watchdog:
         if self.seconds:
-            self._arm()  # here, for the thread may not get that far before a hang
+            self._arm()  # here, as the thread may not get that far before a hang
             self.thread.start()
         return self
 
@@ -77,15 +78,15 @@ class Watchdog(AbstractContextManager):
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, step: int) -> None:
-        """A step is done."""
+        """To be called after each step."""
         self.step, self.at = step, time.monotonic()
 
     def phase(self) -> str:
-        """What the main thread is doing."""
+        """Phase of the main thread."""
         return phase_of(sys._current_frames().get(self.main or 0))
 
     def evaluates(self) -> bool:
-        """Whether the main thread is in an evaluation, however deep: reading its images, say."""
+        """Whether the main thread is inside an evaluation, at any depth."""
         return is_evaluation(sys._current_frames().get(self.main or 0))
 
     def _watch(self) -> None:
@@ -101,18 +102,18 @@ class Watchdog(AbstractContextManager):
                 os._exit(1)
 
     def _arm(self) -> None:
-        """A timer outside of Python, put off again and again: it goes off in a hang that keeps
-        Python's own lock, and so the watching thread too, from getting on."""
+        """A timer outside of Python, repeatedly postponed: it fires in a hang that holds
+        Python's GIL, which also blocks the watchdog thread."""
         faulthandler.dump_traceback_later(
             2 * self.seconds, exit=self.abort, file=sys.__stderr__ or sys.stderr
         )
 
     def _report(self, silent: float) -> None:
-        """Write down where this rank is, then say what is known of all."""
+        """Write this rank's report, then print what is known of all ranks."""
         rank, phase = dist.rank(), self.phase()
         place = self.folder / f"step-{self.step:08d}"
         facts = {"rank": rank, "phase": phase, "host": socket.gethostname(), "pid": os.getpid()}
-        with suppress(OSError):  # a full disk may be why it hangs
+        with suppress(OSError):  # a full disk may be the cause of the hang
             place.mkdir(parents=True, exist_ok=True)
             with open(place / f"rank-{rank}.txt", "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -126,7 +127,7 @@ class Watchdog(AbstractContextManager):
 
 
 def phase_of(frame: FrameType | None) -> str:
-    """What a thread is doing, from its innermost frame inwards out."""
+    """Phase of a thread, from the innermost known frame."""
     for file, function in stack_of(frame):
         for (part, name), phase in PHASES:
             if part in file and name in ("", function):
@@ -156,7 +157,7 @@ def blamed(place: Path, ranks: int) -> list[str]:
         with suppress(OSError, ValueError):
             facts = json.loads(path.read_text())
             found[facts["rank"]] = facts
-    lines = [f"rank {r} does not answer (stopped, or its machine is gone)"
+    lines = [f"rank {r} does not respond (stopped, or its machine is down)"
              for r in range(ranks) if r not in found]  # fmt: skip
     for rank, facts in sorted(found.items()):
         if facts["phase"] not in ("collective", "backward"):

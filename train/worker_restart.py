@@ -1,4 +1,4 @@
-"""Data go on when a process that prepares them dies, and changed shards are noticed."""
+"""Restart dead loader workers, and detect changed shards."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from xcit_dino.train.state import TrainState
 MAX_DEATHS = 3
 
 
-def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
-    """The loader's steps from ``state.step`` on; where a worker process dies, from new workers.
+def restarting_workers(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
+    """Yield the loader's steps from ``state.step`` on; if a worker process dies, restart the
+    workers.
 
     Raises:
-        RunError: they die again and again without a step between.
+        RunError: they die repeatedly without a step in between.
     """
     deaths, last = 0, -1
     while deaths < MAX_DEATHS:
@@ -28,7 +29,7 @@ def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
             try:
                 for batches in steps:
                     # torch's handler would raise wherever the main thread is, halfway through a
-                    # step; without it a death is noticed where the loader is asked for more
+                    # step; without it a death is noticed at the next request to the loader
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     yield batches
             except RuntimeError as error:
@@ -39,13 +40,13 @@ def steady(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
     raise RunError(
         f"loader workers died {MAX_DEATHS} times at step {state.step + 1}, most likely because the "
         "machine ran out of memory: with a lower --num_workers or --prefetch_factor the same "
-        "command goes on"
+        "command resumes"
     )
 
 
 def check_shards(index: ShardIndex) -> None:
-    """Say which shards on a local file system are gone, or are not as long as when the index was
-    made. Their unreadable samples will be left out; too many of them end the run."""
+    """Warn about shards on a local file system that are gone, or changed in size since the index
+    was made. Their unreadable samples will be skipped; too many of them end the run."""
     if is_url(index.root):
         return  # remote shards are checked when they are fetched
     for number, expected in enumerate(index.shard_bytes.tolist()):
@@ -56,5 +57,5 @@ def check_shards(index: ShardIndex) -> None:
         if found != f"has {expected:,} bytes":
             warn(
                 f"--data_path: {index.path(number)} {found} and had {expected:,} when it was "
-                "indexed (xcit-dino shards check says what is wrong)"
+                "indexed (xcit-dino shards check finds the cause)"
             )

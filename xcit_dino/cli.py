@@ -1,4 +1,4 @@
-"""``xcit-dino COMMAND``: sub-commands, each imported only when it is called."""
+"""``xcit-dino COMMAND``: sub-commands, each imported only when called."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from xcit_dino.errors import InputError, RunError, Stopped, suggest
 
 
 class Command(NamedTuple):
-    """One sub-command: how its options become a config, and what runs with it."""
+    """One sub-command: where its config comes from, and the function that runs it."""
 
     config: str
     """``module:name`` of a config dataclass or of a function ``argv, prog -> config``; no torch."""
     run: str
-    """``module:function`` that takes the config; imported after the options are checked."""
+    """``module:function``, called with the config; imported after the options are checked."""
     about: str
-    """One line for ``--help``."""
+    """Summary for ``--help``."""
 
 
 COMMANDS = {
@@ -34,15 +34,17 @@ COMMANDS = {
         "data.config:MakeConfig", "data.pack.make:make", "pack images into WebDataset shards"
     ),
     "shards check": Command(
-        "data.config:CheckConfig", "data.shards.check:check", "verify shards, or index foreign ones"
+        "data.config:CheckConfig",
+        "data.shards.check:check",
+        "verify shards, or index those made by other tools",
     ),
     "shards demo": Command(
-        "data.config:DemoConfig", "data.pack.demo:make", "make the built-in images"
+        "data.config:DemoConfig", "data.pack.demo:make", "create the built-in images"
     ),
     "pretrain": Command(
         "ssl.config:pretrain_config",
         "ssl.pretrain:main",
-        "DINO, in this process or under torchrun",
+        "DINO pretraining, in this process or under torchrun",
     ),
     "knn": Command("eval.config:KnnConfig", "eval.knn:run", "weighted k-NN accuracy"),
     "linear": Command("eval.config:LinearConfig", "eval.linear:run", "linear probe"),
@@ -54,12 +56,12 @@ COMMANDS = {
     "finetune": Command(
         "supervised.config:finetune_config",
         "supervised.finetune:main",
-        "a classifier from pretrained weights or from scratch",
+        "train a classifier from pretrained weights or from scratch",
     ),
     "distill": Command(
         "supervised.config:distill_config",
         "supervised.distill:main",
-        "a classifier that learns from a teacher too",
+        "train a classifier with a teacher",
     ),
     "attention": Command(
         "eval.config:AttentionConfig",
@@ -67,7 +69,7 @@ COMMANDS = {
         "class-attention maps over photos",
     ),
     "embed": Command(
-        "eval.config:EmbedConfig", "eval.embed:run", "features of images, labelled or not"
+        "eval.config:EmbedConfig", "eval.embed:run", "features of images, labeled or not"
     ),
     "watch": Command(
         "slurm.tools.monitor:WatchConfig", "slurm.tools.monitor:run", "a run's progress, live"
@@ -76,7 +78,7 @@ COMMANDS = {
     "report compare": Command(
         "eval.config:CompareConfig",
         "report.compare:run",
-        "which run is better, if that can be said",
+        "compare runs, where their protocols allow it",
     ),
     "weights extract": Command(
         "models.config:ExtractConfig",
@@ -103,10 +105,10 @@ COMMANDS = {
     "launch rehearse": Command(
         "slurm.tools.rehearse:rehearse_config",
         "slurm.tools.rehearse:run",
-        "is anything lost on this cluster?",
+        "test stop, requeue and resume on this cluster",
     ),
     "launch cancel": Command(
-        "slurm.config:CancelConfig", "slurm.status:cancel", "save and end a run's jobs"
+        "slurm.config:CancelConfig", "slurm.status:cancel", "save a checkpoint and end a run's jobs"
     ),
 }
 
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_code(words: list[str]) -> int:
     """See :func:`main`."""
     try:
-        name, rest = find_command(words)
+        name, rest = find_command(args)
         if name is None:
             return 0
         return run_command(name, rest)
@@ -137,7 +139,7 @@ def exit_code(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("xcit-dino: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) left
+    except BrokenPipeError:  # the reader of our output (head, less) exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception:
@@ -152,25 +154,25 @@ def one_of_several_ranks() -> bool:
     return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
-def find_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(command, its arguments); where help or version was asked, prints it and returns None.
+def find_command(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(command, its arguments); prints help or version if requested and then returns (None, []).
 
     Raises:
         InputError: no such command.
     """
     for length in (2, 1):
-        name = " ".join(words[:length])
+        name = " ".join(args[:length])
         if name in COMMANDS:
-            return name, list(words[length:])
-    first = words[0] if words else "--help"
+            return name, list(args[length:])
+    first = args[0] if args else "--help"
     if first == "--version":
         print(f"xcit-dino {__version__}")
     elif first in ("-h", "--help", "help"):
         print(overview())
     elif group := [name for name in COMMANDS if name.startswith(f"{first} ")]:
-        if len(words) > 1 and words[1] not in ("-h", "--help"):
+        if len(args) > 1 and args[1] not in ("-h", "--help"):
             choices = [name.split()[1] for name in group]
-            raise InputError(f"no command {first!r} {words[1]!r}; it has {', '.join(choices)}")
+            raise InputError(f"no command {first!r} {args[1]!r}; it has {', '.join(choices)}")
         print(overview(group))
     else:
         raise InputError(f"no command {first!r}{suggest(first, COMMANDS)} (see xcit-dino --help)")
@@ -178,7 +180,7 @@ def find_command(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
-    """The commands with a phrase each."""
+    """The list of commands, each with its summary."""
     lines = [f"  {name:<16} {COMMANDS[name].about}" for name in names]
     return "\n".join(
         ["usage: xcit-dino COMMAND [OPTIONS]   (COMMAND --help lists its options)", "", *lines]
@@ -199,7 +201,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
 
 def load(path: str) -> Any:
-    """``"ssl.config:PretrainConfig"`` -> that object of ``xcit_dino.ssl.config``."""
+    """``"ssl.config:PretrainConfig"`` -> that object in ``xcit_dino.ssl.config``."""
     return resolve_name(f"xcit_dino.{path}")
 
 

@@ -1,4 +1,4 @@
-"""Endings that users are meant to see, each in one line and without a traceback."""
+"""Errors meant for users: each is printed as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on: the message says what happened and what to do. Exit code 1."""
+    """A run cannot continue; the message gives the reason and the remedy. Exit code 1."""
 
 
 class Stopped(Exception):
-    """A run was asked to stop and has saved itself: the same command goes on. Exit code 1."""
+    """A run was stopped by a signal after saving a checkpoint; the same command resumes. Exit code
+    1."""
 
 
 def within(config: Any, low: float, high: float, *names: str) -> None:
-    """Refuse options outside [low, high]; NaN is outside of everything, None was not given.
+    """Refuse options outside [low, high]; NaN is refused, None (not given) is accepted.
 
     Raises:
         InputError: names the option and the range.
@@ -37,8 +38,8 @@ def within(config: Any, low: float, high: float, *names: str) -> None:
 
 
 def needs(there: object, why: str, *names: str) -> dict[str, str]:
-    """``{name: why}`` of options that do nothing unless something is ``there``; for the
-    ``ineffective`` of a config. ``why`` is "without --resize" or the like."""
+    """``{name: why}`` for options without effect unless ``there`` is true; used by the
+    ``ineffective`` method of a config. ``why`` is "without --resize" or the like."""
     return {} if there else dict.fromkeys(names, why)
 
 
@@ -54,5 +55,5 @@ def one_line(error: object, limit: int = 200) -> str:
 
 
 def warn(text: str) -> None:
-    """Say loudly, in one line, what is wrong with a run that goes on."""
+    """Print a one-line warning about a run that continues."""
     print(f"WARNING: {text}", file=sys.stderr, flush=True)

@@ -18,9 +18,9 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def check_writable(folder: Path, remedy: str, named: str = "") -> None:
-    """Refuse, before any work, a folder that results cannot be written to; makes nothing.
+    """Refuse, before any work, a folder that results cannot be written to; creates nothing.
 
-    named: the option and its value, where it is not ``--output_dir``.
+    named: the option and its value, if not ``--output_dir``.
 
     Raises:
         InputError: names the folder and the remedy.
@@ -34,13 +34,13 @@ def check_writable(folder: Path, remedy: str, named: str = "") -> None:
 
 @contextmanager
 def atomic_path(path: Path, temporary: Path | None = None, *, sync: bool = True) -> Iterator[Path]:
-    """A temporary path beside ``path``. The file written there is flushed to disk and takes its
-    final name when the block ends; it is removed where the block fails.
+    """A temporary path next to ``path``. The file written there is flushed to disk and takes its
+    final name when the block ends; it is removed if the block fails.
 
     Args:
-        temporary: another temporary path than one of this process's own, with a suffix that a
-            writer needs, or one that the next process finds if this one is killed.
-        sync: wait for the disk; without, a machine that goes down may leave an empty file.
+        temporary: a different temporary path than the default, which is unique to this process:
+            with a suffix that a writer needs, or one that the next process finds after a kill.
+        sync: wait for the disk; otherwise a crash of the machine may leave an empty file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(_temporary(path.name))
@@ -55,7 +55,7 @@ def atomic_path(path: Path, temporary: Path | None = None, *, sync: bool = True)
 
 
 def write_atomic(path: Path, content: str | bytes | Iterable[bytes], *, sync: bool = True) -> None:
-    """Write a whole file (text as UTF-8) or none, by :func:`atomic_path`."""
+    """Write a file (text as UTF-8) atomically, see :func:`atomic_path`."""
     content = content.encode() if isinstance(content, str) else content
     with atomic_path(path, sync=sync) as temporary, temporary.open("wb") as file:
         for piece in (content,) if isinstance(content, bytes) else content:
@@ -64,8 +64,8 @@ def write_atomic(path: Path, content: str | bytes | Iterable[bytes], *, sync: bo
 
 @contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, which takes its place when the block ends and is removed
-    where it fails; what a killed process of this machine left is removed first."""
+    """A new folder next to ``target``, which replaces it when the block ends and is removed if the
+    block fails; leftovers of killed processes of this machine are removed first."""
     for left in target.parent.glob(_temporary(target.name, "*")):
         pid = left.name.split(".")[-2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
@@ -79,13 +79,13 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
         replace_folder(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # they hold the target, or something else
+        with suppress(OSError):  # not empty: they contain the target, or something else
             for parent in made:
                 parent.rmdir()
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Rename a folder; what is at ``target`` is put aside first and removed afterwards."""
+    """Rename a folder; an existing ``target`` is moved away first and removed afterwards."""
     aside = folder.with_name(f"{folder.name}.old.tmp")
     while True:
         try:
@@ -100,10 +100,10 @@ def replace_folder(folder: Path, target: Path) -> None:
 
 
 class FileLock:
-    """A lock that one process holds alone, or several share; it ends with the process.
+    """An exclusive or shared lock between processes; released when the process ends.
 
-    It is the operating system's (``flock``; NFS carries it too). Where a file system has none, it
-    is given to everybody: what it protects must then still be written whole or not at all.
+    Uses the operating system's ``flock`` (which works over NFS too). On a file system without
+    locks it is always granted, so what it protects must still be written atomically.
     """
 
     def __init__(self, path: Path):
@@ -111,10 +111,10 @@ class FileLock:
         self.file = -1
 
     def take(self, *, shared: bool = False, wait: bool = True) -> bool:
-        """Whether it was taken; always, unless ``wait`` is false.
+        """Acquire the lock; returns False if ``wait`` is false and another process holds it.
 
         Raises:
-            OSError: the lock file cannot be made.
+            OSError: the lock file cannot be created.
         """
         kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
@@ -133,7 +133,7 @@ class FileLock:
             os.close(file)  # its last holder removed it while we waited
 
     def release(self) -> None:
-        """Give it back; of no effect where it is not held."""
+        """Release the lock; no effect if it is not held."""
         if self.file >= 0:
             file, self.file = self.file, -1
             # not by closing alone: a loader's workers may have inherited the file
@@ -150,7 +150,7 @@ class FileLock:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file alone; waits for it."""
+    """Hold an exclusive lock; waits for it."""
     lock = FileLock(path)
     lock.take()
     try:
@@ -166,10 +166,10 @@ def file_sha256(path: Path) -> str:
 
 
 def file_checksum(path: Path) -> str:
-    """The first 16 of those digits, which stand for weights in results and in cache keys."""
+    """The first 16 digits of the SHA-256: identifies weights in results and cache keys."""
     return file_sha256(path)[:16]
 
 
 def _temporary(name: str, process: int | str | None = None) -> str:
-    """Hidden, and of this process alone, on machines that share a folder."""
+    """A hidden name, unique to this process even on machines that share a folder."""
     return f".{name}.{platform.node()}.{os.getpid() if process is None else process}.tmp"

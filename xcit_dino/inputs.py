@@ -1,7 +1,7 @@
-"""A network's input settings: image size, centre crop, interpolation, mean and std of the channels.
+"""A network's input settings: image size, center crop, interpolation, mean and std of the channels.
 
-A network works on images prepared as in its training, so its weights carry these settings: our
-checkpoints in the options of their run, extracted, converted and exported files as
+A network expects images prepared as in its training, so its weights carry these settings: our
+checkpoints in the options of their run; extracted, converted and exported files as
 ``input_settings``.
 """
 
@@ -14,30 +14,30 @@ from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-KEY = "input_settings"  # of a file's metadata
+KEY = "input_settings"  # key in a file's metadata
 Channels = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class InputSettings:
-    """What a network expects of its images; the defaults are those of the published XCiTs."""
+    """Preprocessing expected by a network; the defaults are those of the published XCiTs."""
 
     size: int | None = None
-    """Side of the square input in pixels; None: not known."""
+    """Side of the square input in pixels; None: unknown."""
     crop_ratio: float | None = None
-    """Share of the resized image's side that the centre crop keeps; None: not known."""
+    """Side of the center crop relative to the resized image's shorter side; None: unknown."""
     interpolation: str = "bicubic"
     """How images are resized: bicubic or bilinear, both antialiased."""
     mean: Channels = IMAGENET_MEAN
     """Subtracted from the channels (values in [0, 1])."""
     std: Channels = IMAGENET_STD
-    """The channels are divided by it."""
+    """Divisor of the channels."""
     channels: int = 3
 
     @staticmethod
-    def of_run(options: Mapping[str, Any]) -> InputSettings | None:
-        """Those of the network that a run with these options trains; None where they are not the
-        options of a training."""
+    def from_run(options: Mapping[str, Any]) -> InputSettings | None:
+        """Settings of the network trained with these options; None if they are not the options of
+        a training."""
         size = options.get("input_size") or options.get("global_crops_size")
         if size is None:
             return None
@@ -49,7 +49,7 @@ class InputSettings:
         )
 
     def dump(self) -> str:
-        """As JSON, for the metadata of a file."""
+        """Serialize as JSON, for the metadata of a file."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -57,7 +57,7 @@ class InputSettings:
         """The inverse of :meth:`dump`.
 
         Raises:
-            ValueError: something else, or values that no images can be prepared with.
+            ValueError: malformed, or values out of range.
         """
         facts = json.loads(text)
         if not isinstance(facts, dict):

@@ -1,4 +1,4 @@
-"""Paths as users write them in options and recipes."""
+"""Paths given in options and recipes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from xcit_dino.errors import InputError
 
 LOCATION = "location"
 Location = Annotated[str, LOCATION]
-"""Type of an option that takes a folder, a file or a URL; a plain path is a ``Path``."""
+"""Type of an option that accepts a folder, a file or a URL; a plain path is a ``Path``."""
 NOT_PATHS = ("pipe:", "timm/")
 """What a location that is a command, or the name of a timm model, begins with."""
 
 
 def expand(text: str) -> str:
-    """A path with its leading ``~`` or ``~user`` replaced by that home folder.
+    """Replace a leading ``~`` or ``~user`` by that home folder.
 
-    A shell does so at the beginning of a word alone: ``--output_dir=~/run`` and a path in YAML
-    arrive here unopened.
+    A shell only does so at the start of a word: ``--output_dir=~/run`` and paths in YAML
+    are passed unexpanded.
 
     Raises:
         InputError: there is no such user.

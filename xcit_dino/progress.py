@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with ETA on a terminal, a line a minute elsewhere; rank 0 only."""
+"""Progress of long tasks: a bar with ETA on a terminal, else one line per minute; rank 0 only."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any, Protocol, TypeVar
 from xcit_dino.files import write_atomic
 
 T = TypeVar("T")
-PLAIN_SECONDS = 60.0  # between plain lines, where the output is a log file
-STATE_SECONDS = 1.0  # between states of the bar, for a launcher that shows it elsewhere
-STATE_FILE = "XCIT_DINO_PROGRESS"  # environment variable: where those states go
+PLAIN_SECONDS = 60.0  # between plain lines, when the output is a log file
+STATE_SECONDS = 1.0  # between published states of the bar, which a launcher shows
+STATE_FILE = "XCIT_DINO_PROGRESS"  # environment variable: file for those states
 
 
 class Bar(Protocol):
-    """What :func:`progress` gives."""
+    """Interface of the bar yielded by :func:`progress`."""
 
     def advance(self, amount: float = 1, **shown: Any) -> None:
-        """Count ``amount`` more; ``shown`` are values to print beside the bar (``loss="3.21"``)."""
+        """Advance by ``amount``; ``shown`` are values to display (``loss="3.21"``)."""
         ...
 
     def note(self, text: str) -> None:
-        """Say that something has happened: a line that stays."""
+        """Print a permanent line above the bar."""
         ...
 
 
@@ -37,13 +37,13 @@ def progress(label: str, total: float, unit: str = "", start: float = 0) -> Iter
     """Show ``label`` advancing from ``start`` to ``total``, on stderr.
 
     Args:
-        label: what is being done, two or three words.
-        total: how many units there are.
+        label: of the task, two or three words.
+        total: number of units.
         unit: name of a unit, for the plain lines ("images").
-        start: units that are done already (a resumed run).
+        start: units already done (a resumed run).
     """
     if int(os.environ.get("RANK", "0")):
-        yield Silent()
+        yield SilentBar()
     elif sys.stderr.isatty():
         with RichBar(label, total, start) as bar:
             yield bar
@@ -54,15 +54,15 @@ def progress(label: str, total: float, unit: str = "", start: float = 0) -> Iter
 
 
 def track(items: Iterable[T], label: str, total: float, unit: str = "") -> Iterator[T]:
-    """Iterate with :func:`progress`, one unit an item."""
+    """Iterate with :func:`progress`, one unit per item."""
     with progress(label, total, unit) as bar:
         for item in items:
             yield item
             bar.advance()
 
 
-class Silent:
-    """Nothing is shown."""
+class SilentBar:
+    """A bar that displays nothing."""
 
     def advance(self, amount: float = 1, **shown: Any) -> None: ...
 
@@ -70,7 +70,7 @@ class Silent:
 
 
 class RichBar:
-    """Live: a line with label, share, count, elapsed and ETA, and a line of values below it."""
+    """A live bar with label, count, elapsed time and ETA, and a line of values below it."""
 
     def __init__(self, label: str, total: float, start: float):
         from rich.console import Console
@@ -105,15 +105,15 @@ class RichBar:
     def advance(self, amount: float = 1, **shown: Any) -> None:
         self.bar.advance(self.task, amount)
         if shown:
-            self.show(words(shown))
+            self.show(format_values(shown))
 
     def move_to(self, done: float, shown: str) -> None:
-        """Stand where another process's bar stands."""
+        """Set the position, published by another process."""
         self.bar.update(self.task, completed=done)
         self.show(shown)
 
     def show(self, values: str) -> None:
-        """Put the line of values below the bar."""
+        """Display the line of values below the bar."""
         from rich.console import Group
         from rich.text import Text
 
@@ -124,20 +124,21 @@ class RichBar:
 
 
 class PlainBar:
-    """A line at the first unit, one a minute and one at the end; its state in a file if asked."""
+    """Prints a line at the first unit, one per minute and one at the end; optionally publishes its
+    state to a file."""
 
     def __init__(self, label: str, total: float, unit: str, start: float):
         self.label, self.total, self.unit = label, total, unit
         self.start = self.done = start
         self.began = time.monotonic()
         self.next_line = self.next_state = self.began
-        self.told = -1.0  # units at the last line
+        self.last_printed = -1.0  # units at the last line
         self.shown = ""
         self.state_file = os.environ.get(STATE_FILE)
 
     def advance(self, amount: float = 1, **shown: Any) -> None:
         self.done += amount
-        self.shown = words(shown) or self.shown
+        self.shown = format_values(shown) or self.shown
         if time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + PLAIN_SECONDS
             self.line()
@@ -149,23 +150,23 @@ class PlainBar:
         print(text, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
-        if self.told != self.done:
+        if self.last_printed != self.done:
             self.line()
         if self.state_file:
             self.publish(self.state_file)
 
     def publish(self, path: str) -> None:
-        """Write the state for a launcher that shows this bar; read whole or not at all."""
+        """Write the state atomically, for a launcher that shows this bar."""
         state = {
             name: getattr(self, name)
             for name in ("label", "unit", "start", "done", "total", "shown")
         }
         state |= {"seconds": time.monotonic() - self.began, "time": time.time()}
-        with contextlib.suppress(OSError):  # a full disk must not end the run for this
+        with contextlib.suppress(OSError):  # a full disk must not end the run
             write_atomic(Path(path), json.dumps(state), sync=False)
 
     def line(self) -> None:
-        self.told = self.done
+        self.last_printed = self.done
         seconds = time.monotonic() - self.began
         rate = (self.done - self.start) / max(seconds, 1e-9)
         left = (self.total - self.done) / rate if rate else float("inf")
@@ -174,7 +175,7 @@ class PlainBar:
         print(f"{text}  {eta}  {self.shown}".rstrip(), file=sys.stderr, flush=True)
 
 
-def words(shown: dict[str, Any]) -> str:
+def format_values(shown: dict[str, Any]) -> str:
     """``{"loss": "3.2"}`` -> ``"loss 3.2"``."""
     return "  ".join(f"{name} {value}" for name, value in shown.items())
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: each carries protocol, weights, commit, versions, hardware."""
+"""Provenance of results: each is stored with protocol, weights, commit, versions and hardware."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def now() -> str:
 def commit() -> str:
     """Commit of the checkout (``+changes`` where files differ) or of a snapshot; else "unknown"."""
     root = Path(__file__).resolve().parents[1]
-    if (root / "COMMIT").is_file():  # a copy of the code that a launcher made
+    if (root / "COMMIT").is_file():  # a copy of the code made by the launcher
         return (root / "COMMIT").read_text().strip()
-    if not (root / ".git").exists():  # installed: a repository further up would be another's
+    if not (root / ".git").exists():  # installed: a parent repository would be unrelated
         return "unknown"
     git = ["git", "-C", str(root)]
     try:
@@ -65,7 +65,7 @@ def commit() -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions of Python, this project and the libraries that bear on a result."""
+    """Versions of Python, this project and the libraries that affect a result."""
     from xcit_dino import __version__
 
     found = {"python": platform.python_version(), "xcit-dino": __version__}
@@ -100,20 +100,19 @@ def cpu_name() -> str:
 def record_result(
     folder: Path, name: str, metrics: dict[str, float], protocol: dict[str, Any], **facts: Any
 ) -> None:
-    """Put one evaluation into a run's ``results.json``; commands that end at once wait for each
-    other.
+    """Add one evaluation to a run's ``results.json``, under a lock against concurrent commands.
 
-    The newest result of a name stands under that name. One of another protocol (other weights,
-    another network, crop, k ...) is not lost: it moves to ``NAME@DIGEST``, DIGEST being that of its
+    The newest result of a name is stored under that name. One of another protocol (other weights,
+    another network, crop, k ...) is kept: it moves to ``NAME@DIGEST``, with the digest of its
     protocol. One of the same protocol is replaced.
 
     Args:
         folder: the run folder.
-        name: ``knn``, ``linear``, ``knn/random``, ``knn/pixels`` ...: the evaluation, then what was
-            evaluated where it is not the pretrained backbone.
+        name: ``knn``, ``linear``, ``knn/random``, ``knn/pixels`` ...: the evaluation, then the
+            network if it is not the pretrained backbone.
         metrics: accuracies in percent, and other numbers.
-        protocol: every choice that makes two numbers comparable (k, temperature, crop, network,
-            data checksum).
+        protocol: every choice that has to match for two numbers to be comparable (k, temperature,
+            crop, network, data checksum).
         facts: weights' checksum, wall seconds, and the like.
 
     Raises:
@@ -136,7 +135,7 @@ def record_result(
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """``name -> entry`` of a run folder's ``results.json``; empty where there is none.
+    """``name -> entry`` of a run folder's ``results.json``; empty if there is none.
 
     Raises:
         InputError: it is damaged.
@@ -156,6 +155,6 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def digest(protocol: Any) -> str:
-    """Eight hex digits that stand for a protocol."""
+    """Eight hex digits that identify a protocol."""
     text = json.dumps(protocol, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

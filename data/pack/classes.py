@@ -166,7 +166,7 @@ def numbered(
     classes: list[str] | None,
     listing: Listing,
 ) -> Part:
-    """Class names -> numbers. Images without a label in a labelled set are skipped, and listed."""
+    """Class names -> numbers. Images without a label in a labeled set are skipped, and listed."""
     if not any(image.label for image in images):
         return Part(list(images), [-1] * len(images), None)
     numbers = known if known is not None else {n: i for i, n in enumerate(classes or [])}

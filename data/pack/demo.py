@@ -1,11 +1,11 @@
 """The built-in data set: textured figures under strong nuisance, made in a second.
 
 Twelve classes, each a shape with its texture (striped disk, banded square ...). Position, size,
-rotation, texture frequency and phase, colours, lighting, clutter and noise are drawn at random and
+rotation, texture frequency and phase, colors, lighting, clutter and noise are drawn at random and
 are independent of the class. Two properties make it a fair test of self-supervised pretraining:
 
-* pixels are of little use: a nearest neighbour in raw pixels is one of the same colours and place;
-* what two crops of an image share is the class. Colours change over the image as under coloured
+* pixels are of little use: a nearest neighbor in raw pixels is one of the same colors and place;
+* what two crops of an image share is the class. Colors change over the image as under colored
   lamps, so that they do not identify it, while shape and texture survive a random crop.
 
 Image ``n`` of a split is a function of (seed, split, n) alone, so that more images extend a set.
@@ -224,13 +224,13 @@ def render(numbers: np.ndarray, split: str, size: int, seed: int) -> tuple[np.nd
     draw, labels = _Draws(numbers, split, seed), numbers % len(CLASSES)
     mask, texture = _figures(draw("figure", 8, 1, 1), labels, size)
     # Light and dark of figure and ground differ in either direction, so that edges are visible
-    # whatever the colours are.
+    # whatever the colors are.
     tone = draw("tone", 4, 1, 1, 1)
     sign = np.where(tone[:, 0] < 0.5, np.float32(-1), np.float32(1))
-    ground = _colours(draw("ground", 3, 3, 3), size) - sign * (0.1 + 0.12 * tone[:, 1])
+    ground = _colors(draw("ground", 3, 3, 3), size) - sign * (0.1 + 0.12 * tone[:, 1])
     ground = _strokes(ground, draw("strokes", CLUTTER, 6, 1, 1))
     contrast = np.float32(0.06) + (0.24 + 0.16 * tone[:, 2]) * texture[..., None]
-    figure = _colours(draw("figure colours", 3, 3, 3), size) + sign * contrast
+    figure = _colors(draw("figure colours", 3, 3, 3), size) + sign * contrast
     image = ground + mask[..., None] * (figure - ground)
     noise = (draw("noise", size, size, 3) - np.float32(0.5)) * (0.02 + 0.05 * tone[:, 3])
     image = image * _light(draw("light", 2, 1, 1), size)[..., None] + noise
@@ -239,7 +239,7 @@ def render(numbers: np.ndarray, split: str, size: int, seed: int) -> tuple[np.nd
 
 
 def _pixels(size: int) -> np.ndarray:
-    """Pixel centres from -1 to 1."""
+    """Pixel centers from -1 to 1."""
     return ((np.arange(size, dtype=np.float32) + 0.5) * 2 / size - 1).astype(np.float32)
 
 
@@ -263,8 +263,8 @@ def _figures(u: np.ndarray, labels: np.ndarray, size: int) -> tuple[Plane, Plane
     return coverage, texture
 
 
-def _colours(corners: np.ndarray, size: int) -> np.ndarray:
-    """A smooth colour field [n, size, size, 3] through colours [n, k, k, 3]: several lamps.
+def _colors(corners: np.ndarray, size: int) -> np.ndarray:
+    """A smooth color field [n, size, size, 3] through colors [n, k, k, 3]: several lamps.
 
     The lamps differ little: a field with much structure would identify images by itself, and
     that is what self-supervised training would then learn.

@@ -55,10 +55,10 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
         listing.notes += several_labels(named)
     flat = [s for s, part in named.items() if not any(image.label for image in part)]
     if flat and len(flat) < len(named):
-        labelled = next(split for split in named if split not in flat)
-        folder = shlex.quote(f"{labelled}={found.spelled.get(labelled, labelled)}")
+        labeled = next(split for split in named if split not in flat)
+        folder = shlex.quote(f"{labeled}={found.spelled.get(labeled, labeled)}")
         raise InputError(
-            f"{config.src}: {flat[0]} has no labels, but {labelled} has; give them with --labels "
+            f"{config.src}: {flat[0]} has no labels, but {labeled} has; give them with --labels "
             f"FILE, or leave {flat[0]} out with --splits {folder}"
         )
     known = read_label_map(config.label_map) if config.label_map else None
@@ -122,7 +122,7 @@ def _named(
     if listing.is_list:
         if config.labels is not None:
             raise InputError(f"--labels: {config.src} is a list, which holds the labels itself")
-        parts = {s: [_labelled(i, i.label) for i in part] for s, part in parts.items()}
+        parts = {s: [_labeled(i, i.label) for i in part] for s, part in parts.items()}
         return parts, False
     how = str(config.labels) if config.labels else ""
     if config.label_column and (how in ("", FOLDER_LABELS, NO_LABELS)):
@@ -148,7 +148,7 @@ def _named(
     return _from_file(listing, config, named, flat or list(parts)), len(flat) not in (0, len(parts))
 
 
-def _labelled(image: Image, label: str | None) -> Image:
+def _labeled(image: Image, label: str | None) -> Image:
     label = composed(label.strip()) if label else None
     return image._replace(label=None if (label or "").lower() in UNLABELLED else label)
 
@@ -183,7 +183,7 @@ def _from_file(
         images = [image for image in images if (image.path, image.offset) in chosen]
         labels = by_name(images, config.labels, config.label_column, listing.notes)
         return named | {
-            s: [_labelled(i, labels.get((i.path, i.offset))) for i in named[s]] for s in splits
+            s: [_labeled(i, labels.get((i.path, i.offset))) for i in named[s]] for s in splits
         }
     if config.label_column:
         raise InputError(f"--label_column: {config.labels} has no columns")

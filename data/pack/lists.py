@@ -20,7 +20,7 @@ UNLABELLED = ("", "nan")  # pandas writes nan for a gap
 def list_images(path: Path, label_column: str | None = None) -> Listing:
     """The images that a CSV, TSV, JSONL or text names; paths count from the folder of the list.
 
-    A row without a label is unlabelled. JSONL lines hold ``{"path": ..., "label": ...}``. A column
+    A row without a label is unlabeled. JSONL lines hold ``{"path": ..., "label": ...}``. A column
     called ``split`` assigns rows to the training and the validation set.
 
     Raises:

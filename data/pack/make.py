@@ -224,9 +224,9 @@ def _finish(
 
 def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
     index = ShardIndex.load(folder)
-    labelled = bool((np.asarray(index.labels) >= 0).any())
+    labeled = bool((np.asarray(index.labels) >= 0).any())
     classes = f" of {len(index.classes)} classes" if index.classes else ""
-    classes = classes if labelled else " without labels"
+    classes = classes if labeled else " without labels"
     print(
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"

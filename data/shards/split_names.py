@@ -34,7 +34,7 @@ def split_of(name: str) -> tuple[str, tuple[str, ...]]:
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str]:
-    """``{folder: train | val | test}`` of those among neighbours that are splits.
+    """``{folder: train | val | test}`` of those among neighbors that are splits.
 
     A name with words of its own (``seg_train``) counts only beside another split of these words
     (``seg_test``): alone, ``bullet train`` is a class.

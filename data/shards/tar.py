@@ -37,7 +37,7 @@ class Damage(NamedTuple):
 
 
 class _Window:
-    """Serves small reads from the chunk read last, so that neighbouring headers cost one read."""
+    """Serves small reads from the chunk read last, so that neighboring headers cost one read."""
 
     def __init__(self, read_at: ReadAt):
         self.read_at, self.start, self.data = read_at, 0, b""

@@ -68,7 +68,7 @@ class _Task:
     """int64 [samples, 3]: offset, size, label as the index has them."""
     picked: np.ndarray
     """Which of them to decode."""
-    labelled: bool
+    labeled: bool
     """The set has labels, so that a sample without one is a problem."""
     num_classes: int
 
@@ -101,7 +101,7 @@ class _Tasks(Sequence[_Task]):
 
     def __init__(self, index: ShardIndex, chosen: np.ndarray):
         self.shard_index, self.chosen = index, chosen
-        self.labelled = bool(index.classes) or bool((np.asarray(index.labels) >= 0).any())
+        self.labeled = bool(index.classes) or bool((np.asarray(index.labels) >= 0).any())
 
     def __len__(self) -> int:
         return len(self.shard_index.shards)
@@ -117,7 +117,7 @@ class _Tasks(Sequence[_Task]):
         return _Task(
             index.path(shard), index.shards[shard], int(index.shard_bytes[shard]),
             index.sha256[shard], np.stack(columns, 1), self.chosen[first:last] - start,
-            self.labelled, len(index.classes) if index.classes else MAX_LABEL + 1,
+            self.labeled, len(index.classes) if index.classes else MAX_LABEL + 1,
         )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def _check_labels(
     rows: list[tuple[int, int, int, str]], reported: set[str], task: _Task, report: Report
 ) -> None:
     for _, _, label, key in rows:
-        if task.labelled and label < 0 and key not in reported:
+        if task.labeled and label < 0 and key not in reported:
             report(key, "no label")
         elif label >= task.num_classes:
             report(key, f"label {label} out of range: there are {task.num_classes} classes")

@@ -1,8 +1,8 @@
-"""``xcit-dino attention``: where the class token looks, one map a head, laid over photos (DINO
+"""``xcit-dino attention``: class attention, one map per head, overlaid on photos (DINO
 ``visualize_attention.py``; XCiT's class attention, arXiv 2106.09681, figure 1).
 
 For ``photo.jpg``: ``DST/photo/head-0.png`` ..., ``mean.png`` and ``all.png``, the photo and every
-map side by side (``DST/photo.jpg/`` where there is a ``photo.png`` too). For an animated GIF or
+map side by side (``DST/photo.jpg/`` if there is also a ``photo.png``). For an animated GIF or
 WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a video: ``DST/video.mp4``.
 """
 
@@ -24,7 +24,7 @@ from xcit_dino.data import video
 from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
-from xcit_dino.eval.context import Context, make_context, run_options, settings_of
+from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options
 from xcit_dino.files import check_writable, unfinished_folder, write_atomic
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.xcit import XCiT
@@ -35,8 +35,8 @@ from xcit_dino.train.state import weights_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
 ANIMATED = (".gif", ".webp")
-ENDINGS = ("", ".gif", ".mp4")  # of what is written for a file: a folder, an animation, a video
-WRITTEN = re.compile(r"(head-\d+|mean|all)\.png")  # in that folder
+ENDINGS = ("", ".gif", ".mp4")  # of outputs: a folder, an animation, a video
+WRITTEN = re.compile(r"(head-\d+|mean|all)\.png")  # in the folder
 COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white (like "inferno")
     [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (246, 215, 70), (252, 255, 164)]
 )
@@ -45,10 +45,10 @@ Pixels = NDArray[np.uint8]
 
 
 def run(config: AttentionConfig) -> None:
-    """Write the maps of a photo, an animation, a video or all of a folder.
+    """Write the maps of a photo, an animation, a video or a folder of them.
 
     Raises:
-        InputError: no weights, no XCiT, or nothing that can be read.
+        InputError: no weights, not an XCiT, or nothing readable.
     """
     files = images_in(config.src)
     names = output_names(files, config.dst)
@@ -62,14 +62,14 @@ def run(config: AttentionConfig) -> None:
         except BadImage as reason:
             bad.append(f"{path}: {reason}")
     for line in bad:
-        print(f"left out: {line}", flush=True)
+        print(f"skipped: {line}", flush=True)
     if len(bad) == len(files):
-        raise InputError(f"{config.src}: no image in it could be read")
+        raise InputError(f"{config.src}: no readable image in it")
     print(f"attention maps: {config.dst}", flush=True)
 
 
 def images_in(src: Path) -> list[Path]:
-    """The file, or all images of a folder in the order of their names.
+    """The file, or all images of a folder sorted by name.
 
     Raises:
         InputError: there is none.
@@ -87,16 +87,16 @@ def images_in(src: Path) -> list[Path]:
 
 
 def readable(path: Path) -> bool:
-    """Whether the name says photo, animation or video."""
+    """Whether the suffix is that of a photo, animation or video."""
     return path.suffix.lower() in SUFFIXES + video.SUFFIXES
 
 
 def output_names(files: list[Path], dst: Path) -> dict[Path, str]:
-    """What each file's maps are called: ``photo`` for ``photo.jpg``; where two would then be
-    called alike (``photo.png``), all of them ``photo.jpg``.
+    """Output name of each file: ``photo`` for ``photo.jpg``; if two would then have the same
+    name (``photo.png``), ``photo.jpg`` for all of them.
 
     Raises:
-        InputError: two would still be called alike, or would take the place of other files.
+        InputError: two would still have the same name, or would replace other files.
     """
     same: list[str] = []
     for names in ([path.stem for path in files], [path.name for path in files]):
@@ -118,10 +118,10 @@ def output_names(files: list[Path], dst: Path) -> dict[Path, str]:
 
 
 def check_free(files: list[Path], names: list[str], dst: Path) -> None:
-    """The maps replace nothing but maps of an earlier call.
+    """Check that the maps replace nothing but maps of an earlier call.
 
     Raises:
-        InputError: names what is in their place.
+        InputError: names what would be replaced.
     """
     sources = {path.resolve() for path in files}
     for place in (dst / f"{name}{end}" for name in names for end in ENDINGS):
@@ -133,10 +133,10 @@ def check_free(files: list[Path], names: list[str], dst: Path) -> None:
 
 
 def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
-    """The XCiT with its weights, on its device in evaluation mode, and how images reach it.
+    """The XCiT with its weights, on its device in evaluation mode, and the evaluation context.
 
     Raises:
-        InputError: arch or weights are missing, or another kind of network.
+        InputError: arch or weights are missing, or not an XCiT.
     """
     folder = config.pretrained_weights or config.output_dir
     folder = folder if folder.is_dir() else config.output_dir
@@ -153,7 +153,7 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
     else:
         weights = weights_file(config.output_dir, "--output_dir")
     print(load_backbone(weights, model, config.checkpoint_key), flush=True)
-    settings = settings_of(arch, weights, config.checkpoint_key, options)
+    settings = resolve_input_settings(arch, weights, config.checkpoint_key, options)
     given = EvalTargetConfig(config.output_dir, mean=config.mean, std=config.std)
     context = make_context(given, settings, {}, "", world)
     return model.to(world.device).eval(), context
@@ -162,7 +162,7 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
 def write_maps(
     model: XCiT, path: Path, name: str, config: AttentionConfig, context: Context
 ) -> None:
-    """The maps of one file, called ``name``; see the module's docstring.
+    """Write the maps of one file under ``name``; see the module's docstring.
 
     Raises:
         BadImage: it cannot be read.
@@ -187,10 +187,10 @@ def write_maps(
 
 
 def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
-    """RGB pixels [H, W, 3] and milliseconds of every frame; a photo has one.
+    """Yield RGB pixels [H, W, 3] and duration in ms of every frame; a photo has one.
 
     Raises:
-        BadImage: it cannot be read, or is of absurd size.
+        BadImage: it cannot be read, or is too large.
     """
     raw = path.read_bytes()
     header = read_header(raw)
@@ -209,14 +209,14 @@ def pictures_of(
 ) -> dict[str, Pixels]:
     """``head-0`` ..., ``mean`` and ``all`` for one image [H, W, 3]; each [H', W', 3], H' and W'
     whole patches."""
-    photo = aligned(pixels, config.image_size, model.patch_size)
+    photo = resize_to_patches(pixels, config.image_size, model.patch_size)
     maps = head_maps(model, photo, config, context)
     overlays = {f"head-{i}": overlay(photo, heat) for i, heat in enumerate(maps)}
     overlays["mean"] = overlay(photo, maps.mean(0))
     return overlays | {"all": np.concatenate([photo, *overlays.values()], 1)}
 
 
-def aligned(pixels: Pixels, image_size: int, patch: int) -> Pixels:
+def resize_to_patches(pixels: Pixels, image_size: int, patch: int) -> Pixels:
     """Resize the shorter side to ``image_size`` (0: keep it), and both to whole patches."""
     height, width = pixels.shape[:2]
     factor = image_size / min(height, width) if image_size else 1.0
@@ -230,14 +230,16 @@ def aligned(pixels: Pixels, image_size: int, patch: int) -> Pixels:
 def head_maps(
     model: XCiT, photo: Pixels, config: AttentionConfig, context: Context
 ) -> NDArray[np.float32]:
-    """The attention of each head to each patch, [h, H, W]; below the threshold 0."""
+    """Attention of each head to each patch, [h, H, W]; 0 below the threshold."""
     images = context.normalize(torch.tensor(photo).permute(2, 0, 1)[None])
     maps = model.get_attention(images)[config.layer - 1, 0].float().cpu().numpy()
-    return np.stack([kept(heat, config.threshold) for heat in maps]) if config.threshold else maps
+    return (
+        np.stack([strongest(heat, config.threshold) for heat in maps]) if config.threshold else maps
+    )
 
 
-def kept(heat: NDArray[np.float32], share: float) -> NDArray[np.float32]:
-    """The brightest patches that together hold ``share`` of the map's sum; the others 0."""
+def strongest(heat: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Keep the strongest patches that make up ``share`` of the map's sum; set the others to 0."""
     order = np.argsort(-heat, axis=None, kind="stable")
     running = np.cumsum(heat.flatten()[order])
     count = int(np.searchsorted(running, share * running[-1])) + 1
@@ -247,7 +249,8 @@ def kept(heat: NDArray[np.float32], share: float) -> NDArray[np.float32]:
 
 
 def overlay(photo: Pixels, heat: NDArray[np.float32]) -> Pixels:
-    """The map [H, W] in colours, 0 to its maximum, smoothly enlarged and laid over the photo."""
+    """Overlay a map [H, W] on the photo: color-coded from 0 to its maximum, upsampled
+    bilinearly."""
     height, width = photo.shape[:2]
     level = Image.fromarray((heat / max(float(heat.max()), 1e-12)).astype(np.float32))
     smooth = np.asarray(level.resize((width, height), Image.Resampling.BILINEAR))
@@ -257,7 +260,7 @@ def overlay(photo: Pixels, heat: NDArray[np.float32]) -> Pixels:
 
 
 def save(path: Path, pictures: list[Pixels], **options: Any) -> None:
-    """Write a PNG, or a GIF of several, whole or not at all."""
+    """Write a PNG, or a GIF of several, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     first, *rest = (Image.fromarray(picture) for picture in pictures)

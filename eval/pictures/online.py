@@ -1,5 +1,5 @@
 """Pictures for TensorBoard at each k-NN evaluation of pretraining: the crops as the network sees
-them, attention maps and nearest neighbours of fixed images, the spread of the features."""
+them, attention maps and nearest neighbors of fixed images, the std of the features."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import nn
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.knn import unit_rows
-from xcit_dino.eval.neighbors import spread
+from xcit_dino.eval.neighbors import evenly_spaced
 from xcit_dino.eval.pictures.attention import Pixels
 from xcit_dino.eval.pictures.render import (
     TrainingCrops,
-    attention_of,
-    crops_of,
+    attention_rows,
     framed,
     mosaic,
     photos,
+    training_crops,
 )
 from xcit_dino.train.distributed import dist
 
-FIXED = 6  # images, the same every time
-NEIGHBOURS = 6
+FIXED = 6  # number of images, the same every time
+NEIGHBORS = 6
 CROP_SAMPLES = 2
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A part of a split and its features."""
+class EmbeddedSubset:
+    """A subset of a split and its features."""
 
     index: ShardIndex
     samples: np.ndarray
@@ -48,17 +48,17 @@ class OnlinePictures:
 
     crops_config: TrainingCrops
     context: Context
-    """One process, that of the training, reads a few images."""
+    """With a loader that reads in the main process: the images are few."""
 
     def __call__(
-        self, backbone: nn.Module, epoch: int, bank: Embedded, queries: Embedded
+        self, backbone: nn.Module, epoch: int, bank: EmbeddedSubset, queries: EmbeddedSubset
     ) -> dict[str, np.ndarray]:
-        """Mosaics (uint8 [H, W, 3]) and the deviation of every feature, float32 [D]; what cannot be
-        made is left out with a word: a picture ends no training."""
+        """Mosaics (uint8 [H, W, 3]) and the std of every feature, float32 [D]; a picture that fails
+        is skipped with a note and does not end the training."""
         made: dict[str, Callable[[], np.ndarray]] = {
             "crops": lambda: self.crops(bank.index, epoch),
             "attention": lambda: self.attention(backbone, queries),
-            "neighbours": lambda: self.neighbours(bank, queries),
+            "neighbours": lambda: self.neighbors(bank, queries),
             "feature_deviation": lambda: bank.features.std(0),
         }
         found = {}
@@ -71,24 +71,24 @@ class OnlinePictures:
         return found
 
     def crops(self, index: ShardIndex, epoch: int) -> Pixels:
-        """A row of crops a sample, as augmented in the epoch that has just ended."""
+        """One row of crops per sample, as augmented in the epoch that has just ended."""
         config = self.crops_config
         config = replace(config, loader=replace(config.loader, num_workers=0))
-        samples = spread(index.num_samples, CROP_SAMPLES + 2)[1:-1].tolist()
-        return mosaic(crops_of(config, index, samples, max(0, epoch - 1)))
+        samples = evenly_spaced(index.num_samples, CROP_SAMPLES + 2)[1:-1].tolist()
+        return mosaic(training_crops(config, index, samples, max(0, epoch - 1)))
 
-    def attention(self, backbone: nn.Module, queries: Embedded) -> Pixels:
-        """A row an image: itself, its heads' maps, their mean."""
-        chosen = queries.samples[spread(len(queries.samples), FIXED)]
+    def attention(self, backbone: nn.Module, queries: EmbeddedSubset) -> Pixels:
+        """One row per image: the image, its heads' maps, their mean."""
+        chosen = queries.samples[evenly_spaced(len(queries.samples), FIXED)]
         images = self.photos(queries.index, chosen)
-        return mosaic(attention_of(backbone, list(images.values()), self.context))
+        return mosaic(attention_rows(backbone, list(images.values()), self.context))
 
-    def neighbours(self, bank: Embedded, queries: Embedded) -> Pixels:
-        """A row an image: itself, then the nearest of the bank, framed by whether the class is
-        right."""
-        chosen = spread(len(queries.samples), FIXED)
+    def neighbors(self, bank: EmbeddedSubset, queries: EmbeddedSubset) -> Pixels:
+        """One row per image: the image, then the nearest of the bank, framed by whether the class
+        is correct."""
+        chosen = evenly_spaced(len(queries.samples), FIXED)
         cosines = unit_rows(queries.features[chosen]) @ unit_rows(bank.features).T
-        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBOURS]
+        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :NEIGHBORS]
         asked = self.photos(queries.index, queries.samples[chosen])
         found = self.photos(bank.index, bank.samples[nearest].ravel())
         rows = []
@@ -100,5 +100,5 @@ class OnlinePictures:
         return mosaic(rows)
 
     def photos(self, index: ShardIndex, samples: np.ndarray) -> dict[int, Pixels]:
-        """Sample number -> the centre view that evaluations see."""
+        """Sample number -> center crop as in evaluations."""
         return photos(index, samples.tolist(), self.context)

@@ -1,4 +1,4 @@
-"""Pictures of what a run sees: its crops after augmentation, where its class token looks.
+"""Pictures of a run's inputs: augmented crops, and attention maps over images.
 
 For the report (tiles) and for TensorBoard (mosaics). Pixels are uint8 [H, W, 3].
 """
@@ -27,17 +27,17 @@ from xcit_dino.eval.context import Context
 from xcit_dino.eval.pictures.attention import Pixels, overlay
 from xcit_dino.models.xcit import XCiT
 
-SMALL = 64  # pictures up to this side stay as they are, so that a browser shows their pixels
-SIDE = 128  # larger ones are shrunk to it, and small photos enlarged before maps are laid on them
+SMALL = 64  # pictures up to this side keep their size, so that a browser shows their pixels
+SIDE = 128  # larger ones are downsized to it, small photos upsampled before maps are overlaid
 GAP = 4  # pixels between the tiles of a mosaic
-GOOD, BAD = (0, 112, 79), (198, 82, 0)  # frames; told apart by colour-blind readers too
+GOOD, BAD = (0, 112, 79), (198, 82, 0)  # frame colors, distinguishable for color-blind readers
 
 
 def photos(index: ShardIndex, samples: Sequence[int], context: Context) -> dict[int, Pixels]:
-    """Sample number -> the centre view that evaluations see; unreadable ones are not in it."""
+    """Sample number -> center crop as in evaluations; unreadable ones are missing."""
     wanted = np.unique(np.asarray(samples, np.int64))
     found = {}
-    for batch, _, numbers in context.images(index, wanted, batch_size=64, labelled=False):
+    for batch, _, numbers in context.images(index, wanted, batch_size=64, labeled=False):
         pixels = batch.permute(0, 2, 3, 1).numpy()
         found |= {int(number): pixels[i].copy() for i, number in enumerate(numbers)}
     return found
@@ -45,7 +45,7 @@ def photos(index: ShardIndex, samples: Sequence[int], context: Context) -> dict[
 
 @dataclass(frozen=True)
 class TrainingCrops:
-    """How a training cuts and augments its crops."""
+    """Crop and augmentation settings of a training."""
 
     crops: CropsConfig
     augment: AugmentConfig
@@ -53,11 +53,11 @@ class TrainingCrops:
     seed: int
 
 
-def crops_of(
+def training_crops(
     config: TrainingCrops, index: ShardIndex, samples: Sequence[int], epoch: int
 ) -> list[list[Pixels]]:
-    """The crops of some samples in an epoch as the network gets them, globals first; colours are
-    brought back from the normalised values."""
+    """The crops of some samples in an epoch as seen by the network, global crops first; colors are
+    restored from the normalized values."""
     numbers = np.asarray(samples, np.int64)
     ring = Ring(1, slot_shapes(config.crops, len(numbers)))
     work = CropWork(index, open_source(index, config.loader), ring, config.crops, config.seed)
@@ -69,12 +69,12 @@ def crops_of(
     crops = [
         crop
         for group in groups
-        for crop in denormalised(group, config.augment).unflatten(0, (-1, len(numbers)))
+        for crop in denormalize(group, config.augment).unflatten(0, (-1, len(numbers)))
     ]
     return [[crop[i].numpy() for crop in crops] for i in range(len(numbers))]
 
 
-def denormalised(images: Tensor, config: AugmentConfig) -> Tensor:
+def denormalize(images: Tensor, config: AugmentConfig) -> Tensor:
     """Network input [N, 3, H, W] -> uint8 [N, H, W, 3]."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in config.normalization)
     pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round()
@@ -82,11 +82,11 @@ def denormalised(images: Tensor, config: AugmentConfig) -> Tensor:
 
 
 @torch.no_grad()
-def attention_of(
+def attention_rows(
     model: nn.Module, images: Sequence[Pixels], context: Context
 ) -> list[list[Pixels]]:
-    """For each image of one size: itself, the map of every head of the last class-attention layer
-    laid over it, and their mean.
+    """For each image: the image, the overlaid map of every head of the last class-attention layer,
+    and the overlaid mean; all images have one size.
 
     Raises:
         InputError: the network has no class attention.
@@ -97,18 +97,18 @@ def attention_of(
     maps = model.get_attention(context.normalize(batch))[-1].float().cpu().numpy()
     rows = []
     for image, heads in zip(images, maps, strict=True):
-        photo = resized(image, SIDE)
+        photo = resize_square(image, SIDE)
         rows.append([photo, *(overlay(photo, heat) for heat in (*heads, heads.mean(0)))])
     return rows
 
 
-def resized(pixels: Pixels, side: int) -> Pixels:
-    """A square of that side, bicubic."""
+def resize_square(pixels: Pixels, side: int) -> Pixels:
+    """Resize to a square of this side, bicubic."""
     return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC))
 
 
 def framed(pixels: Pixels, right: bool) -> Pixels:
-    """With a frame that says whether the class is right."""
+    """Add a frame whose color shows whether the class is correct."""
     framed = pixels.copy()
     width = max(1, len(pixels) // 24)
     inner = (slice(width, -width), slice(width, -width))
@@ -118,8 +118,8 @@ def framed(pixels: Pixels, right: bool) -> Pixels:
 
 
 def mosaic(rows: Sequence[Sequence[Pixels]], side: int = SIDE) -> Pixels:
-    """Rows of tiles of one size on white; tiles smaller than ``side`` are enlarged by whole
-    pixels."""
+    """Rows of tiles of one size on white; tiles smaller than ``side`` are enlarged with
+    nearest-neighbor interpolation."""
     columns = max(len(row) for row in rows)
     canvas = np.full((len(rows) * (side + GAP), columns * (side + GAP), 3), 255, np.uint8)
     for y, row in enumerate(rows):
@@ -131,7 +131,7 @@ def mosaic(rows: Sequence[Sequence[Pixels]], side: int = SIDE) -> Pixels:
 
 
 def data_uri(pixels: Pixels) -> str:
-    """A picture as text for a page: small ones as PNG, others as JPEG of side 128 at most."""
+    """Encode a picture as a data URI: small ones as PNG, others as JPEG of at most 128 px."""
     file = io.BytesIO()
     image = Image.fromarray(pixels)
     kind = "png" if max(image.size) <= SMALL else "jpeg"

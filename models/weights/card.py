@@ -1,5 +1,5 @@
-"""The model card beside an exported file: what it is, of which data and recipe, how good by which
-protocol, what for, and how to load it. Markdown; nothing in it that was not read from the files."""
+"""The Markdown model card of an exported file: architecture, data, recipe, results with protocols,
+intended use and loading code. Everything in it is read from the files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.xcit import XCiT
 
-RECIPE = (  # options that a reader looks for first; the others follow whole
+RECIPE = (  # the main options; all of them follow below
     "epochs batch_size_per_gpu accum_iter lr min_lr warmup_epochs weight_decay weight_decay_end "
     "drop_path_rate momentum_teacher teacher_temp out_dim global_crops_number global_crops_size "
     "global_crops_scale local_crops_number local_crops_size local_crops_scale precision seed"
 ).split()
 IN_ROW = {"evaluation", "weights", "val_index", "train_index", "recipe", "lrs", "arch", "network"}
-IN_ROW |= {"nb_knn"}  # the row says its k
+IN_ROW |= {"nb_knn"}  # k is in the row's title
 
 
 def write(
@@ -32,9 +32,9 @@ def write(
     """Write ``birds.onnx.md`` for ``birds.onnx``, just exported from ``source``; returns its path.
 
     Args:
-        network: which one of the source's it is: teacher, student, model or model_ema.
-        results: a results.json; left out: that of the run folder in which the source lies. Only
-            accuracies of this very network are taken.
+        network: teacher, student, model or model_ema of the source.
+        results: a results.json; default: that of the source's run folder. Only accuracies of
+            this network are used.
     """
     settings = input_settings(source, network) or InputSettings()
     path = output.with_name(f"{output.name}.md")
@@ -69,9 +69,9 @@ def text(
         summary(arch, network, model, options),
         facts_table(file, source, arch, network, model, tree, settings),
         "## Data",
-        data(options, tree),
+        data_section(options, tree),
         "## Recipe",
-        recipe(options),
+        recipe_section(options),
         "## Results",
         accuracies(matching(source, network, results)),
         "## Intended use",
@@ -90,7 +90,7 @@ def front_matter(model: Any) -> str:
     return f"---\nlibrary_name: timm\ntags:\n- timm\n- {task}\n---"
 
 
-USE = """Image {kind}: as a frozen backbone for nearest neighbours and linear classifiers, or as the
+USE = """Image {kind}: as a frozen backbone for nearest neighbors and linear classifiers, or as the
 start of finetuning, distillation, detection and segmentation. It carries the biases of its training
 images. It was not made for, or tested in, decisions about people."""
 
@@ -102,7 +102,7 @@ CITATION = """- El-Nouby et al., *XCiT: Cross-Covariance Image Transformers*, Ne
 
 def summary(arch: str, network: str, model: Any, options: dict[str, Any]) -> str:
     """One sentence."""
-    how = "with DINO, without labels" if "teacher_temp" in options else "as its file says"
+    how = "with DINO, without labels" if "teacher_temp" in options else "as recorded in its file"
     what = f"classifier of {model.num_classes} classes" if model.num_classes else "backbone"
     kind = f"An XCiT {what}" if arch.startswith("xcit") else f"A {what}"
     return f"{kind} (`{arch}`, the {network}), trained {how}."
@@ -117,7 +117,7 @@ def facts_table(
     tree: formats.Tree,
     settings: InputSettings,
 ) -> str:
-    """The file and the network in it."""
+    """Table of the file's and the network's properties."""
     parameters = sum(p.numel() for p in model.parameters())
     facts = {
         "architecture": f"`{arch}`, {parameters / 1e6:.1f} M parameters",
@@ -127,7 +127,7 @@ def facts_table(
         + (f", sides in multiples of {model.patch_size}" if isinstance(model, XCiT) else "")
         + (f", evaluated at {settings.size} px" if settings.size else "")
         + f", resized by {settings.interpolation} interpolation, mean "
-        f"{numbers(settings.mean)}, std {numbers(settings.std)}",
+        f"{format_values(settings.mean)}, std {format_values(settings.std)}",
         "taken from": f"`{source.name}`, its {network}, SHA-256 {file_checksum(source)}…",
         "trained for": ", ".join(f"{tree[k]} {k}s" for k in ("epoch", "step") if k in tree),
         "this file": f"`{output.name}`, {output.stat().st_size / 1e6:.1f} MB, "
@@ -137,19 +137,19 @@ def facts_table(
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def data(options: dict[str, Any], tree: formats.Tree) -> str:
-    """What it was trained on, as far as the checkpoint says."""
+def data_section(options: dict[str, Any], tree: formats.Tree) -> str:
+    """The training data, as far as recorded in the checkpoint."""
     if not options.get("data_path"):
-        return "The checkpoint does not say."
+        return "Not recorded in the checkpoint."
     text = f"Shards `{Path(options['data_path']).name}`"
     return f"{text}, index {str(tree['data'])[:16]}…" if tree.get("data") else f"{text}."
 
 
-def recipe(options: dict[str, Any]) -> str:
-    """The main options in a table, all of them below."""
+def recipe_section(options: dict[str, Any]) -> str:
+    """A table of the main options, and a list of all."""
     if not options:
-        return "The checkpoint does not say."
-    rows = [f"| {name} | {plain(options[name])} |" for name in RECIPE if name in options]
+        return "Not recorded in the checkpoint."
+    rows = [f"| {name} | {as_text(options[name])} |" for name in RECIPE if name in options]
     every = yaml.safe_dump(
         {name: without_folder(value) for name, value in options.items()}, sort_keys=False
     ).strip()
@@ -158,15 +158,15 @@ def recipe(options: dict[str, Any]) -> str:
 
 
 def without_folder(value: Any) -> Any:
-    """An absolute path's last part: readers of a card need not know the author's folders."""
+    """The last part of an absolute path: a card does not disclose the author's folders."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def matching(source: Path, network: str, results: Path | None) -> dict[str, Any]:
-    """Results of one network of a file, told by checksum and name: key -> entry.
+def matching_results(source: Path, network: str, results: Path | None) -> dict[str, Any]:
+    """Results of one network of a file, identified by checksum and name: key -> entry.
 
     Raises:
-        InputError: the file that was named cannot be read.
+        InputError: the given file cannot be read.
     """
     path = results or source.parent.parent / "results.json"
     if results is None and not path.is_file():
@@ -176,38 +176,38 @@ def matching(source: Path, network: str, results: Path | None) -> dict[str, Any]
     except (OSError, ValueError) as error:
         raise InputError(f"--results {path}: cannot be read ({error})") from error
     ours = file_checksum(source)
-    return {key: entry for key, entry in found.items() if is_of(entry, ours, network)}
+    return {key: entry for key, entry in found.items() if is_result_of(entry, ours, network)}
 
 
-def is_of(entry: Any, weights: str, network: str) -> bool:
-    """Whether a result is of this network; one of an earlier version that does not say which it
-    measured is not."""
+def is_result_of(entry: Any, weights: str, network: str) -> bool:
+    """Whether a result is of this network; results of early versions, which do not record the
+    network, are not."""
     protocol = entry.get("protocol") if isinstance(entry, dict) else None
     if not isinstance(protocol, dict):
         return False
     return protocol.get("weights") == weights and protocol.get("network") == network
 
 
-def accuracies(entries: dict[str, Any]) -> str:
-    """A row a result (of k-NN: for each k), with its protocol."""
+def results_table(entries: dict[str, Any]) -> str:
+    """A table with one row per result (for k-NN: per k) and its protocol."""
     if not entries:
-        return "No accuracy of this very network is on record."
+        return "No accuracy of this network is recorded."
     rows = ["| evaluation | top-1, % | top-5, % | protocol |", "|---|---|---|---|"]
     for key, entry in entries.items():
         name, protocol = key.partition("@")[0], dict(entry["protocol"])
         if "chosen" in entry:
             protocol["head"] = ", ".join(f"{k} {v}" for k, v in entry["chosen"].items())
-        facts = "; ".join(f"{k} {plain(v)}" for k, v in protocol.items() if k not in IN_ROW)
-        for ending in endings(entry["metrics"]):
-            tops = [entry["metrics"].get(f"top{n}{ending}") for n in (1, 5)]
+        facts = "; ".join(f"{k} {as_text(v)}" for k, v in protocol.items() if k not in IN_ROW)
+        for suffix in metric_suffixes(entry["metrics"]):
+            tops = [entry["metrics"].get(f"top{n}{suffix}") for n in (1, 5)]
             cells = ["" if top is None else f"{top:.2f}" for top in tops]
-            title = f"{name}, k = {ending[2:]}" if ending else name
+            title = f"{name}, k = {suffix[2:]}" if suffix else name
             rows.append(f"| {title} | {cells[0]} | {cells[1]} | {facts} |")
     return "\n".join(rows)
 
 
-def endings(metrics: dict[str, float]) -> list[str]:
-    """``_k10``, ``_k20`` ... of a k-NN result, ascending; else ``[""]``."""
+def metric_suffixes(metrics: dict[str, float]) -> list[str]:
+    """``_k10``, ``_k20`` ... for a k-NN result, ascending; else ``[""]``."""
     ks = [name.removeprefix("top1_k") for name in metrics if name.startswith("top1_k")]
     return [f"_k{k}" for k in sorted(ks, key=int)] or [""]
 
@@ -226,23 +226,24 @@ outputs = model(transform(image).unsqueeze(0))  # image: a PIL image"""
 
 session = onnxruntime.InferenceSession("{output.name}")
 (name,) = [node.name for node in session.get_inputs()]
-outputs = session.run(None, {{name: images}})  # images: float32 [B, 3, H, W], normalised"""
+outputs = session.run(None, {{name: images}})  # images: float32 [B, 3, H, W], normalized"""
     else:
         code = f"""import xcit_dino
 from safetensors.torch import load_file
 
 model = xcit_dino.create_model("{arch}", num_classes={model.num_classes}).eval()
 model.load_state_dict(load_file("{output.name}"))
-outputs = model(images)  # images: float32 [B, 3, H, W], normalised"""
-    channels = f"Mean {numbers(settings.mean)}, std {numbers(settings.std)} of values in [0, 1]."
+outputs = model(images)  # images: float32 [B, 3, H, W], normalized"""
+    mean, std = format_values(settings.mean), format_values(settings.std)
+    channels = f"Mean {mean}, std {std} of values in [0, 1]."
     return f"```python\n{code}\n```\n\n{channels}"
 
 
-def numbers(values: tuple[float, ...]) -> str:
+def format_values(values: tuple[float, ...]) -> str:
     """``(0.485, 0.456, 0.406)``"""
     return f"({', '.join(f'{value:g}' for value in values)})"
 
 
-def plain(value: Any) -> str:
-    """A value without brackets or quotes."""
+def as_text(value: Any) -> str:
+    """Format a value without brackets or quotes."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,7 +1,7 @@
-"""Files of tensors: torch's, safetensors and Paddle's, read without executing anything in them.
+"""Read and write tensor files (torch, safetensors, Paddle), without executing anything in them.
 
-A pickle is a program. torch's own is run by ``weights_only``, Paddle's by an unpickler that knows
-a handful of names, nearly all stand-ins of ours that can only describe an array of numbers.
+A pickle is a program. torch's are loaded with ``weights_only``, Paddle's by an unpickler that
+allows a few names only, nearly all stand-ins that can only describe an array of numbers.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from xcit_dino.files import atomic_path
 Tree = dict[str, Any]
 MAX_ENTRIES, MAX_DEPTH = 10**6, 32  # of nested dicts; checkpoints have thousands, in five levels
 METADATA = "metadata"  # attribute of a .pth's state dict
-PADDLE_NAMES = "StructuredToParameterName@@"  # an index of names that paddle.save puts beside them
+PADDLE_NAMES = "StructuredToParameterName@@"  # an index of names that paddle.save adds
 
 
 def read(path: Path) -> Tree:
-    """What a checkpoint holds: nested dicts with tensors (on the CPU) as leaves.
+    """Read a checkpoint as nested dicts with tensors (on the CPU) as leaves.
 
     Raises:
-        InputError: missing, damaged, or holding anything but plain data; it names the file.
+        InputError: missing, damaged, or containing anything but plain data; names the file.
     """
     readers = {".safetensors": _read_safetensors, ".pdparams": _read_paddle}
     if not path.is_file():
@@ -44,17 +44,17 @@ def read(path: Path) -> Tree:
         _check_nesting(tree)
     except Exception as error:  # readers raise many kinds: pickle, zip, OS, EOF, value, memory
         raise InputError(
-            f"{path}: not a readable file of weights, or one that holds more than tensors, so it "
+            f"{path}: not a readable weights file, or it contains more than tensors, so it "
             f"was not loaded ({type(error).__name__}: {_first_sentence(error)})"
         ) from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: holds a {type(tree).__name__} instead of named tensors")
+        raise InputError(f"{path}: contains a {type(tree).__name__} instead of named tensors")
     return tree
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file, or the texts that a .pth of ours holds beside its
-    tensors (see :func:`write`); empty for other files."""
+    """The metadata of a .safetensors file, or the strings stored next to the tensors in a .pth of
+    ours (see :func:`write`); empty for other files."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -92,29 +92,29 @@ def skim(path: Path) -> Any:
 def write(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Write tensors in the format of the suffix.
 
-    facts: metadata; .safetensors has a place for them, a .pth keeps them as the attribute
+    facts: metadata. .safetensors stores them natively; a .pth keeps them as the attribute
     ``metadata`` of its state dict, so that ``model.load_state_dict(torch.load(path))`` works as
-    with any other; a .pdparams has none.
+    with any other; a .pdparams cannot store them.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import save
 
-        path.write_bytes(save(state, metadata=facts))  # save_file makes it private, mode 600
+        path.write_bytes(save(state, metadata=facts))  # save_file would set mode 600
     elif path.suffix == ".pdparams":
         _write_paddle(path, state)
     else:
         tensors = OrderedDict(state)
         setattr(tensors, METADATA, dict(facts))
-        with path.open("wb") as file:  # by its name, torch would write that into the file
+        with path.open("wb") as file:  # given a name, torch would store it in the file
             torch.save(tensors, file)
 
 
-def publish(
+def write_checked(
     path: Path, write_file: Callable[[Path], None], check_file: Callable[[Path], None]
 ) -> None:
-    """Write beside the final name, check what was written, then rename: a file under its final
-    name is whole and has passed the check."""
+    """Write under a temporary name, check the file, then rename: a file under its final name is
+    complete and has passed the check."""
     with atomic_path(
         path, path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     ) as partial:
@@ -123,7 +123,7 @@ def publish(
 
 
 def _read_torch(path: Path) -> Any:
-    # Official checkpoints keep their command line: a Namespace, which is a dict with dots.
+    # Official checkpoints contain their command line as an argparse.Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -150,7 +150,7 @@ def _read_paddle(path: Path) -> Any:
             return {k: tensors(v) for k, v in value.items() if k != PADDLE_NAMES}
         return value
 
-    # From memory, so that a length that the file does not have cannot reserve gigabytes.
+    # From memory, so that a wrong length in the file cannot allocate gigabytes.
     content = path.read_bytes()
     _check_memo(content)
     tree = Unpickler(io.BytesIO(content)).load()
@@ -159,19 +159,19 @@ def _read_paddle(path: Path) -> Any:
 
 
 def _check_memo(content: bytes) -> None:
-    """Refuse a pickle that leaves places of its memo free: Python's unpickler makes room for all of
-    them, up to 64 GiB for a file of a few bytes."""
+    """Refuse a pickle that skips memo indices: Python's unpickler allocates all of them, up to
+    64 GiB for a file of a few bytes."""
     used = 0
     for opcode, place, _ in pickletools.genops(content):
         if opcode.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
             if place is not None and place > used:
-                raise pickle.UnpicklingError(f"refused place {place} of the memo after {used}")
+                raise pickle.UnpicklingError(f"refused memo index {place} after {used}")
             used += 1
 
 
 def _check_nesting(tree: Any) -> None:
-    """Refuse dicts that unfold to more than a checkpoint holds: a few bytes that refer to one
-    another stand for billions of entries, or go on for ever."""
+    """Refuse dicts that expand to more than a checkpoint contains: a few bytes that refer to one
+    another can stand for billions of entries, or expand forever."""
     dicts, entries, depth = [tree], 0, 0
     while dicts := [value for value in dicts if isinstance(value, dict)]:
         entries, depth = entries + sum(map(len, dicts)), depth + 1
@@ -181,10 +181,10 @@ def _check_nesting(tree: Any) -> None:
 
 
 def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
-    """What a pickle of numpy arrays calls, and the type that its arrays become.
+    """Stand-ins for the names in a pickle of numpy arrays, and the type of its arrays.
 
-    numpy's own classes are kept out: their ``__setstate__`` trusts the file. The stand-ins are made
-    anew for each file, since a pickle can set attributes of what it is given.
+    numpy's own classes are not used: their ``__setstate__`` trusts the file. The stand-ins are
+    created anew for each file, since a pickle can set attributes of them.
     """
 
     class DType:
@@ -204,13 +204,13 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
             self.state: tuple[Any, ...] = ()
 
         def __setstate__(self, state: tuple[Any, ...]) -> None:
-            self.state = state  # version, shape, type, whether columns come first, bytes
+            self.state = state  # version, shape, dtype, whether column-major, bytes
 
         def array(self) -> np.ndarray[Any, Any]:
             _, shape, dtype, fortran, content = self.state
             values = np.frombuffer(content, dtype.dtype())
             values = values.reshape(shape, order="F" if fortran else "C")
-            return values.astype(values.dtype.newbyteorder("="), order="C")  # a copy, ours
+            return values.astype(values.dtype.newbyteorder("="), order="C")  # a writable copy
 
     def from_buffer(content: bytes, dtype: DType, shape: Any, order: str) -> Array:
         array = Array()
@@ -218,10 +218,10 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
         return array
 
     def encode(text: str, encoding: str) -> bytes:
-        return text.encode("latin1")  # how protocol 2 spells bytes
+        return text.encode("latin1")  # how protocol 2 encodes bytes
 
     def no_bytes() -> bytes:
-        return b""  # and how it spells none of them
+        return b""  # and how it encodes empty bytes
 
     names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): DType}
     for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
@@ -234,7 +234,7 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
 
 
 def _write_paddle(path: Path, state: dict[str, Tensor]) -> None:
-    """As ``paddle.save`` does: a pickle (protocol 4) of numpy arrays and the index of names."""
+    """As ``paddle.save``: a pickle (protocol 4) of numpy arrays and the index of names."""
     arrays: Tree = {
         name: (value.float() if value.dtype == torch.bfloat16 else value).numpy()
         for name, value in state.items()
@@ -244,5 +244,5 @@ def _write_paddle(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Not the rest: torch goes on to advise loading the file without protection."""
+    """The first sentence only: torch then recommends loading the file without protection."""
     return re.split(r"\n|\. ", str(error).strip())[0] or "no message"

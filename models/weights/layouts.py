@@ -1,7 +1,7 @@
-"""Names of XCiT's tensors in the layouts that exist; pure functions on state dicts.
+"""Naming layouts of XCiT's tensors; pure functions on state dicts.
 
-Official (facebookresearch/xcit, and ours): queries, keys and values of the class attention are one
-matrix, the positions are ``pos_embeder``. timm: three matrices and ``pos_embed``. PASSL (Paddle):
+Official (facebookresearch/xcit, and ours): query, key and value of the class attention are one
+matrix, the positions are ``pos_embeder``. timm: three matrices, ``pos_embed``. PASSL (Paddle):
 official names, but linear weights are transposed and batch-norm statistics renamed.
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from xcit_dino.models.zoo import list_models, model_spec
 
 State = dict[str, Tensor]
-# Components that wrappers put into names: DistributedDataParallel, torch.compile, activation
+# Name components added by wrappers: DistributedDataParallel, torch.compile, activation
 # checkpointing, FSDP.
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 COUNTER = "num_batches_tracked"  # torch's batch-norms count batches; Paddle's do not
 PADDLE_STATISTICS = {"running_mean": "_mean", "running_var": "_variance"}
 
 
-class Shape(NamedTuple):
-    """What a state dict says about its XCiT."""
+class XCiTShape(NamedTuple):
+    """Sizes of an XCiT, inferred from a state dict."""
 
     patch_size: int
     embed_dim: int
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
     num_heads: int
 
     def __str__(self) -> str:
-        """The zoo's name, or the sizes where the zoo has no such model."""
+        """The built-in model's name, or the sizes if there is no such model."""
         for name in list_models():
             spec = model_spec(name)
             if self == (spec.patch_size, spec.embed_dim, spec.depth, spec.num_heads):
@@ -43,19 +43,19 @@ class Shape(NamedTuple):
         )
 
 
-def shape_of(state: State) -> Shape | None:
-    """The sizes of the XCiT in an official state dict; None where it is something else."""
+def infer_shape(state: State) -> XCiTShape | None:
+    """Sizes of the XCiT in an official state dict; None if it is another network."""
     if "cls_token" not in state or "blocks.0.attn.temperature" not in state:
         return None
     convs = sum(name.startswith("patch_embed.proj.") and value.ndim == 4
                 for name, value in state.items())  # fmt: skip
     depth = sum(name.endswith(".attn.temperature") for name in state)
     heads = len(state["blocks.0.attn.temperature"])
-    return Shape(2**convs, state["cls_token"].shape[-1], depth, heads)
+    return XCiTShape(2**convs, state["cls_token"].shape[-1], depth, heads)
 
 
 def flatten(tree: dict[Any, Any], prefix: str = "") -> State:
-    """Nested dicts to ``{"teacher.module.backbone.cls_token": tensor}``; the rest is left out."""
+    """Nested dicts to ``{"teacher.module.backbone.cls_token": tensor}``; drops other values."""
     flat: State = {}
     for key, value in tree.items():
         if isinstance(value, Tensor):
@@ -66,21 +66,21 @@ def flatten(tree: dict[Any, Any], prefix: str = "") -> State:
 
 
 def unwrap(state: State) -> State:
-    """Names without what wrappers put into them."""
+    """Remove name components added by wrappers."""
     return {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): value
         for name, value in state.items()
     }
 
 
-def under(state: State, prefix: str) -> State:
-    """The tensors whose names begin with prefix, without it."""
+def select_prefix(state: State, prefix: str) -> State:
+    """The tensors whose names start with prefix, with the prefix removed."""
     return {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
 
 
-def layout_of(state: State) -> str:
+def detect_layout(state: State) -> str:
     """``"paddle"``, ``"timm"`` or ``"official"``."""
     if any(name.endswith("._variance") for name in state):
         return "paddle"
@@ -90,13 +90,13 @@ def layout_of(state: State) -> str:
 
 
 def to_official(state: State) -> State:
-    """Any layout to the official one; a network that is no XCiT passes unchanged."""
+    """Convert any layout to the official one; networks other than XCiT are returned unchanged."""
     converters: dict[str, Callable[[State], State]] = {"paddle": _from_paddle, "timm": _from_timm}
-    return converters.get(layout_of(state), dict)(state)
+    return converters.get(detect_layout(state), dict)(state)
 
 
 def to_timm(state: State) -> State:
-    """Official to timm: split class attention, ``pos_embed``."""
+    """Convert official to timm: split class attention, ``pos_embed``."""
     out: State = {}
     for name, value in state.items():
         if name.startswith("cls_attn_blocks.") and ".attn.qkv." in name:
@@ -108,11 +108,11 @@ def to_timm(state: State) -> State:
 
 
 def _from_timm(state: State) -> State:
-    """timm to official, from split or joined class attention."""
+    """Convert timm to official, from split or joined class attention."""
     out: State = {}
     for name, value in state.items():
         if name.startswith("cls_attn_blocks.") and (".attn.k." in name or ".attn.v." in name):
-            continue  # joined where q comes by
+            continue  # joined together with q
         if name.startswith("cls_attn_blocks.") and ".attn.q." in name:
             parts = [state[name.replace(".q.", f".{letter}.")] for letter in "qkv"]
             out[name.replace(".q.", ".qkv.")] = torch.cat(parts)
@@ -122,7 +122,7 @@ def _from_timm(state: State) -> State:
 
 
 def to_paddle(state: State) -> State:
-    """Official to PASSL. Its batch-norms count no batches, so the counters stay behind."""
+    """Convert official to PASSL, whose batch-norms have no batch counters: these are dropped."""
     out: State = {}
     for name, value in state.items():
         parent, _, leaf = name.rpartition(".")
@@ -134,7 +134,7 @@ def to_paddle(state: State) -> State:
 
 
 def _from_paddle(state: State) -> State:
-    """PASSL to official, the counters of the batch-norms at 0."""
+    """Convert PASSL to official, with batch counters of 0."""
     torch_leaf = {theirs: ours for ours, theirs in PADDLE_STATISTICS.items()}
     out: State = {}
     for name, value in state.items():

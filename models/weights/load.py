@@ -1,7 +1,7 @@
-"""Weights in: find the network in any checkpoint of the family and load it strictly.
+"""Read weights: find the network in any supported checkpoint and load it strictly.
 
-The family: official XCiT and DINO-XCiT checkpoints (backbone files, full ones, linear heads), ours,
-timm's, safetensors, PASSL's. ``models/weights/convert.py`` lets them out again.
+Supported: official XCiT and DINO-XCiT checkpoints (backbones, full checkpoints, linear heads),
+ours, timm's, safetensors, PASSL's. ``models/weights/convert.py`` writes them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xcit_dino.models.weights import formats, layouts
 from xcit_dino.models.weights.layouts import State
 from xcit_dino.models.zoo import TIMM_PREFIX
 
-# Where a checkpoint keeps its networks: (network, prefix of its names), the preferred first.
+# Networks of a checkpoint: (network, prefix of its names), in order of preference.
 # "Student." and "Teacher." are distillation's, whose teacher is another architecture.
 PLACES = (
     ("teacher", "teacher."),
@@ -38,24 +38,24 @@ PLACES = (
 )
 
 
-class Found(NamedTuple):
+class FoundNetwork(NamedTuple):
     """One network of a checkpoint."""
 
     network: str
     """teacher, student, model or model_ema."""
     place: str
-    """Prefix of its names in the file, wrappers left out; empty in a bare file."""
+    """Prefix of its names in the file, without wrappers; empty for bare tensors."""
     layout: str
     """official, timm or paddle, as the file has its XCiT; "its own" of another network."""
     state: State
-    """Its tensors; official names where it is an XCiT, without wrappers and DINO's head."""
+    """Its tensors without wrappers and DINO's head; for an XCiT with official names."""
 
 
 MOSTLY = 0.5  # of a moving average: from there on it is said what it is of
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What was loaded."""
 
     path: Path
@@ -64,7 +64,7 @@ class Report:
     layout: str
     num_tensors: int
     head: Literal["loaded", "new", "dropped", "none"]
-    """The classifier: loaded; left as initialised (the file has none, or none was wanted); in the
+    """The classifier: loaded; left as initialized (none in the file, or not requested); in the
     file but not in the model; in neither."""
     initial_share: float = 0.0
     """Of a run's moving average: what it still has of the weights before the first step, 0 to 1."""
@@ -88,51 +88,51 @@ class Report:
         )
 
 
-def find_network(path: Path, which: str | None = None) -> Found:
-    """The network of a checkpoint.
+def find_network(path: Path, which: str | None = None) -> FoundNetwork:
+    """Find a network in a checkpoint.
 
-    which: teacher, student, model or model_ema; None takes the teacher of a DINO checkpoint, the
-    student of a distillation, or the only network there is. A file that does not say whether its
-    network is a teacher or a student (``model``, or bare tensors) serves for either.
+    which: teacher, student, model or model_ema; None: the teacher of a DINO checkpoint, the
+    student of a distillation, or the only network. If the file does not identify its network as
+    teacher or student (``model``, or bare tensors), it is used for either.
 
     Raises:
-        InputError: unreadable, no network in it, not the one asked for (names those it has), or
-            values that are not finite.
+        InputError: unreadable, no network found, not the requested one (lists those found), or
+            non-finite values.
     """
     return found_in(path, formats.read(path), which)
 
 
-def found_in(path: Path, tree: formats.Tree, which: str | None = None) -> Found:
+def found_in(path: Path, tree: formats.Tree, which: str | None = None) -> FoundNetwork:
     """:func:`find_network` in what was read from ``path``."""
     networks = _networks(tree)
     if not networks:
-        raise InputError(f"{path}: holds no network that could be found; name a checkpoint")
+        raise InputError(f"{path}: no network found in it; name a checkpoint")
     chosen = [found for found in networks if which in (None, found.network)]
     if which in ("teacher", "student"):
         chosen += [found for found in networks if found.network == "model"]
     if not chosen:
         held = ", ".join(dict.fromkeys(found.network for found in networks))
-        raise InputError(f"{path}: holds no {which}; choose one of those it holds: {held}")
+        raise InputError(f"{path}: contains no {which}; choose one of those it contains: {held}")
     check_finite(path, chosen[0].state)
     return chosen[0]
 
 
-def _networks(tree: formats.Tree) -> list[Found]:
-    """All networks of a checkpoint, in the order of PLACES."""
+def _networks(tree: formats.Tree) -> list[FoundNetwork]:
+    """All networks of a checkpoint, in the order of ``PLACES``."""
     flat = layouts.unwrap(layouts.flatten(tree))
-    parts = [(network, place, layouts.under(flat, place)) for network, place in PLACES]
+    parts = [(network, place, layouts.select_prefix(flat, place)) for network, place in PLACES]
     parts = [part for part in parts if part[2]]
     if not parts:
         tensors = {name: value for name, value in tree.items() if isinstance(value, Tensor)}
         parts = [("model", "", layouts.unwrap(tensors))] if tensors else []
     networks = []
     for network, place, state in parts:
-        if backbone := layouts.under(state, "backbone."):
+        if backbone := layouts.select_prefix(state, "backbone."):
             state, place = backbone, f"{place}backbone."
-        layout, state = layouts.layout_of(state), layouts.to_official(state)
-        if layout == "official" and layouts.shape_of(state) is None:
+        layout, state = layouts.detect_layout(state), layouts.to_official(state)
+        if layout == "official" and layouts.infer_shape(state) is None:
             layout = "its own"
-        networks.append(Found(network, place, layout, state))
+        networks.append(FoundNetwork(network, place, layout, state))
     return networks
 
 
@@ -142,12 +142,12 @@ def load_backbone(
     which: str | None = None,
     *,
     head: Literal["auto", "new", "required"] = "auto",
-) -> Report:
-    """Load a network into a model, strictly: every tensor of the backbone must be there.
+) -> LoadReport:
+    """Load a network into a model strictly: every tensor of the backbone must be present.
 
-    which: see :func:`find_network`; head: what happens to the classifier. "auto" loads it where
-    both sides have one; "new" leaves the model's as initialised (finetuning on other classes);
-    "required" refuses a file without one (evaluating a classifier).
+    which: see :func:`find_network`; head: treatment of the classifier. "auto" loads it if
+    both file and model have one; "new" keeps the model's as initialized (finetuning on other
+    classes); "required" refuses a file without one (evaluating a classifier).
 
     Raises:
         InputError: unreadable, another architecture or class count (names both), or tensors
@@ -160,11 +160,11 @@ def load_backbone(
 
 def fit(
     path: Path,
-    found: Found,
+    found: FoundNetwork,
     model: nn.Module,
     *,
     head: Literal["auto", "new", "required"] = "auto",
-) -> tuple[State, Report]:
+) -> tuple[State, LoadReport]:
     """A found network's tensors as ``model`` names and shapes them, all of them, and what was
     taken; the model is not changed.
 
@@ -173,15 +173,17 @@ def fit(
     Raises:
         InputError: as for :func:`load_backbone`.
     """
-    wanted = model.state_dict()
-    state = layouts.to_timm(found.state) if layouts.layout_of(wanted) == "timm" else found.state
+    expected = model.state_dict()
+    state = (
+        layouts.to_timm(found.state) if layouts.detect_layout(expected) == "timm" else found.state
+    )
     state = _as_timm_reads_it(state, model)
     check_arch(path, state, model)
     theirs, ours = classifier_names(state, model), classifier_names(wanted, model)
     if head == "required" and not theirs:
         raise InputError(f"{path}: has no classifier; train one with linear or finetune")
-    if head != "new" and theirs and ours:
-        _check_classes(path, state[theirs[0]], wanted[ours[0]])
+    if head != "new" and in_file and in_model:
+        _check_classes(path, state[in_file[0]], expected[in_model[0]])
         outcome = "loaded"
     else:
         outcome = "new" if ours else "dropped" if theirs else "none"
@@ -214,7 +216,7 @@ def _same_names(state: State, model: nn.Module) -> bool:
 
 def name_of(model: nn.Module) -> str:
     """``xcit_nano_12_p8``, ``timm/resnet18``, or what can be said of another network."""
-    if shape := layouts.shape_of(model.state_dict()):
+    if shape := layouts.infer_shape(model.state_dict()):
         return str(shape)
     known = getattr(model, "default_cfg", {}).get("architecture")
     return f"{TIMM_PREFIX}{known}" if known else type(model).__name__
@@ -229,8 +231,8 @@ def initial_share(path: Path) -> float:
 
 
 def input_settings(path: Path, which: str | None = None) -> InputSettings | None:
-    """How images are prepared for a file's network (which: see :func:`find_network`), as the file
-    itself says it; None where it does not.
+    """Input settings of a file's network (which: see :func:`find_network`), as stored in the file;
+    None if it has none.
 
     Raises:
         InputError: unreadable, or damaged settings.
@@ -241,13 +243,13 @@ def input_settings(path: Path, which: str | None = None) -> InputSettings | None
         if which == "teacher" and "distillation_type" in options:  # of a distillation with labels
             text = facts.get("teacher_input")
         elif options:
-            return InputSettings.of_run(options)
+            return InputSettings.from_run(options)
         else:
             text = facts.get(KEY)
         return InputSettings.parse(text) if text else None
     except InputError:
         raise
-    except Exception as error:  # what a damaged header makes the readers raise, and bad values
+    except Exception as error:  # whatever readers raise on a damaged header, and bad values
         raise InputError(f"{path}: its input settings cannot be read ({error})") from error
 
 
@@ -255,7 +257,7 @@ def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:
     """Weight (classes, features) and bias (classes,) of a linear probe, official or bare.
 
     Raises:
-        InputError: unreadable, no linear layer in it, or values that are not finite.
+        InputError: unreadable, no linear layer found, or non-finite values.
     """
     flat = layouts.unwrap(layouts.flatten(formats.read(Path(path))))
     for prefix in ("state_dict.linear.", "linear.", ""):
@@ -263,7 +265,7 @@ def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:
             layer = {name: flat[prefix + name] for name in ("weight", "bias")}
             check_finite(Path(path), layer)
             return layer["weight"], layer["bias"]
-    raise InputError(f"{path}: holds no linear layer (linear.weight and linear.bias)")
+    raise InputError(f"{path}: contains no linear layer (linear.weight and linear.bias)")
 
 
 def classifier_names(state: State, model: nn.Module) -> list[str]:
@@ -272,7 +274,7 @@ def classifier_names(state: State, model: nn.Module) -> list[str]:
 
 
 def _is_classifier(name: str, model: nn.Module) -> bool:
-    """Whether a tensor belongs to the classifier: ``head``, or what timm says it is called."""
+    """Whether a tensor belongs to the classifier: ``head``, or timm's name for it."""
     prefixes = getattr(model, "default_cfg", {}).get("classifier", "head")
     prefixes = (prefixes,) if isinstance(prefixes, str) else prefixes
     return any(name.startswith(f"{prefix}.") for prefix in prefixes)
@@ -280,27 +282,29 @@ def _is_classifier(name: str, model: nn.Module) -> bool:
 
 def check_arch(path: Path, state: State, model: nn.Module) -> None:
     """Refuse another architecture, where the tensors or the file itself name it."""
-    shape = layouts.shape_of(state)
-    same_kind = shape == layouts.shape_of(model.state_dict())
+    shape = layouts.infer_shape(state)
+    same_kind = shape == layouts.infer_shape(model.state_dict())
     if same_kind and (shape or _same_names(state, model)):
         return
-    theirs = str(shape or (formats.metadata(path) if path.is_file() else {}).get("arch", "no XCiT"))
-    if not same_kind or theirs.startswith(TIMM_PREFIX):
+    in_file = str(
+        shape or (formats.metadata(path) if path.is_file() else {}).get("arch", "no XCiT")
+    )
+    if not same_kind or in_file.startswith(TIMM_PREFIX):
         raise InputError(
-            f"{path}: holds {theirs}, but the model is {name_of(model)}; change --arch or the file"
+            f"{path}: holds {in_file}, but the model is {name_of(model)}; change --arch or the file"
         )
 
 
-def _check_classes(path: Path, theirs: Tensor, ours: Tensor) -> None:
-    if len(theirs) != len(ours):
+def _check_classes(path: Path, in_file: Tensor, in_model: Tensor) -> None:
+    if len(in_file) != len(in_model):
         raise InputError(
-            f"{path}: classifies {len(theirs)} classes, but the model {len(ours)}; "
-            f"name weights for {len(ours)}, or finetune these with --new_head true"
+            f"{path}: classifies {len(in_file)} classes, but the model {len(in_model)}; "
+            f"name weights for {len(in_model)}, or finetune these with --new_head true"
         )
 
 
 def check_finite(path: Path, state: State) -> None:
-    """Raise InputError where a value is NaN or infinite: one is enough to make every output so."""
+    """Raise InputError if a value is NaN or infinite: a single one makes every output so."""
     bad = [
         name
         for name, value in state.items()
@@ -308,26 +312,30 @@ def check_finite(path: Path, state: State) -> None:
     ]
     if bad:
         raise InputError(
-            f"{path}: holds values that are NaN or infinite (in {listed(bad, most=3)}); the file "
+            f"{path}: contains NaN or infinite values (in {name_list(bad, most=3)}); the file "
             "is damaged, or its training diverged: name another file, or an earlier checkpoint"
         )
 
 
-def check_tensors(path: Path, state: State, wanted: State, model: str = "the model") -> None:
+def check_tensors(path: Path, state: State, expected: State, model: str = "the model") -> None:
     """Raise InputError with the lists where names or shapes differ; ``model`` is its name."""
     problems = {
-        "missing": wanted.keys() - state.keys(),
-        "unexpected": state.keys() - wanted.keys(),
+        "missing": expected.keys() - state.keys(),
+        "unexpected": state.keys() - expected.keys(),
         "of another shape": {
-            name for name in state.keys() & wanted.keys() if state[name].shape != wanted[name].shape
+            name
+            for name in state.keys() & expected.keys()
+            if state[name].shape != expected[name].shape
         },
     }
     if any(problems.values()):
-        lists = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+        lists = "; ".join(
+            f"{what}: {name_list(names)}" for what, names in problems.items() if names
+        )
         raise InputError(f"{path}: does not fit {model} ({lists}); check --arch and the file")
 
 
-def listed(names: Iterable[str], most: int = 8) -> str:
+def name_list(names: Iterable[str], most: int = 8) -> str:
     """``"a, b, c and 4 more"``."""
     names = sorted(set(names))
     rest = f" and {len(names) - most} more" if len(names) > most else ""

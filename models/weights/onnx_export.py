@@ -1,4 +1,4 @@
-"""XCiT as an ONNX graph with free batch, height and width; needs the extra ``[onnx]``."""
+"""Export XCiT to ONNX with dynamic batch size, height and width; needs the extra ``[onnx]``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def write(path: Path, model: XCiT, facts: dict[str, str]) -> None:
     p = model.patch_size
     free = {0: Dim("batch"), 2: p * Dim("rows"), 3: p * Dim("columns")}
     images = torch.zeros(2, model.in_chans, 4 * p, 5 * p)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it tells what it could not fold
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs what it could not fold
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecations within the exporter
         program = torch.onnx.export(
             model,
             (images,),
@@ -45,7 +45,7 @@ def write(path: Path, model: XCiT, facts: dict[str, str]) -> None:
 
 
 def runner(path: Path) -> Callable[[Tensor], Tensor]:
-    """The graph as a function, computed by onnxruntime on the CPU."""
+    """A function that runs the graph in onnxruntime on the CPU."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -12,8 +12,8 @@ from xcit_dino.errors import InputError
 from xcit_dino.models.weights import formats, layouts
 from xcit_dino.models.weights.layouts import State
 from xcit_dino.models.weights.load import (
-    Found,
-    Report,
+    FoundNetwork,
+    LoadReport,
     check_arch,
     check_finite,
     check_tensors,
@@ -23,7 +23,7 @@ from xcit_dino.models.weights.load import (
 
 
 class Pretraining(NamedTuple):
-    """A whole DINO checkpoint, for going on: names begin with ``backbone.`` and ``head.``."""
+    """A full DINO checkpoint to continue from; names start with ``backbone.`` and ``head.``."""
 
     student: State
     teacher: State
@@ -36,7 +36,7 @@ def load_start(
 ) -> str:
     """Load what a file has for pretraining, strictly; returns what was taken, in a line.
 
-    A whole DINO checkpoint gives student, teacher, their heads and the centre. Any other file, or
+    A whole DINO checkpoint gives student, teacher, their heads and the center. Any other file, or
     with ``new_head`` this one too, gives a backbone for both; their heads stay as they are.
 
     Args:
@@ -52,7 +52,9 @@ def load_start(
     return f"{report}, for student and teacher; their heads are new"
 
 
-def load_backbones(path: Path, found: Found, student: nn.Module, teacher: nn.Module) -> Report:
+def load_backbones(
+    path: Path, found: FoundNetwork, student: nn.Module, teacher: nn.Module
+) -> LoadReport:
     """Load one network as the backbone of student and teacher, strictly.
 
     path: for messages.
@@ -71,7 +73,7 @@ def _backbone(network: nn.Module) -> nn.Module:
 
 
 def holds_pretraining(path: Path) -> bool:
-    """Whether a file is a whole DINO checkpoint: student, teacher and centre.
+    """Whether a file is a whole DINO checkpoint: student, teacher and center.
 
     Raises:
         InputError: unreadable.
@@ -81,21 +83,24 @@ def holds_pretraining(path: Path) -> bool:
 
 def _parts(flat: State) -> Pretraining | None:
     centers = [flat[name] for name in ("loss.center", "dino_loss.center") if name in flat]
-    student, teacher = layouts.under(flat, "student."), layouts.under(flat, "teacher.")
+    student, teacher = (
+        layouts.select_prefix(flat, "student."),
+        layouts.select_prefix(flat, "teacher."),
+    )
     if not (student and teacher and centers):
         return None
     return Pretraining(student, teacher, centers[0].flatten())
 
 
 def find_pretraining(path: str | Path) -> Pretraining:
-    """Student, teacher and centre of a full DINO checkpoint, official or ours.
+    """Student, teacher and center of a full DINO checkpoint, official or ours.
 
     Raises:
-        InputError: unreadable, only a backbone, or values that are not finite.
+        InputError: unreadable, only a backbone, or non-finite values.
     """
     found = _parts(layouts.unwrap(layouts.flatten(formats.read(Path(path)))))
     if found is None:
-        raise InputError(f"{path}: is no full DINO checkpoint (student, teacher, centre)")
+        raise InputError(f"{path}: not a full DINO checkpoint (student, teacher, center)")
     for state in (found.student, found.teacher, {"center": found.center}):
         check_finite(Path(path), state)
     return found
@@ -104,7 +109,7 @@ def find_pretraining(path: str | Path) -> Pretraining:
 def load_pretraining(
     path: str | Path, student: nn.Module, teacher: nn.Module, center: Tensor
 ) -> str:
-    """Load a full DINO checkpoint, strictly; returns what was taken, in a line.
+    """Load a full DINO checkpoint strictly; returns a one-line summary.
 
     student, teacher: with children ``backbone`` and ``head``; center: (K,), changed in place.
 
@@ -115,14 +120,14 @@ def load_pretraining(
     path, found = Path(path), find_pretraining(path)
     for state, network in ((found.student, student), (found.teacher, teacher)):
         state, wanted = (_without_projector(each) for each in (state, network.state_dict()))
-        check_arch(path, layouts.under(state, "backbone."), _backbone(network))
+        check_arch(path, layouts.select_prefix(state, "backbone."), _backbone(network))
         check_head(path, state, wanted)
         check_tensors(path, state, wanted)
         network.load_state_dict(state, strict=False)
     center.copy_(found.center)
     return (
-        f"{path.name}: took student and teacher ({len(found.student)} tensors each, with heads of "
-        f"{len(center)} prototypes) and the centre; schedules and optimiser begin anew"
+        f"{path.name}: loaded student and teacher ({len(found.student)} tensors each, heads of "
+        f"{len(center)} prototypes) and the center; schedules and optimizer start anew"
     )
 
 
@@ -133,7 +138,9 @@ def _without_projector(state: State) -> State:
 
 def check_head(path: Path, theirs: State, ours: State) -> None:
     """Raise InputError where two heads differ in an option, with the options to add."""
-    found, wanted = (head_options(layouts.under(state, "head.")) for state in (theirs, ours))
+    found, wanted = (
+        head_options(layouts.select_prefix(state, "head.")) for state in (theirs, ours)
+    )
     other = [name for name in found if found[name] not in ("", wanted.get(name))]
     if other and wanted:
         has, needs = (", ".join(f"{n} {each[n]}" for n in other) for each in (found, wanted))

@@ -22,7 +22,7 @@ from xcit_dino.data.packed import Packed
 
 
 def photo(seed: int = 0, size: int = 48) -> Image.Image:
-    """Smooth colours with some noise and flat saturated areas: all that the operations care for."""
+    """Smooth colors with some noise and flat saturated areas: all that the operations care for."""
     rng = np.random.RandomState(seed)
     y, x = np.mgrid[0:size, 0:size] / size
     waves = [np.sin(2 * np.pi * (a * x + b * y + c)) for a, b, c in rng.uniform(-3, 3, (3, 3))]
@@ -101,7 +101,7 @@ def test_jitter_order_is_each_images_own():
         expected = to_float(image)[0]
         for operation in order[i]:
             expected = adjust[operation](expected, float(factors[i, operation]))
-        torch.testing.assert_close(ours[i], expected, atol=2e-4, rtol=0)  # grey 0.299 for 0.2989
+        torch.testing.assert_close(ours[i], expected, atol=2e-4, rtol=0)  # gray 0.299 for 0.2989
 
 
 def test_gray_and_solarize_are_pillows_within_one_level():

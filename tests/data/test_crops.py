@@ -79,7 +79,7 @@ def test_animations_give_their_first_frame():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_orientation_is_honoured(orientation: int, kind: str):
+def test_exif_orientation_is_honored(orientation: int, kind: str):
     exif = Image.Exif()
     exif[0x0112] = orientation
     raw = encoded(photo(), kind, exif=exif)

@@ -22,7 +22,7 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
 
 def png(values: np.ndarray) -> bytes:
-    """A 16-bit PNG, in grey [H, W] or colour [H, W, 3]."""
+    """A 16-bit PNG, in gray [H, W] or color [H, W, 3]."""
     height, width = values.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     head = struct.pack(">IIBBBBB", width, height, 16, 2 if values.ndim == 3 else 0, 0, 0, 0)
@@ -54,7 +54,7 @@ def tiff(values: np.ndarray, bits: int = 16, white_is_zero: bool = False, kind: 
     )  # fmt: skip
 
 
-def grey(raw: bytes) -> np.ndarray:
+def gray(raw: bytes) -> np.ndarray:
     return decode(raw, read_header(raw), Scratch())[..., 0]
 
 
@@ -69,9 +69,9 @@ TWELVE = (RAMP * 4095).astype("<u2")
     (tiff(TWELVE, bits=12), TWELVE >> 4),
     (png(TWELVE), TWELVE >> 8),
     (png(np.stack((FULL, FULL, FULL), -1)), FULL >> 8),
-], ids=["png", "tiff", "white is zero", "12 bits", "12 bits in 16", "colour"])  # fmt: skip
+], ids=["png", "tiff", "white is zero", "12 bits", "12 bits in 16", "color"])  # fmt: skip
 def test_the_upper_eight_bits(raw: bytes, expected: np.ndarray):
-    np.testing.assert_array_equal(grey(raw), expected)
+    np.testing.assert_array_equal(gray(raw), expected)
 
 
 @pytest.mark.parametrize("raw, words", [
@@ -82,7 +82,7 @@ def test_the_upper_eight_bits(raw: bytes, expected: np.ndarray):
 ], ids=["32 bits", "32 bits signed", "16 bits signed", "float"])  # fmt: skip
 def test_pixels_without_a_known_range_are_refused(raw: bytes, words: str):
     with pytest.raises(BadImage, match=words):
-        grey(raw)
+        gray(raw)
 
 
 def folder(tmp_path: Path, *images: bytes) -> Path:
@@ -96,7 +96,7 @@ def first_image(dst: Path) -> np.ndarray:
     index = ShardIndex.load(dst)
     raw = open_source(index, LoaderConfig()).read_many([index.locate(0)])[0]
     assert isinstance(raw, bytes)
-    return grey(raw)
+    return gray(raw)
 
 
 def test_empty_upper_bits_are_said_and_bits_rescales(
@@ -105,7 +105,7 @@ def test_empty_upper_bits_are_said_and_bits_rescales(
     src = folder(tmp_path, png(TWELVE), tiff(TWELVE // 2), png((RAMP * 255).astype("<u2")))
     command = ["shards", "make", str(src), "--num_workers", "1", "--shuffle", "false"]
     assert main([*command, str(tmp_path / "d")]) == 0
-    line = "3 images have 16 bits, but no value uses more than 12: 16 grey levels remain"
+    line = "3 images have 16 bits, but no value uses more than 12: 16 gray levels remain"
     assert line in capsys.readouterr().out
     assert main(["shards", "check", str(tmp_path / "d")]) == 0
     assert f"{line}; pack the originals with --bits 12" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Demo images: deterministic, balanced, and of little use to a nearest neighbour in pixels."""
+"""Demo images: deterministic, balanced, and of little use to a nearest neighbor in pixels."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_raw_pixels_hardly_tell_the_classes():
     assert (votes.argmax(0) == labels).mean() <= 0.40
 
 
-def test_shape_not_colour_is_the_class():
-    """A class's mean image is as grey as another's: colours carry nothing."""
+def test_shape_not_color_is_the_class():
+    """A class's mean image is as gray as another's: colors carry nothing."""
     images, labels = render(np.arange(2400), "train", 16, seed=0)
     means = images.reshape(len(images), -1, 3).mean(1)
     per_class = np.stack([means[labels == c].mean(0) for c in range(len(CLASSES))])
-    assert per_class.std(0).max() < 12  # of 255; a single image's mean colour varies by 25
+    assert per_class.std(0).max() < 12  # of 255; a single image's mean color varies by 25
 
 
 @pytest.mark.parametrize("size", [24, 64])

@@ -148,14 +148,14 @@ SPLITS = [
            {"train": "a:1 b:2", "val": "a:3 b:"}),
     Layout("one class only", "cats/1.jpg cats/2.jpg", {"": "-:1,2"},
            said=("no labels: all images lie in one folder, cats/", "2 images without labels")),
-    Layout("one class only, labelled", "cats/1.jpg cats/2.jpg", {"": "cats:1,2"},
+    Layout("one class only, labeled", "cats/1.jpg cats/2.jpg", {"": "cats:1,2"},
            options="--labels folders"),
     Layout("folders that are no classes", "2021/1.jpg 2022/2.jpg", {"": "-:1,2"},
            options="--labels none"),
     Layout("a class that only val has", "train/a/1.jpg train/b/2.jpg val/a/3.jpg val/c/4.jpg",
            {"train": "a:1 b:2 c:", "val": "a:3 b: c:4"},
            said=("class 'c' of val without images in train",)),
-    Layout("unlabelled test", "train/a/1.jpg train/b/2.jpg test/3.jpg", {"train": "a:1 b:2"},
+    Layout("unlabeled test", "train/a/1.jpg train/b/2.jpg test/3.jpg", {"train": "a:1 b:2"},
            refused="val has no labels, but train has", remedy="--splits train=train"),
     Layout("YOLO's images and labels", {"images/train/1.jpg": JPEG, "images/val/2.jpg": JPEG,
            "labels/train/1.txt": b"0 .5 .5 .1 .1", "labels/val/2.txt": b""},
@@ -626,12 +626,12 @@ def test_rebuilding_keeps_checksums(tmp_path: Path):
 
 
 def test_far_apart_labels_are_refused_by_evaluations(tmp_path: Path):
-    from xcit_dino.eval.features import num_classes_of
+    from xcit_dino.eval.features import count_classes
 
     (tmp_path / "0.tar").write_bytes(members("1.jpg 1.cls:0 2.jpg 2.cls:16000000"))
     main(["shards", "check", str(tmp_path)])
     with pytest.raises(InputError, match="labels go up to 16,000,000, but only 2 different"):
-        num_classes_of(ShardIndex.load(tmp_path))
+        count_classes(ShardIndex.load(tmp_path))
 
 
 def test_names_in_other_encodings_can_be_joined(tmp_path: Path):

@@ -40,7 +40,7 @@ CROPS = CropsConfig(global_crops_size=32, local_crops_number=3, local_crops_size
 
 
 def jpeg(number: int, size: int = 40) -> bytes:
-    """An image with a colour of its own, and some structure."""
+    """An image with a color of its own, and some structure."""
     noise = np.random.RandomState(number).randint(-20, 20, (3, 4, 3))
     colors = 30 + 65 * np.array([number % 4, number // 4 % 4, number // 16 % 4]) + noise
     image = Image.fromarray(colors.clip(0, 255).astype(np.uint8))
@@ -54,7 +54,7 @@ def make_shards(
     counts: tuple[int, ...] = (9, 1, 14, 8, 12, 20),
     image: Callable[[int], bytes] = jpeg,
 ) -> ShardIndex:
-    """Shards of numbered images, sample n labelled n % 5."""
+    """Shards of numbered images, sample n labeled n % 5."""
     folder.mkdir(exist_ok=True)
     number = 0
     for shard, count in enumerate(counts):
@@ -133,7 +133,7 @@ def test_global_batch_is_the_same_on_every_layout(index, world_size, accum, num_
 
 @pytest.mark.parametrize("world_size,accum", [(8, 1), (2, 4), (4, 2), (1, 2)])
 def test_augmented_global_batch_is_the_same_on_every_layout(index, world_size, accum):
-    """What the network sees: the crops after flips, colours, blur and solarisation."""
+    """What the network sees: the crops after flips, colors, blur and solarization."""
     augment = Augment(AugmentConfig(), seed=3)
 
     def augmented(world_size: int, accum: int) -> torch.Tensor:

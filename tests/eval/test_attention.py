@@ -33,10 +33,10 @@ def config_for(run_folder, src, dst, **options):
 
 
 def test_sides_become_whole_patches(photo):
-    assert attention.aligned(photo, 0, 8).shape == (48, 72, 3)
-    assert attention.aligned(photo, 32, 8).shape == (32, 48, 3)
+    assert attention.resize_to_patches(photo, 0, 8).shape == (48, 72, 3)
+    assert attention.resize_to_patches(photo, 32, 8).shape == (32, 48, 3)
     whole = photo[:40, :64]
-    assert np.array_equal(attention.aligned(whole, 0, 8), whole)
+    assert np.array_equal(attention.resize_to_patches(whole, 0, 8), whole)
 
 
 def test_maps_are_those_of_the_class_attention(photo):
@@ -46,7 +46,7 @@ def test_maps_are_those_of_the_class_attention(photo):
     caught = []
     for block in model.cls_attn_blocks:
         block.attn.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
-    image = attention.aligned(photo, 0, 8)
+    image = attention.resize_to_patches(photo, 0, 8)
     context = make_context(EvalTargetConfig(), InputSettings(), {}, "", World(0, 1, CPU))
     model(context.normalize(torch.tensor(image).permute(2, 0, 1)[None]))
     for layer in (1, 2):
@@ -59,7 +59,7 @@ def test_maps_are_those_of_the_class_attention(photo):
 @pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
 def test_the_threshold_keeps_that_share_with_the_fewest_patches(share):
     heat = np.random.default_rng(1).random((5, 6)).astype(np.float32)
-    kept = attention.kept(heat, share)
+    kept = attention.strongest(heat, share)
     mask = kept > 0
     assert np.array_equal(kept[mask], heat[mask])
     total = heat.sum()
@@ -68,11 +68,11 @@ def test_the_threshold_keeps_that_share_with_the_fewest_patches(share):
     assert mask.all() or heat[mask].min() >= heat[~mask].max()
 
 
-def test_colours_follow_the_map():
+def test_colors_follow_the_map():
     heat = np.zeros((2, 2), np.float32)
     heat[0, 1] = 5
-    grey = np.full((16, 16, 3), 128, np.uint8)
-    picture = attention.overlay(grey, heat).astype(int)
+    gray = np.full((16, 16, 3), 128, np.uint8)
+    picture = attention.overlay(gray, heat).astype(int)
     bright, dark = picture[0, -1], picture[-1, 0]
     expected = np.rint(0.65 * attention.COLORS[[-1, 0]] + 0.35 * 128)
     assert bright.tolist() == expected[0].tolist() and dark.tolist() == expected[1].tolist()
@@ -87,7 +87,7 @@ def test_a_folder_with_a_photo_an_animation_and_a_broken_file(run_folder, photo,
     (src / "broken.jpg").write_bytes(b"no image")
     (src / "notes.txt").write_text("left alone")
     attention.run(config_for(run_folder, src, dst))
-    assert "left out" in (said := capsys.readouterr().out) and "broken.jpg" in said
+    assert "skipped" in (said := capsys.readouterr().out) and "broken.jpg" in said
     names = {path.name for path in (dst / "photo").iterdir()}
     assert names == {"head-0.png", "head-1.png", "head-2.png", "head-3.png", "mean.png", "all.png"}
     with (
@@ -107,7 +107,7 @@ def test_a_video(run_folder, photo, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"pip install av.*ffmpeg -i VIDEO frames"):
             attention.run(config_for(run_folder, clip, tmp_path / "none"))
     av = pytest.importorskip("av", reason="PyAV is not installed")
-    with pytest.raises(InputError, match="no image in it could be read"):
+    with pytest.raises(InputError, match="no readable image in it"):
         attention.run(config_for(run_folder, clip, tmp_path / "none"))
     with video.writing(clip, Fraction(10)) as writer:
         for i in range(3):
@@ -127,7 +127,7 @@ def test_bad_input(run_folder, photo, tmp_path):
     with pytest.raises(InputError, match="files of this kind cannot be read, only .jpg"):
         attention.run(config_for(run_folder, tmp_path / "notes.txt", tmp_path))
     (tmp_path / "x.png").write_bytes(b"0")
-    with pytest.raises(InputError, match="no image in it could be read"):
+    with pytest.raises(InputError, match="no readable image in it"):
         attention.run(config_for(run_folder, tmp_path / "x.png", tmp_path))
     with pytest.raises(InputError, match="only XCiT"):
         attention.run(config_for(run_folder, tmp_path / "x.png", tmp_path, arch="timm/resnet10t"))

@@ -62,8 +62,8 @@ def test_backbone_and_head_repeat_the_probes_accuracy(run_folder):
 @pytest.mark.parametrize(
     "shape, match",
     [
-        ((12, 7), "trained on 7 features .*xcit_pico_6_p8 gives 80"),
-        ((1000, 80), "tells 1000 classes"),
+        ((12, 7), "trained on 7 features .*xcit_pico_6_p8 has 80"),
+        ((1000, 80), "has 1000 classes"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(run_folder, tmp_path, shape, match):
@@ -80,6 +80,6 @@ def test_a_backbone_is_no_classifier(run_folder):
         evaluate.run(EvaluateConfig(run_folder.target()))
 
 
-def test_unlabelled_images_are_refused(run_folder, unlabelled):
-    with pytest.raises(InputError, match="carry no label"):
-        evaluate.run(EvaluateConfig(run_folder.target(data_path=str(unlabelled))))
+def test_unlabeled_images_are_refused(run_folder, unlabeled):
+    with pytest.raises(InputError, match="have no label"):
+        evaluate.run(EvaluateConfig(run_folder.target(data_path=str(unlabeled))))

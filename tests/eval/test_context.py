@@ -48,7 +48,7 @@ def pictures(index: ShardIndex) -> list[Image.Image]:
 
 
 def plain(index: ShardIndex, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Pixels [n, 3, H, W], normalised by hand."""
+    """Pixels [n, 3, H, W], normalized by hand."""
     pixels = np.stack([np.asarray(picture) for picture in pictures(index)]) / 255
     return torch.from_numpy((pixels - mean) / std).permute(0, 3, 1, 2).float()
 
@@ -107,7 +107,7 @@ def test_options_win_and_other_weights_do_not_take_the_runs_settings(run_folder,
     assert context.inputs.mean == (0.5, 0.5, 0.5) and context.crop == 160
 
 
-def test_finetuning_normalises_as_its_start_was_trained(run_folder, tmp_path):
+def test_finetuning_normalizes_as_its_start_was_trained(run_folder, tmp_path):
     config = replace(FinetuneConfig(), {"arch": ARCH, "output_dir": tmp_path / "fresh"})
     assert with_input_settings(config).regularization.normalization[0] == (0.485, 0.456, 0.406)
     trained = torch.load(run_folder.weights) | {
@@ -144,8 +144,8 @@ def test_an_extracted_file_carries_its_settings(ending, run_folder, tmp_path, ca
     assert "enlarged" not in capsys.readouterr().out
     bare = dataclasses.replace(context, resize=256, crop=224)
     bare.index("val")
-    assert "are enlarged 8 times, to 256 px" in (said := capsys.readouterr().out)
-    assert "--crop_size 32 takes them as they are" in said
+    assert "are upsampled 8 times, to 256 px" in (said := capsys.readouterr().out)
+    assert "--crop_size 32 keeps their size" in said
 
 
 @pytest.fixture

@@ -45,11 +45,11 @@ def test_rows_are_the_networks_features_and_their_images(run_folder, tmp_path):
         assert picture.height == 3 * 132
 
 
-def test_images_without_labels_and_unreadable_ones(run_folder, unlabelled, tmp_path):
-    broken = broken_copy(ShardIndex.load(unlabelled / "val"), unlabelled / "broken")
-    shutil.rmtree(unlabelled / "train")
-    broken.rename(unlabelled / "train")
-    words = ["--output_dir", run_folder.path, "--data_path", unlabelled, "--device", "cpu"]
+def test_images_without_labels_and_unreadable_ones(run_folder, unlabeled, tmp_path):
+    broken = broken_copy(ShardIndex.load(unlabeled / "val"), unlabeled / "broken")
+    shutil.rmtree(unlabeled / "train")
+    broken.rename(unlabeled / "train")
+    words = ["--output_dir", run_folder.path, "--data_path", unlabeled, "--device", "cpu"]
     words += ["--pretrained_weights", run_folder.weights, "--num_workers", 0]
     for _ in range(2):  # the second time it takes the place of the first
         assert main(["embed", *map(str, words)]) == 0
@@ -105,7 +105,7 @@ def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch
     (queries, others) = shown
     pixels = {int(n): row[0].tobytes() for n, row in zip(order, queries, strict=True)}
     for n, row in zip(order.tolist(), others, strict=True):
-        assert len(row) == embed.NEIGHBOURS and row[0].tobytes() == pixels[int(nearest[n])]
+        assert len(row) == embed.NEIGHBORS and row[0].tobytes() == pixels[int(nearest[n])]
 
 
 def test_another_folder_is_not_replaced(run_folder, tmp_path):
@@ -132,9 +132,9 @@ def test_nearest_others_by_brute_force_copies_included():
     assert nearest_others(numbers[:3], np.arange(3), 5)[0].shape == (3, 2)
 
 
-def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabelled):
+def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabeled):
     config = run_folder.path / "config.yaml"
-    config.write_text(config.read_text().replace(str(run_folder.data), str(unlabelled)))
+    config.write_text(config.read_text().replace(str(run_folder.data), str(unlabeled)))
     where = ["--output_dir", str(run_folder.path)]
     weights = ["--pretrained_weights", str(run_folder.weights), "--num_workers", "0"]
     shown = []
@@ -143,7 +143,7 @@ def test_the_report_of_a_run_without_labels_shows_them(run_folder, unlabelled):
         page = run_folder.path / "report.html"
         shown.append("<h2>Nearest neighbors" in page.read_text() if page.is_file() else False)
     assert shown == [False, False, True]
-    assert "embed, where there are no labels" not in page.read_text()
+    assert "embed, if there are no labels" not in page.read_text()
 
 
 def test_what_fails_leaves_nothing_and_the_folder_before_as_it_was(run_folder, tmp_path):

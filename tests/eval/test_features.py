@@ -24,8 +24,8 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import feature_cache, features
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import make_context
-from xcit_dino.eval.features import Rows, load_features, num_classes_of
-from xcit_dino.eval.target import Pixels, networks, pretrained, random_network, resolve
+from xcit_dino.eval.features import Rows, count_classes, load_features
+from xcit_dino.eval.target import PixelFeatures, networks, pretrained, random_network, resolve
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed.dist import World
@@ -34,7 +34,7 @@ ONE = World(0, 1, torch.device("cpu"))
 
 
 def images_of(index: ShardIndex, numbers: range) -> torch.Tensor:
-    """Decoded by Pillow, normalised by torchvision: [n, 3, 32, 32]."""
+    """Decoded by Pillow, normalized by torchvision: [n, 3, 32, 32]."""
     images = []
     for number in numbers:
         shard, offset, size = index.locate(number)
@@ -103,7 +103,9 @@ def test_ranks_fill_one_file(run_folder, monkeypatch):
     config = run_folder.target(batch_size_per_gpu=7)
     target, context = resolve(config, ONE)
     index = context.index("val")
-    network = dataclasses.replace(pretrained(target), model=Pixels(), facts={"network": "pixels"})
+    network = dataclasses.replace(
+        pretrained(target), model=PixelFeatures(), facts={"network": "pixels"}
+    )
     alone = load_features(network, index, "val", context)
     expected = np.array(alone.blocks["cls"])
     gate, box = threading.Barrier(3), {}
@@ -217,9 +219,9 @@ def test_training_takes_another_image_for_one_without_a_label(run_folder, tmp_pa
     crops = CropsConfig(global_crops_size=16, local_crops_number=0)
     options = LoaderConfig(num_workers=0)
     taken = {}
-    for labelled in (False, True):
-        loader = CropLoader(index, plan, crops, options, run_folder=tmp_path, labelled=labelled)
-        (taken[labelled],) = next(iter(loader))
+    for labeled in (False, True):
+        loader = CropLoader(index, plan, crops, options, run_folder=tmp_path, labeled=labeled)
+        (taken[labeled],) = next(iter(loader))
     place = taken[False].samples.tolist().index(7)
     assert taken[False].labels[place] == -1 and (taken[True].labels >= 0).all()
     others = np.delete(np.arange(48), place)
@@ -266,7 +268,7 @@ def test_baselines(run_folder):
     assert torch.equal(state, torch.get_rng_state()), "no other random numbers are disturbed"
     big = torch.rand(2, 3, 64, 64)
     averaged = big.unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)).flatten(1)
-    assert torch.allclose(Pixels()(big), averaged, atol=1e-6)
+    assert torch.allclose(PixelFeatures()(big), averaged, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -307,4 +309,4 @@ def test_splits_must_share_their_classes(demo_shards):
     train = ShardIndex.load(demo_shards / "train")
     other = dataclasses.replace(train, classes=["cat", "dog"])
     with pytest.raises(InputError, match="one label map"):
-        num_classes_of(train, other)
+        count_classes(train, other)

@@ -53,7 +53,7 @@ def test_equals_brute_force(kind):
 
 
 @pytest.mark.parametrize("kind", ["normal", "signs", "copies"])
-def test_a_bank_in_parts_gives_the_same_neighbours(kind, monkeypatch):
+def test_a_bank_in_parts_gives_the_same_neighbors(kind, monkeypatch):
     generator = np.random.default_rng(1)
     for _ in range(20):
         bank, _, queries, _, _ = random_case(generator, kind)
@@ -99,7 +99,7 @@ def test_equals_the_official_loop():
 
 
 def test_votes_by_hand():
-    """Two neighbours of class 1 outvote a nearer one of class 2; labels break ties."""
+    """Two neighbors of class 1 outvote a nearer one of class 2; labels break ties."""
     similarities, labels = torch.tensor([[0.9, 0.88, 0.88, 0.2]]), torch.tensor([[2, 1, 1, 0]])
     ranks = [
         vote_ranks(similarities, labels, torch.tensor([target]), (1, 3, 4), 0.07, 5)[:, 0].tolist()
@@ -116,13 +116,13 @@ def test_votes_stay_finite_at_low_temperature():
 
 def test_features_that_are_not_finite_are_refused():
     bank = np.full((4, 2), np.nan, np.float32)
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="non-finite"):
         knn_hits(bank, np.zeros(4, int), bank, np.zeros(4, int), [2], 0.07, 2)
 
 
 def test_k_larger_than_the_bank_is_left_out(capsys):
-    assert fitting_ks((200, 10, 20, 100), 80, tell=True) == [10, 20]
-    assert "k = 100 and 200 left out, as the bank has 80 images" in capsys.readouterr().out
+    assert fitting_ks((200, 10, 20, 100), 80, verbose=True) == [10, 20]
+    assert "k = 100 and 200 skipped: the bank has only 80 images" in capsys.readouterr().out
     with pytest.raises(InputError, match="--nb_knn 20: .* only 12 .*; ask for at most 12"):
         fitting_ks((20, 200), 12)
 
@@ -132,7 +132,7 @@ def test_the_default_ks_serve_a_small_bank(run_folder, capsys):
     result = json.loads((run_folder.path / "results.json").read_text())["knn"]
     assert result["protocol"]["nb_knn"] == [10, 20]
     assert set(result["metrics"]) == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
-    assert capsys.readouterr().out.count("left out") == 1
+    assert capsys.readouterr().out.count("skipped") == 1
 
 
 def test_ranks_share_the_queries(monkeypatch):
@@ -169,6 +169,6 @@ def test_run_writes_results_with_their_protocol(run_folder):
     assert results["knn"]["metrics"] == before and "knn@" not in "".join(results)
 
 
-def test_unlabelled_images_are_refused(run_folder, unlabelled):
-    with pytest.raises(InputError, match="carry no label"):
-        knn.run(KnnConfig(run_folder.target(data_path=str(unlabelled)), nb_knn=(1,)))
+def test_unlabeled_images_are_refused(run_folder, unlabeled):
+    with pytest.raises(InputError, match="have no label"):
+        knn.run(KnnConfig(run_folder.target(data_path=str(unlabeled)), nb_knn=(1,)))

@@ -16,7 +16,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import linear, linear_augmented
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
-from xcit_dino.eval.linear import accuracy, top_hits, train_cached
+from xcit_dino.eval.linear import accuracy, topk_hits, train_cached
 from xcit_dino.eval.linear_augmented import step_grids
 from xcit_dino.eval.linear_grid import Choice, Heads, best, grid, hold_out
 from xcit_dino.eval.target import Network
@@ -28,10 +28,10 @@ CPU = torch.device("cpu")
 
 def clusters(count: int, seed: int, dim: int = 12, classes: int = 4) -> Features:
     """Overlapping clusters as blocks cls and patch."""
-    centres = np.random.default_rng(0).standard_normal((classes, 2 * dim))
+    centers = np.random.default_rng(0).standard_normal((classes, 2 * dim))
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, classes, count)
-    rows = centres[labels] + 1.5 * generator.standard_normal((count, 2 * dim))
+    rows = centers[labels] + 1.5 * generator.standard_normal((count, 2 * dim))
     rows = rows.astype(np.float32)
     return Features({"cls": rows[:, :dim], "patch": rows[:, dim:]}, labels, classes, 0)
 
@@ -50,7 +50,7 @@ def test_every_head_is_trained_as_by_torch():
         heads.step({"cls": x[:, :6], "patch": x[:, 6:]}, labels, cosine(step, 6, 1.0, 0.0))
 
     x, labels = batches[0]
-    scores = heads.judge([({"cls": x[:, :6], "patch": x[:, 6:]}, labels)])
+    scores = heads.score([({"cls": x[:, :6], "patch": x[:, 6:]}, labels)])
     for number, choice in enumerate(choices):
         head = torch.nn.Linear(start[number][0].shape[1], 5)
         head.load_state_dict(dict(zip(("weight", "bias"), start[number], strict=True)))
@@ -114,9 +114,9 @@ def test_the_choice_is_made_by_heads_that_never_saw_the_held_out_images(monkeypa
     changed = held_out if labels_turned == "held out" else ~held_out
     turned = Features(train.blocks, np.where(changed, (train.labels + 1) % 4, train.labels), 4, 0)
     judged = []
-    judge = Heads.judge
+    score = Heads.score
     monkeypatch.setattr(
-        Heads, "judge", lambda self, batches: judged.append(self.head(0)) or judge(self, batches)
+        Heads, "score", lambda self, batches: judged.append(self.head(0)) or score(self, batches)
     )
     first, second = (train_cached(f, choices, 4, config, CPU) for f in (train, turned))
     same = torch.equal(judged[0][0], judged[1][0])
@@ -126,8 +126,8 @@ def test_the_choice_is_made_by_heads_that_never_saw_the_held_out_images(monkeypa
 
 def test_top_hits_by_hand():
     logits = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
-    assert top_hits(logits, torch.tensor([1, 2])).tolist() == [1, 2]
-    assert top_hits(torch.eye(7), torch.tensor([0, 1, 2, 3, 4, 5, 0])).tolist()[0] == 6
+    assert topk_hits(logits, torch.tensor([1, 2])).tolist() == [1, 2]
+    assert topk_hits(torch.eye(7), torch.tensor([0, 1, 2, 3, 4, 5, 0])).tolist()[0] == 6
 
 
 def test_run_cached(run_folder):
@@ -233,5 +233,5 @@ def test_the_edge_of_the_grid_is_pointed_out_with_a_wider_one(capsys):
     network = Network("pretrained", torch.nn.Identity(), {})
     config = LinearConfig(lrs=(0.1, 0.01))
     for lr, wider in ((0.1, "0.01 0.1 0.2 0.5"), (0.01, "0.002 0.005 0.01 0.1")):
-        linear.tell(network, Choice("cls", lr, 0.0), {"top1": 1.0, "top5": 2.0}, config)
+        linear.print_result(network, Choice("cls", lr, 0.0), {"top1": 1.0, "top5": 2.0}, config)
         assert capsys.readouterr().out.endswith(f"add --lrs {wider}\n")

@@ -49,11 +49,11 @@ def test_equals_the_evaluation_and_disturbs_nothing(run_folder):
         assert torch.equal(value, before[name]), name
 
 
-def test_only_when_due_and_only_where_it_can_be(run_folder, unlabelled, tmp_path):
+def test_only_when_due_and_only_where_it_can_be(run_folder, unlabeled, tmp_path):
     callback = online_knn(run_folder.data, RUN, CPU, every=3)
     assert callback is not None
     assert callback(torch.nn.Identity(), 2) == {}
-    assert online_knn(unlabelled, RUN, CPU) is None
+    assert online_knn(unlabeled, RUN, CPU) is None
     assert online_knn(run_folder.data / "train", RUN, CPU) is None
 
 
@@ -63,7 +63,7 @@ def test_a_fixed_subset_spread_over_the_split(run_folder, monkeypatch):
     assert isinstance(callback, online.OnlineKnn)
     index = ShardIndex.load(run_folder.data / "train")
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    found = online.embed_subset(callback.context, index, model, 24, "k-NN", labelled=True)
+    found = online.embed_subset(callback.context, index, model, 24, "k-NN", labeled=True)
     chosen = np.linspace(0, 95, 24).astype(int)
     assert found.features.shape == (24, 3) and found.samples.tolist() == chosen.tolist()
     assert found.labels.tolist() == index.labels[chosen].tolist()
@@ -88,19 +88,19 @@ def test_pretraining_logs_it_and_ends_with_the_same_bits(demo_shards, tmp_path):
         assert len(found) == every and all(0 <= value <= 100 for value in found)
     board = EventAccumulator(str(tmp_path / "1")).Reload()
     assert set(board.Tags()["images"]) == {"crops", "attention", "neighbours"}
-    crops, attention, neighbours = (board.Images(name)[0] for name in
+    crops, attention, neighbors = (board.Images(name)[0] for name in
                                     ("crops", "attention", "neighbours"))  # fmt: skip
     assert crops.width == 2 * 132 and crops.height == 2 * 132  # 2 samples, 2 global crops
-    assert attention.height == neighbours.height == 6 * 132
-    assert neighbours.width == 7 * 132
+    assert attention.height == neighbors.height == 6 * 132
+    assert neighbors.width == 7 * 132
     assert board.Tags()["histograms"] == ["feature_deviation"]
     for network in ("student", "teacher"):
         for name, value in states[0][network].items():
             assert torch.equal(value, states[1][network][name]), name
 
 
-def test_unlabelled_data_are_pretrained_on_without_it(unlabelled, tmp_path, capsys):
-    options = {"data_path": unlabelled, "output_dir": tmp_path, "batch_size_per_gpu": 8}
+def test_unlabeled_data_are_pretrained_on_without_it(unlabeled, tmp_path, capsys):
+    options = {"data_path": unlabeled, "output_dir": tmp_path, "batch_size_per_gpu": 8}
     pretrain_with_knn(replace(PretrainConfig(), TINY | options | {"knn_every": 1}))
     assert "no k-NN during pretraining" in capsys.readouterr().out
     assert not [line for line in read_metrics(tmp_path) if "knn_top1" in line]
@@ -113,7 +113,7 @@ def test_going_on_from_a_checkpoint_watches_old_and_new_data(demo_shards, tmp_pa
     pretrain_with_knn(replace(PretrainConfig(), shared | {"output_dir": old}))
     options = {"init_from": old, "knn_data_path": str(demo_shards), "output_dir": new}
     pretrain_with_knn(replace(PretrainConfig(), shared | options | {"seed": 1}))
-    assert "took student and teacher" in capsys.readouterr().out
+    assert "loaded student and teacher" in capsys.readouterr().out
     before = [line for line in read_metrics(old) if "knn_top1" in line][-1]
     lines = [line for line in read_metrics(new) if "knn_top1" in line]
     assert [line["step"] for line in lines] == [0, 2]

@@ -65,8 +65,8 @@ def test_a_bare_file_has_a_card_that_says_what_is_not_known(tmp_path):
     torch.save(create_model("xcit_pico_6_p8", num_classes=3).state_dict(), bare)
     export(ExportConfig(bare, tmp_path / "bare.safetensors"))
     text = (tmp_path / "bare.safetensors.md").read_text()
-    assert text.count("The checkpoint does not say.") == 2 and "classifier of 3 classes" in text
-    assert "No accuracy of this very network" in text
+    assert text.count("Not recorded in the checkpoint.") == 2 and "classifier of 3 classes" in text
+    assert "No accuracy of this network" in text
 
 
 def test_results_that_cannot_be_read_are_refused(checkpoint, tmp_path):

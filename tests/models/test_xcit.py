@@ -23,7 +23,7 @@ MILLIONS = {  # issue text: with a 1000-class head, patch 8 and patch 16
 }
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: nn.Module, seed: int = 0) -> None:
     """Values that show every difference: layer scales, norms and temperatures far from 1."""
     generator = torch.Generator().manual_seed(seed)
     for value in model.state_dict().values():
@@ -49,7 +49,7 @@ def to_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def twins(size: str, patch: int, num_classes: int) -> tuple[XCiT, nn.Module]:
     ours = create_model(f"xcit_{size}_p{patch}", num_classes=num_classes)
     assert isinstance(ours, XCiT)
-    randomise(ours)
+    randomize(ours)
     theirs = timm.create_model(f"xcit_{size}_p{patch}_224", num_classes=num_classes)
     theirs.load_state_dict(to_timm(ours.state_dict()))
     return ours, theirs
@@ -130,7 +130,7 @@ def test_nano_backpropagates_with_anomaly_detection() -> None:
 
 def test_gradcheck_of_a_small_model() -> None:
     model = XCiT(patch_size=4, embed_dim=8, depth=1, num_heads=2, tokens_norm=False).double()
-    randomise(model)
+    randomize(model)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model.train(), (images,), atol=1e-4)
 
@@ -168,7 +168,7 @@ def test_copy_counter_sees_a_copy() -> None:
 
 
 def test_cross_covariance_attention_under_bfloat16_autocast() -> None:
-    """As close to float32 as timm's normalised copies are."""
+    """As close to float32 as timm's normalized copies are."""
     ours, theirs = twins("nano_12", 16, 0)
     tokens = torch.randn(4, 7, 7, 128)
     exact = ours.blocks[0].attn(tokens)
@@ -208,7 +208,7 @@ def test_drop_path_only_in_training_and_at_every_depth() -> None:
 
 def test_attention_maps_and_intermediates_agree_with_the_forward_pass() -> None:
     model = create_model("xcit_tiny_12_p8").eval()
-    randomise(model)
+    randomize(model)
     images = torch.randn(2, 3, 24, 40)
     attentions, seen = [block.attn for block in model.cls_attn_blocks], []
     for attn in attentions:

@@ -134,7 +134,7 @@ def test_sizes_that_a_network_does_not_take_are_refused_with_one_that_it_takes(a
 
 def test_a_network_without_one_vector_an_image_is_refused() -> None:
     model = create_model("timm/resnet10t", global_pool="")
-    with pytest.raises(InputError, match=r"it gives \[1, 512, 3, 3\] for an image instead of 512"):
+    with pytest.raises(InputError, match=r"returns \[1, 512, 3, 3\] for an image instead of 512"):
         check_sizes(model, "timm/resnet10t", {"local_crops_size": 96}, features=True)
 
 

@@ -240,7 +240,7 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no run"):
+    with pytest.raises(InputError, match="no run in it"):
         report.run(ReportConfig((tmp_path,)))
 
 

@@ -218,7 +218,7 @@ def test_several_nodes_need_slurm(words: list[str], message: str, monkeypatch) -
         assert launch.choose_cluster(launch_config([*asked, "--dry_run"])) == "slurm"
 
 
-def test_a_misspelt_command_gets_the_nearest_one() -> None:
+def test_a_misspelled_command_gets_the_nearest_one() -> None:
     with pytest.raises(InputError, match="no command 'launch stauts'; did you mean status?"):
         launch_config(["stauts", "runs/a"])
 
@@ -350,7 +350,7 @@ def test_the_augmented_probe_with_another_batch_is_another_one() -> None:
     assert checks.differ(config, config | {"batch_size_per_gpu": 3})
 
 
-def test_dry_run_names_more_neighbours_than_images(
+def test_dry_run_names_more_neighbors_than_images(
     shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = ShardIndex.load(shards / "train").num_samples

@@ -230,7 +230,7 @@ def test_chain(chain: Run) -> None:
 
 
 def test_two_nodes_two_tasks_equal_one_process(slurm: Cluster, place: Path, chain: Run) -> None:
-    """Batch-norm is synchronised: both layouts see the statistics of the global batch.
+    """Batch-norm is synchronized: both layouts see the statistics of the global batch.
 
     Drop-path is off, since each rank draws its own paths. What remains are float sums in another
     order: losses agree to 4 digits, weights to 3 (as a vector).

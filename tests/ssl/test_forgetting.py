@@ -114,9 +114,9 @@ def test_a_run_measures_what_is_left(shards, start, tmp_path):
     assert same(final_bits(tmp_path / "run"), final_bits(tmp_path / "off")), "it disturbs nothing"
 
 
-def test_fractions_of_an_epoch_and_unlabelled_data(unlabelled, start, tmp_path):
+def test_fractions_of_an_epoch_and_unlabeled_data(unlabeled, start, tmp_path):
     options = {"init_from": start, "forgetting_every": 0.5, "epochs": 2, "batch_size_per_gpu": 2}
-    pretrain_with_knn(config(unlabelled, tmp_path / "run", **options))
+    pretrain_with_knn(config(unlabeled, tmp_path / "run", **options))
     assert list(kept(tmp_path / "run")) == [0, 2, 4, 6, 8]
 
 

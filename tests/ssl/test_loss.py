@@ -30,7 +30,7 @@ def prototypes(dtype=torch.float64, norm_last=False):
 
 @pytest.mark.parametrize("views", [2, 3, 12])
 @pytest.mark.parametrize("chunk", [8, K, 1000])
-def test_values_gradients_and_centre_equal_the_double_loop(views, chunk, monkeypatch):
+def test_values_gradients_and_center_equal_the_double_loop(views, chunk, monkeypatch):
     """Prototypes included; the last chunk is a smaller one."""
     monkeypatch.setattr(
         "xcit_dino.ssl.loss.dino_cross_entropy",
@@ -38,7 +38,7 @@ def test_values_gradients_and_centre_equal_the_double_loop(views, chunk, monkeyp
     )
     ours, plain = DinoLoss(K).double(), PlainLoss(K, views, 0.1, 0.9).double()
     layer, plain_layer = prototypes()
-    for step in range(3):  # the centre moves
+    for step in range(3):  # the center moves
         z, teacher = bottleneck(views, step), 3 * layer(bottleneck(2, 100 + step)).detach()
         inputs = (z, layer.weight_v, layer.weight_g)
         got = ours(z, layer, ours.targets(teacher, TEMP, 2))
@@ -91,7 +91,7 @@ def test_a_loss_scale_and_micro_batches_go_through():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_as_close_to_float64_as_the_plain_version_is(dtype):
-    """Under autocast and without; the normaliser and the softmax stay in float32."""
+    """Under autocast and without; the normalizer and the softmax stay in float32."""
     exact, _ = prototypes()
     layer, plain_layer = (copy.deepcopy(net).float() for net in prototypes())
     targets = torch.randn(2, B, K, dtype=torch.float64).mul(3).softmax(-1)
@@ -117,7 +117,7 @@ def test_as_close_to_float64_as_the_plain_version_is(dtype):
         assert (o - b).norm() <= (0.02 if dtype == torch.bfloat16 else 1e-5) * b.norm()
 
 
-def test_two_micro_batches_make_one_centre_update():
+def test_two_micro_batches_make_one_center_update():
     whole, halves = DinoLoss(K), DinoLoss(K)
     teacher = torch.randn(2 * B, K)
     whole.targets(teacher, TEMP, 2), whole.update_center()
@@ -127,5 +127,5 @@ def test_two_micro_batches_make_one_centre_update():
     torch.testing.assert_close(whole.center, halves.center)
 
 
-def test_the_only_state_is_the_centre():
+def test_the_only_state_is_the_center():
     assert list(DinoLoss(K).state_dict()) == ["center"]

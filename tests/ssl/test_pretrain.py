@@ -166,7 +166,7 @@ def micro_batch(seed, locals_=2, dtype=torch.float64):
     return batch_of(*(torch.randn(n, 4, 3, side, side, dtype=dtype) for n, side in sizes))
 
 
-def learnt(trainer, batches, now):
+def learned(trainer, batches, now):
     """Loss, gradients and batch-norm statistics of a step's passes."""
     seed_drop_path(0, 0, 0)
     losses = []
@@ -193,7 +193,7 @@ def test_backward_of_each_crop_group_gives_the_same_gradients(micros, locals_, a
         trainer_for(replace(PretrainConfig(), options | {"group_backward": group}), torch.float64)
         for group in (False, True)
     )
-    for got, want in zip(learnt(parts, batches, now), learnt(one, batches, now), strict=True):
+    for got, want in zip(learned(parts, batches, now), learned(one, batches, now), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     for trainer in (one, parts):
         trainer.student.zero_grad()

@@ -75,7 +75,7 @@ def backbones():
         "official DINO, backbone.pth": a,
         "official supervised.pth": {"model": supervised, "epoch": 3},
         "finetuned by us.pth": {"model": supervised, "model_ema": other},
-        "without a centre.pth": dino,
+        "without a center.pth": dino,
         "distilled.pth": prefixed("Student.", a) | prefixed("Teacher.", {"w": torch.ones(2)}),
         "vissl.torch": {
             "classy_state_dict": {
@@ -92,7 +92,7 @@ def backbones():
 
 @pytest.mark.parametrize("name", list(backbones()))
 def test_a_backbone_of_every_layout_begins_student_and_teacher(name, tmp_path, capsys):
-    """Its tensors are in both, and the head is as it was initialised."""
+    """Its tensors are in both, and the head is as it was initialized."""
     path, tree = tmp_path / name, backbones()[name]
     if path.suffix in (".pth", ".torch"):
         torch.save(tree, path)
@@ -107,7 +107,7 @@ def test_a_backbone_of_every_layout_begins_student_and_teacher(name, tmp_path, c
         assert identical(dict(net.head.state_dict()), head)
     assert facts["start"] == path.name and len(facts["start_weights"]) > 10
     said = capsys.readouterr().out
-    assert f"{name}: took the " in said and "for student and teacher; their heads are new" in said
+    assert f"{name}: loaded the " in said and "for student and teacher; their heads are new" in said
 
 
 def test_a_whole_dino_checkpoint_gives_all_or_with_new_head_its_teachers_backbone(tmp_path):
@@ -130,7 +130,7 @@ def test_a_whole_dino_checkpoint_gives_all_or_with_new_head_its_teachers_backbon
 
 
 def test_a_timm_file_and_timms_own_weights_by_name(tmp_path, monkeypatch, capsys):
-    """A classifier; images are then normalised as timm's weights need it."""
+    """A classifier; images are then normalized as timm's weights need it."""
     arch = "timm/test_resnet"
     trained = timm.create_model("test_resnet")
     path = tmp_path / "weights.safetensors"
@@ -144,7 +144,7 @@ def test_a_timm_file_and_timms_own_weights_by_name(tmp_path, monkeypatch, capsys
             assert identical(dict(net.backbone.state_dict()), want)
         assert trainer.config.augment.mean == (0.5, 0.5, 0.5)
         assert facts["start"] in (path.name, source)
-    assert "images are normalised by mean (0.5, 0.5, 0.5)" in capsys.readouterr().out
+    assert "images are normalized by mean (0.5, 0.5, 0.5)" in capsys.readouterr().out
 
 
 def test_weights_by_their_publishers_names_fit_timms_network(tmp_path):
@@ -176,7 +176,7 @@ def test_the_architecture_is_that_of_the_start(tmp_path, monkeypatch):
         pretrain_config(["--init_from", "timm/resnet18", "--arch", "timm/resnet34"])
 
 
-def test_a_run_keeps_the_normalisation_that_its_start_gave(shards, tmp_path):
+def test_a_run_keeps_the_normalization_that_its_start_gave(shards, tmp_path):
     mean, std = (0.25, 0.5, 0.75), (0.1, 0.2, 0.3)
     torch.save(
         {"model": network(ARCH).state_dict(), "config": f"mean: {[*mean]}\nstd: {[*std]}\n"

@@ -72,12 +72,12 @@ def step(trainer, number):
 
 
 def two_steps(world, folder):
-    """Backbones, heads and centre after two steps from a file's weights, for every kind."""
+    """Backbones, heads and center after two steps from a file's weights, for every kind."""
     found = {}
     for arch, options in KINDS.items():
         trainer = trainer_of(world, arch, f"{folder}/{arch.replace('/', '_')}.pth", **options)
         losses = [step(trainer, number)["loss"] for number in range(2)]
-        state = fsdp.whole(trainer.state.state_dict(), everywhere=True)
+        state = fsdp.full_tensors(trainer.state.state_dict(), everywhere=True)
         found[arch] = {name: state[name] for name in ("student", "teacher", "loss")}
         found[arch]["losses"] = dist.all_reduce_mean(torch.stack(losses))
     return found

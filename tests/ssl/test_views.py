@@ -62,7 +62,7 @@ def crops(G, L, micro):
 
 
 def stepped(trainer, G, L, images=slice(None)):
-    """The loss of a step over some of the images, and student, teacher and centre after it."""
+    """The loss of a step over some of the images, and student, teacher and center after it."""
     nothing, batches = np.zeros(0, np.int64), []
     for micro in range(MICROS):
         views = [group[:, images] for group in crops(G, L, micro)]
@@ -74,7 +74,7 @@ def stepped(trainer, G, L, images=slice(None)):
 def plain_step(trainer, G, L):
     """The same, written out: one term a pair of views, one micro-batch of all ranks' images at a
     time."""
-    student, teacher, centre = trainer.student, trainer.teacher, trainer.loss.center
+    student, teacher, center = trainer.student, trainer.teacher, trainer.loss.center
     losses, outputs = [], []
     for micro in range(MICROS):
         large, small = crops(G, L, micro)
@@ -82,7 +82,7 @@ def plain_step(trainer, G, L):
             output = teacher.head(teacher.backbone(large.flatten(0, 1)))
         groups = [group.flatten(0, 1) for group in (large, small) if len(group)]
         scores = student.head(torch.cat([student.backbone(group) for group in groups]))
-        q = ((output - centre) / NOW.teacher_temp).softmax(-1).unflatten(0, (G, IMAGES))
+        q = ((output - center) / NOW.teacher_temp).softmax(-1).unflatten(0, (G, IMAGES))
         p = (scores / 0.2).log_softmax(-1).unflatten(0, (G + L, IMAGES))
         pairs = [(g, v) for g in range(G) for v in range(G + L) if v != g]
         losses.append(sum(-(q[g] * p[v]).sum(-1).mean() for g, v in pairs) / len(pairs))
@@ -92,7 +92,7 @@ def plain_step(trainer, G, L):
     optim.set_hyperparameters(trainer.state.optimizer, NOW.lr, NOW.weight_decay)
     trainer.state.optimizer.step()
     trainer.state.optimizer.zero_grad()
-    centre.mul_(0.9).add_(0.1 * torch.cat(outputs).mean(0))
+    center.mul_(0.9).add_(0.1 * torch.cat(outputs).mean(0))
     with torch.no_grad():
         for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
             t.mul_(NOW.momentum_teacher).add_((1 - NOW.momentum_teacher) * s)
@@ -136,7 +136,7 @@ def in_double(monkeypatch):
 
 @pytest.mark.parametrize("G", range(1, 5))
 def test_the_step_is_the_double_loop_for_any_number_of_views(G, two_ranks, in_double):
-    """Loss, weights, batch-norm statistics, teacher and centre."""
+    """Loss, weights, batch-norm statistics, teacher and center."""
     trainer = fresh(dist.World(0, 1, torch.device("cpu")))
     for L in (L for g, L in NUMBERS if g == G):
         want_loss, *want = copy.deepcopy(plain_step(trainer(G, L), G, L))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError
-from xcit_dino.eval.context import settings_of
+from xcit_dino.eval.context import resolve_input_settings
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import create_model
@@ -121,7 +121,7 @@ class Seen(torch.nn.Module):
         return images
 
 
-def test_the_teacher_gets_its_own_normalisation_and_size():
+def test_the_teacher_gets_its_own_normalization_and_size():
     pixels = torch.rand(2, 3, 16, 16)
     stack = [torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD)]
     images = (pixels - stack[0]) / stack[1]
@@ -154,7 +154,7 @@ def test_a_timm_teacher_from_a_file(tmp_path):
     assert build_teacher(config, 12, InputSettings())[0].size == 176
 
 
-def test_a_teacher_finetuned_here_sees_what_it_learnt_from(tmp_path):
+def test_a_teacher_finetuned_here_sees_what_it_learned_from(tmp_path):
     """Not what timm's own weights of that name want."""
     arch, run = "timm/vit_tiny_patch16_224", tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_a_teacher_finetuned_here_sees_what_it_learnt_from(tmp_path):
     torch.save({}, tmp_path / "downloaded.pth")
 
     def found(path):
-        settings = settings_of(arch, path)
+        settings = resolve_input_settings(arch, path)
         return settings.mean, settings.std, settings.size
 
     assert found(run / "checkpoints" / "old.pth") == (MEAN, STD, 32)
@@ -231,7 +231,7 @@ def test_a_run_resumes_extracts_and_needs_its_teachers_file_no_more(
 
 
 def test_a_run_goes_on_with_the_same_view_of_its_teacher(demo_shards, teacher_file, tmp_path):
-    """The teacher learnt from 16 pixels of its own mean; its run is deleted on the way."""
+    """The teacher learned from 16 pixels of its own mean; its run is deleted on the way."""
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     (teacher / "checkpoints").mkdir(parents=True)
     path = teacher / "checkpoints" / "checkpoint-00000001.pth"

@@ -198,7 +198,7 @@ def test_erasing_fills_one_rectangle_of_some_images(demo_shards):
             assert mask.sum() == height * width
 
 
-# -- optimiser, schedule, average
+# -- optimizer, schedule, average
 
 
 def test_layers_are_those_of_timms_xcit():
@@ -465,9 +465,9 @@ def test_bad_input_writes_nothing(options, words, demo_shards, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_unlabelled_images_are_refused(unlabelled, tmp_path):
-    with pytest.raises(InputError, match="carry no label"):
-        finetune(tiny(unlabelled, tmp_path / "run", batch_size_per_gpu=4))
+def test_unlabeled_images_are_refused(unlabeled, tmp_path):
+    with pytest.raises(InputError, match="have no label"):
+        finetune(tiny(unlabeled, tmp_path / "run", batch_size_per_gpu=4))
 
 
 def test_recipes():

@@ -1,4 +1,4 @@
-"""Evaluations while training goes on: they come after the checkpoint and end no training; and
+"""Evaluations while training continues: they come after the checkpoint and end no training; and
 lines of the log that are the same whether a run was cut off or not."""
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_a_failing_evaluation_ends_no_training(name, shards, tmp_path, monkeypat
     failing(monkeypatch, name, RuntimeError("no\nmemory"), times=1)
     train(name, shards, run)
     said = capsys.readouterr().err
-    assert "step 5: the evaluation failed, and training goes on (RuntimeError: no memory)" in said
+    assert "step 5: the evaluation failed; training continues (RuntimeError: no memory)" in said
     assert same(final_bits(run), final_bits(whole))
     found = [line["step"] for line in read_metrics(run) if {"knn_top1", "val_top1"} & set(line)]
     assert found == [10] and not (run / MARK).exists()
@@ -144,7 +144,7 @@ def test_one_that_ends_the_process_is_got_past(name, shards, tmp_path, monkeypat
             train(name, shards, tmp_path)
         assert load_checkpoint(newest_checkpoint(tmp_path))["step"] == 5
     train(name, shards, tmp_path)
-    assert "step 5: 2 tries of this run ended in its evaluation" in capsys.readouterr().err
+    assert "step 5: 2 attempts died in its evaluation" in capsys.readouterr().err
     assert load_checkpoint(newest_checkpoint(tmp_path))["step"] == 10
     assert len(calls) == 3 and not (tmp_path / MARK).exists()
 
@@ -194,7 +194,7 @@ def test_broken_validation_images_are_left_out_of_the_online_k_nn(shards, tmp_pa
 @pytest.mark.parametrize("place", ["both", "training", "nowhere"])
 def test_online_k_nn_with_shards_elsewhere(place, shards, tmp_path, capsys):
     """The index alone lies in --data_path; validation shards are beside those for training, or
-    beside their index, or cannot be found: then there is no accuracy, and training goes on."""
+    beside their index, or cannot be found: then there is no accuracy, and training continues."""
     mine, other = tmp_path / "index", tmp_path / "moved"
     shutil.copytree(shards, mine)
     (other / "train").parent.mkdir()
@@ -213,7 +213,7 @@ def test_online_k_nn_with_shards_elsewhere(place, shards, tmp_path, capsys):
     found = [line for line in read_metrics(tmp_path / "run") if "knn_top1" in line]
     words = capsys.readouterr()
     assert len(found) == (place != "nowhere") and "no picture" not in words.out
-    assert ("the evaluation failed, and training goes on" in words.err) == (place == "nowhere")
+    assert ("the evaluation failed; training continues" in words.err) == (place == "nowhere")
 
 
 def blind(rank):
@@ -238,8 +238,7 @@ def test_ranks_agree_where_an_evaluation_fails_on_one(shards, tmp_path):
     words = said(run)
     for step in (5, 10):
         assert (
-            f"step {step}: the evaluation failed, and training goes on (RankFailed: rank 1: "
-            in words
+            f"step {step}: the evaluation failed; training continues (RankFailed: rank 1: " in words
         )
     assert "Stale file handle" in words
     assert [line["step"] for line in lines(run)] == list(range(1, 11))

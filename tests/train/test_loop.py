@@ -40,7 +40,7 @@ def test_supervised_trainings_roll_back_too(name, shards, tmp_path, monkeypatch,
     train(name, shards, whole)
     spoil(monkeypatch, 7, 9, until_rollbacks=1)
     train(name, shards, run, max_skipped=2)
-    assert "back to checkpoint-00000005.pth, on with 0.5" in capfd.readouterr().err
+    assert "rolled back to checkpoint-00000005.pth, now 0.5" in capfd.readouterr().err
     path = newest_checkpoint(run)
     assert path is not None
     saved = load_checkpoint(path)
@@ -53,7 +53,7 @@ def test_supervised_trainings_roll_back_too(name, shards, tmp_path, monkeypatch,
 
 def test_a_supervised_training_stops_where_it_is_to(shards, tmp_path, monkeypatch):
     spoil(monkeypatch, 7, 99, until_rollbacks=9)
-    with pytest.raises(RunError, match="the last checkpoint is from before"):
+    with pytest.raises(RunError, match="the last checkpoint predates them"):
         train("finetune", shards, tmp_path / "run", max_skipped=2, on_nonfinite="stop")
 
 

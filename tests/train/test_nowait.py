@@ -27,7 +27,7 @@ from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.supervised import train as supervised
 from xcit_dino.supervised import trainer
 from xcit_dino.supervised.config import DistillConfig
-from xcit_dino.supervised.data import LabelledData
+from xcit_dino.supervised.data import LabeledData
 from xcit_dino.supervised.distill import DistillationLoss, Teacher
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import Hyperparameters as SupervisedHyperparameters
@@ -78,7 +78,7 @@ def pretraining_step(case: str, device: torch.device, watch: NeverWaits) -> dict
     batches = [pretraining_batch(trainer, micro, device) for micro in range(micros)]
     freeze = "frozen" in case
     now = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze)
-    pretrain.train_step(trainer, batches[:1], now)  # makes the constants and the optimiser's state
+    pretrain.train_step(trainer, batches[:1], now)  # makes the constants and the optimizer's state
     KEPT.append(trainer)
     with watch:
         return pretrain.train_step(trainer, batches, now)
@@ -97,10 +97,10 @@ def pretraining_batch(trainer: DinoTrainer, micro: int, device: torch.device) ->
 
 
 def supervised_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
-    """A step of finetuning, or of distillation from a network with another normalisation."""
+    """A step of finetuning, or of distillation from a network with another normalization."""
     options = {"arch": "xcit_pico_6_p8", "input_size": 16, "precision": "fp32"}
     config = replace(DistillConfig(), options | SUPERVISED[case])
-    world, data = dist.World(0, 1, device), LabelledData(Anything(), Anything(), 5)
+    world, data = dist.World(0, 1, device), LabeledData(Anything(), Anything(), 5)
     with device:
         model, other = (create_model("xcit_pico_6_p8", num_classes=5) for _ in range(2))
         teacher = Teacher(

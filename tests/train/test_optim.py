@@ -1,4 +1,4 @@
-"""Optimiser parts against plain loops."""
+"""Optimizer parts against plain loops."""
 
 import copy
 

@@ -44,7 +44,7 @@ BEARING = {  # why an option may not change unasked while a run goes on
 }
 
 
-def test_every_option_is_free_or_bears_on_what_is_learnt():
+def test_every_option_is_free_or_bears_on_what_is_learned():
     """A new option has to be put on one side or the other."""
     bearing = {name for names in BEARING.values() for name in names.split()}
     known = {name for default in CONFIGS.values() for name, _ in options(default)}
@@ -97,7 +97,7 @@ def test_a_refused_first_run_leaves_nothing_in_the_way_of_the_next(name, shards,
     train(name, shards, run, max_steps=1)
 
 
-def test_options_are_settled_by_what_has_been_learnt(shards, tmp_path):
+def test_options_are_settled_by_what_has_been_learned(shards, tmp_path):
     """A first run that dies before it has logged or saved a step may be corrected."""
     first = config("pretrain", shards, tmp_path)
     open_run(first, first.run)
@@ -183,7 +183,7 @@ def test_resuming_and_stopping_are_said(name, shards, tmp_path, capsys):
     train(name, shards, tmp_path, max_steps=3)
     assert f"{label} stopped after step 3 of 10 (--max_steps 3)" in capsys.readouterr().err
     train(name, shards, tmp_path, max_steps=4)
-    assert f"{label} goes on from step 3 of 10" in capsys.readouterr().err
+    assert f"{label} resumes from step 3 of 10" in capsys.readouterr().err
 
 
 # -- several processes

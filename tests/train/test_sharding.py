@@ -61,7 +61,7 @@ def step(trainer, number, now=NOW):
 
 
 def whole(trainer):
-    return copy.deepcopy(fsdp.whole(trainer.state.state_dict(), everywhere=True))
+    return copy.deepcopy(fsdp.full_tensors(trainer.state.state_dict(), everywhere=True))
 
 
 def worker(rank, port, folder):
@@ -114,7 +114,7 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize("kind", list(KINDS)[1:])
 def test_the_steps_are_those_of_whole_networks_on_two_ranks(kind, found):
-    """Losses, norms, weights, moments, teacher and centre; clipping shortens most gradients."""
+    """Losses, norms, weights, moments, teacher and center; clipping shortens most gradients."""
     for rank in (0, 1):
         assert_close(found[rank][kind], found[rank]["plain"])
 

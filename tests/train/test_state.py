@@ -132,7 +132,7 @@ def test_a_reader_passes_a_damaged_one_over_and_changes_nothing(tmp_path, capsys
     assert newest_checkpoint(tmp_path).name == "checkpoint-00000001.pth"
     assert weights_file(tmp_path, "--x").name == "checkpoint-00000001.pth"
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in newest.parent.iterdir()} == before
-    assert f"{newest.name} is damaged; passed over" in capsys.readouterr().err
+    assert f"{newest.name} is damaged; skipped" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_another_command_reads_is_not_dropped(tmp_path):
@@ -205,7 +205,8 @@ def test_a_full_disk_is_said_kept_and_tried_again(tmp_path, monkeypatch, capsys)
         checkpoints.save(s.state_dict())
         with pytest.raises(RunError, match=r"No space left.*checkpoint-00000000\.pth is intact"):
             checkpoints.wait()
-    assert "No space left on device; training goes on" in " ".join(capsys.readouterr().err.split())
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "No space left on device; training continues" in shown
     assert [p.name for p in checkpoints.folder.iterdir() if p.name.startswith(".")] == []
     checkpoints.save(s.state_dict())
     checkpoints.wait()
@@ -217,7 +218,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
     with torch.no_grad():
         s.modules["student"].weight[0, 0] = float("nan")
     checkpoints.save(s.state_dict())
-    with pytest.raises(RunError, match=r"student\.weight is not finite.*there is none yet"):
+    with pytest.raises(RunError, match=r"student\.weight is non-finite.*there is none yet"):
         checkpoints.wait()
     assert checkpoints.newest() is None
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from xcit_dino.errors import RunError
-from xcit_dino.train.worker_restart import MAX_DEATHS, steady
+from xcit_dino.train.worker_restart import MAX_DEATHS, restarting_workers
 
 
 class Dying:
@@ -24,7 +24,7 @@ class Dying:
 
 def steps_of(loader):
     state, seen = SimpleNamespace(step=0), []
-    for (step,) in steady(loader, state):
+    for (step,) in restarting_workers(loader, state):
         seen.append(step)
         state.step += 1
     return seen

@@ -16,7 +16,7 @@ from xcit_dino.train.distributed.sync_batchnorm import SyncBatchNorm, convert
 
 
 class Renamed(nn.BatchNorm2d):
-    """As some networks have one, for an initialisation of their own."""
+    """As some networks have one, for an initialization of their own."""
 
 
 class Derived(BatchNormAct2d):

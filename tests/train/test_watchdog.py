@@ -42,7 +42,7 @@ def test_one_report_a_hang_with_stacks(tmp_path, capsys):
     assert said.count("no step for") == 1 and "after step 7: rank 0 on" in said
     place = tmp_path / "stalls" / "step-00000007"
     assert "test_one_report_a_hang" in (place / "rank-0.txt").read_text()
-    assert blamed(place, 2)[0].startswith("rank 1 does not answer")
+    assert blamed(place, 2)[0].startswith("rank 1 does not respond")
 
 
 def test_steps_in_time_are_silent(tmp_path, capsys):

@@ -1,6 +1,6 @@
-"""The processes of a run: torchrun's environment variables in, ``torch.distributed`` out.
+"""The processes of a run: ``torch.distributed``, set up from torchrun's environment variables.
 
-``RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`` are all that is read, so torchrun, SLURM and
+Only ``RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT`` are read, so torchrun, SLURM and
 a submitit job start the same code. Without them this is one process and every function here is
 cheap.
 """
@@ -25,7 +25,7 @@ TIMEOUT = timedelta(minutes=float(os.environ.get("XCIT_DINO_TIMEOUT_MINUTES", "1
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """Rank, world size and device of this process."""
 
     rank: int
     size: int
@@ -37,13 +37,13 @@ class World:
 
 
 def init(device: str = "auto") -> World:
-    """Join the process group, if there is one, and take this process's device.
+    """Join the process group, if there is one, and select this process's device.
 
     Args:
-        device: ``auto`` (cuda where there is one), ``cuda`` or ``cpu``.
+        device: ``auto`` (cuda if available), ``cuda`` or ``cpu``.
 
     Raises:
-        InputError: cuda was asked for and is not there, or is shared by too many processes.
+        InputError: cuda was requested but is unavailable, or has fewer GPUs than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(
@@ -64,7 +64,8 @@ def init(device: str = "auto") -> World:
         here = torch.device("cuda", local_rank)
         torch.cuda.set_device(here)
     if size > 1 and not dist.is_initialized():
-        # gloo serves CPU tensors beside NCCL: small talk between ranks never waits for the GPU
+        # gloo for CPU tensors, in addition to NCCL: small messages between ranks never wait for the
+        # GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=here if cuda else None)
     return World(rank, size, here)
@@ -80,8 +81,8 @@ def shutdown() -> None:
 def leaving() -> Iterator[None]:
     """Leave the process group at the end of a command.
 
-    After a failure it is not left: leaving may wait for ranks that wait for this one. The process
-    ends instead, which the others, or whoever started them, notice.
+    Not after a failure: leaving may wait for ranks that wait for this one. The process
+    ends instead, which the others, or their launcher, notice.
     """
     try:
         yield
@@ -92,12 +93,12 @@ def leaving() -> Iterator[None]:
 
 
 class RankFailed(RuntimeError):
-    """Work that every rank does failed on at least one; the message names the first."""
+    """Work done by every rank failed on at least one; the message names the first."""
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Work of each rank, without collectives, after which all of them go on or all raise.
+    """Work of each rank, without collectives, after which all of them continue or all raise.
 
     A collective that follows is thus entered by all ranks or by none.
 
@@ -128,7 +129,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Number of this process."""
+    """Rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -144,7 +145,7 @@ def barrier() -> None:
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What rank 0 computes, on every rank; an exception too, so that all end in the same words."""
+    """Compute on rank 0 and return the result on every rank; exceptions are raised on all ranks."""
     if world_size() == 1:
         return compute()
     box: list[Any] = [None, None]
@@ -160,7 +161,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def on_all_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Equally long vectors of all ranks, [n] on the CPU -> [ranks, n]; all ranks get them."""
+    """All-gather vectors of equal length, [n] on the CPU -> [ranks, n]."""
     if world_size() == 1:
         return values[None]
     found = [torch.empty_like(values) for _ in range(world_size())]
@@ -171,15 +172,15 @@ def on_all_ranks(values: torch.Tensor) -> torch.Tensor:
 def refuse_other_data(checksum: str, place: object) -> None:
     """Compare the checksum of the data with rank 0's; all ranks call it (one gather).
 
-    The samples are cut up among the ranks by their numbers: nothing else would notice that one node
+    Samples are divided among the ranks by number: nothing else would notice that one node
     sees other shards.
 
     Args:
-        checksum: ASCII, equally long on all ranks.
+        checksum: ASCII, of equal length on all ranks.
         place: where the data are, for the message.
 
     Raises:
-        InputError: on every rank, naming those whose data are others.
+        InputError: on every rank; names those with different data.
     """
     rows = on_all_ranks(torch.frombuffer(bytearray(checksum, "ascii"), dtype=torch.uint8))
     if others := [str(number) for number, row in enumerate(rows) if not row.equal(rows[0])]:
@@ -190,12 +191,12 @@ def refuse_other_data(checksum: str, place: object) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; every rank gets it."""
+    """All-reduce sum over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks, in place; every rank gets it."""
+    """All-reduce mean over ranks, in place."""
     return all_reduce_sum(tensor).div_(world_size())

@@ -1,11 +1,11 @@
 """Networks in shards, one a rank: FSDP2, ``torch.distributed.fsdp.fully_shard``.
 
-A rank keeps its rows of every parameter, gradient and moment. A block's parameters are whole only
-while it computes; gradients are averaged over ranks as DistributedDataParallel does, so the steps
-are the same up to rounding. Checkpoints hold whole tensors: any number of ranks goes on from them,
-with shards or without.
+A rank keeps its rows of every parameter, gradient and moment. A block's parameters are gathered
+only while it computes; gradients are averaged over ranks as DistributedDataParallel does, so the
+steps are the same up to rounding. Checkpoints contain full tensors: any number of ranks can resume
+from them, sharded or not.
 
-What it needs of torch takes a second to import, so that only sharded runs do.
+The torch modules needed take a second to import, so only sharded runs import them.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def shard(
 
 
 def take_whole_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimiser of sharded parameters load the state of one of whole parameters."""
+    """Load the state of an optimizer of full parameters into one of sharded parameters."""
     optimizer.register_load_state_dict_pre_hook(_cut_moments)
 
 
-def whole(state: Any, everywhere: bool = False) -> Any:
-    """``state`` (nested dicts and lists) in host memory, with whole tensors where shards were.
+def full_tensors(state: Any, everywhere: bool = False) -> Any:
+    """``state`` (nested dicts and lists) in host memory, with sharded tensors gathered.
 
-    All ranks have to call it where there are shards; without ``everywhere`` rank 0 alone keeps the
+    To be called on all ranks if there are shards; without ``everywhere`` only rank 0 keeps the
     result, one tensor after the other.
     """
 
@@ -81,7 +81,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is infinite or NaN; of shards all ranks ask and get the same answer."""
+    """Whether all elements are finite; for shards to be called on all ranks, with one result."""
     finite = local(tensor).isfinite().all()
     if is_shard(tensor):
         finite = dist.all_reduce_sum((~finite).float()) == 0
@@ -89,7 +89,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def _cut(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor, which every rank has, in shards as ``like`` is."""
+    """Shard a full tensor, which every rank has, in the same way as ``like``."""
     if not is_shard(like) or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -44,14 +44,14 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """The same with the dropping and the activation that timm's ``BatchNormAct2d`` has in it."""
+    """The same with the dropout and activation of timm's ``BatchNormAct2d``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))  # type: ignore[operator]
 
 
 class _Normalize(torch.autograd.Function):
-    """(B, C, ...), weight (C,), bias (C,), eps -> normalised, mean (C,), biased variance (C,),
+    """(B, C, ...), weight (C,), bias (C,), eps -> normalized, mean (C,), biased variance (C,),
     count (): of the batch of all ranks. Gradients flow through the first alone.
 
     Ranks are merged in float64 from their own mean and variance, so that nothing cancels.
@@ -121,10 +121,10 @@ def channel_shape(x: Tensor) -> tuple[int, ...]:
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Make every batch-norm of a model synchronised, in place; weights and key names stay.
+    """Make every batch-norm of a model synchronized, in place; weights and key names stay.
 
     Raises:
-        InputError: a layer that gathers statistics of batches in a way of its own.
+        InputError: a layer with its own kind of batch statistics.
     """
     for name, module in model.named_modules():
         kind = type(module)
@@ -153,7 +153,7 @@ def _is_timms(kind: type) -> bool:
 
 
 def _gathers_statistics(module: nn.Module) -> bool:
-    """Whether a layer moves running statistics of the batches that it sees (a frozen one does
+    """Whether a layer updates running statistics of its batches (a frozen one does
     not)."""
     if isinstance(module, SyncBatchNorm) or type(module).__name__.startswith("Frozen"):
         return False

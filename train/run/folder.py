@@ -18,7 +18,7 @@ from xcit_dino.train.config import RunConfig
 from xcit_dino.train.run.metrics import METRICS
 
 CONFIG_FILE, LOCK = "config.yaml", "owner.lock"
-# These may differ between two tries of one run: they change nothing of what is learnt.
+# These may differ between two tries of one run: they change nothing of what is learned.
 FREE = frozenset(
     "output_dir max_steps may_change saveckp_freq keep_checkpoints checkpoint_minutes log_every "
     "max_skipped on_nonfinite on_collapse on_stall watchdog_minutes "
@@ -27,7 +27,7 @@ FREE = frozenset(
     "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
     "knn_every knn_data_path eval_every eval_batch_size".split()
 )
-FILLED_IN = ("mean", "std")  # left out, they are those that the run folder has
+FILLED_IN = ("mean", "std")  # if not given, those of the run folder
 
 
 def holder(folder: Path) -> str:
@@ -56,7 +56,7 @@ def check_output(run: RunConfig) -> None:
 
 
 def check_run(config: Any, run: RunConfig) -> None:
-    """Check that the run folder is free, or holds this very run; changes nothing.
+    """Check that the run folder is free, or contains this run; changes nothing.
 
     ``batch_size_per_gpu`` and ``accum_iter`` are free because the global batch is checked when the
     state is loaded; ``data_path`` because the index checksum is.
@@ -82,7 +82,7 @@ def check_run(config: Any, run: RunConfig) -> None:
 
 
 def begun(run: RunConfig) -> bool:
-    """Whether a run folder holds anything learnt, so that its options are settled."""
+    """Whether a run folder holds anything learned, so that its options are settled."""
     folder, metrics = run.output_dir, run.output_dir / METRICS
     logged = metrics.is_file() and metrics.stat().st_size > 0
     saved = any(folder.glob("checkpoints/checkpoint-*.pth*"))
@@ -90,9 +90,9 @@ def begun(run: RunConfig) -> bool:
 
 
 def open_run(config: Any, run: RunConfig) -> None:
-    """Make the run folder, or find this very run in it; its config is there afterwards.
+    """Create the run folder, or find this run in it; its config exists afterwards.
 
-    For the folder's owner, once nothing can refuse the run any more.
+    For the folder's owner, once the run can no longer be refused.
 
     Raises:
         InputError: the folder holds another run (see :func:`check_run`), or is read-only.
@@ -105,7 +105,7 @@ def open_run(config: Any, run: RunConfig) -> None:
 
 
 def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    """``name -> (before, now)`` of the options that bear on what is learnt and differ."""
+    """``name -> (before, now)`` of the options that bear on what is learned and differ."""
     free = FREE | (ineffective(before).keys() & ineffective(now).keys())
     pairs = zip(options(absolute(before)), options(absolute(now)), strict=True)
     return {
@@ -116,7 +116,7 @@ def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def say_changes(saved: str, config: Any, step: int) -> None:
-    """Say which options that bear on what is learnt a checkpoint was reached with, if others.
+    """Say which options that bear on what is learned a checkpoint was reached with, if others.
 
     saved: the checkpoint's config, as :func:`dump_yaml` writes it.
     """

@@ -21,19 +21,19 @@ from xcit_dino.provenance import now
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import LOCK
 
-HEARTBEAT = 10.0  # seconds between two signs of life of a run's owner
-WATCH = 35.0  # seconds without one after which an owner on another machine is taken for dead
+HEARTBEAT = 10.0  # seconds between two heartbeats of a run's owner
+WATCH = 35.0  # seconds without one after which an owner on another machine is considered dead
 LEASE = (
-    150.0  # seconds after which an NFS server has given up a dead machine's lock (90 by default)
+    150.0  # seconds after which an NFS server has released a dead machine's lock (90 by default)
 )
 POLL = 1.0  # seconds
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a run folder for this run's processes; rank 0 holds the lock, all hear of a refusal.
+    """Lock a run folder for this run's processes; rank 0 holds the lock, all ranks raise a refusal.
 
-    A folder in which no run has begun by the end (it has no config) is left as it was before.
+    A folder in which no run has started by the end (it has no config) is restored.
 
     Raises:
         InputError: it is in use, or read-only.
@@ -48,15 +48,15 @@ def held(folder: Path) -> Iterator[None]:
 
 
 class RunLock:
-    """Keeps a run folder for this process.
+    """Locks a run folder for this process.
 
-    A lock of the operating system where the file system has one: it ends with the process, however
-    that ends. It is POSIX's kind, which NFS carries and child processes (the loader's workers) do
-    not inherit. Not every file system shares locks between machines, and a machine that dies may
-    leave its lock to the server for a while. So the owner also writes down who it is and touches
-    the file every few seconds: one on another machine counts as dead once the file has not been
-    touched for ``WATCH`` seconds *of watching*, whatever the clocks say. An earlier attempt of the
-    same SLURM job is over and need not be watched.
+    A lock of the operating system if the file system supports it: it ends with the process, however
+    that ends. It is a POSIX lock, which works over NFS and which child processes (the loader's
+    workers) do not inherit. Not every file system shares locks between machines, and a machine that
+    dies may leave its lock on the server for a while. So the owner also records its identity and
+    touches the file every few seconds: one on another machine counts as dead once the file has not
+    been touched for ``WATCH`` seconds *of watching*, whatever the clocks say. An earlier attempt of
+    the same SLURM job is over and need not be watched.
     """
 
     def __init__(self, folder: Path):
@@ -75,7 +75,7 @@ class RunLock:
             InputError: it is in use (names the owner's host, process and job), or read-only.
         """
         while not self._take():
-            pass  # its owner took the file away while this process waited for it
+            pass  # its owner removed the file while this process waited for it
         self.leaving = threading.Event()
         self.heart = threading.Thread(target=self._beat, name="owner", daemon=True)
         self.heart.start()
@@ -110,12 +110,12 @@ class RunLock:
             return False
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
         self.leaving.set()
         self.heart.join()
         with contextlib.suppress(OSError):
-            self._write("")  # left in good order: nobody has to watch
-        if not (self.folder / "config.yaml").exists():  # no run has begun: leave no trace
+            self._write("")  # clean exit: nobody has to watch
+        if not (self.folder / "config.yaml").exists():  # no run has started: leave no trace
             with contextlib.suppress(OSError):
                 (self.folder / LOCK).unlink()
                 for folder in self.made:
@@ -159,7 +159,7 @@ class RunLock:
         return "taken"
 
     def _touched(self) -> int:
-        # Never through a second descriptor: closing that would give a POSIX lock up.
+        # Never through a second descriptor: closing that would release a POSIX lock.
         return os.fstat(self.file).st_mtime_ns
 
     def _beat(self) -> None:

@@ -1,4 +1,4 @@
-"""What a training loop tells: progress on the terminal, ``metrics.jsonl``, TensorBoard."""
+"""The log of a training: progress on the terminal, ``metrics.jsonl``, TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.metrics import RunFiles, process_seconds, read_metrics
 from xcit_dino.train.run.tensorboard_log import Board
 
-SHOWN = {  # beside the bar: name of a metric -> (word, format)
+SHOWN = {  # below the bar: name of a metric -> (label, format)
     "epoch": ("epoch", ".2f"), "loss": ("loss", ".3f"), "teacher_entropy": ("entropy", ".2f"),
     "lr": ("lr", ".1e"), "images_per_s": ("img/s", ".0f"), "data_wait": ("wait", ".0%"),
     "memory_gib": ("GiB", ".1f"), "knn_top1": ("knn", ".1f"), "val_top1": ("val", ".1f"),
@@ -33,18 +33,18 @@ EVALUATED = ("knn", "val", "neighbors_kept", "feature_cka")
 class Meter:
     """Means over the steps since the last reading; tensors stay on the device until then.
 
-    saved: what :meth:`state` of an earlier try gave, to go on from.
+    saved: :meth:`state` of an earlier attempt, to continue from.
     """
 
     def __init__(self, saved: dict[str, Any] | None = None) -> None:
         saved = saved or {}
         self.sums = restored(saved.get("sums", {}))
         self.steps = saved.get("steps", 0)
-        self.timed = 0  # of them, those of this try
+        self.timed = 0  # of them, those of this attempt
         self.since = time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step's scalars."""
+        """Add one step's scalars."""
         for name, value in values.items():
             known, value = name in self.sums, value.detach().float()
             self.sums[name] = self.sums[name] + value if known else value.clone()
@@ -52,8 +52,8 @@ class Meter:
         self.timed += 1
 
     def read(self) -> tuple[dict[str, float], int, int, float]:
-        """(means over steps and ranks, steps, those of this try, their seconds) since the last
-        reading; starts anew."""
+        """(means over steps and ranks, steps, those of this attempt, their seconds) since the last
+        reading; resets the sums."""
         stacked = torch.stack(list(self.sums.values())) / self.steps
         values = dist.all_reduce_mean(stacked).tolist()
         means = dict(zip(self.sums, values, strict=True))
@@ -72,7 +72,7 @@ class Meter:
 
 
 def restored(sums: dict[str, list[float]]) -> dict[str, Tensor]:
-    """This rank's sums, or the mean rank's where there were another number of ranks."""
+    """This rank's sums, or the mean over ranks if the number of ranks was different."""
     mine = dist.rank()
     return {
         name: torch.tensor(
@@ -87,12 +87,12 @@ class RunLog(AbstractContextManager):
 
     Args:
         run: where to write, and how often.
-        step: steps done when this try began.
+        step: steps done when this attempt started.
         total_steps: steps of the whole run.
-        global_batch: images a step.
+        global_batch: images per step.
         label: of the progress bar.
-        saved: what :meth:`state` gave when that step was saved.
-        waited: seconds for which the loader has waited in earlier tries.
+        saved: :meth:`state` at the time that step was saved.
+        waited: seconds of data waiting in earlier attempts.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class RunLog(AbstractContextManager):
         self.stack = ExitStack()
         self.bar = self.stack.enter_context(progress(label, total_steps, "steps", step))
         if 0 < step < total_steps:
-            self.bar.note(f"{label} goes on from step {step} of {total_steps}")
+            self.bar.note(f"{label} resumes from step {step} of {total_steps}")
 
     def open_files(self) -> None:
-        """Begin this try's part of the files."""
+        """Start this attempt's part of the files."""
         facts = {
             "total_steps": self.total_steps,
             "processes": dist.world_size(),
@@ -136,13 +136,13 @@ class RunLog(AbstractContextManager):
     def step(
         self, step: int, metrics: dict[str, Tensor], scheduled: dict[str, float], waited: float
     ) -> dict[str, float]:
-        """One optimiser step is done; ``waited`` is the loader's waiting so far, in seconds.
+        """One optimizer step is done; ``waited`` is the loader's waiting so far, in seconds.
 
         Returns:
-            The line that was written, the same on all ranks; empty where none was due.
+            The line written, the same on all ranks; empty if none was due.
 
         Raises:
-            RunError: more than ``max_skipped`` steps in a row had gradients that were not finite.
+            RunError: more than ``max_skipped`` consecutive steps had non-finite gradients.
         """
         self.meter.add(metrics)
         self.done = step
@@ -163,19 +163,19 @@ class RunLog(AbstractContextManager):
         self.skipped = self.skipped + steps if means["skipped"] == 1.0 else 0
         if self.skipped > self.run.max_skipped:
             raise RunError(
-                f"gradients were not finite in all {self.skipped} steps up to step {step}; the "
-                "weights are those before them. Try --precision bf16 or fp32, a lower --lr, or a "
+                f"non-finite gradients in all {self.skipped} steps up to step {step}; the "
+                "weights are from before them. Try --precision bf16 or fp32, a lower --lr, or a "
                 "smaller --clip_grad"
             )
         return line
 
     def state(self) -> dict[str, Any]:
-        """What the next try needs to write the same lines; all ranks call it."""
+        """State with which the next attempt writes the same lines; to be called on all ranks."""
         return self.meter.state() | {"skipped": self.skipped}
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """What happens inside is no part of the steps' speed."""
+        """Exclude the time inside the block from the steps' speed."""
         began = time.perf_counter()
         try:
             yield
@@ -193,7 +193,7 @@ class RunLog(AbstractContextManager):
         }
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add numbers to the files; pictures (uint8 [H, W, 3]) and arrays to TensorBoard only."""
+        """Add metrics to the files; pictures (uint8 [H, W, 3]) and arrays only to TensorBoard."""
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
         if numbers and dist.is_main():
             if self.files is None:  # a finished training, whose evaluation is still to come
@@ -212,7 +212,7 @@ class RunLog(AbstractContextManager):
         if kind is None and 0 < self.run.max_steps <= self.done < self.total_steps:
             self.bar.note(
                 f"{self.label} stopped after step {self.done} of {self.total_steps} (--max_steps "
-                f"{self.run.max_steps}); with a higher one, or 0, the same command goes on"
+                f"{self.run.max_steps}); with a higher one, or 0, the same command resumes"
             )
         if self.files is not None:
             reason = "stopped" if self.done < self.total_steps else "done"
@@ -221,7 +221,7 @@ class RunLog(AbstractContextManager):
 
 
 def last_accuracy(run: RunConfig) -> dict[str, float]:
-    """What the newest evaluation of an earlier try found."""
+    """Results of the newest evaluation of earlier attempts."""
     for line in reversed(read_metrics(run.output_dir)):
         if found := accuracies_in(line):
             return found
@@ -229,17 +229,17 @@ def last_accuracy(run: RunConfig) -> dict[str, float]:
 
 
 def accuracies_in(line: dict[str, Any]) -> dict[str, float]:
-    """Those numbers of a line that an evaluation found."""
+    """The metrics of a line that come from an evaluation."""
     return {name: value for name, value in line.items() if name.startswith(EVALUATED)}
 
 
 def shown(line: dict[str, float]) -> dict[str, str]:
-    """The words beside the bar."""
+    """The values displayed with the bar."""
     return {word: format(line[name], form) for name, (word, form) in SHOWN.items() if name in line}
 
 
 def peak_memory() -> float:
-    """GiB: the most that tensors took on the GPU, or this process on the host."""
+    """Peak memory in GiB: of tensors on the GPU, or of this process on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

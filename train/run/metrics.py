@@ -1,8 +1,8 @@
-"""What a run leaves on disk as it goes on; read and written without torch.
+"""Log files of a run, written during training; read and written without torch.
 
-``metrics.jsonl``: a line every ``--log_every`` steps and at evaluations, one curve over all
-tries. ``tries.jsonl``: when a try began (step, processes, commit, versions, hardware) and how it
-ended; what a try that was killed could not say is filled in by the next.
+``metrics.jsonl``: one line every ``--log_every`` steps and at evaluations, one curve over all
+attempts. ``tries.jsonl``: how each attempt started (step, processes, commit, versions, hardware)
+and ended; for an attempt that was killed, the next one adds the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Line = dict[str, Any]
 
 
 def read_metrics(folder: Path) -> list[Line]:
-    """Lines of ``metrics.jsonl``, in order; what is half-written is left out."""
+    """Lines of ``metrics.jsonl``, in order; incomplete ones are skipped."""
     return read_lines(folder / METRICS)
 
 
@@ -36,7 +36,7 @@ def read_tries(folder: Path) -> list[Line]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The JSON objects of a file, one a line; none where there is no file."""
+    """The JSON objects of a file, one per line; none if there is no file."""
     if not path.is_file():
         return []
     lines = []
@@ -45,12 +45,12 @@ def read_lines(path: Path) -> list[Line]:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            warnings.warn(f"{path}: left out a damaged line", stacklevel=3)
+            warnings.warn(f"{path}: skipped a damaged line", stacklevel=3)
     return lines if not last else lines + complete(last)
 
 
 def complete(text: str) -> list[Line]:
-    """The last line of a file that is being written, if all of it is there."""
+    """The last line of a file that is being written, if complete."""
     try:
         return [json.loads(text)]
     except json.JSONDecodeError:
@@ -58,14 +58,14 @@ def complete(text: str) -> list[Line]:
 
 
 class RunFiles:
-    """One try's hand on the two files.
+    """Writes the two files for one attempt.
 
-    Lines that an earlier try wrote after ``step`` are dropped: this try writes them anew.
+    Lines written by earlier attempts after ``step`` are dropped: this attempt writes them again.
 
     Args:
         folder: of the run.
-        step: steps done when this try begins.
-        facts: of the try: ``total_steps``, ``processes``, ``global_batch``.
+        step: steps done when this attempt starts.
+        facts: of the attempt: ``total_steps``, ``processes``, ``global_batch``.
     """
 
     def __init__(self, folder: Path, step: int, facts: Line):
@@ -88,18 +88,18 @@ class RunFiles:
             file.write(json.dumps(line) + "\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a line of numbers to ``metrics.jsonl``; what a full disk refuses is tried again."""
+        """Add a line to ``metrics.jsonl``; what a full disk refuses is retried later."""
         self.unwritten += json.dumps({"step": step, "time": now(), **values}).encode() + b"\n"
         self.flush()
 
     def flush(self) -> None:
-        """Bring what is unwritten to the file, as far as it goes."""
+        """Write pending lines to the file, as far as possible."""
         with tolerated(self.folder / METRICS):
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
 
     def close(self, step: int, reason: str) -> None:
-        """The try ends after ``step``."""
+        """Record the end of the attempt after ``step``."""
         self.flush()
         self.file.close()
         self.note("end", step=step, reason=reason)
@@ -107,11 +107,11 @@ class RunFiles:
 
 @contextmanager
 def tolerated(path: Path) -> Iterator[None]:
-    """A file system that refuses to write must not end a training: it is said."""
+    """Turn a failed write into a warning: it must not end a training."""
     try:
         yield
     except OSError as error:
-        warn(f"{path}: {error.strerror}; training goes on")
+        warn(f"{path}: {error.strerror}; training continues")
 
 
 def process_seconds() -> float:

@@ -1,4 +1,4 @@
-"""A run folder as a reader sees it: what is missing or damaged is noted, and the rest is there."""
+"""Read a run folder; missing or damaged parts are noted, the rest is returned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds, and what it does not."""
+    """Content of a run folder, and what is missing."""
 
     folder: Path
     config: dict[str, Any]
@@ -39,9 +39,9 @@ class Run:
     """Entries of ``results.json``, with those of the finetuning and distillation inside; the newest
     of a name under that name, those of other protocols under ``NAME@DIGEST``."""
     absent: list[str] = field(default_factory=list)
-    """What a reader would miss, in words."""
+    """Messages about missing parts."""
     label: str = ""
-    """What it is called beside others of the same name."""
+    """Display name, unique among the runs shown."""
 
     @property
     def name(self) -> str:
@@ -71,10 +71,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Several run folders; those whose names are alike go by their paths.
+    """Read several run folders; those with the same name are shown with their paths.
 
     Raises:
-        InputError: one holds nothing of a run.
+        InputError: one contains nothing of a run.
     """
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
@@ -87,7 +87,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder; everything but the folder may be missing.
 
     Raises:
-        InputError: it holds nothing of a run.
+        InputError: it contains nothing of a run.
     """
     absent: list[str] = []
 
@@ -106,7 +106,7 @@ def read_run(folder: Path) -> Run:
         results = results | attempt(lambda at=folder / inner: read_results(at), {})
     tries = attempt(lambda: read_tries(folder), [])
     if not (options or metrics or results):
-        raise InputError(f"{folder}: holds no run (no config.yaml, metrics.jsonl or results.json)")
+        raise InputError(f"{folder}: no run in it (no config.yaml, metrics.jsonl or results.json)")
     whole = {name: entry for name, entry in results.items() if is_whole(entry)}
     run = Run(folder, options, metrics, tries, whole, absent)
     absent += [f"result {name}: of another version" for name in results.keys() - whole.keys()]
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> Run:
 
 
 def is_whole(entry: Any) -> bool:
-    """Whether a result has the form of today."""
+    """Whether a result has the current format."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("metrics"), dict)
@@ -125,7 +125,7 @@ def is_whole(entry: Any) -> bool:
 
 
 def missing(run: Run) -> list[str]:
-    """What is not there yet, and how to get it."""
+    """What is missing, and how to obtain it."""
     words = []
     if not run.config:
         words.append("options: no config.yaml")
@@ -133,12 +133,12 @@ def missing(run: Run) -> list[str]:
         words.append("curves: no metrics.jsonl")
     if not run.results:
         command = f"xcit-dino knn --output_dir {run.folder}"
-        words.append(f"accuracies: nothing evaluated yet; where there are labels: {command}")
+        words.append(f"accuracies: nothing evaluated yet; with labels: {command}")
     if run.tries and run.tries[-1]["event"] == "start":
         total = run.tries[-1].get("total_steps", "?")
         at = run.metrics[-1] if run.metrics else run.tries[-1]
         words.append(
-            f"the end: this run goes on, or was killed (step {at['step']} of {total}, "
+            f"the end: this run is active, or was killed (step {at['step']} of {total}, "
             f"{at.get('time', 'no time')})"
         )
     elif run.metrics and not run.tries:

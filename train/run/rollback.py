@@ -6,7 +6,7 @@ from xcit_dino.errors import RunError, warn
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.state import Checkpoints
 
-MAX_ROLLBACKS = 3  # with the learning rate at an eighth, it is not the learning rate
+MAX_ROLLBACKS = 3  # at an eighth of the learning rate, the learning rate is not the cause
 
 
 class RollBack(Exception):
@@ -24,10 +24,10 @@ class RollBack(Exception):
 
 
 def roll_back(reason: RollBack, rollbacks: int, checkpoints: Checkpoints) -> None:
-    """Say that the run goes back, for the n-th time, and on with half the learning rate.
+    """Roll back, for the n-th time, and continue with half the learning rate.
 
     Raises:
-        RunError: there is nothing to go back to, or it did not help before.
+        RunError: there is no checkpoint, or earlier roll-backs did not help.
     """
     if (until := reason.until) is not None:
         dist.from_main(lambda: checkpoints.drop_after(until))
@@ -38,4 +38,4 @@ def roll_back(reason: RollBack, rollbacks: int, checkpoints: Checkpoints) -> Non
         raise RunError(f"{reason}, in spite of {MAX_ROLLBACKS} roll-backs: {reason.advice}")
     if dist.is_main():
         factor = 0.5**rollbacks
-        warn(f"{reason}: back to {newest.name}, on with {factor:g} of the learning rate")
+        warn(f"{reason}: rolled back to {newest.name}, now {factor:g} of the learning rate")

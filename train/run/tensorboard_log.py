@@ -1,4 +1,4 @@
-"""TensorBoard: scalars in groups with the telling ones first, pictures, texts, hyper-parameters."""
+"""TensorBoard: scalars in groups, the most important first, pictures, texts, hyper-parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from xcit_dino.errors import warn
 
 HPARAMS = "hparams"  # folder in the run's
-GROUPS = {  # tag prefix of a scalar; what is not named here is "eval" (knn*, val*) or "health"
+GROUPS = {  # tag prefix of a scalar; others are "eval" (knn*, val*) or "health"
     "loss": "loss",
     "lr": "schedule", "weight_decay": "schedule", "momentum_teacher": "schedule",
     "teacher_temp": "schedule", "freeze_last_layer": "schedule", "freeze_backbone": "schedule",
@@ -28,7 +28,7 @@ def _charts(**charts: str) -> dict[str, list[Any]]:
 LAYOUT = {  # the page "Custom scalars", in this order
     "First look": _charts(
         loss="loss/loss$",
-        nearest_neighbours_of_the_teacher="eval/knn_top1$ eval/knn_other_top1$",
+        nearest_neighbors_of_the_teacher="eval/knn_top1$ eval/knn_other_top1$",
         teacher_entropy_and_KL="health/teacher_entropy$ health/kl$",
     ),
     "Health": _charts(
@@ -55,7 +55,7 @@ LAYOUT = {  # the page "Custom scalars", in this order
 
 
 class Board:
-    """The event file of one try; of what a cut-off try wrote after ``step``, nothing is shown."""
+    """The event file of one attempt; values of earlier attempts after ``step`` are hidden."""
 
     def __init__(self, folder: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter  # slow to import; rank 0 alone writes
@@ -65,9 +65,9 @@ class Board:
         self.failed = False
 
     def add(self, step: int, values: dict[str, Any]) -> None:
-        """Numbers as scalars, uint8 [H, W, 3] as pictures, other arrays as histograms.
+        """Write numbers as scalars, uint8 [H, W, 3] as pictures, other arrays as histograms.
 
-        A file system that refuses to write ends the curves of this try, and not the training.
+        A file system that refuses to write ends the curves of this attempt, but not the training.
         """
         if self.failed:
             return
@@ -75,7 +75,7 @@ class Board:
             self._add(step, values)
         except OSError as error:
             self.failed = True
-            warn(f"TensorBoard: {error}; its curves go on with the next start")
+            warn(f"TensorBoard: {error}; its curves continue at the next start")
 
     def _add(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -87,7 +87,7 @@ class Board:
                 self.writer.add_histogram(name, value, step)
 
     def text(self, name: str, content: str, step: int) -> None:
-        """A text as it is (the options, the environment)."""
+        """A preformatted text (the options, the environment)."""
         self.writer.add_text(name, "\n".join(f"    {line}" for line in content.split("\n")), step)
 
     def close(self) -> None:
@@ -101,10 +101,10 @@ def group(name: str) -> str:
 
 
 def write_hparams(folder: Path, options: dict[str, Any], accuracies: dict[str, float]) -> None:
-    """Options beside final accuracies, for the page "HParams"; in place of those written before.
+    """Options and final accuracies, for the page "HParams"; replaces those written before.
 
-    They lie in a folder inside the run's: of several files in one, TensorBoard reads the newest
-    only, and the training may still write its own.
+    They are in a subfolder of the run's: of several files in one folder, TensorBoard reads the
+    newest only, and the training may still write its own.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
