@@ -117,8 +117,8 @@ def count_classes(*indexes: ShardIndex) -> int:
     lists = [index.classes for index in indexes if index.classes]
     if any(classes != lists[0] for classes in lists):
         raise InputError(
-            f"--data_path: {' and '.join(i.root for i in indexes)} name other classes; pack both "
-            "with one label map"
+            f"--data_path: {' and '.join(i.root for i in indexes)} have different class names; "
+            "pack both with one label map"
         )
     for index in indexes:
         if gaps := sparse_labels(index.labels):

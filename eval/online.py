@@ -40,14 +40,14 @@ def online_knn(
     name: str = "knn",
     pictures: TrainingCrops | None = None,
 ) -> OnlineKnn | None:
-    """What ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) -> metrics to log.
+    """The evaluation that ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) ->
 
     Args:
         data_path: shards; the bank is from train, the queries are from val.
         run: the options of the pretraining, as in config.yaml.
         every: epochs between evaluations.
         name: prefix of the metrics' names.
-        pictures: show crops made like this, attention and neighbors too.
+        pictures: also show crops made like this, attention and neighbors.
 
     Returns:
         None if no accuracy can be computed: no validation split, or images without labels.

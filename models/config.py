@@ -72,7 +72,7 @@ class ExportConfig:
     """timm-hub: a folder that timm.create_model loads as local-dir:FOLDER and, once it is uploaded,
     as hf-hub:OWNER/NAME; input settings and model card included."""
     which: Which | None = None
-    """Network to take; by default the teacher, else the only one there is."""
+    """Network to use. Default: the teacher, else the only one in the file."""
     arch: str | None = None
     """timm/NAME, for --format timm-hub and a file that does not say which network of timm it
     holds."""

@@ -19,9 +19,9 @@ def check_sizes(
     features: bool,
     model_option: str = "--arch",
 ) -> None:
-    """Put an image of every size through ``model``, which stays as it is.
+    """Run ``model`` on an image of every size; its state is left unchanged.
 
-    arch: for messages; sizes: option -> side in pixels; features: whether the output has to be one
+    arch: for messages; sizes: option -> side in pixels; features: whether the output must be one
     vector of ``model.embed_dim``; model_option: the option that named the model.
 
     Raises:
@@ -30,7 +30,7 @@ def check_sizes(
     for option, size in sizes.items():
         output = _try_size(model, size)
         if isinstance(output, Exception):
-            near = next((s for s in _candidates(model, size) if _takes(model, s)), None)
+            near = next((s for s in _candidates(model, size) if _accepts(model, s)), None)
             other = f"another {model_option}"
             remedy = f"take --{option} {near}, or {other}" if near else f"take {other}"
             reason = one_line(output, 120)
@@ -85,7 +85,7 @@ def _try_size(model: nn.Module, size: int) -> object:
 
 
 def _candidates(model: nn.Module, size: int) -> Iterable[int]:
-    """Sizes to propose: near multiples of the patch size, of 32, and the network's own."""
+    """Sizes to suggest: the nearest multiples of the patch size and of 32, and the default size."""
     for step in (stride_of(model), 32):
         near = max(1, round(size / step)) * step
         yield from (near, near + step)

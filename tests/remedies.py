@@ -700,7 +700,7 @@ ELSEWHERE = {
     "from which --init_from goes on in another --output_dir": "test_forgetting.py follows it",
     "labels such as {} are quantities": "test_layouts.py, with such a list",
     "labels are numbers, but {} is none": "test_pack.py, with such a list",
-    "name other classes; pack both with one label map": "test_features.py",
+    "have different class names; pack both with one label map": "test_features.py",
     "--data_path {}: holds no images": "an index of nothing: test_features.py",
     "--data_path {}: none of the images can be read": "damaged shards: test_embed.py",
     "has no {}; make shards with: xcit-dino shards make SRC": "another entry: test_index.py",

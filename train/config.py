@@ -96,7 +96,7 @@ class RunConfig:
     on_stall: Literal["warn", "abort"] = "warn"
     """abort: after twice --watchdog_minutes the process exits, so that a launcher restarts it."""
     max_steps: int = 0
-    """Stop (resumably) after this optimizer step; 0 runs to the end. Schedules do not change."""
+    """Stop (resumably) after this optimizer step; 0 runs to the end. Schedules are unaffected."""
     may_change: tuple[str, ...] = ()
     """Options that may differ from those of the existing run."""
 

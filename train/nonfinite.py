@@ -141,7 +141,7 @@ def first_tensor(
 
 @contextmanager
 def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Afterwards buffers (batch-norm statistics, center) are as before, and gradients are gone."""
+    """Restore buffers (batch-norm statistics, center) afterwards, and clear gradients."""
     modules = list(modules)
     before = [(b, b.detach().clone()) for m in modules for b in m.buffers()]
     try:
@@ -157,7 +157,7 @@ def undone(modules: Iterable[nn.Module]) -> Iterator[None]:
 def watching(modules: dict[str, nn.Module]) -> Iterator[list[str]]:
     """Names of the modules with non-finite output, in the order of computation.
 
-    It raises nothing inside: with synchronized batch-norm, the other ranks wait for this one.
+    It never raises inside: with synchronized batch-norm, the other ranks wait for this one.
     """
     found: list[str] = []
 

@@ -37,7 +37,7 @@ FORMAT = 2
 
 @dataclass
 class TrainState:
-    """Networks, optimizer, gradient scaler, which data and options, and how far the run is."""
+    """Networks, optimizer, gradient scaler, identity of data and options, and the step."""
 
     modules: dict[str, nn.Module]  # student, teacher and loss (its center)
     optimizer: torch.optim.Optimizer

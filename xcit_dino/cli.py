@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def exit_code(words: list[str]) -> int:
+def exit_code(args: list[str]) -> int:
     """See :func:`main`."""
     try:
         name, rest = find_command(args)

@@ -73,11 +73,11 @@ def text(
         "## Recipe",
         recipe_section(options),
         "## Results",
-        accuracies(matching(source, network, results)),
+        results_table(matching_results(source, network, results)),
         "## Intended use",
         USE.format(kind="classification of its classes" if model.num_classes else "features"),
         "## How to load",
-        loading(file, arch, model, settings, hub),
+        loading_code(file, arch, model, settings, hub),
         "## Citation",
         CITATION if "xcit" in arch else CITATION.split("\n", 2)[2],
     ]
@@ -212,8 +212,10 @@ def metric_suffixes(metrics: dict[str, float]) -> list[str]:
     return [f"_k{k}" for k in sorted(ks, key=int)] or [""]
 
 
-def loading(output: Path, arch: str, model: Any, settings: InputSettings, hub: bool = False) -> str:
-    """Code for the format of the file."""
+def loading_code(
+    output: Path, arch: str, model: Any, settings: InputSettings, hub: bool = False
+) -> str:
+    """Code that loads the file."""
     if hub:
         code = """import timm
 

@@ -111,7 +111,7 @@ def _convert(config: ConvertConfig) -> tuple[str, XCiT, FoundNetwork]:
 def export(config: ExportConfig) -> None:
     """Write a file or folder to hand over, with its model card (``weights export``)."""
     check_output(config.output)
-    config = replace(config, checkpoint=checkpoint_of(config.checkpoint))
+    config = replace(config, checkpoint=resolve_checkpoint(config.checkpoint))
     if config.format == "timm-hub":
         return timm_folder.export(config)
     if config.output.suffix == ".safetensors":

@@ -78,7 +78,7 @@ class LoadReport:
     def __str__(self) -> str:
         where = f" under {self.place!r}" if self.place else ""
         return (
-            f"{self.path.name}: took the {self.network}{where} ({self.num_tensors} tensors, "
+            f"{self.path.name}: loaded the {self.network}{where} ({self.num_tensors} tensors, "
             f"{self.layout} layout, classifier {self.head})"
             + (
                 f"; {self.initial_share:.0%} of it is still the weights before the first step"
@@ -179,20 +179,20 @@ def fit(
     )
     state = _as_timm_reads_it(state, model)
     check_arch(path, state, model)
-    theirs, ours = classifier_names(state, model), classifier_names(wanted, model)
-    if head == "required" and not theirs:
+    in_file, in_model = classifier_names(state, model), classifier_names(expected, model)
+    if head == "required" and not in_file:
         raise InputError(f"{path}: has no classifier; train one with linear or finetune")
     if head != "new" and in_file and in_model:
         _check_classes(path, state[in_file[0]], expected[in_model[0]])
         outcome = "loaded"
     else:
-        outcome = "new" if ours else "dropped" if theirs else "none"
-        state = {name: value for name, value in state.items() if name not in theirs}
-        state |= {name: wanted[name] for name in ours}
-    check_tensors(path, state, wanted, name_of(model))
-    taken = len(state) - (len(ours) if outcome == "new" else 0)
+        outcome = "new" if in_model else "dropped" if in_file else "none"
+        state = {name: value for name, value in state.items() if name not in in_file}
+        state |= {name: expected[name] for name in in_model}
+    check_tensors(path, state, expected, name_of(model))
+    taken = len(state) - (len(in_model) if outcome == "new" else 0)
     share = initial_share(path) if found.network == "model_ema" else 0.0
-    return state, Report(path, found.network, found.place, found.layout, taken, outcome, share)
+    return state, LoadReport(path, found.network, found.place, found.layout, taken, outcome, share)
 
 
 def _as_timm_reads_it(state: State, model: nn.Module) -> State:

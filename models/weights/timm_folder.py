@@ -20,7 +20,13 @@ from xcit_dino.files import unfinished_folder
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.config import ExportConfig
 from xcit_dino.models.weights import card, formats, layouts
-from xcit_dino.models.weights.load import Found, classifier_names, find_network, fit, input_settings
+from xcit_dino.models.weights.load import (
+    FoundNetwork,
+    classifier_names,
+    find_network,
+    fit,
+    input_settings,
+)
 from xcit_dino.models.zoo import TIMM_PREFIX, create_model, list_models
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # as timm looks for them
@@ -57,14 +63,14 @@ def export(config: ExportConfig) -> None:
     )
 
 
-def architecture(found: Found, config: ExportConfig) -> str:
+def architecture(found: FoundNetwork, config: ExportConfig) -> str:
     """The name of a found network, ours or ``timm/NAME``: by its tensors, by ``--arch``, or as its
     file says.
 
     Raises:
         InputError: nobody says it, or timm has no such network.
     """
-    if shape := layouts.shape_of(found.state):
+    if shape := layouts.infer_shape(found.state):
         if str(shape) not in list_models()[:14]:
             raise InputError(
                 f"--format timm-hub: timm has no {shape}; it has patch 8 and 16 of the paper"
@@ -80,7 +86,7 @@ def architecture(found: Found, config: ExportConfig) -> str:
     return arch
 
 
-def network(arch: str, found: Found, path: Path) -> nn.Module:
+def network(arch: str, found: FoundNetwork, path: Path) -> nn.Module:
     """timm's network of that name with the found weights, in evaluation mode."""
     name = arch if arch.startswith(TIMM_PREFIX) else f"{TIMM_PREFIX}{arch}_224"
     model = create_model(name)
@@ -108,7 +114,9 @@ def resolved(settings: InputSettings | None, model: Any) -> InputSettings:
 def description(model: Any, settings: InputSettings) -> dict[str, Any]:
     """What timm reads from ``config.json``."""
     known = model.pretrained_cfg
-    any_size = model.any_size or layouts.shape_of(model.state_dict()) is not None  # XCiT takes all
+    any_size = (
+        model.any_size or layouts.infer_shape(model.state_dict()) is not None
+    )  # XCiT takes all
     kept = ("pool_size", "first_conv", "classifier")
     about = {name: known[name] for name in kept if known.get(name) is not None} | {
         "custom_load": False,

@@ -18,7 +18,7 @@ from xcit_dino.models.zoo import create_model
 MEAN, STD = (0.25, 0.5, 0.75), (0.1, 0.2, 0.3)
 
 
-def checkpoint_of(arch, path, num_classes=0, size=64):
+def resolve_checkpoint(arch, path, num_classes=0, size=64):
     """A run's checkpoint, and its network in evaluation mode."""
     torch.manual_seed(1)
     model = create_model(arch, num_classes=num_classes)
@@ -48,7 +48,7 @@ def checkpoint_of(arch, path, num_classes=0, size=64):
 )
 @torch.no_grad()
 def test_timm_computes_the_same_from_the_folder(arch, num_classes, size, tmp_path, capsys):
-    model = checkpoint_of(arch, tmp_path / "run.pth", num_classes, size)
+    model = resolve_checkpoint(arch, tmp_path / "run.pth", num_classes, size)
     folder = tmp_path / "folder"
     words = ["--output", str(folder), "--format", "timm-hub"]
     assert main(["weights", "export", str(tmp_path / "run.pth"), *words]) == 0
@@ -90,7 +90,7 @@ def test_a_file_that_says_nothing_is_named_by_arch_and_gets_timms_settings(tmp_p
 
 @pytest.mark.parametrize("arch", ["xcit_pico_6_p8", "xcit_nano_12_p4"])
 def test_what_timm_does_not_have_is_refused(arch, tmp_path):
-    checkpoint_of(arch, tmp_path / "run.pth")
+    resolve_checkpoint(arch, tmp_path / "run.pth")
     with pytest.raises(InputError, match=f"--format timm-hub: timm has no {arch}"):
         export(ExportConfig(tmp_path / "run.pth", tmp_path / "folder", "timm-hub"))
     assert not (tmp_path / "folder").exists()

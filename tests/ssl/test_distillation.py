@@ -170,7 +170,7 @@ def stepped(world, options):
         batch = Batch(number, 0, 0, nothing, nothing, torch.zeros(0), *crops)
         metrics = train_step(trainer, [batch], NOW)
         losses.append(dist.all_reduce_mean(metrics["loss"]))
-    state = fsdp.whole(trainer.state.state_dict(), everywhere=True)
+    state = fsdp.full_tensors(trainer.state.state_dict(), everywhere=True)
     return torch.stack(losses), copy.deepcopy((state["student"], state["teacher"]))
 
 

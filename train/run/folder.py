@@ -18,7 +18,7 @@ from xcit_dino.train.config import RunConfig
 from xcit_dino.train.run.metrics import METRICS
 
 CONFIG_FILE, LOCK = "config.yaml", "owner.lock"
-# These may differ between two tries of one run: they change nothing of what is learned.
+# These may differ between two attempts of a run: they do not affect what is learned.
 FREE = frozenset(
     "output_dir max_steps may_change saveckp_freq keep_checkpoints checkpoint_minutes log_every "
     "max_skipped on_nonfinite on_collapse on_stall watchdog_minutes "
@@ -82,7 +82,7 @@ def check_run(config: Any, run: RunConfig) -> None:
 
 
 def begun(run: RunConfig) -> bool:
-    """Whether a run folder holds anything learned, so that its options are settled."""
+    """Whether a run folder contains anything learned, so that its options are fixed."""
     folder, metrics = run.output_dir, run.output_dir / METRICS
     logged = metrics.is_file() and metrics.stat().st_size > 0
     saved = any(folder.glob("checkpoints/checkpoint-*.pth*"))
@@ -105,7 +105,7 @@ def open_run(config: Any, run: RunConfig) -> None:
 
 
 def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
-    """``name -> (before, now)`` of the options that bear on what is learned and differ."""
+    """``name -> (before, now)`` of the differing options that affect what is learned."""
     free = FREE | (ineffective(before).keys() & ineffective(now).keys())
     pairs = zip(options(absolute(before)), options(absolute(now)), strict=True)
     return {
@@ -116,7 +116,7 @@ def bearing(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def say_changes(saved: str, config: Any, step: int) -> None:
-    """Say which options that bear on what is learned a checkpoint was reached with, if others.
+    """Report differing options that affect what is learned, with which a checkpoint was reached.
 
     saved: the checkpoint's config, as :func:`dump_yaml` writes it.
     """

@@ -136,7 +136,7 @@ class RunLog(AbstractContextManager):
     def step(
         self, step: int, metrics: dict[str, Tensor], scheduled: dict[str, float], waited: float
     ) -> dict[str, float]:
-        """One optimizer step is done; ``waited`` is the loader's waiting so far, in seconds.
+        """Record one optimizer step; ``waited`` is the total data waiting time so far, in seconds.
 
         Returns:
             The line written, the same on all ranks; empty if none was due.
