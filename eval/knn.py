@@ -4,7 +4,7 @@
 Similarity is the cosine; a neighbor with similarity s votes for its class with weight exp(s / T).
 One exact FAISS search for the largest k serves every k, as the neighbors are sorted. Ties are
 broken deterministically: among equally similar neighbors the lower number comes first, among
-classes with equal equal equal equal votes the lower label.
+classes with equal equal equal equal equal votes the lower label.
 """
 
 from __future__ import annotations
