@@ -1,6 +1,6 @@
 """Does the plan scale, and how well does it shuffle? ``python bench/plan.py``
 
-An index of 1e9 samples in 1e5 shards (its arrays are sparse files: 16 GB that take no disc), and
+An index of 1e9 samples in 1e5 shards (its arrays are sparse files: 16 GB that take no disk), and
 1024 ranks x 16 workers: what one worker keeps in memory, and the time to the first sample when a
 run starts and when it resumes in the middle of an epoch. Then, for ImageNet's size, how far samples
 travel between their place in storage and their place in an epoch.
@@ -100,7 +100,7 @@ def scale(args: argparse.Namespace) -> Table:
         child.start()
         touched, total = answer.get()
         child.join()
-        on_disc = sum(os.stat(path).st_blocks * 512 for path in folder.iterdir()) / 1e6
+        on_disk = sum(os.stat(path).st_blocks * 512 for path in folder.iterdir()) / 1e6
     table.add_row("open the index (map, verify checksum)", f"{loading:.2f} s")
     table.add_row("plan the first step", f"{starting:.2f} s")
     table.add_row("locate a micro-batch", f"{locating * 1e3:.1f} ms")
@@ -116,7 +116,7 @@ def scale(args: argparse.Namespace) -> Table:
     table.add_row(
         "a worker's own memory, Python and numpy included", f"{total:.0f} MB", style="bold"
     )
-    table.add_row("(index on disc here, sparse)", f"{on_disc:.0f} MB")
+    table.add_row("(index on disk here, sparse)", f"{on_disk:.0f} MB")
     return table
 
 

@@ -5,7 +5,7 @@
 The official step (``bench/reference.py``: eager, on timm's XCiT) and ours run in one process, in
 turns, on the same weights and crops; medians. First both are checked to give the same loss and
 gradients in float32. Parts: the whole step, then loss and head alone, each in a fresh process: what
-a process did before decides what fresh memory costs. The official code knows no lower precision on
+a process did before decides what fresh memory costs. The official code has no lower precision on
 CPUs, and fp16 on GPUs; ``--reference_precision`` changes that.
 
 Memory: the most that a step holds beyond weights and optimizer state; on a CPU from the

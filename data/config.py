@@ -74,10 +74,10 @@ class AugmentConfig:
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
     """Probability of solarization for the first global, the other global and the local crops."""
     mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels (values in [0, 1]); left out: as the weights to start from were
+    """Subtracted from the channels (values in [0, 1]); by default as the weights to start from were
     trained, else ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """The channels are divided by it; left out: as for mean."""
+    """The channels are divided by it; by default as for mean."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "flip_prob", "color_jitter_prob", "gray_prob", "blur_prob")

@@ -139,7 +139,7 @@ def _from_timm(name: str, num_classes: int, option: str) -> nn.Module:
     classes = known.num_classes if known else None
     if num_classes and classes != num_classes:
         raise InputError(
-            f"{option}: timm's weights tell {classes} classes apart, and the data have "
+            f"{option}: timm's weights have {classes} classes, and the data "
             f"{num_classes}; name a teacher of these classes with --teacher_path"
         )
 

@@ -162,7 +162,7 @@ def resolve_hosts(hosts: list[str]) -> list[str]:
 
 
 def find_rank_zero(key: str, rank: int, where: list[str], deadline: float) -> tuple[str, int, str]:
-    """Try all addresses and ports until rank 0 answers.
+    """Try all addresses and ports until rank 0 responds.
 
     Returns:
         (address, port, local network interface of the connection).

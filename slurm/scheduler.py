@@ -88,7 +88,7 @@ def job_fields(job_id: str) -> dict[str, str]:
     """Fields of ``scontrol show job`` as a dict.
 
     Raises:
-        SlurmError: the controller no longer knows the job, or does not respond.
+        SlurmError: the controller has forgotten the job, or does not respond.
     """
     return dict(
         re.findall(r"(\S+?)=(\S*)", run_command("scontrol", "show", "job", "--oneliner", job_id))
@@ -96,7 +96,7 @@ def job_fields(job_id: str) -> dict[str, str]:
 
 
 def job_state(job_id: str) -> str:
-    """State of a job, or '' if the controller no longer knows it."""
+    """State of a job, or '' if the controller has forgotten it."""
     try:
         return job_fields(job_id).get("JobState", "")
     except SlurmError:

@@ -78,10 +78,10 @@ class ObjectiveConfig:
     teacher_model: str | None = None
     """The frozen teacher: timm/NAME for a timm model, or a built-in one."""
     teacher_path: Path | None = None
-    """Its weights: a file, or a run folder; left out: timm's own, downloaded once."""
+    """Its weights: a file, or a run folder; by default timm's own, downloaded once."""
     teacher_size: int = 0
     """Side of the global crops as the teacher sees them, local crops in proportion; 0: its own (its
-    run or timm knows it), else the student's."""
+    run, or timm), else the student's."""
     distill_weight: float = 1.0
     """Weight of the distillation loss beside DINO's."""
     distill_patch_weight: float = 1.0
@@ -154,11 +154,11 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """k-NN while training goes on, on a fixed subset."""
+    """k-NN during training, on a fixed subset."""
 
     knn_every: int = 10
     """Epochs between k-NN evaluations of the teacher; 0 switches them off. They need labels and a
-    validation split, and are left out, with a word, where there are none."""
+    validation split; where there are none, a line says so and nothing is evaluated."""
     knn_data_path: Location | None = None
     """Other shards whose k-NN is logged too, as knn_other_top1 and knn_other_top5: with
     --init_from, those that the weights come from show what is forgotten."""

@@ -3,13 +3,13 @@
 The three kinds, and what gives them away (K prototypes, N teacher rows of a micro-batch):
 
 * **uniform**: the teacher gives every image the same flat answer. Entropy near ln K, the loss stuck
-  at ln K; nothing is sharpened (teacher_temp too high). What the answers say of the images, the
-  *information* in them (entropy of the mean answer minus mean entropy), goes to 0, whereas a
+  at ln K; nothing is sharpened (teacher_temp too high). What the outputs reveal of the images, the
+  *information* in them (entropy of the mean output minus mean entropy), goes to 0, whereas a
   healthy teacher's is a good part of ln N.
-* **single mode**: the teacher gives every image one of a few sharp answers, in the end the same;
+* **single mode**: the teacher gives every image one of a few sharp outputs, in the end the same;
   nothing is centered. The mean answer covers a few prototypes: the number of *modes* (its
   perplexity) goes to 1.
-* **dimensional**: answers differ, but the features of the backbone lie along few directions, or on
+* **dimensional**: outputs differ, but the features of the backbone lie along few directions, or on
   a point: their *effective rank* goes to 1, or their deviation to 0.
 """
 
@@ -32,13 +32,13 @@ def health(loss: Tensor, targets_GBK: Tensor | None, features_ND: Tensor) -> dic
     """The loss and cheap signs beside it, as device scalars; the first five signs are of DINO's
     targets, and missing where there are none.
 
-    ``teacher_entropy``: mean entropy of the teacher's answers, nats, 0 to ln K.
+    ``teacher_entropy``: mean entropy of the teacher's outputs, nats, 0 to ln K.
     ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
-    ``information``: what the answers say of the images, nats, as a share of ln min(N, K); 0 where
-    there is one row.
+    ``information``: mutual information of outputs and images as a share of ln min(N, K); 0 for one
+    row.
     ``mean_entropy``: entropy of the mean answer as a share of ln K; 0 is a single mode.
     ``prototypes_used``: share of prototypes that are some image's first choice in this batch.
-    ``feature_std``: mean deviation of a dimension of the unit-length features, times sqrt(D): 1 is
+    ``feature_std``: mean std of a dimension of the unit-length features, times sqrt(D): 1 is
     spread evenly, 0 is one point.
     ``effective_rank``: (sum of eigenvalues)^2 / (sum of their squares) of the features' covariance,
     1 to min(N - 1, D): the directions in use, without computing eigenvalues.
@@ -58,13 +58,13 @@ def health(loss: Tensor, targets_GBK: Tensor | None, features_ND: Tensor) -> dic
 
 
 def _target_signs(loss: Tensor, targets_GBK: Tensor) -> dict[str, Tensor]:
-    answers_NK = targets_GBK.flatten(0, 1)
-    rows, prototypes = answers_NK.shape
+    outputs_NK = targets_GBK.flatten(0, 1)
+    rows, prototypes = outputs_NK.shape
     possible = max(min(rows, prototypes), 2)
-    entropy = torch.special.entr(answers_NK).sum(-1).mean()
-    mean_entropy = torch.special.entr(answers_NK.mean(0)).sum()
+    entropy = torch.special.entr(outputs_NK).sum(-1).mean()
+    mean_entropy = torch.special.entr(outputs_NK.mean(0)).sum()
     used = torch.zeros(prototypes, device=loss.device)
-    used.index_fill_(0, answers_NK.argmax(-1), 1.0)
+    used.index_fill_(0, outputs_NK.argmax(-1), 1.0)
     return {
         "teacher_entropy": entropy,
         "kl": loss - entropy,
@@ -100,7 +100,8 @@ KINDS = (
         "uniform",
         lambda line: line["information"] < LOW_INFORMATION and line["modes"] > FEW_MODES,
         lambda line: line["information"] > ENOUGH_INFORMATION or line["modes"] < FEW_MODES,
-        "the teacher answers every image alike, over all prototypes (entropy {teacher_entropy:.2f} "
+        "the teacher's output is the same for every image, spread over all prototypes (entropy "
+        "{teacher_entropy:.2f} "
         "of ln K = {ceiling:.2f}, KL {kl:.3f}, loss {loss:.2f})",
         "sharpen: a lower --teacher_temp and --warmup_teacher_temp (0.04); a higher "
         "--momentum_teacher; for small heads --use_bn_in_head true",
@@ -109,7 +110,8 @@ KINDS = (
         "single mode",
         lambda line: line["modes"] < FEW_MODES and line["used"] <= FEW_USED,
         lambda line: line["modes"] > ENOUGH_MODES or line["used"] > ENOUGH_USED,
-        "the teacher knows {modes:.1f} answers for all images (entropy {teacher_entropy:.2f}, "
+        "the teacher has {modes:.1f} distinct outputs for all images (entropy "
+        "{teacher_entropy:.2f}, "
         "{prototypes_used:.0%} of prototypes used, center {center_norm:.1f})",
         "center: --center_momentum 0.9 (1 never centers); a lower --lr; a longer "
         "--freeze_last_layer; a higher --momentum_teacher",

@@ -24,7 +24,7 @@ from xcit_dino.train.state import has_checkpoint, weights_file
 
 
 def with_input_settings(config: PretrainConfig) -> PretrainConfig:
-    """The options with ``--mean`` and ``--std`` filled in: those of the run that goes on, else of
+    """The options with ``--mean`` and ``--std`` filled in: those of the run being resumed, else of
     the weights to start from, else ImageNet's."""
     source, folder, own = config.start.init_from, config.run.output_dir, config.augment
     if own.mean and own.std:

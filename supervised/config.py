@@ -31,7 +31,7 @@ class StartConfig:
     """A run folder (its newest checkpoint, arch and data), or a file of any kind that `weights`
     reads: self-supervised or supervised. Left out: from scratch."""
     checkpoint_key: NetworkName | None = None
-    """Which network of a checkpoint; left out: the teacher of a DINO one, else the only one."""
+    """Which network of a checkpoint; by default the teacher of a DINO one, else the only one."""
     new_head: bool = False
     """Leave out the classifier that the weights have and start a new one, for other classes."""
 
@@ -48,10 +48,10 @@ class RegularizationConfig:
     input_size: int = 224
     """Side of the training crops and of the validation images in pixels."""
     mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels (values in [0, 1]); left out: as the weights to start from were
+    """Subtracted from the channels (values in [0, 1]); by default as the weights to start from were
     trained, else ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """The channels are divided by it; left out: as for mean."""
+    """The channels are divided by it; by default as for mean."""
     train_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers, from and to (torchvision)."""
     hflip: float = 0.5
@@ -67,7 +67,7 @@ class RegularizationConfig:
     recount: int = 1
     """Rectangles."""
     repeated_aug: int = 3
-    """Times that a sample stands in a global batch, augmented anew; 1 switches it off. An epoch
+    """Times that a sample stands in a global batch, augmented again; 1 switches it off. An epoch
     remains as many images as there are, of fewer samples."""
     mixup: float = 0.8
     """Alpha of mixup; 0 switches it off."""
@@ -136,7 +136,7 @@ class RegularizationConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Accuracy while training goes on."""
+    """Accuracy during training."""
 
     eval_every: int = 10
     """Epochs between validations of the raw and the averaged weights; 0: at the end only."""
@@ -218,9 +218,9 @@ class TeacherConfig:
     teacher_model: str = "regnety_160.deit_in1k"
     """A timm model, or a built-in one; the default is the teacher of DeiT and XCiT."""
     teacher_path: Path | None = None
-    """The teacher's weights: a file, or a run folder; left out: timm's own, downloaded once."""
+    """The teacher's weights: a file, or a run folder; by default timm's own, downloaded once."""
     teacher_size: int = 0
-    """Side of the images that the teacher sees; 0: its own (its run or timm knows it), else the
+    """Side of the images that the teacher sees; 0: its own (from its run, or timm), else the
     student's."""
     distillation_type: Literal["hard", "soft", "symmetric"] = "hard"
     """hard: cross-entropy with the teacher's choice. soft: KL from the teacher, over classes

@@ -6,7 +6,7 @@ and remote shards are the same. Its workers then run timm's own PIL operations o
 buy little beside the decoding. Erasing and mixing work on normalized batches and are done on the
 device (:class:`DeviceAugment`).
 
-timm draws from the global generators of random, numpy and torch. They are seeded anew for each
+timm draws from the global generators of random, numpy and torch. They are seeded again for each
 image, from (seed, epoch, sample, copy), or for each micro-batch, from (seed, step, micro, rank): no
 generator's state has to be saved.
 """
@@ -119,7 +119,7 @@ class HostAugment:
             refuse_too_many(self.transform)
         except (AssertionError, KeyError, ValueError, TypeError) as error:
             raise InputError(
-                f"--aa {config.aa}: timm knows no such policy ({error or 'unknown'}); "
+                f"--aa {config.aa}: timm has no such policy ({error or 'unknown'}); "
                 "write rand-m9-mstd0.5-inc1, or none"
             ) from error
 

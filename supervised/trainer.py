@@ -31,7 +31,7 @@ Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass
 class Method:
-    """What tells finetuning and distillation apart."""
+    """What differs between finetuning and distillation."""
 
     name: str
     """Of the command, and of its results."""
@@ -112,7 +112,7 @@ def say_average(decay: float, steps: int) -> None:
 
 
 def with_input_settings(config: Config) -> Config:
-    """The options with ``--mean`` and ``--std`` filled in: those of the run that goes on, else of
+    """The options with ``--mean`` and ``--std`` filled in: those of the run being resumed, else of
     the weights to start from, else ImageNet's."""
     start, folder, arch = config.start, config.run.output_dir, config.model.arch
     settings = None

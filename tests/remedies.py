@@ -427,7 +427,7 @@ RUN = [
         f"{PRETRAIN} --data_path {{shards}}",
     ),
     case(
-        "timm knows no such policy",
+        "timm has no such policy",
         f"{FINETUNE} --data_path {{shards}} --aa wrong",
         f"{FINETUNE} --data_path {{shards}} --aa rand-m9-mstd0.5-inc1",
     ),

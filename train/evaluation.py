@@ -58,8 +58,8 @@ class Evaluations:
         return found
 
     def catch_up(self, step: int) -> dict[str, Any]:
-        """Evaluate at the start of a try what the one before left out or did not finish; returns
-        what either found."""
+        """Evaluate at the start of an attempt what the one before skipped or did not finish;
+        returns what either found."""
         return self.log.evaluated(step) or self(step)
 
     def _begin(self, step: int) -> bool:

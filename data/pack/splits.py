@@ -166,7 +166,7 @@ def _ambiguous(src: str, depth: int, known: dict[str, str], others: list[str]) -
     return (
         f"{src}: {named} {'is' if len(known) == 1 else 'are'} called like a split, and beside it "
         f"there {'is' if len(others) == 1 else 'are'} {other or 'images without one'}; "
-        f"--splits none: no splits, all are classes; --splits {option}: the others are left out"
+        f"--splits none: no splits, all are classes; --splits {option}: the others are skipped"
     )
 
 

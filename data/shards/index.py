@@ -146,7 +146,7 @@ def resolve_split(root: str | Path, split: str) -> str:
 
     ``root/train`` and ``root/val`` when they are there, or folders of other spellings; ``test`` is
     the validation set where there is no other. Otherwise ``root`` itself serves as the training set
-    (and never as the validation set: accuracy on one's own bank means nothing).
+    (and never as the validation set: accuracy on the bank itself means nothing).
 
     Raises:
         InputError: nothing there, or shards without an index, with the command that makes it.

@@ -184,7 +184,7 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
     """Stand-ins for the names in a pickle of numpy arrays, and the type of its arrays.
 
     numpy's own classes are not used: their ``__setstate__`` trusts the file. The stand-ins are
-    created anew for each file, since a pickle can set attributes of them.
+    created again for each file, since a pickle can set attributes of them.
     """
 
     class DType:

@@ -197,7 +197,7 @@ def fit(
 
 def _as_timm_reads_it(state: State, model: nn.Module) -> State:
     """Tensors with the names that they have in a timm network, where its publishers gave them
-    others (Meta's DINOv2 in timm's ViT) and timm knows those; else as they are."""
+    others (Meta's DINOv2 in timm's ViT) and timm has a rule for those; else as they are."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None or not hasattr(model, "default_cfg") or _same_names(state, model):
         return state

@@ -127,7 +127,7 @@ def load_pretraining(
     center.copy_(found.center)
     return (
         f"{path.name}: loaded student and teacher ({len(found.student)} tensors each, heads of "
-        f"{len(center)} prototypes) and the center; schedules and optimizer start anew"
+        f"{len(center)} prototypes) and the center; schedules and optimizer start over"
     )
 
 

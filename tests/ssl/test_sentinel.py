@@ -69,7 +69,7 @@ def test_signs_of_the_extremes():
     ("line", "name", "words"),
     [
         (UNIFORM, "uniform", r"entropy 5\.54 of ln K = 5\.55.*--teacher_temp"),
-        (SINGLE, "single_mode", r"knows 1\.1 answers.*--center_momentum 0\.9"),
+        (SINGLE, "single_mode", r"has 1\.1 distinct outputs.*--center_momentum 0\.9"),
         (FLAT, "dimensional", r"effective rank 1\.10.*--lr"),
     ],
 )

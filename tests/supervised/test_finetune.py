@@ -453,7 +453,7 @@ def test_other_classes_are_refused_unless_a_new_head_is_asked_for(demo_shards, t
         ({"batch_size_per_gpu": 100}, "fewer than one global batch"),
         ({"batch_size_per_gpu": 15}, "must be even"),
         ({"input_size": 30}, "multiple of its patch size 8, say 32"),
-        ({"aa": "bogus"}, "--aa bogus: timm knows no such policy"),
+        ({"aa": "bogus"}, "--aa bogus: timm has no such policy"),
         ({"pretrained_weights": "missing.pth"}, "missing.pth: no such file"),
         ({"train_scale": (0.5, 0.1)}, "--train_scale"),
         ({"decoder": "cuda"}, "--decoder"),
