@@ -90,7 +90,7 @@ class DinoTrainer(Trainer):
         for net in (self.student, self.teacher):
             for module in net.backbone.modules():
                 if isinstance(module, _BatchNorm):
-                    module.train(not frozen)
+                    module.train(net.training and not frozen)
 
     def update_teacher(self, momentum: float) -> None:
         """Move the teacher towards the student. Where it does not run itself, in distillation, it

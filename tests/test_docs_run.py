@@ -43,7 +43,7 @@ SMALL = {
     "launch": "--dry_run true",
     "shards": "--num_workers 1",
 }
-RUNS = "my_run xcit_small_12_p16 official_s12_p16 a b"  # p16
+RUNS = "my_run old xcit_small_12_p16 official_s12_p16 a b"  # p16
 RUNS_P8 = "xcit_small_12_p8 small tiny xcit_pico_6_p4"
 WEIGHTS = {  # name: (arch, classes)
     "dino_xcit_small_12_p16_pretrain.pth": ("xcit_pico_6_p16", 0),
@@ -74,6 +74,8 @@ def stand_in(line: str) -> list[str]:
     words = [str(Path(word).expanduser()) if word[0] == "~" else word for word in words]
     if " ".join(words) in COMMANDS:  # it is spoken of
         return []
+    if "timm-hub" in words:  # timm has no pico
+        words = ["xcit_nano_12_p8_224.pth" if word == "runs/my_run" else word for word in words]
     if words[:2] == ["shards", "demo"]:
         extra = "--train 6 --val 3".split()
     if words[0] == "distill" and "--teacher_path" not in words:

@@ -81,7 +81,7 @@ def test_rank_that_hangs_is_named(shards: Path, tmp_path: Path) -> None:
     assert re.search(
         r"no step for \d s after step \d+: rank 0 on \S+ is in: (backward|coll)", words
     )
-    assert "rank 1 does not respond (stopped, or its machine is gone)" in words
+    assert "rank 1 does not respond (stopped, or its machine is down)" in words
     (stacks,) = list((run / "stalls").glob("*/rank-0.txt"))[:1]
     assert "in train_step" in stacks.read_text()
 

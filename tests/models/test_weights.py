@@ -283,7 +283,7 @@ def payloads(marker: Path) -> list[Any]:
     return [
         Payload(os.system, f"touch {marker}"),
         Payload(exec, touch),
-        Payload(eval, touch.replace("open", "__import__('io').open")),
+        Payload(eval, f"__import__('io').{touch}"),
         Payload(os.mkdir, str(marker)),
         {"cls_token": np.ones(2), "evil": Payload(os.system, f"touch {marker}")},
         [np.ones(1), Payload(exec, touch)],

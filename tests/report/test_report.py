@@ -208,7 +208,7 @@ def test_attempts_and_their_cost(tmp_path, last):
         assert facts["process hours (CPU)"] == "1.00" and facts["images seen"] == "240"
         assert not found.absent
     else:
-        assert "goes on, or was killed (step 30 of 40" in found.absent[0]
+        assert "is active, or was killed (step 30 of 40" in found.absent[0]
     _, page = written(run)
     assert "no word: killed" in page.text and page.count("path", "mark") > 0
 
@@ -303,7 +303,7 @@ def test_pictures_of_a_real_run(run_folder):
 def test_features_of_other_input_settings_are_not_taken(run_folder, option):
     knn.run(KnnConfig(target=run_folder.target(**option), nb_knn=(5,)))
     images = Images(read_run(run_folder.path))
-    with pytest.raises(InputError, match=r"those kept are of (resize 24, not 32|mean \[0.5)"):
+    with pytest.raises(InputError, match=r"those cached are of (resize 24, not 32|mean \[0.5)"):
         assert images.found
     knn.run(KnnConfig(target=run_folder.target(), nb_knn=(5,)))  # the remedy
     assert len(images.found.labels) == 48

@@ -149,7 +149,7 @@ def test_roll_back_restores_what_is_known(shards, start, tmp_path, monkeypatch, 
     forget(monkeypatch, 10)
     pretrain(config(shards, tmp_path / "run", init_from=start, on_forgetting="rollback"))
     words = capfd.readouterr().err
-    assert re.search(r"step 10: .*20% of each image.*back to checkpoint-00000005.pth, on with 0.5",
+    assert re.search(r"step 10: .*20% of each image.*back to checkpoint-00000005.pth, now 0.5",
                      words)  # fmt: skip
     lines = {x["step"]: x["lr"] for x in read_metrics(tmp_path / "run") if "lr" in x}
     pretrain(config(shards, tmp_path / "off", init_from=start, forgetting_every=0))

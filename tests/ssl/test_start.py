@@ -227,7 +227,7 @@ def refused_starts(tmp_path):
             "--out_dim 8 --head_bottleneck_dim 4 --head_hidden_dim 24, or .* --new_head true",
         ),
         ({"init_from": "none.pth"}, "no such file"),
-        ({"init_from": "empty"}, "holds no checkpoint"),
+        ({"init_from": "empty"}, "no checkpoint in this folder"),
         ({"init_from": "timm/test_vitt", "arch": "timm/test_vitt"}, "did you mean test_vit"),
         ({"init_from": "timm/test_vit.x", **vit}, "no weights 'x' of test_vit; it has test_vit"),
         (
