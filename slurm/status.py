@@ -101,7 +101,7 @@ def describe(
     elif record.state == "waiting" and launched.cancelled(run):
         state, reason = "cancelled", "by `launch cancel`"
     elif not record.finished and not local_owner(launch):
-        state, reason = infer_state(run, record, previous)
+        state, reason = infer_state(run, record, previous, submitted=bool(job_id))
     if state == "running":
         reason = ""  # that of an earlier attempt
     shown = progress(run, stage) if state in ("running", "requeued", "stopped") else ""
@@ -117,13 +117,13 @@ def describe(
 
 
 def infer_state(
-    run: Path, record: attempts.Record, previous: dict[str, str] | None
+    run: Path, record: attempts.Record, previous: dict[str, str] | None, *, submitted: bool
 ) -> tuple[str, str]:
     """State and reason of a stage whose job ended without a report."""
     if launched.cancelled(run):
         return "cancelled", "by `launch cancel`"
     before = previous["state"] if previous else "done"
-    if record.state == "waiting" and not (record.began or record.job_id):
+    if record.state == "waiting" and not (record.began or submitted):
         if before.startswith(("done", "not started")):
             return "not started", "launch it again"
     if record.state == "waiting" and previous and not before.startswith("done"):
