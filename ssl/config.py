@@ -148,7 +148,7 @@ class StartConfig:
         within(self, 0, 1e6, "freeze_backbone")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.train.config.ineffective`."""
+        """See :func:`xcit_dino.options.ineffective`."""
         return needs(self.init_from, "without --init_from", "new_head", "freeze_batchnorm")
 
 
@@ -271,10 +271,8 @@ class PretrainConfig:
         start, guard = self.start.init_from, self.health.forgetting_every
         looks = self.online.knn_every or (start and guard)
         sections = (HeadConfig, DinoConfig)
-        names = [each.name for section in sections for each in fields(section)]
-        names[names.index("momentum_teacher")] = (
-            "new_head"  # the former is of the moving average, which there is in any case
-        )
+        names = {each.name for section in sections for each in fields(section)} | {"new_head"}
+        names -= {"momentum_teacher"}  # of the moving average, which every objective has
         forgetting = ("on_forgetting", "forgetting_every", "forgetting_threshold")
         return {
             **self.loader.unused_cache(self.online.knn_data_path),

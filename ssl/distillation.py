@@ -28,7 +28,7 @@ from xcit_dino.train.amp import autocast
 from xcit_dino.train.distributed import dist
 
 BETA = 2.0  # of smooth L1, as in feature distillation
-DEVIATION_FLOOR = 0.01  # of the mean deviation: channels that hardly vary are not blown up to noise
+STD_FLOOR = 0.01  # of the mean std: channels that hardly vary are not blown up to noise
 
 
 class FrozenTeacher(Teacher):
@@ -89,9 +89,9 @@ def standardize(tokens: Tensor) -> Tensor:
     rows = widened(tokens).flatten(0, -2)
     moments = torch.stack([rows.mean(0), rows.square().mean(0)]).double()
     mean, square = dist.all_reduce_mean(moments)
-    deviation = (square - mean.square()).clamp_min(0).sqrt()
-    floor = DEVIATION_FLOOR * deviation.mean() + torch.finfo(rows.dtype).tiny
-    scaled = (rows - mean.to(rows.dtype)) / torch.maximum(deviation, floor).to(rows.dtype)
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    floor = STD_FLOOR * std.mean() + torch.finfo(rows.dtype).tiny
+    scaled = (rows - mean.to(rows.dtype)) / torch.maximum(std, floor).to(rows.dtype)
     return scaled.view(tokens.shape)
 
 
