@@ -35,7 +35,7 @@ from torchvision import transforms
 
 from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, LoaderConfig
 from xcit_dino.data.crops import crop_boxes
-from xcit_dino.data.decode import read_header
+from xcit_dino.data.decode.rgb import read_header
 from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import CropLoader, slot_shapes
 from xcit_dino.data.plan import Plan

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.config import CropsConfig
-from xcit_dino.data.decode import Header, Pixels, Scratch, decode
+from xcit_dino.data.decode.rgb import Header, Pixels, Scratch, decode
 from xcit_dino.data.rng import random_uniforms
 
 KEEP = 1.5  # a reduced JPEG keeps this many pixels a side for each pixel of every crop

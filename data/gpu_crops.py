@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xcit_dino.data.decode import Header, Pixels, decode
+from xcit_dino.data.decode.rgb import Header, Pixels, decode
 from xcit_dino.data.packed import to_device
 from xcit_dino.data.workers import CropWork, Done, Task
 

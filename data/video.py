@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xcit_dino.data.decode import BadImage
+from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.errors import InputError
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops
-from xcit_dino.data.decode import BadImage, Header, Pixels, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import BadImage, Header, Pixels, Scratch, decode, read_header
 from xcit_dino.data.io.remote import Unreadable
 from xcit_dino.data.io.storage import Source, read_key
 from xcit_dino.data.ring import Ring

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.decode import BadImage, read_header
+from xcit_dino.data.decode.rgb import BadImage, read_header
 from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.data.shards.index import ShardIndex, resolve_split

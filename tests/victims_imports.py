@@ -5,7 +5,7 @@ import importlib
 
 import torch
 
-for name in ("ssl.pretrain", "models.xcit", "data.decode", "eval.knn", "eval.linear"):
+for name in ("ssl.pretrain", "models.xcit", "data.decode.rgb", "eval.knn", "eval.linear"):
     importlib.import_module(f"xcit_dino.{name}")
 for name in ("report.report", "report.pictures", "supervised.finetune", "supervised.distill"):
     importlib.import_module(f"xcit_dino.{name}")

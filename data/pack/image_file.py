@@ -8,7 +8,7 @@ import zlib
 from functools import lru_cache
 from typing import NamedTuple
 
-from xcit_dino.data.decode import BadImage
+from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.data.io.storage import MAX_BYTES
 
 

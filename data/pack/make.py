@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.decode import Deep
+from xcit_dino.data.decode.rgb import Deep
 from xcit_dino.data.pack.archives import compressed_in, decompression, list_archive
 from xcit_dino.data.pack.classes import Part
 from xcit_dino.data.pack.labels import FOUND_BESIDE

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.config import MakeConfig
-from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header, rescaled
+from xcit_dino.data.decode.rgb import BadImage, Deep, Scratch, decode, read_header, rescaled
 from xcit_dino.data.pack.classes import Part
 from xcit_dino.data.pack.image_file import Image, read_image
 from xcit_dino.data.pack.shard_writer import SHARD_NAME, Sample, write_shard

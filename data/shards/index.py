@@ -3,7 +3,8 @@
 A data set is a folder of WebDataset shards and four files:
 
 ``index.json``
-    small: ``version samples bytes classes shards arrays checksum``; per shard its ``name``,
+    small: ``version samples bytes classes shards arrays checksum``, and ``pixels`` where the
+    images are not 8-bit RGB (``data/pixels.py``); per shard its ``name``,
     ``samples``, ``bytes`` and ``sha256`` (null for foreign shards that were indexed without
     reading their data). SHA-256 because a run must notice damage *and* exchange, and because CPUs
     compute it in hardware: 1.8 GB/s a core, more than most storage delivers.
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from xcit_dino.data.io.remote import Remote, Unreadable, persistent_chunks
+from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.split_names import split_folders
 from xcit_dino.data.shards.tar import name_behind
 from xcit_dino.errors import InputError
@@ -54,6 +56,7 @@ class ShardIndex:
         offsets, sizes, labels: memory-mapped, [num_samples]; see the module's docstring.
         classes: class names by label, or None.
         checksum: SHA-256 over everything above; two equal checksums mean the same data.
+        pixels: what the images are; 8-bit RGB unless ``index.json`` says otherwise.
     """
 
     root: str
@@ -67,6 +70,7 @@ class ShardIndex:
     labels: np.ndarray
     classes: list[str] | None
     checksum: str
+    pixels: PixelFormat = RGB8
 
     @property
     def num_samples(self) -> int:
@@ -260,7 +264,8 @@ def _open(root: str, folder: Path) -> ShardIndex:
         num_bytes = np.array([shard["bytes"] for shard in meta["shards"]], np.int64)
         sha256 = [shard["sha256"] for shard in meta["shards"]]
         classes = meta["classes"]
-    except (KeyError, TypeError, OverflowError) as error:
+        pixels = PixelFormat.parse(meta.get("pixels"))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(root, INDEX, f"{type(error).__name__}: {error}") from None
     if (counts < 0).any() or not _are_names(classes):
         raise _damaged(root, INDEX, "counts below 0, or class names that are none")
@@ -270,7 +275,7 @@ def _open(root: str, folder: Path) -> ShardIndex:
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     return ShardIndex(
         root, shards, sha256, counts, starts, num_bytes, **arrays, classes=classes,
-        checksum=meta["checksum"],
+        checksum=meta["checksum"], pixels=pixels,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from xcit_dino.data.decode import Deep
+from xcit_dino.data.decode.rgb import Deep
+from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.index import ARRAYS, INDEX, NPY_HEADER, VERSION, checksum_of
 from xcit_dino.files import atomic_path, file_sha256, write_atomic
 
@@ -29,7 +30,12 @@ class ShardPart(NamedTuple):
     """Images of more than 8 bits."""
 
 
-def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str] | None) -> str:
+def write_index(
+    root: str | Path,
+    parts: Iterable[ShardPart],
+    classes: list[str] | None,
+    pixels: PixelFormat = RGB8,
+) -> str:
     """Write the index of ``root`` from its shards in their order; returns the checksum.
 
     The old ``index.json`` goes first and the new one comes last, so that no reader ever sees
@@ -59,6 +65,8 @@ def write_index(root: str | Path, parts: Iterable[ShardPart], classes: list[str]
         "classes": classes, "shards": shards,
         "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in ARRAYS},
     }  # fmt: skip
+    if not pixels.is_rgb8:
+        meta["pixels"] = pixels.dump()
     meta["checksum"] = checksum_of(meta)
     write_atomic(root / INDEX, json.dumps(meta, indent=1))
     return meta["checksum"]

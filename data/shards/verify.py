@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.decode import BadImage, Deep, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import BadImage, Deep, Scratch, decode, read_header
 from xcit_dino.data.io.storage import MAX_BYTES
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.shards.index import (

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from xcit_dino.data import video
-from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options

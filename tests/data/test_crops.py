@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from xcit_dino.data.config import CropsConfig
 from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops, reduction, resize_into
-from xcit_dino.data.decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage, Scratch, decode, read_header
 
 
 def photo(width: int = 120, height: int = 90, seed: int = 0) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xcit_dino.cli import main
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.decode import BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import BadImage, Scratch, decode, read_header
 from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.shards.index import ShardIndex
 
