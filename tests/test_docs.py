@@ -1,4 +1,4 @@
-"""The docs are true to the code: links lead somewhere, commands parse, files exist, README runs.
+"""The docs agree with the code: links resolve, commands parse, files exist, README runs.
 
 ``python tests/test_docs.py`` updates the list of files in docs/architecture.md.
 """
@@ -215,7 +215,7 @@ def phrase(path: Path) -> str:
     text = re.sub(r"[`*]|:\w+:", "", text)
     text = re.sub(r" \([^)]*(?:arXiv|DINO|XCiT|SSVM)[^)]*\)", "", text)
     text = re.split(r"(?<=[\w)])[.;?](?: |$)", text)[0].rstrip(":")
-    while len(text) > 88:  # take clauses away, then words
+    while len(text) > 88:  # drop clauses, then words
         cut = max(text.rfind(mark, 0, len(text) - 1) for mark in (", ", ": ", " (", " - "))
         text = text[:cut] if cut > 25 else text[:86].rpartition(" ")[0]
     return text
@@ -231,16 +231,16 @@ def test_every_file_is_listed():
             assert len(line.split()) > 1, line
         else:
             folder = line.rstrip("/")
-    assert found == there, "write it anew: python tests/test_docs.py"
+    assert found == there, "update it: python tests/test_docs.py"
 
 
 def test_readme_numbers_are_those_of_the_benchmarks():
-    """Results, and what is said beside the official code, stand in docs/benchmarks.md too."""
+    """Results and the comparison with the official code agree with docs/benchmarks.md."""
     readme, measured = (ROOT / "README.md").read_text(), (ROOT / "docs/benchmarks.md").read_text()
-    parts = [readme.split(title)[1].split("\n## ")[0] for title in ("## Results", "## Beside the")]
-    results, beside = (part.splitlines() for part in parts)
+    parts = [readme.split(title)[1].split("\n## ")[0] for title in ("## Results", "## Compared")]
+    results, compared = (part.splitlines() for part in parts)
     found = [number for row in results for number in re.findall(r"(?<=\| )[\d.]+(?= \|)", row)]
-    linked = [re.sub(r"\([^)]*\)", "", row) for row in beside if "docs/benchmarks.md" in row]
+    linked = [re.sub(r"\([^)]*\)", "", row) for row in compared if "docs/benchmarks.md" in row]
     found += [number for row in linked for number in re.findall(r"\d+\.\d+", row)]
     assert len(found) >= 16
     for number in found:
@@ -257,8 +257,8 @@ ON_CPU = ["--num_workers", "0", "--device", "cpu"]
 
 
 def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
-    """README's block on own images as it stands, on few small images; what would take a cluster is
-    tried with --dry_run, and then done with a tiny network in this process."""
+    """README's commands for your own images, unchanged, on a few small images; what needs a cluster
+    is tried with --dry_run, then run with a tiny network in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
@@ -285,7 +285,7 @@ def test_the_commands_of_readme_run(tmp_path, monkeypatch, capsys):
 
 
 def photographs(folder: Path, train: int = 32, val: int = 8) -> None:
-    """Three classes of so many small images each, in train and val."""
+    """Write three classes of small images, ``train`` and ``val`` of each."""
     numbers = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for label, name in enumerate(("red", "green", "blue")):
@@ -303,7 +303,7 @@ def test_the_python_of_readme_runs(monkeypatch):
 
 
 def write_tree() -> None:
-    """Put the present list of files into its page."""
+    """Update the list of files in its page."""
     head, rest = TREE_PAGE.read_text().split(TREE[0])
     TREE_PAGE.write_text(head + TREE[0] + tree() + TREE[1] + rest.split(TREE[1])[1])
 
