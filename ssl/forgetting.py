@@ -37,7 +37,7 @@ KEPT, CKA, OTHER = "neighbors_kept", "feature_cka", "_other"
 KNN_OTHER = "knn_other_top1"
 ADVICE = (
     "turn: a lower --lr; a higher --momentum_teacher; a longer --freeze_backbone; a lower "
-    "--layer_decay"
+    "--layer_decay; --freeze_batchnorm true"
 )
 
 
@@ -143,6 +143,10 @@ def judge(config: PretrainConfig) -> Judge:
 class Judge:
     """What follows from forgetting: a warning, the end, or a roll-back with half the rate.
 
+    The first roll-back leads to the last step at which enough was left. The student may be far away
+    by then, and the teacher, its average, follows it at any rate: the next leads half as far, and so
+    on, to the starting weights in the end.
+
     Args:
         action: ``--on_forgetting``.
         threshold: share of what the starting weights had that must be left.
@@ -161,8 +165,9 @@ class Judge:
         for line in self.metrics:
             self._look(line["step"], line)
 
-    def __call__(self, step: int, found: dict[str, Any]) -> int:
-        """Judge what was measured after a step; returns the last step at which enough was left.
+    def __call__(self, step: int, found: dict[str, Any], rollbacks: int = 0) -> int:
+        """Judge what was measured after a step, and after so many roll-backs; returns the last step
+        at which enough was left.
 
         Raises:
             RollBack, RunError: too little is left, and ``action`` is not ``warn``.
@@ -172,6 +177,7 @@ class Judge:
             return self.good
         text = f"step {step}: the starting weights are being forgotten: {lost}"
         if self.action == "rollback":
+            self.good >>= rollbacks
             raise RollBack(text, ADVICE, until=self.good)
         if self.action == "stop":
             raise RunError(

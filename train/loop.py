@@ -72,11 +72,11 @@ class Training:
     """Step -> metrics and pictures to log."""
     evaluation_due: Callable[[int], bool] = lambda step: False
     """Whether there is anything to evaluate after a step, 0 for the initial weights."""
-    judge: Callable[[int, dict[str, Any]], int | None] = lambda step, found: None
-    """What follows from an evaluation; returns the step whose checkpoint must stay, or raises
-    RollBack or RunError."""
+    judge: Callable[[int, dict[str, Any], int], int | None] = lambda step, found, rollbacks: None
+    """What follows from an evaluation after a step and a number of roll-backs; returns the step
+    whose checkpoint must stay, or raises RollBack or RunError."""
     save_start: bool = False
-    """Save the initial weights too, to go back to."""
+    """Save the initial weights for good, to go back to."""
     finish: Callable[[RunLog, Checkpoints, dict[str, Any]], None] = lambda *finished: None
     """Called once after the last step, with ``facts``."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -172,9 +172,10 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
     ) as log:  # fmt: skip
         evaluations = Evaluations(run.output_dir, log, training.evaluate)
         if training.save_start and state.step == 0:
-            save(training, checkpoints, 0, permanent=False)
+            save(training, checkpoints, 0, permanent=True)
         if training.evaluation_due(state.step):
-            checkpoints.good = training.judge(state.step, evaluations.catch_up(state.step))
+            found = evaluations.catch_up(state.step)
+            checkpoints.good = training.judge(state.step, found, state.rollbacks)
         for batches in restarting_workers(loader, state) if state.step < last_step else ():
             overdue = 0 < 60 * run.checkpoint_minutes < time.monotonic() - saved_at
             vote.cast(overdue)
@@ -197,7 +198,8 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
                 saved_at = time.monotonic()
             urgent = wish == signals.STOP and state.step < last_step  # the next attempt catches up
             if training.evaluation_due(state.step) and not urgent:
-                checkpoints.good = training.judge(state.step, evaluations(state.step))
+                found = evaluations(state.step)
+                checkpoints.good = training.judge(state.step, found, state.rollbacks)
             watchdog.beat(state.step)
             if stopping:
                 break

@@ -44,7 +44,9 @@ def test_default_windows():
     assert default_window(twelve_bits) == Window((0.0,), (4095.0,))
     signed = form_of(np.arange(-1000.0, 3001.0), np.zeros(5), dtype="int16")
     assert default_window(signed).low == pytest.approx((-996.0, 0.0))
-    assert default_window(signed).high == pytest.approx((2996.0, 1.0))  # a constant channel has a width, too
+    assert default_window(signed).high == pytest.approx(
+        (2996.0, 1.0)
+    )  # a constant channel has a width, too
 
 
 def test_windows_by_option():

@@ -176,6 +176,23 @@ def test_roll_back_to_the_starting_weights(shards, start, tmp_path, monkeypatch,
     assert final_bits(tmp_path / "run")["rollbacks"] == 1
 
 
+def test_a_roll_back_that_does_not_help_leads_further_back(
+    shards, start, tmp_path, monkeypatch, capfd
+):
+    """The student is far away when its average shows it: 15, half of 15, a quarter of 15."""
+    forget(monkeypatch, 20, 20, 20)
+    options = {"init_from": start, "on_forgetting": "rollback", "saveckp_freq": 1}
+    pretrain(config(shards, tmp_path / "run", **options))
+    found = re.findall(
+        r"step (\d+): the starting.*back to checkpoint-(\d+).pth, now ([.\d]+)",
+        capfd.readouterr().err,
+    )
+    assert found == [
+        ("20", "00000015", "0.5"), ("20", "00000005", "0.25"), ("20", "00000000", "0.125")
+    ]  # fmt: skip
+    assert final_bits(tmp_path / "run")["step"] == 20
+
+
 def test_the_good_checkpoint_stays_until_a_later_one_is_good(shards, start, tmp_path, monkeypatch):
     """With measurements rarer than checkpoints, more than --keep_checkpoints may follow it."""
     forget(monkeypatch, 20)
