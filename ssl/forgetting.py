@@ -144,8 +144,8 @@ class Judge:
     """What follows from forgetting: a warning, the end, or a roll-back with half the rate.
 
     The first roll-back leads to the last step at which enough was left. The student may be far away
-    by then, and the teacher, its average, follows it at any rate: the next leads half as far, and so
-    on, to the starting weights in the end.
+    by then, and the teacher, its average, follows it at any rate: the next leads half as far, and
+    so on, to the starting weights in the end.
 
     Args:
         action: ``--on_forgetting``.
