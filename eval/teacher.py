@@ -143,10 +143,25 @@ def _from_timm(name: str, num_classes: int, option: str) -> nn.Module:
             f"{num_classes}; name a teacher of these classes with --teacher_path"
         )
 
-    def fetch() -> dict[str, Tensor]:
-        return timm_hub.pretrained(name, option, num_classes=num_classes).state_dict()
-
-    dist.from_main(lambda: fetch() is None)  # rank 0 fetches, and the others find it in the cache
     network = create_model(f"timm/{name}", num_classes=num_classes)
-    network.load_state_dict(fetch())
+    network.load_state_dict(timm_weights(name, option, num_classes=num_classes))
     return network
+
+
+def timm_weights(name: str, option: str, num_classes: int | None = None) -> dict[str, Tensor]:
+    """The tensors of timm's own weights; all ranks call this.
+
+    name, option: see :func:`timm_hub.pretrained`; num_classes: None keeps the classifier.
+
+    Raises:
+        InputError: see :func:`timm_hub.pretrained`.
+    """
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+
+    def fetch() -> dict[str, Tensor]:
+        return dict(timm_hub.pretrained(name, option, **arguments).state_dict())
+
+    if dist.world_size() == 1:
+        return fetch()
+    dist.from_main(lambda: fetch() is None)  # rank 0 fetches, and the others find it in the cache
+    return fetch()

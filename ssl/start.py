@@ -6,13 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from xcit_dino.errors import warn
 from xcit_dino.eval.context import resolve_input_settings, run_options, timm_input_settings
+from xcit_dino.eval.teacher import timm_weights
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
-from xcit_dino.models.weights import timm_hub
 from xcit_dino.models.weights.load import find_network, found_in, input_settings
 from xcit_dino.models.weights.pretraining import load_backbones, load_start
 from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
@@ -75,15 +73,11 @@ def initialize(trainer: DinoTrainer) -> dict[str, Any]:
 
 def initialize_by_name(trainer: DinoTrainer, source: str) -> tuple[str, dict[str, Any]]:
     """Load timm's own weights as the backbones; what was taken, in a line, and as facts."""
-    name = source.removeprefix(TIMM_PREFIX)
-
-    def fetch() -> nn.Module:
-        return timm_hub.pretrained(name, f"--init_from {source}")
-
-    dist.from_main(lambda: fetch() is None)  # rank 0 fetches, and the others find it in the cache
-    found = found_in(Path(source), dict(fetch().state_dict()))
+    state = timm_weights(source.removeprefix(TIMM_PREFIX), f"--init_from {source}")
+    found = found_in(Path(source), state)
     report = load_backbones(Path(source), found, trainer.student, trainer.teacher)
-    return f"{report}, for student and teacher; their heads are new", {"start": source}
+    heads = "; their heads are new" if trainer.loss else ""
+    return f"{report}, for student and teacher{heads}", {"start": source}
 
 
 def warn_of_other_settings(config: PretrainConfig, before: InputSettings | None) -> None:
