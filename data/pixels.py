@@ -60,6 +60,8 @@ class PixelFormat:
     """The page of every multi-page file, from 0; None: single images, or stacked as channels."""
     nodata: float | None = None
     """Pixels of this value have none."""
+    max_pixels: int | None = None
+    """Of the largest image, where it is more than the decoders allow by default."""
     statistics: Statistics | None = None
     """None: 8-bit RGB, whose window is 0 to 255."""
 
@@ -78,8 +80,8 @@ class PixelFormat:
         return np.dtype(self.dtype)
 
     def dump(self) -> dict[str, Any] | None:
-        """For ``index.json``; None for 8-bit RGB."""
-        return None if self.is_rgb8 else asdict(self)
+        """For ``index.json``; None for plain 8-bit RGB."""
+        return None if self == RGB8 else asdict(self)
 
     @staticmethod
     def parse(facts: Mapping[str, Any] | None) -> PixelFormat:
@@ -91,7 +93,8 @@ class PixelFormat:
         if facts is None:
             return RGB8
         found = dict(facts)
-        measured = found.pop("statistics")
+        if (measured := found.pop("statistics")) is None:
+            return PixelFormat(**found)
         statistics = Statistics(
             mean=tuple(map(float, measured["mean"])),
             std=tuple(map(float, measured["std"])),

@@ -163,17 +163,17 @@ def _jpeg_decode(raw: bytes, header: Header, scratch: Scratch, reduce: int) -> P
     try:
         return simplejpeg.decode_jpeg(raw, "RGB", False, False, *least, buffer=buffer)
     except ValueError:  # damaged, perhaps harmlessly: Pillow decides
-        return _pillow_decode(_open(raw))
+        return _pillow_decode(open_image(raw))
 
 
 def _pillow_header(raw: bytes) -> Header:
-    image = _open(raw)
+    image = open_image(raw)
     width, height = image.size
     _check_size(height, width)
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     if orientation >= 5:
         height, width = width, height
-    return Header(height, width, orientation, image, _is_deep(raw, image))
+    return Header(height, width, orientation, image, is_deep(raw, image))
 
 
 def _jpeg_orientation(raw: bytes) -> int:
@@ -181,29 +181,29 @@ def _jpeg_orientation(raw: bytes) -> int:
     at = 2
     while raw[at : at + 1] == b"\xff" and raw[at + 1 : at + 2] not in (b"\xda", b""):  # to the scan
         if raw[at + 4 : at + 10] == b"Exif\0\0":
-            return _orientation(_open(raw))
+            return orientation_of(open_image(raw))
         at += 2 + max(2, int.from_bytes(raw[at + 2 : at + 4]))
     return 1
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation tag; 1 (upright) where there is none or it is damaged."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # getexif() would decode every pixel to look for the tag behind them
     try:
-        with _quietly():
+        with quietly():
             orientation = image.getexif().get(0x0112, 1)
     except Exception:
         return 1
     return orientation if orientation in ROTATIONS else 1
 
 
-def _open(raw: bytes) -> Image.Image:
+def open_image(raw: bytes) -> Image.Image:
     """Turn any error that a hostile file makes Pillow raise into BadImage."""
     if not raw:
         raise BadImage("empty file")
     try:
-        with _quietly():
+        with quietly():
             return Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadImage("cannot be decoded: not an image of a known format") from None
@@ -213,7 +213,7 @@ def _open(raw: bytes) -> Image.Image:
 
 def _pillow_decode(image: Image.Image) -> Pixels:
     try:
-        with _quietly():
+        with quietly():
             return np.asarray(_to_rgb(image))
     except Exception as error:
         raise BadImage(f"cannot be decoded: {one_line(error)}") from None
@@ -269,7 +269,7 @@ def _used_bits(image: Image.Image, pixels: Pixels) -> int:
     return 8 + int(pixels.max()).bit_length()
 
 
-def _is_deep(raw: bytes, image: Image.Image) -> bool:
+def is_deep(raw: bytes, image: Image.Image) -> bool:
     """16 bits a channel in PNG or TIFF; PGM and PPM store their maximum value."""
     if image.format == "PNG":
         return raw[24:25] == b"\x10"
@@ -289,7 +289,7 @@ def _tag(image: Image.Image, number: int) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence Pillow's warnings of harmless tags and of sizes that are checked here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -65,8 +65,8 @@ def write_index(
         "classes": classes, "shards": shards,
         "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in ARRAYS},
     }  # fmt: skip
-    if not pixels.is_rgb8:
-        meta["pixels"] = pixels.dump()
+    if (facts := pixels.dump()) is not None:
+        meta["pixels"] = facts
     meta["checksum"] = checksum_of(meta)
     write_atomic(root / INDEX, json.dumps(meta, indent=1))
     return meta["checksum"]
