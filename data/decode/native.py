@@ -28,6 +28,7 @@ BYTES_A_PIXEL = 12
 """Times the largest number of pixels: bytes that a decoded image may have. float32 RGB."""
 LARGEST_INTEGER = 1 << 24
 """float32 holds every integer up to this one."""
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 Values = NDArray[Any]
 
@@ -214,10 +215,27 @@ def fill(values: Values, mask: NDArray[np.bool_], form: PixelFormat) -> Values:
 
 def _reader(raw: bytes) -> Callable[[bytes, Wanted], NativeHeader]:
     """The reader for a file that begins so; imported when the first such file comes."""
-    if raw.startswith(b"\x93NUMPY"):
-        family = "npy_file"
-    elif raw.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        family = "tiff_file"
-    else:
-        family = "plain_file"
-    return importlib.import_module(f"xcit_dino.data.decode.{family}").read_header
+    family = family_of(raw[:132]) or "plain"
+    return importlib.import_module(f"xcit_dino.data.decode.{family}_file").read_header
+
+
+def family_of(start: bytes) -> str | None:
+    """npy, tiff, dicom or coded by the first 132 bytes; None for all others."""
+    if start.startswith(b"\x93NUMPY"):
+        return "npy"
+    if start[128:132] == b"DICM":  # its first bytes are free, and may be those of a TIFF
+        return "dicom"
+    if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "tiff"
+    return "coded" if coded_format(start) else None
+
+
+def coded_format(start: bytes) -> str | None:
+    """heic, avif, jp2 or jxl by the first 16 bytes; None for all others."""
+    if start[4:8] == b"ftyp":
+        if start[8:12] in (b"avif", b"avis"):
+            return "avif"
+        return "heic" if start[8:12] in HEIF_BRANDS else None
+    if start.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")):
+        return "jp2"
+    return "jxl" if start.startswith((b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a")) else None

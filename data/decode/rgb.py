@@ -118,7 +118,7 @@ def decode(raw: bytes, header: Header, scratch: Scratch, reduce: int = 1) -> Pix
         BadImage: truncated or damaged.
     """
     if header.pillow is not None:
-        pixels = _pillow_decode(header.pillow)
+        pixels = _pillow_decode(header.pillow, raw)
         if header.deep:
             scratch.deep += Deep(1, _used_bits(header.pillow, pixels))
     else:
@@ -163,7 +163,7 @@ def _jpeg_decode(raw: bytes, header: Header, scratch: Scratch, reduce: int) -> P
     try:
         return simplejpeg.decode_jpeg(raw, "RGB", False, False, *least, buffer=buffer)
     except ValueError:  # damaged, perhaps harmlessly: Pillow decides
-        return _pillow_decode(open_image(raw))
+        return _pillow_decode(open_image(raw), raw)
 
 
 def _pillow_header(raw: bytes) -> Header:
@@ -206,16 +206,27 @@ def open_image(raw: bytes) -> Image.Image:
         with quietly():
             return Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadImage("cannot be decoded: not an image of a known format") from None
+        return _foreign(raw)
     except Exception as error:
         raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 
-def _pillow_decode(image: Image.Image) -> Pixels:
+def _foreign(raw: bytes) -> Image.Image:
+    """An image of a format that Pillow lacks, decoded by another library."""
+    from xcit_dino.data.decode.eight_bit import decode_foreign
+
+    return Image.fromarray(decode_foreign(raw))
+
+
+def _pillow_decode(image: Image.Image, raw: bytes = b"") -> Pixels:
     try:
         with quietly():
             return np.asarray(_to_rgb(image))
+    except BadImage:
+        raise
     except Exception as error:
+        if raw and image.format == "TIFF" and image.mode in ("L", "RGB"):
+            return np.asarray(_foreign(raw).convert("RGB"))  # compressed as Pillow cannot
         raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 

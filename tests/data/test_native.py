@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
+import pillow_heif
+import pydicom
+import pydicom.dataset
+import pydicom.pixels
+import pydicom.uid
 import pytest
 import tifffile
 from PIL import Image
+from pydicom.data import get_testdata_files
 
+from xcit_dino.data.decode import coded_file, rgb
 from xcit_dino.data.decode.native import (
     ANY,
     Wanted,
@@ -234,7 +243,173 @@ def test_eight_bits_keep_their_channels(mode: str, kind: str, tmp_path: Path):
 
 
 def test_color_of_sixteen_bits_in_png():
-    import imagecodecs
-
     values = some("uint16", 9, 11, 3)
     np.testing.assert_array_equal(values_of(bytes(imagecodecs.png_encode(values))), values)
+
+
+# ---------------------------------------------------------------------------- DICOM
+
+DICOM_FILES = sorted(p for p in map(Path, get_testdata_files()) if p.is_file())
+
+
+def by_pydicom(path: Path) -> np.ndarray | None:
+    """[H, W, C] of the modality's values; None where pydicom itself fails."""
+    try:
+        data = pydicom.dcmread(path)
+        values = pydicom.pixels.pixel_array(data)
+        if data.PhotometricInterpretation == "PALETTE COLOR":
+            values = pydicom.pixels.apply_color_lut(values, data)
+        elif data.PhotometricInterpretation == "MONOCHROME1":
+            values = (1 << data.BitsStored) - 1 - values.astype(np.float64)
+            values = values * float(data.RescaleSlope) + float(data.RescaleIntercept)
+        else:
+            values = pydicom.pixels.apply_modality_lut(values, data)
+    except Exception:
+        return None
+    frames = values if int(data.get("NumberOfFrames") or 1) > 1 else values[None]
+    return np.concatenate([x if x.ndim == 3 else x[..., None] for x in frames], -1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_pydicoms_own_files_are_decoded_as_pydicom_does_or_refused():
+    decoded, refused, beyond = 0, [], []
+    for path in DICOM_FILES:
+        expected = by_pydicom(path)
+        try:
+            header = open_native(path.read_bytes())
+            found = decode_values(header)
+        except BadImage as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            refused += [path.name] if expected is not None else []
+            continue
+        assert found.dtype == header.dtype and found.shape[2] == header.channels
+        if expected is None:
+            beyond.append(path.name)
+            continue
+        decoded += 1
+        np.testing.assert_array_equal(found, expected.astype(found.dtype), str(path))
+        assert found.dtype == np.float32 or np.array_equal(found, expected), path
+    assert decoded >= 75
+    assert set(refused) == {"image_dfl.dcm", "SC_rgb_rle_32bit.dcm", "SC_rgb_rle_32bit_2frame.dcm"}
+    assert set(beyond) == {  # JPEG-LS, lossless and 12-bit JPEG, without further packages
+        "JPEG-lossy.dcm", "JPGExtended.dcm", "JPEGLSNearLossless_08.dcm",
+        "JPEGLSNearLossless_16.dcm", "MR_small_jpeg_ls_lossless.dcm", "SC_rgb_jls_lossy_line.dcm",
+        "SC_rgb_jls_lossy_sample.dcm", "SC_rgb_jpeg_gdcm.dcm",
+    }  # fmt: skip
+
+
+def bundled(name: str) -> bytes:
+    return next(path for path in DICOM_FILES if path.name == name).read_bytes()
+
+
+def test_dicom_frames_that_pydicom_leaves_to_others():
+    lossless = values_of(bundled("MR_small_jpeg_ls_lossless.dcm"))
+    np.testing.assert_array_equal(lossless, values_of(bundled("MR_small.dcm")))
+    color = values_of(bundled("SC_rgb_jpeg_gdcm.dcm"))
+    np.testing.assert_array_equal(color, values_of(bundled("SC_rgb_rle.dcm")))
+
+
+def dicom(values: np.ndarray, bits: int, **tags: Any) -> bytes:
+    data = pydicom.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = pydicom.uid.UID("1.2.840.10008.5.1.4.1.1.1")
+    data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.UID("1.2.3")
+    data.Rows, data.Columns = values.shape[-2:]
+    data.NumberOfFrames = values.shape[0] if values.ndim == 3 else 1
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored = values.dtype.itemsize * 8, bits
+    data.HighBit, data.PixelRepresentation = bits - 1, int(values.dtype.kind == "i")
+    data.PixelData = values.tobytes()
+    for name, value in tags.items():
+        setattr(data, name, value)
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, data, enforce_file_format=True)
+    return file.getvalue()
+
+
+def test_dicom_kinds_inversion_and_frames():
+    x = RANDOM.integers(0, 4096, (3, 8, 9)).astype(np.uint16)
+    hounsfield = open_native(dicom(x[0], 12, RescaleSlope=1, RescaleIntercept=-1024))
+    assert hounsfield.kind == "1xint16"
+    np.testing.assert_array_equal(decode_values(hounsfield)[..., 0], x[0].astype(int) - 1024)
+    inverted = values_of(dicom(x[0], 12, PhotometricInterpretation="MONOCHROME1"))[..., 0]
+    np.testing.assert_array_equal(inverted, 4095 - x[0])
+    np.testing.assert_array_equal(values_of(dicom(x, 12)), np.moveaxis(x, 0, -1))
+    np.testing.assert_array_equal(values_of(dicom(x, 12), Wanted(page=2))[..., 0], x[2])
+    suv = open_native(dicom(x[0], 12, RescaleSlope=0.5, RescaleIntercept=2))
+    assert suv.kind == "1xfloat32"
+    np.testing.assert_array_equal(decode_values(suv)[..., 0], x[0] * 0.5 + 2)
+    with pytest.raises(BadImage, match="rescaled values from -1024 to 6.*: not int16"):
+        values_of(dicom(np.full((4, 4), 65535, "u2") * np.eye(4, dtype="u2"), 16,
+                        RescaleSlope=1, RescaleIntercept=-1024))  # fmt: skip
+
+
+def test_dicom_in_a_set_of_eight_bits_is_scaled_by_its_window():
+    x = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
+    raw = dicom(x, 12, WindowCenter=2048, WindowWidth=1024)
+    gray = rgb.decode(raw, rgb.read_header(raw), rgb.Scratch())[..., 0]
+    expected = np.clip((x.astype(float) - 1536) / 1024 * 255, 0, 255)
+    assert np.abs(gray - expected).max() <= 1
+    with pytest.raises(BadImage, match="without a window"):
+        rgb.read_header(dicom(x, 12))
+
+
+# ---------------------------------------------------------------------------- other codecs
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 3), (20, 30, 4)])
+@pytest.mark.parametrize("dtype, most", [("uint8", 255), ("uint16", 1023)])
+@pytest.mark.parametrize("name", ["jpeg2k", "jpegxl", "avif"])
+def test_other_codecs(name: str, dtype: str, most: int, shape: tuple):
+    values = RANDOM.integers(0, most, shape).astype(dtype)
+    how = {
+        "jpeg2k": {"level": 0, "reversible": True},
+        "jpegxl": {"lossless": True},
+        "avif": {"level": 100} | ({"bitspersample": 10} if dtype == "uint16" else {}),
+    }[name]
+    raw = bytes(getattr(imagecodecs, f"{name}_encode")(values, **how))
+    header = open_native(raw)
+    kept = values.reshape(20, 30, -1)[..., :3]
+    assert header.kind == f"{kept.shape[2]}x{dtype}"
+    np.testing.assert_array_equal(decode_values(header), kept)
+    with pytest.raises(BadImage, match="bomb: 30x20 pixels"):
+        open_native(raw, Wanted(max_pixels=599))
+    if dtype == "uint8":
+        found = rgb.decode(raw, rgb.read_header(raw), rgb.Scratch())
+        np.testing.assert_array_equal(found, np.broadcast_to(kept, (20, 30, 3)))
+
+
+def test_heic():
+    values = np.add.outer(np.arange(20, dtype=np.uint8), np.arange(30, dtype=np.uint8) * 6)
+    image = Image.fromarray(np.stack([values] * 3, -1))
+    file = io.BytesIO()
+    pillow_heif.from_pillow(image).save(file, quality=-1, chroma=444)
+    raw = file.getvalue()
+    found = decode_values(open_native(raw))
+    assert np.abs(found.astype(int) - np.asarray(image)).max() <= 2
+    pixels = rgb.decode(raw, rgb.read_header(raw), rgb.Scratch())
+    np.testing.assert_array_equal(pixels, found)
+    assert coded_file.ispe_size(raw)[0] >= 20
+
+
+@pytest.mark.parametrize("module, extra, what", [
+    ("tifffile", "tiff", tiff(some("uint16", 4, 4))),
+    ("imagecodecs", "tiff", bytes(imagecodecs.jpegxl_encode(some("uint8", 9, 9)))),
+    ("pydicom", "dicom", dicom(some("uint16", 4, 4), 16)),
+])  # fmt: skip
+def test_a_missing_library_is_named_with_its_extra(
+    module: str, extra: str, what: bytes, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BadImage, match=rf"{module}: pip install 'xcit-dino\[{extra}\]'"):
+        values_of(what)
+
+
+def test_eight_bits_of_a_tiff_that_pillow_cannot_decompress():
+    values = some("uint8", 40, 50, 3)
+    raw = tiff(values, compression="zstd", photometric="rgb")
+    raw2 = tiff(values, compression="jpegxl", photometric="rgb")
+    for data in (raw, raw2):
+        found = rgb.decode(data, rgb.read_header(data), rgb.Scratch())
+        np.testing.assert_array_equal(found, values)
