@@ -1,4 +1,4 @@
-"""Options of the pretraining run; torch-free: ``--help`` and ``launch --dry_run`` are quick."""
+"""Options of the pretraining run; torch-free, so that ``--help`` and ``--dry_run`` are quick."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class HeadConfig:
     head_hidden_dim: int = 2048
     """Width of the MLP's hidden layers."""
     head_bottleneck_dim: int = 256
-    """Width of the L2-normalised bottleneck."""
+    """Width of the L2-normalized bottleneck."""
     norm_last_layer: bool = True
-    """Keep the prototypes at unit length; steadier training, False is better for small models."""
+    """Keep the prototypes at unit length: more stable training; false suits small models."""
     use_bn_in_head: bool = False
     """Batch-norm in the head's MLP."""
     freeze_last_layer: float = 1.0
-    """Epochs during which the prototypes get no update."""
+    """Epochs during which the prototypes are not updated."""
 
     def __post_init__(self) -> None:
         within(self, 2, 1e7, "out_dim")
@@ -58,7 +58,7 @@ class DinoConfig:
     warmup_teacher_temp_epochs: float = 0.0
     """Epochs of the linear warm-up of the teacher's temperature."""
     center_momentum: float = 0.9
-    """Momentum of the center of the teacher's outputs; one update an optimizer step."""
+    """Momentum of the center of the teacher's outputs, updated once per optimizer step."""
     momentum_teacher: float = 0.996
     """EMA momentum of the teacher at the start; cosine to 1."""
 
@@ -70,30 +70,30 @@ class DinoConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the student learns from: itself, or a frozen teacher that needs no labels either."""
+    """What the student learns from: its own average, a frozen teacher, or both; without labels."""
 
     objective: Literal["dino", "distill", "dino+distill"] = "dino"
-    """dino: the student's own moving average. distill: the features of --teacher_model. Or the sum
-    of both losses."""
+    """dino: the student's own moving average. distill: the features of --teacher_model.
+    dino+distill: the sum of both losses."""
     teacher_model: str | None = None
     """The frozen teacher: timm/NAME for a timm model, or a built-in one."""
     teacher_path: Path | None = None
     """Its weights: a file, or a run folder; by default timm's own, downloaded once."""
     teacher_size: int = 0
-    """Side of the global crops as the teacher sees them, local crops in proportion; 0: its own (its
-    run, or timm), else the student's."""
+    """Side of the global crops as the teacher sees them, local crops in proportion; 0: its own
+    (from its run, or timm), else the student's."""
     distill_weight: float = 1.0
-    """Weight of the distillation loss beside DINO's."""
+    """Weight of the distillation loss relative to DINO's."""
     distill_patch_weight: float = 1.0
-    """Weight of the patch tokens in the distillation loss, beside 1 for the class token; 0 leaves
-    them out."""
+    """Weight of the patch tokens in the distillation loss, relative to the class token; 0 ignores
+    them."""
 
     def __post_init__(self) -> None:
         within(self, 0, 4096, "teacher_size")
         within(self, 0, 1e4, "distill_weight", "distill_patch_weight")
 
     def check_teacher(self) -> None:
-        """Raise InputError where a teacher is needed and none is named (a recipe may leave that to
+        """Raise InputError if a teacher is needed and none is given (a recipe may leave that to
         the command line)."""
         if self.distills and self.teacher_model is None:
             raise InputError(
@@ -126,18 +126,18 @@ class StartConfig:
     """Where pretraining starts."""
 
     init_from: Location | None = None
-    """Weights to begin with, on these data and with schedules from their beginning: a file of any
-    kind that `weights` reads, a run folder (its newest checkpoint), or timm/NAME for timm's own
-    weights. A full DINO checkpoint gives student, teacher, heads and center; any other the
-    backbone. Left out: new weights."""
+    """Initial weights; schedules start from the beginning: a file of any format that `weights`
+    reads, a run folder (its newest checkpoint), or timm/NAME for timm's own weights. A full DINO
+    checkpoint provides student, teacher, heads and center; any other the backbone. Default: random
+    weights."""
     new_head: bool = False
-    """Take the backbone alone from a full DINO checkpoint, with new heads."""
+    """Take only the backbone from a full DINO checkpoint, with new heads."""
     freeze_backbone: float = 0.0
-    """Epochs in which the backbone stays as it is, batch-norm statistics too, while a new head
+    """Epochs in which the backbone is frozen, batch-norm statistics included, while a new head
     learns."""
     freeze_batchnorm: bool = False
     """Keep the batch-norm statistics of --init_from for the whole run, as is usual in detection:
-    those of few images, or of strongly augmented ones, make a network forget what it knew."""
+    statistics of few, or of strongly augmented, images make a network forget."""
 
     @property
     def keeps_batchnorm(self) -> bool:
@@ -157,11 +157,11 @@ class OnlineConfig:
     """k-NN during training, on a fixed subset."""
 
     knn_every: int = 10
-    """Epochs between k-NN evaluations of the teacher; 0 switches them off. They need labels and a
-    validation split; where there are none, a line says so and nothing is evaluated."""
+    """Epochs between k-NN evaluations of the teacher; 0: none. They need labels and a validation
+    split; without these, a line is printed and nothing is evaluated."""
     knn_data_path: Location | None = None
     """Other shards whose k-NN is logged too, as knn_other_top1 and knn_other_top5: with
-    --init_from, those that the weights come from show what is forgotten."""
+    --init_from, the data that the weights were trained on show what is forgotten."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "knn_every")
@@ -169,34 +169,34 @@ class OnlineConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """How a step is computed; beyond rounding, and the masks of drop-path under --compile, none of
-    it changes what is learned."""
+    """How a step is computed; apart from rounding, and drop-path's masks under --compile, none of
+    these options changes what is learned."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the blocks. auto: on GPUs, falling back to eager where it fails. Compiled
-    blocks draw other drop-path masks than eager ones, from the same seed."""
+    """torch.compile of the blocks. auto: on GPUs, falling back to eager if it fails. Compiled
+    blocks draw other drop-path masks than eager ones from the same seed."""
     grad_checkpointing: bool = False
-    """Compute the student's activations again in the backward pass: less memory, more time."""
+    """Recompute the student's activations in the backward pass: less memory, more time."""
     group_backward: bool = False
-    """Backward pass of the global crops before the local ones begin: the activations of one group
-    are there at a time, which is about half; the same gradients. Not with --use_bn_in_head."""
+    """Backward pass of the global crops before the local ones start: only the activations of one
+    group are kept at a time, about half; the same gradients. Not with --use_bn_in_head."""
 
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What follows from an unhealthy run; docs/health.md lists the signs."""
+    """What to do about an unhealthy run; docs/health.md lists the diagnostics."""
 
     on_collapse: Literal["continue", "stop"] = "continue"
-    """What an alarm for collapse does beside naming the kind and the option to turn."""
+    """What a collapse alarm does, besides naming the kind and the options to change."""
     on_forgetting: Literal["warn", "stop", "rollback"] = "warn"
-    """What happens when too little of the weights of --init_from is left: a warning, the end, or
-    back to the last good checkpoint with half the learning rate."""
+    """What happens when too much of the weights of --init_from is forgotten: a warning, a stop, or
+    a roll-back to the last good checkpoint with half the learning rate."""
     forgetting_every: float = 1.0
-    """Epochs between measurements of what is left, without labels, on 2,000 images; with
+    """Epochs between measurements of forgetting, without labels, on 2,000 images; with
     --knn_data_path on those data too. 0: none."""
     forgetting_threshold: float = 0.5
-    """Share that must be left: of each image's 10 nearest neighbors by the weights of --init_from
-    (on --knn_data_path where it is given), and of the k-NN accuracy there."""
+    """Share that must be preserved: of each image's 10 nearest neighbors by the weights of
+    --init_from (on --knn_data_path if given), and of the k-NN accuracy there."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "forgetting_every")
@@ -230,7 +230,7 @@ class PretrainConfig:
         bn_in_head = self.objective.dino and self.head.use_bn_in_head
         if self.speed.group_backward and bn_in_head:
             raise InputError(
-                "--group_backward: the head's batch-norm needs all crops at once; leave out one of "
+                "--group_backward: the head's batch-norm needs all crops at once; drop one of "
                 "--group_backward and --use_bn_in_head"
             )
         if not float(self.dino.warmup_teacher_temp_epochs).is_integer():
@@ -245,7 +245,7 @@ class PretrainConfig:
             )
         self._check_start()
         if self.model.arch.startswith(TIMM_PREFIX):
-            return  # timm checks its own sizes
+            return  # timm checks sizes itself
         patch = model_spec(self.model.arch).patch_size
         for name in ("global_crops_size", "local_crops_size"):
             size = getattr(self.crops, name)
@@ -282,7 +282,7 @@ class PretrainConfig:
         }
 
     def remarks(self) -> list[str]:
-        """What the options do together that one would not expect, a line each."""
+        """Unexpected effects of combined options, one line each."""
         epochs = self.run.epochs
         found = self.optim.remarks(epochs) + (self._dino_remarks() if self.objective.dino else [])
         frozen = self.start.freeze_backbone
@@ -324,7 +324,7 @@ class PretrainConfig:
 
 
 def recipe_path(arch: str) -> Path:
-    """The recipe that ``--arch`` picks: ``configs/pretrain/ARCH.yaml``, else ``default.yaml``."""
+    """The recipe of ``--arch``: ``configs/pretrain/ARCH.yaml``, else ``default.yaml``."""
     own = CONFIGS / "pretrain" / f"{canonical_name(arch).replace('/', '_')}.yaml"
     return own if own.is_file() else CONFIGS / "pretrain" / "default.yaml"
 

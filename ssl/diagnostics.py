@@ -1,16 +1,16 @@
-"""Is the run healthy? Signs of collapse, measured on the device, and alarms that name the kind.
+"""Collapse detection: diagnostics computed on the device, and alarms that name the kind.
 
-The three kinds, and what gives them away (K prototypes, N teacher rows of a micro-batch):
+The three kinds and their symptoms (K prototypes, N teacher rows of a micro-batch):
 
-* **uniform**: the teacher gives every image the same flat answer. Entropy near ln K, the loss stuck
-  at ln K; nothing is sharpened (teacher_temp too high). What the outputs reveal of the images, the
-  *information* in them (entropy of the mean output minus mean entropy), goes to 0, whereas a
-  healthy teacher's is a good part of ln N.
-* **single mode**: the teacher gives every image one of a few sharp outputs, in the end the same;
-  nothing is centered. The mean answer covers a few prototypes: the number of *modes* (its
-  perplexity) goes to 1.
+* **uniform**: the teacher's output is the same flat distribution for every image. Entropy near
+  ln K, the loss stuck at ln K; sharpening is too weak (teacher_temp too high). The *information* in
+  the outputs (entropy of the mean output minus mean entropy) goes to 0, whereas a healthy teacher's
+  is a good part of ln N.
+* **single mode**: the teacher's outputs are a few sharp distributions, in the end a single one;
+  centering is off. The mean output covers a few prototypes: the number of *modes* (its perplexity)
+  goes to 1.
 * **dimensional**: outputs differ, but the features of the backbone lie along few directions, or on
-  a point: their *effective rank* goes to 1, or their deviation to 0.
+  a point: their *effective rank* goes to 1, or their std to 0.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from xcit_dino.train.distributed import dist
 
 @torch.no_grad()
 def health(loss: Tensor, targets_GBK: Tensor | None, features_ND: Tensor) -> dict[str, Tensor]:
-    """The loss and cheap signs beside it, as device scalars; the first five signs are of DINO's
-    targets, and missing where there are none.
+    """The loss and cheap diagnostics, as device scalars; the first five describe DINO's targets and
+    are missing if there are none.
 
     ``teacher_entropy``: mean entropy of the teacher's outputs, nats, 0 to ln K.
-    ``kl``: loss minus entropy, what the student still has to learn; 0 where nothing is left.
+    ``kl``: loss minus entropy, what the student still has to learn.
     ``information``: mutual information of outputs and images as a share of ln min(N, K); 0 for one
     row.
-    ``mean_entropy``: entropy of the mean answer as a share of ln K; 0 is a single mode.
-    ``prototypes_used``: share of prototypes that are some image's first choice in this batch.
+    ``mean_entropy``: entropy of the mean output as a share of ln K; 0 is a single mode.
+    ``prototypes_used``: share of prototypes that are the top choice of some image in this batch.
     ``feature_std``: mean std of a dimension of the unit-length features, times sqrt(D): 1 is
-    spread evenly, 0 is one point.
+    evenly spread, 0 is one point.
     ``effective_rank``: (sum of eigenvalues)^2 / (sum of their squares) of the features' covariance,
     1 to min(N - 1, D): the directions in use, without computing eigenvalues.
     """
     loss = loss.detach()
-    signs = {} if targets_GBK is None else _target_signs(loss, targets_GBK)
+    of_targets = {} if targets_GBK is None else _target_diagnostics(loss, targets_GBK)
     unit_ND = F.normalize(features_ND.float(), dim=-1)
     spread_ND = unit_ND - unit_ND.mean(0)
     wide = spread_ND.shape[0] < spread_ND.shape[1]
     gram = spread_ND @ spread_ND.T if wide else spread_ND.T @ spread_ND
     return {
         "loss": loss,
-        **signs,
+        **of_targets,
         "feature_std": spread_ND.square().mean(0).sqrt().mean() * math.sqrt(unit_ND.shape[1]),
         "effective_rank": gram.trace().square() / gram.square().sum().clamp_min(1e-12),
     }
 
 
-def _target_signs(loss: Tensor, targets_GBK: Tensor) -> dict[str, Tensor]:
+def _target_diagnostics(loss: Tensor, targets_GBK: Tensor) -> dict[str, Tensor]:
     outputs_NK = targets_GBK.flatten(0, 1)
     rows, prototypes = outputs_NK.shape
     possible = max(min(rows, prototypes), 2)
@@ -79,19 +79,19 @@ def _target_signs(loss: Tensor, targets_GBK: Tensor) -> dict[str, Tensor]:
 Line = dict[str, float]
 LOW_INFORMATION, ENOUGH_INFORMATION = 0.03, 0.06
 FEW_MODES, ENOUGH_MODES = 6.0, 10.0
-FEW_USED, ENOUGH_USED = 0.25, 0.4  # a micro-batch of few images has few modes in good health
+FEW_USED, ENOUGH_USED = 0.25, 0.4  # a healthy micro-batch of few images has few modes too
 LOW_RANK, ENOUGH_RANK = 1.5, 2.0
 LOW_STD, ENOUGH_STD = 0.02, 0.04
-FEW_IMAGES = 4  # fewer lie along one direction, and have as many modes, in the best of health
+FEW_IMAGES = 4  # fewer lie along one direction, and have few modes, even in a healthy run
 
 
 class Kind(NamedTuple):
-    """A kind of collapse: when it is there, when it is over, what to do about it."""
+    """A kind of collapse: when its alarm is raised, when it is cleared, and what to change."""
 
     name: str
-    sick: Callable[[Line], bool]
-    well: Callable[[Line], bool]
-    sign: str
+    collapsed: Callable[[Line], bool]
+    cleared: Callable[[Line], bool]
+    symptom: str
     advice: str
 
 
@@ -120,28 +120,28 @@ KINDS = (
         "dimensional",
         lambda line: line["effective_rank"] < LOW_RANK or line["feature_std"] < LOW_STD,
         lambda line: line["effective_rank"] > ENOUGH_RANK and line["feature_std"] > ENOUGH_STD,
-        "the features lie along few directions (effective rank {effective_rank:.2f}, deviation "
+        "the features lie along few directions (effective rank {effective_rank:.2f}, std "
         "{feature_std:.3f})",
         "a lower --lr, a longer --warmup_epochs, a larger global batch",
     ),
 )
 
 
-DIMENSIONAL = KINDS[2:]  # those that need the features alone, and no prototypes
+DIMENSIONAL = KINDS[2:]  # those that need only features, no prototypes
 
 
 class Alarms:
-    """Alarms with hysteresis: a kind of collapse has to show in every reading for ``patience``
-    steps before it is reported, and to be away as long, by a wider margin, before it is over.
+    """Alarms with hysteresis: one is raised after its condition has held in every logged line for
+    ``patience`` steps, and cleared after the opposite has held as long, by a wider margin.
 
     Args:
-        prototypes: K; 0 where there are none, and DIMENSIONAL alone can be judged.
+        prototypes: K; 0 if there are none, and only DIMENSIONAL can be judged.
         patience: steps.
         stop: whether an alarm ends the run.
-        views, images: G and B of a micro-batch. Views of an image get one answer in good health,
-            so the share of prototypes used is judged as if there were two. No alarm is raised from
-            fewer than ``FEW_IMAGES``, which is said.
-        saved: what :meth:`state` of an earlier try gave.
+        views, images: G and B of a micro-batch. In a healthy run all views of an image have the
+            same output, so the share of prototypes used is judged as if there were two. With fewer
+            than ``FEW_IMAGES`` no alarm is raised, and a warning is printed.
+        saved: :meth:`state` of the previous attempt.
     """
 
     def __init__(
@@ -169,17 +169,17 @@ class Alarms:
         self.since: dict[str, int] = dict(saved["since"])  # kinds about to change: since which step
 
     def state(self) -> dict[str, Any]:
-        """What the next try needs to ring at the same steps, as plain values."""
+        """What the next attempt needs to raise alarms at the same steps, as plain values."""
         return {"on": sorted(self.on), "since": dict(self.since)}
 
     def observe(self, step: int, line: Line) -> Line:
-        """Take in a line of the log; the same on all ranks, so all of them stop together.
+        """Process a line of the log, the same on all ranks, so that they stop together.
 
         Returns:
-            For the log: ``alarm_KIND`` 1.0 or 0.0, for those that changed.
+            For the log: ``alarm_KIND``, 1.0 or 0.0, for those that changed.
 
         Raises:
-            RunError: an alarm, where the run is to stop.
+            RunError: an alarm, if it is to stop the run.
         """
         if self.blind:
             return {}
@@ -190,8 +190,8 @@ class Alarms:
                 "used": line["prototypes_used"] * self.as_two,
             }
         for kind in self.kinds:
-            turns = kind.well if kind.name in self.on else kind.sick
-            if not turns(line):
+            changes = kind.cleared if kind.name in self.on else kind.collapsed
+            if not changes(line):
                 self.since.pop(kind.name, None)
             elif step - self.since.setdefault(kind.name, step) >= self.patience:
                 del self.since[kind.name]
@@ -202,10 +202,10 @@ class Alarms:
     def _turn(self, kind: Kind, step: int, line: Line) -> None:
         self.on ^= {kind.name}
         if kind.name not in self.on:
-            text = f"step {step}: no sign of {kind.name} collapse any more"
+            text = f"step {step}: the alarm for {kind.name} collapse is cleared"
         else:
-            sign = kind.sign.format(ceiling=self.ceiling, **line)
-            text = f"step {step}: {kind.name} collapse: {sign}. Turn: {kind.advice}"
+            symptom = kind.symptom.format(ceiling=self.ceiling, **line)
+            text = f"step {step}: {kind.name} collapse: {symptom}. Change: {kind.advice}"
             if self.stop:
                 raise RunError(text)
         if dist.is_main():
@@ -213,5 +213,5 @@ class Alarms:
 
 
 def patience(steps_per_epoch: int) -> int:
-    """An epoch, but not less than 100 steps and not more than 2,000."""
+    """An epoch, but at least 100 and at most 2,000 steps."""
     return min(max(100, steps_per_epoch), 2_000)

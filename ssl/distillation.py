@@ -2,9 +2,9 @@
 
 The teacher sees the student's augmented crops, in its own normalization and resolution. Its class
 token (or pooled features) and its patch tokens, resampled to the student's grid, are standardized
-channel by channel over the batch, and linear projections of the student's tokens are drawn towards
-them by a smooth L1 loss (feature distillation, arXiv 2205.14141, which standardizes token by
-token). Nothing can collapse: the targets do not depend on the student.
+channel by channel over the batch, and linear projections of the student's tokens are trained to
+match them with a smooth L1 loss (feature distillation, arXiv 2205.14141, which standardizes token
+by token). Nothing can collapse, because the targets do not depend on the student.
 
 Shapes: V views of B images, D and P the widths of the teacher's class and patch tokens.
 """
@@ -28,11 +28,11 @@ from xcit_dino.train.amp import autocast
 from xcit_dino.train.distributed import dist
 
 BETA = 2.0  # of smooth L1, as in feature distillation
-STD_FLOOR = 0.01  # of the mean std: channels that hardly vary are not blown up to noise
+STD_FLOOR = 0.01  # of the mean std: channels that hardly vary are not amplified to noise
 
 
 class FrozenTeacher(Teacher):
-    """The teacher of a pretraining: :class:`Tokens` of the student's crops as targets.
+    """The frozen teacher of a pretraining run: :class:`Tokens` of the student's crops as targets.
 
     Args:
         loaded: its network and input settings.
@@ -80,11 +80,11 @@ class FrozenTeacher(Teacher):
 
 
 def standardize(tokens: Tensor) -> Tensor:
-    """Every channel (the last dimension) with mean 0 and variance 1 over the tokens of all ranks,
-    of which each has as many; in at least float32.
+    """Standardize every channel (the last dimension) to mean 0 and variance 1 over the tokens of
+    all ranks, each of which has as many; in at least float32.
 
-    Features after a ReLU, as convolutional networks have them, share a large mean: standardized
-    token by token, targets of all images would be nearly the same.
+    Features after a ReLU, as in convolutional networks, share a large mean: standardized token by
+    token, the targets of all images would be nearly the same.
     """
     rows = widened(tokens).flatten(0, -2)
     moments = torch.stack([rows.mean(0), rows.square().mean(0)]).double()
@@ -101,11 +101,11 @@ def widened(tokens: Tensor) -> Tensor:
 
 
 class Projector(nn.Module):
-    """The student's tokens in the width of the teacher's; serves the training alone.
+    """Project the student's tokens to the width of the teacher's; only used in training.
 
     Args:
         width: of the student's tokens: pooled, patches.
-        teacher: widths of the teacher's; 0 where there are no patch tokens.
+        teacher: widths of the teacher's; 0 without patch tokens.
     """
 
     def __init__(self, width: tuple[int, int], teacher: tuple[int, int]):
@@ -125,11 +125,11 @@ class Projector(nn.Module):
 def distillation_loss(
     predicted: list[Tokens], targets: list[Tokens], patch_weight: float, num_rows: int
 ) -> Tensor:
-    """Smooth L1 distance to the targets, a mean over channels, tokens, and views of images; class
+    """Smooth L1 distance to the targets, averaged over channels, tokens and views of images: class
     token plus ``patch_weight`` times the patch tokens.
 
-    predicted, targets: a group of crops of one size each; num_rows: V*B of all groups of an image,
-    where these are not all of them.
+    predicted, targets: one item per group of crops of the same size; num_rows: V*B over all groups,
+    if these are not all of them.
     """
     total = torch.zeros((), device=targets[0].pooled.device, dtype=targets[0].pooled.dtype)
     for ours, theirs in zip(predicted, targets, strict=True):
@@ -143,7 +143,7 @@ def distillation_loss(
 
 
 def resample(tokens_BHWP: Tensor, grid: torch.Size) -> Tensor:
-    """A grid of tokens as one of another size, bilinear and antialiased."""
+    """Resample a grid of tokens to another size, bilinear and antialiased."""
     if tokens_BHWP.shape[1:3] == grid:
         return tokens_BHWP
     image = tokens_BHWP.permute(0, 3, 1, 2)
@@ -154,12 +154,12 @@ def resample(tokens_BHWP: Tensor, grid: torch.Size) -> Tensor:
 def frozen_teacher(
     config: ObjectiveConfig, crops: CropsConfig, ours: InputSettings, dtype: torch.dtype
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
-    """The teacher that the options name, on the CPU, and what it is.
+    """The teacher that the options name, on the CPU, and facts about it.
 
     ours: how the student's crops are prepared; dtype: of the teacher's forward pass.
 
     Raises:
-        InputError: no such network or weights, or crops of a size that it does not take.
+        InputError: no such network or weights, or crops of a size that it does not accept.
     """
     config.check_teacher()
     assert config.teacher_model is not None
@@ -177,8 +177,8 @@ def frozen_teacher(
 
 
 def tensors_checksum(network: nn.Module) -> str:
-    """The first 16 hex digits of a SHA-256 of a network's weights and buffers, whatever file they
-    came from."""
+    """The first 16 hex digits of the SHA-256 of a network's weights and buffers, whichever file
+    they came from."""
     found = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

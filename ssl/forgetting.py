@@ -1,9 +1,9 @@
-"""Guard against forgetting: how much of its starting weights a continued training still has.
+"""Guard against forgetting: how much of its starting weights a continued training preserves.
 
-A fixed subset of images is embedded by the starting weights (kept in the run folder) and by the
-present ones. Two measures need no labels: how many of each image's nearest neighbors are still the
-same, and linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 1) between the two sets of
-features. Where labels are known, the k-NN accuracy on the other data is judged too.
+A fixed subset of images is embedded with the starting weights (features kept in the run folder)
+and with the current ones. Two measures need no labels: how many of each image's nearest neighbors
+are still the same, and linear CKA (Kornblith et al. 2019, arXiv 1905.00414, eq. 1) between the two
+sets of features. If there are labels, the k-NN accuracy on the other data is judged too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ IMAGES, NEIGHBORS = 2_000, 10
 KEPT, CKA, OTHER = "neighbors_kept", "feature_cka", "_other"
 KNN_OTHER = "knn_other_top1"
 ADVICE = (
-    "turn: a lower --lr; a higher --momentum_teacher; a longer --freeze_backbone; a lower "
+    "change: a lower --lr; a higher --momentum_teacher; a longer --freeze_backbone; a lower "
     "--layer_decay; --freeze_batchnorm true"
 )
 
@@ -59,13 +59,13 @@ def nearest(features: np.ndarray, k: int) -> np.ndarray:
     index.add(rows)  # type: ignore[call-arg]
     found = index.search(rows, k + 1)[1]  # type: ignore[call-arg]
     own = found == np.arange(len(rows))[:, None]
-    own[~own.any(1), -1] = True  # copies of an image may push it out of its own list
+    own[~own.any(1), -1] = True  # duplicates of an image may push it out of its own list
     return found[~own].reshape(len(rows), k)
 
 
 def linear_cka(start: np.ndarray, now: np.ndarray) -> float:
-    """Linear CKA of two sets of features [N, D] of the same images: 1 where they are equal up to
-    rotation and scale, near 0 where they have nothing in common."""
+    """Linear CKA of two sets of features [N, D] of the same images: 1 if they are equal up to
+    rotation and scale, near 0 if they have nothing in common."""
     one, two = (x.astype(np.float64) - x.mean(0, dtype=np.float64) for x in (start, now))
     cross, own = np.linalg.norm(one.T @ two) ** 2, np.linalg.norm(one.T @ one)
     return float(cross / max(own * np.linalg.norm(two.T @ two), 1e-30))
@@ -73,24 +73,24 @@ def linear_cka(start: np.ndarray, now: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Drift:
-    """Measures a backbone against the starting weights on a subset of some shards."""
+    """Compares a backbone with the starting weights on a subset of some shards."""
 
     index: ShardIndex
     context: Context
     file: Path
     """Features of the starting weights, ``.npz``; written by the first call."""
     suffix: str = ""
-    """Of the metrics' names."""
+    """Appended to the metrics' names."""
 
     def __call__(self, backbone: nn.Module, step: int) -> dict[str, float]:
-        """``neighbors_kept`` and ``feature_cka`` after a step; nothing where the features of the
-        starting weights are lost. All ranks call it."""
+        """``neighbors_kept`` and ``feature_cka`` after a step; empty if the features of the
+        starting weights are lost. All ranks call this."""
         with eval_mode(backbone), torch.inference_mode():
             now = embed_subset(self.context, self.index, backbone, IMAGES, "forgetting")
         return dist.from_main(lambda: self.measure(now, step))
 
     def measure(self, now: EmbeddedSubset, step: int) -> dict[str, float]:
-        """Compare features with those of the starting weights; at step 0 they are those."""
+        """Compare features with those of the starting weights, which are stored at step 0."""
         if step == 0:
             with atomic_path(self.file) as temporary, temporary.open("wb") as file:
                 np.savez(file, samples=now.samples, features=now.features)
@@ -109,8 +109,8 @@ class Drift:
 
 
 def drifts(config: PretrainConfig, index: ShardIndex, world: dist.World) -> list[Drift]:
-    """What is measured of a run: its own images, and those of ``--knn_data_path``. Nothing where
-    it starts from random weights.
+    """What is measured in a run: its own images, and those of ``--knn_data_path``. Empty if it
+    starts from random weights.
 
     index: of the training images.
     """
@@ -133,7 +133,7 @@ def drifts(config: PretrainConfig, index: ShardIndex, world: dist.World) -> list
 
 
 def judge(config: PretrainConfig) -> Judge:
-    """The judge of a run, with what it has measured so far."""
+    """The judge of a run, with the measurements so far."""
     health = config.health
     metrics = dist.from_main(lambda: read_metrics(config.run.output_dir))
     return Judge(health.on_forgetting, health.forgetting_threshold, metrics)
@@ -141,36 +141,36 @@ def judge(config: PretrainConfig) -> Judge:
 
 @dataclass
 class Judge:
-    """What follows from forgetting: a warning, the end, or a roll-back with half the rate.
+    """What follows from forgetting: a warning, a stop, or a roll-back with half the learning rate.
 
-    The first roll-back leads to the last step at which enough was left. The student may be far away
-    by then, and the teacher, its average, follows it at any rate: the next leads half as far, and
-    so on, to the starting weights in the end.
+    The first roll-back goes to the last good step. The student may have drifted far by then, and
+    the teacher, its average, follows it at any learning rate: the next roll-back goes to half that
+    step, and so on, in the end to the starting weights.
 
     Args:
         action: ``--on_forgetting``.
-        threshold: share of what the starting weights had that must be left.
-        metrics: of the run so far, where it resumes.
+        threshold: share of the starting weights' neighbors and accuracy that must be preserved.
+        metrics: of the run so far, if it resumes.
     """
 
     action: Literal["warn", "stop", "rollback"]
     threshold: float
     metrics: Iterable[Line] = ()
     good: int = 0
-    """The last step at which enough was left."""
+    """The last step at which enough was preserved."""
     knn_start: float | None = None
-    rung: bool = False
+    warned: bool = False
 
     def __post_init__(self) -> None:
         for line in self.metrics:
             self._look(line["step"], line)
 
     def __call__(self, step: int, found: dict[str, Any], rollbacks: int = 0) -> int:
-        """Judge what was measured after a step, and after so many roll-backs; returns the last step
-        at which enough was left.
+        """Judge the measurements of a step, after a number of roll-backs; returns the last good
+        step.
 
         Raises:
-            RollBack, RunError: too little is left, and ``action`` is not ``warn``.
+            RollBack, RunError: too little is preserved, and ``action`` is not ``warn``.
         """
         lost = self._look(step, found)
         if not lost:
@@ -181,16 +181,16 @@ class Judge:
             raise RollBack(text, ADVICE, until=self.good)
         if self.action == "stop":
             raise RunError(
-                f"{text}; {ADVICE}. What was known up to step {self.good} is in the checkpoint of "
-                "that step, from which --init_from goes on in another --output_dir"
+                f"{text}; {ADVICE}. The last good checkpoint is that of step {self.good}: continue "
+                "from it with --init_from in another --output_dir"
             )
-        if dist.is_main() and not self.rung:
+        if dist.is_main() and not self.warned:
             warn(f"{text}; {ADVICE}")
-        self.rung = True
+        self.warned = True
         return self.good
 
     def _look(self, step: int, found: dict[str, Any]) -> str:
-        """What has become too little, in words; "" where enough is left or nothing was measured."""
+        """What is below its threshold, in words; "" if nothing is or nothing was measured."""
         if step == 0:
             self.knn_start = found.get(KNN_OTHER, self.knn_start)
         lost = []
@@ -201,5 +201,5 @@ class Judge:
         if knn is not None and self.knn_start and knn < self.threshold * self.knn_start:
             lost.append(f"k-NN on the other data fell from {self.knn_start:.1f} to {knn:.1f} %")
         if kept is not None and not lost:
-            self.good, self.rung = step, False
+            self.good, self.warned = step, False
         return ", ".join(lost)

@@ -1,11 +1,11 @@
 """Cross-entropy with a teacher's targets over many prototypes, a few prototypes at a time.
 
-What the mathematics needs of a student's row of scores is its log-normalizer; with that known, the
-gradient of each score is ``exp(score - normalizer) - target`` on its own. So the forward pass goes
-over the prototypes once for the normalizers, the backward pass once more for the gradients. Nothing
-of size (V*B, K) is there in float32 (200 MB at 64 images, 12 crops and 65,536 prototypes; its
-softmax, gradients and copies are several times that). Between the passes the products of features
-and prototypes stay in 16 bits where autocast made them so, and are computed again where not.
+All that couples the scores of a student's row is their log-normalizer; once it is known, the
+gradient of each score is ``exp(score - normalizer) - target``. So the forward pass goes over the
+prototypes once for the normalizers, and the backward pass once more for the gradients. No tensor of
+size (V*B, K) exists in float32 (200 MB at 64 images, 12 crops and 65,536 prototypes; softmax,
+gradients and copies would be several times that). Between the passes the products of features and
+prototypes are kept if autocast made them 16-bit, and recomputed otherwise.
 
 Shape suffixes: V views (G global ones first), B images, R = V B rows, Z bottleneck, K prototypes,
 C prototypes of a chunk.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # of float32: what a cache holds; 64 MB
+SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**24}  # float32: what fits in a cache; 64 MB
 
 
 def dino_cross_entropy(
@@ -34,15 +34,15 @@ def dino_cross_entropy(
     num_views: int | None = None,
 ) -> Tensor:
     """Mean of ``H(target g of an image, softmax(student's view v / temperature))`` over all images
-    and all pairs (g, v) but those of a view with itself (dino ``main_dino.py:DINOLoss``).
+    and all pairs (g, v) except of a view with itself (dino ``main_dino.py:DINOLoss``).
 
     z_RZ: the student's bottleneck, views-major; weight_v_KZ, weight_g_K1: the weight-normalized
-    last layer; targets_GBK: probabilities; chunk: prototypes at a time, by default as many as a
-    cache or 64 MB hold. Matrix products are in autocast's dtype, everything else in float32 (or
+    last layer; targets_GBK: probabilities; chunk: prototypes at a time, by default as many as fit
+    in a cache or in 64 MB. Matrix products are in autocast's dtype, everything else in float32 (or
     float64); nothing waits for the device.
 
-    Of an image's ``num_views`` the rows may be some only: the global ones first, or with ``local``
-    none of these. What they add to the mean over all pairs is then returned.
+    The rows may be only some of an image's ``num_views`` (the global ones first, or with ``local``
+    none of them); the result is then their contribution to the mean over all pairs.
     """
     kind = z_RZ.device.type
     autocast = torch.is_autocast_enabled(kind)
@@ -60,11 +60,11 @@ def dino_cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """For one student's row the pairs share its normalizer, and the targets add up:
+    """The pairs of a student's row share its normalizer, and their targets add up:
     ``sum_g H(q_g, p_v) = n_v * logsumexp(s_v) - <sum_g q_g, s_v>`` with n_v targets for view v.
 
-    own: how many of the first views are global ones, each with a target of its own that it is not
-    compared with; terms: what the sum is divided by.
+    own: how many of the first views are global, each with a target from the same view that it is
+    not compared with; terms: the divisor of the sum.
     """
 
     @staticmethod
@@ -109,11 +109,11 @@ class _CrossEntropy(torch.autograd.Function):
             targets_GBC = targets_GBK[:, :, part]
             grad_VBC -= targets_GBC.sum(0)
             grad_VBC[:own] += targets_GBC[:own]
-            # here, not at the end: fp16 needs the scaler's factor before it rounds
+            # here, not at the end: fp16 needs the scaler's factor before rounding
             grad_RC *= scores.factor_K[part] * (grad_loss / terms)
             grad = grad_RC.to(dtype)
             grad_z_RZ += grad @ v_KZ[part].to(dtype)
-            # a prototype's length is not its v's: what points along v changes g alone
+            # the length of v is irrelevant: a gradient along v only changes g
             pull_CZ, v_CZ = (grad.T @ scores.z_RZ).to(v_KZ.dtype), v_KZ[part]
             along_C1 = (v_CZ * pull_CZ).sum(1, keepdim=True)
             away_C1 = along_C1 / scores.length_K1[part].square()
@@ -123,8 +123,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _Scores:
-    """``z . (g v / |v|) / temperature`` of a chunk of prototypes; the length and the temperature
-    scale the few scores, so that no normalized copy of the prototypes is made."""
+    """``z . (g v / |v|) / temperature`` for a chunk of prototypes; length and temperature scale the
+    scores, which are few, so that no normalized copy of the prototypes is made."""
 
     def __init__(
         self, z_RZ: Tensor, v_KZ: Tensor, g_K1: Tensor, temperature: float, dtype: torch.dtype

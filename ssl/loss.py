@@ -33,7 +33,7 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def targets(self, teacher_VBK: Tensor, temperature: float, num_global: int) -> Tensor:
-        """Teacher's scores (G*B, K) -> probabilities (G, B, K); counted for the center."""
+        """Teacher's scores (G*B, K) -> probabilities (G, B, K); accumulated for the center."""
         self.batch_sum += teacher_VBK.sum(0)
         self.rows += len(teacher_VBK)
         probabilities = (teacher_VBK - self.center).div_(temperature).softmax(dim=-1)
@@ -51,7 +51,7 @@ class DinoLoss(nn.Module):
         """Mean cross-entropy over all pairs (teacher's global view g, student's other view v).
 
         student_VBZ: the student's bottleneck (V*B, Z); prototypes: the student's last layer; local,
-        num_views: where these are not all views of an image, see :func:`dino_cross_entropy`.
+        num_views: if these are not all views of an image, see :func:`dino_cross_entropy`.
         """
         return dino_cross_entropy(
             student_VBZ, prototypes.weight_v, prototypes.weight_g, targets_GBK, self.student_temp,
@@ -60,7 +60,7 @@ class DinoLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self) -> None:
-        """Move the center to the mean output of all micro-batches and ranks since the last time."""
+        """Move the center towards the mean output of all micro-batches and ranks of this step."""
         mean = all_reduce_mean(self.batch_sum / self.rows)
         self.center.lerp_(mean, 1.0 - self.center_momentum)
         self.batch_sum.zero_()

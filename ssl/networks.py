@@ -1,4 +1,4 @@
-"""Student and teacher: a backbone and a projection head each."""
+"""Student and teacher: each a backbone and a projection head."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from xcit_dino.ssl.distillation import Projector
 
 
 class Outputs(NamedTuple):
-    """What a student gives for groups of crops of one size each."""
+    """A student's outputs for groups of crops, each of one size."""
 
     features: list[Tensor]
-    """(V_i*B, D) of the backbone, a group each."""
+    """(V_i*B, D) of the backbone, one per group."""
     bottleneck: Tensor | None
-    """(sum V_i*B, Z) of the head; None without one."""
+    """(sum V_i*B, Z) of the head; None without a head."""
     predicted: list[Tokens] | None
-    """The projector's, a group each; None without one."""
+    """The projector's outputs, one per group; None without a projector."""
 
 
 class MultiCropNet(nn.Module):
@@ -49,10 +49,10 @@ class MultiCropNet(nn.Module):
         return self.head.last_layer
 
     def forward(self, crops: Sequence[Tensor]) -> Outputs:
-        """Groups of crops of one size, (V_i*B, C, H_i, W_i).
+        """Run on groups of crops, each of one size, (V_i*B, C, H_i, W_i).
 
-        The backbone runs once a size, the head's MLP once for all. The prototypes are left to the
-        loss, which takes a few of them at a time.
+        The backbone runs once per size, the head's MLP once for all. The prototypes are applied in
+        the loss, a few of them at a time.
         """
         patches = self.projector is not None and self.projector.patch is not None
         tokens = [tokens_of(self.backbone, group, patches) for group in crops]
@@ -71,13 +71,13 @@ def build(
     teacher_widths: tuple[int, int] | None = None,
     size: int = 224,
 ) -> tuple[MultiCropNet, MultiCropNet]:
-    """Student and teacher with the same initial weights; the teacher takes no gradients.
+    """Student and teacher with the same initial weights; the teacher has no gradients.
 
-    Drop-path is the student's alone, and the teacher stays in training mode: its batch-norms use
-    its own global crops, as in ``main_dino.py``.
+    Only the student has drop-path, and the teacher stays in training mode: its batch-norms use
+    the statistics of its own global crops, as in ``main_dino.py``.
 
-    head: None for none; teacher_widths: of a frozen teacher's tokens, which the student then has a
-    projector for; size: of the global crops in pixels.
+    head: None for none; teacher_widths: of a frozen teacher's tokens, for which the student gets a
+    projector; size: of the global crops in pixels.
     """
     torch.manual_seed(seed)
     backbone = create_model(model.arch, num_classes=0, drop_path_rate=model.drop_path_rate)

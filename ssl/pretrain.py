@@ -1,7 +1,7 @@
-"""DINO pretraining (arXiv 2104.14294): the step, in the paper's order. Beside DINO, or instead, the
-student may learn from a frozen teacher (``ssl/distillation.py``).
+"""DINO pretraining (arXiv 2104.14294): the step, in the paper's order. In addition to DINO, or
+instead, the student can learn from a frozen teacher (``ssl/distillation.py``).
 
-``train_step`` is the method; ``pretrain`` sets a run up. What a step works with is put together in
+``train_step`` is the method; ``pretrain`` sets up a run. The objects that a step uses are built in
 ``ssl/trainer.py``; what happens between two steps (logging, saving, evaluating, stopping) is in
 ``train/loop.py``.
 """
@@ -41,8 +41,8 @@ from xcit_dino.train.worker_restart import check_shards
 def train_step(
     trainer: DinoTrainer, batches: Sequence[Batch], now: EmaHyperparameters
 ) -> dict[str, Tensor]:
-    """One optimizer step of DINO over this rank's micro-batches, of distillation from a frozen
-    teacher (``--objective``), or of both.
+    """One optimizer step over this rank's micro-batches: DINO, distillation from a frozen teacher,
+    or both (``--objective``).
 
     Returns:
         Scalars on the device: the loss and the diagnostics of :mod:`xcit_dino.ssl.diagnostics`.
@@ -84,8 +84,8 @@ def train_step(
 def teacher_targets(
     trainer: DinoTrainer, global_views: Tensor, now: EmaHyperparameters
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The teacher on the global views (G*B, 3, S, S), without gradients: targets (G, B, K) and its
-    features (G*B, D). None where DINO is no part of the objective."""
+    """Run the teacher on the global views (G*B, 3, S, S), without gradients: targets (G, B, K) and
+    features (G*B, D). None if DINO is not part of the objective."""
     if trainer.loss is None or not isinstance(now, DinoHyperparameters):
         return None, None
     teacher = trainer.teacher
@@ -97,18 +97,18 @@ def teacher_targets(
 
 
 class StudentPass(NamedTuple):
-    """What the passes of a micro-batch found, without gradients."""
+    """Results of the passes of a micro-batch, without gradients."""
 
     loss: Tensor
-    """What was differentiated."""
+    """The loss that was differentiated."""
     terms: dict[str, Tensor]
     """``dino_loss``, ``distill_loss``: those that the objective has."""
     features: Tensor
-    """(V*B, D) of the student, of the global views or, where all are of one size, of all."""
+    """(V*B, D) of the student, of the global views or, if all have the same size, of all."""
 
     @property
     def logged(self) -> dict[str, Tensor]:
-        """For the log: the loss, and its terms where there are two."""
+        """For the log: the loss, and its terms if there are two."""
         return {"loss": self.loss} | (self.terms if len(self.terms) > 1 else {})
 
 
@@ -120,12 +120,12 @@ def student_backward(
     loss_weight: float = 1.0,
     sync_gradients: bool,
 ) -> StudentPass:
-    """The student on all views, loss and backward pass.
+    """Run the student on all views, compute the loss and run the backward pass.
 
-    With ``--group_backward`` the global views go all the way back before the local ones begin, so
-    that the activations of one group are there at a time: their losses and gradients add up.
+    With ``--group_backward`` the backward pass of the global views runs before the local views
+    start, so that only the activations of one group are kept: losses and gradients add up.
 
-    targets: of DINO's teacher; loss_weight: of these micro-batch's loss in the step's;
+    targets: of DINO's teacher; loss_weight: weight of this micro-batch's loss in the step;
     sync_gradients: average gradients over ranks in the last of these backward passes.
     """
     rows = sum(map(len, views))
@@ -150,8 +150,8 @@ def student_backward(
 
 
 def main(config: PretrainConfig) -> None:
-    """``xcit-dino pretrain``; a launcher's job calls :func:`pretrain_with_knn` and keeps the
-    signals."""
+    """``xcit-dino pretrain``; a launcher's job calls :func:`pretrain_with_knn` and handles signals
+    itself."""
     command(pretrain_with_knn, config)
 
 
@@ -166,7 +166,7 @@ def pretrain_with_knn(config: PretrainConfig) -> None:
 
 
 def all_of(evaluations: Sequence[Evaluate]) -> Evaluate | None:
-    """Several evaluations as one; None where there are none."""
+    """Combine several evaluations into one; None if there are none."""
 
     def evaluate(backbone: nn.Module, epoch: int) -> dict[str, Any]:
         return {k: v for each in evaluations for k, v in each(backbone, epoch).items()}
@@ -175,7 +175,7 @@ def all_of(evaluations: Sequence[Evaluate]) -> Evaluate | None:
 
 
 def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[OnlineKnn]:
-    """k-NN on the data of the training, with pictures, and on those of ``--knn_data_path``."""
+    """k-NN on the training data, with pictures, and on ``--knn_data_path``."""
     crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     every, run = config.online.knn_every, dict(options(config))
     found = [
@@ -197,8 +197,8 @@ def pretrain(
     """Train, or resume training, until the last epoch.
 
     Args:
-        config: the whole run; ``config.run.output_dir`` is resumed from where it stopped.
-        evaluate: called with (teacher's backbone, epochs done) at epoch ends; its numbers are
+        config: the whole run; ``config.run.output_dir`` is resumed where it stopped.
+        evaluate: called with (teacher's backbone, epochs done) at epoch ends; the results are
             logged.
         evaluate_frozen: called with the frozen teacher and 0 before the first step.
 

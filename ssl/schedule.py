@@ -1,4 +1,4 @@
-"""The schedules of DINO beside those of every training."""
+"""The schedules of DINO, in addition to those of every training."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class DinoHyperparameters(EmaHyperparameters):
 
 @dataclass(frozen=True)
 class DinoSchedule(Schedule):
-    """``schedule(step)``, as in dino ``main_dino.py``; without what is DINO's alone in a pure
-    distillation."""
+    """``schedule(step)``, as in dino ``main_dino.py``; in a pure distillation without the values
+    that only DINO has."""
 
     config: PretrainConfig
 

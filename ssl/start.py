@@ -40,7 +40,7 @@ def with_input_settings(config: PretrainConfig) -> PretrainConfig:
 
 
 def start_settings(source: str, arch: str) -> InputSettings | None:
-    """How images were prepared for the weights to start from."""
+    """How images were prepared for the initial weights."""
     if source.startswith(TIMM_PREFIX):
         check_timm_name(source.removeprefix(TIMM_PREFIX), f"--init_from {source}")
         return timm_input_settings(source)
@@ -48,7 +48,7 @@ def start_settings(source: str, arch: str) -> InputSettings | None:
 
 
 def initialize(trainer: DinoTrainer) -> dict[str, Any]:
-    """Load the weights that ``--init_from`` names, if any; returns what they are."""
+    """Load the weights that ``--init_from`` names, if any; returns facts about them."""
     start = trainer.config.start
     if start.init_from is None:
         return {}
@@ -72,7 +72,7 @@ def initialize(trainer: DinoTrainer) -> dict[str, Any]:
 
 
 def initialize_by_name(trainer: DinoTrainer, source: str) -> tuple[str, dict[str, Any]]:
-    """Load timm's own weights as the backbones; what was taken, in a line, and as facts."""
+    """Load timm's own weights as the backbones; returns one line on what was loaded, and facts."""
     state = timm_weights(source.removeprefix(TIMM_PREFIX), f"--init_from {source}")
     found = found_in(Path(source), state)
     report = load_backbones(Path(source), found, trainer.student, trainer.teacher)
@@ -81,7 +81,7 @@ def initialize_by_name(trainer: DinoTrainer, source: str) -> tuple[str, dict[str
 
 
 def warn_of_other_settings(config: PretrainConfig, before: InputSettings | None) -> None:
-    """Say where the run's options give the network images of another mean or std."""
+    """Warn if the run's mean or std differ from those that the weights were trained with."""
     now = config.augment
     if before and (before.mean, before.std) != (now.mean, now.std) and now.mean and now.std:
         warn(
@@ -92,5 +92,5 @@ def warn_of_other_settings(config: PretrainConfig, before: InputSettings | None)
 
 
 def spaced(values: tuple[float, ...]) -> str:
-    """As on a command line."""
+    """Values as on a command line."""
     return " ".join(f"{value:g}" for value in values)

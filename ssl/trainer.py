@@ -1,4 +1,4 @@
-"""What a training step works with, and how it is put together."""
+"""The objects that a pretraining step uses, and how they are built."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from xcit_dino.train.trainer import Trainer, data_parallel, to_be_sharded
 
 @dataclass
 class DinoTrainer(Trainer):
-    """What a step of DINO works with."""
+    """The objects that a step of DINO uses."""
 
     config: PretrainConfig
     student: networks.MultiCropNet
     teacher: networks.MultiCropNet
     loss: DinoLoss | None
-    """None where a frozen teacher alone is learned from."""
+    """None if the student learns only from a frozen teacher."""
     augment: Augment
     frozen: FrozenTeacher | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class DinoTrainer(Trainer):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the terms of the loss."""
+        """Weights of the loss terms, by name."""
         both = self.config.objective.objective == "dino+distill"
         return {
             "dino_loss": 1.0,
@@ -54,7 +54,7 @@ class DinoTrainer(Trainer):
         }
 
     def frozen_targets(self, groups: list[Tensor]) -> list[Tokens]:
-        """What the frozen teacher makes of groups of crops of one size; empty without one."""
+        """The frozen teacher's tokens for groups of crops, each of one size; empty without one."""
         return [] if self.frozen is None else [self.frozen.targets(group) for group in groups]
 
     def terms(
@@ -69,7 +69,7 @@ class DinoTrainer(Trainer):
         """The terms of the loss, by name.
 
         targets: of DINO's teacher; tokens: of the frozen one; rows: V*B of all views; local:
-        whether these are the local views alone, see :class:`DinoLoss`.
+        whether these are only the local views, see :class:`DinoLoss`.
         """
         terms = {}
         if self.loss is not None:
@@ -86,15 +86,15 @@ class DinoTrainer(Trainer):
         return terms
 
     def freeze_batchnorm(self, frozen: bool) -> None:
-        """Whether batch-norms of the backbones use the statistics that they have, in this step."""
+        """Set whether the backbones' batch-norms use their stored statistics in this step."""
         for net in (self.student, self.teacher):
             for module in net.backbone.modules():
                 if isinstance(module, _BatchNorm):
                     module.train(net.training and not frozen)
 
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher towards the student. Where it does not run itself, in distillation, it
-        takes the student's batch-norm statistics too."""
+        """Move the teacher towards the student. In distillation it is not run, so it copies the
+        student's batch-norm statistics too."""
         for name, part in self.teacher.named_children():
             optim.update_ema(part, self.student.get_submodule(name), momentum)
         if self.loss is None:
@@ -103,7 +103,7 @@ class DinoTrainer(Trainer):
                 theirs.copy_(ours)
 
     def eval_backbone(self) -> nn.Module:
-        """The teacher's backbone for evaluations, whole on every rank; all ranks call this."""
+        """The teacher's backbone for evaluations, unsharded on every rank; all ranks call this."""
         return self.whole(self.teacher.backbone)
 
 
@@ -112,11 +112,11 @@ def set_up(
 ) -> DinoTrainer:
     """Student, teacher, loss, optimizer and augmentation on this process's device, at step 0.
 
-    dtype: of the forward pass; data: checksum of the index; global_batch: images a step.
+    dtype: of the forward pass; data: checksum of the index; global_batch: images per step.
 
     Raises:
         InputError: an option that the backbone does not have, or crops of a size that it does not
-            take.
+            accept.
     """
     device, objective, loss, frozen, facts = world.device, config.objective, None, None, {}
     if objective.distills:

@@ -28,12 +28,12 @@ class StartConfig:
     """Where training starts."""
 
     pretrained_weights: Path | None = None
-    """A run folder (its newest checkpoint, arch and data), or a file of any kind that `weights`
-    reads: self-supervised or supervised. Left out: from scratch."""
+    """A run folder (its newest checkpoint, arch and data), or a file of any format that `weights`
+    reads: self-supervised or supervised. Default: from scratch."""
     checkpoint_key: NetworkName | None = None
-    """Which network of a checkpoint; by default the teacher of a DINO one, else the only one."""
+    """Which network of a checkpoint; default: the teacher of a DINO one, else the only one."""
     new_head: bool = False
-    """Leave out the classifier that the weights have and start a new one, for other classes."""
+    """Replace the weights' classifier by a new one, for other classes."""
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
@@ -43,7 +43,7 @@ class StartConfig:
 
 @dataclass(frozen=True)
 class RegularizationConfig:
-    """What the network sees, and what keeps it from learning that by heart."""
+    """The network's input and its augmentation and regularization."""
 
     input_size: int = 224
     """Side of the training crops and of the validation images in pixels."""
@@ -51,7 +51,7 @@ class RegularizationConfig:
     """Subtracted from the channels (values in [0, 1]); by default as the weights to start from were
     trained, else ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """The channels are divided by it; by default as for mean."""
+    """The channels are divided by it; default: as for mean."""
     train_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers, from and to (torchvision)."""
     hflip: float = 0.5
@@ -67,22 +67,22 @@ class RegularizationConfig:
     recount: int = 1
     """Rectangles."""
     repeated_aug: int = 3
-    """Times that a sample stands in a global batch, augmented again; 1 switches it off. An epoch
-    remains as many images as there are, of fewer samples."""
+    """How often a sample is in a global batch, each time augmented differently; 1: off. An epoch
+    keeps its number of images, but has fewer different samples."""
     mixup: float = 0.8
-    """Alpha of mixup; 0 switches it off."""
+    """Alpha of mixup; 0: off."""
     cutmix: float = 1.0
-    """Alpha of CutMix; 0 switches it off."""
+    """Alpha of CutMix; 0: off."""
     mixup_prob: float = 1.0
     """Probability of mixing at all."""
     mixup_switch_prob: float = 0.5
-    """Probability of CutMix instead of mixup, where both are on."""
+    """Probability of CutMix instead of mixup if both are on."""
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    """One mixing for a process's batch, for a pair of images, or for each image."""
+    """Mixing parameters are drawn per batch of a process, per pair of images, or per image."""
     smoothing: float = 0.1
     """Label smoothing."""
     model_ema_decay: float = 0.99996
-    """Decay of the moving average of the weights, a step; 0 switches it off."""
+    """Decay per step of the moving average of the weights; 0: off."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "hflip", "reprob", "mixup_prob", "mixup_switch_prob", "smoothing")
@@ -99,7 +99,7 @@ class RegularizationConfig:
             raise InputError("--train_scale must be two shares of the area, 0 < from <= to <= 1")
 
     def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.options.ineffective`; what is off twice is not meant."""
+        """See :func:`xcit_dino.options.ineffective`."""
         jitters = self.aa in ("", "none") or "3a" in self.aa or not self.color_jitter
         either, both = self.mixup or self.cutmix, self.mixup and self.cutmix
         prob = ["mixup_prob"] if self.mixup_prob else []
@@ -115,7 +115,7 @@ class RegularizationConfig:
 
     @property
     def crops(self) -> CropsConfig:
-        """One crop an image, as the loader wants it said."""
+        """One crop per image, as options of the loader."""
         return CropsConfig(
             global_crops_number=1,
             global_crops_size=self.input_size,
@@ -125,7 +125,7 @@ class RegularizationConfig:
 
     @property
     def normalization(self) -> tuple[Channels, Channels]:
-        """Mean and std of the channels; ImageNet's where none are given."""
+        """Mean and std of the channels; ImageNet's if none are given."""
         return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
 
     @property
@@ -139,11 +139,11 @@ class ValidationConfig:
     """Accuracy during training."""
 
     eval_every: int = 10
-    """Epochs between validations of the raw and the averaged weights; 0: at the end only."""
+    """Epochs between validations of the raw and the averaged weights; 0: only at the end."""
     eval_crop_ratio: float = 1.0
     """Share of the resized image's side that the center crop keeps (XCiT's --full_crop: 1)."""
     eval_batch_size: int = 128
-    """Images that a process validates at once."""
+    """Images per batch and process in validation."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "eval_every")
@@ -170,7 +170,7 @@ class FinetuneConfig:
         )
     )
     cooldown_epochs: float = 0.0
-    """The last epochs, at min_lr."""
+    """Epochs at the end with min_lr."""
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -200,7 +200,7 @@ class FinetuneConfig:
         return self.loader.unused_cache()
 
     def remarks(self) -> list[str]:
-        """What the options do together that one would not expect, a line each."""
+        """Unexpected effects of combined options, one line each."""
         epochs, warmup = self.run.epochs, self.optim.warmup_epochs
         found = self.optim.remarks(epochs)
         if not found and self.cooldown_epochs and warmup + self.cooldown_epochs >= epochs:
@@ -213,7 +213,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Whom the student learns from, and how."""
+    """The teacher and the distillation loss."""
 
     teacher_model: str = "regnety_160.deit_in1k"
     """A timm model, or a built-in one; the default is the teacher of DeiT and XCiT."""
@@ -223,10 +223,10 @@ class TeacherConfig:
     """Side of the images that the teacher sees; 0: its own (from its run, or timm), else the
     student's."""
     distillation_type: Literal["hard", "soft", "symmetric"] = "hard"
-    """hard: cross-entropy with the teacher's choice. soft: KL from the teacher, over classes
-    averaged (both DeiT). symmetric: mean of KL both ways (PASSL)."""
+    """hard: cross-entropy with the teacher's top class. soft: KL from the teacher, averaged over
+    classes (both DeiT). symmetric: mean of KL both ways (PASSL)."""
     distillation_alpha: float = 0.5
-    """Share of the teacher in the loss; the labels have the rest."""
+    """Weight of the teacher's term in the loss; the labels' term has the rest."""
     distillation_tau: float = 1.0
     """Temperature of soft and symmetric."""
 
@@ -247,7 +247,7 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DistillConfig(FinetuneConfig):
-    """Supervised training with a frozen teacher beside the labels."""
+    """Supervised training with labels and a frozen teacher."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
@@ -296,7 +296,7 @@ def recipe_path(kind: str, arch: str) -> Path | None:
 
 
 def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str) -> Config:
-    """Defaults, then what a run folder to start from says, then the recipe, then the flags."""
+    """Defaults, overridden by the run folder to start from, then the recipe, then the flags."""
     file, argv = pop_path(argv, "config")
     folder = pop_path(argv, "pretrained_weights")[0]
     known = _run_options(folder)
@@ -318,7 +318,7 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
 
 
 def _run_options(folder: Path | None) -> dict[str, Any]:
-    """What a run folder passes on to its continuation: arch and where the data are."""
+    """What a run folder passes on to its continuation: the arch and the location of the data."""
     path = folder / "config.yaml" if folder else None
     options = read_yaml(path) if path and path.is_file() else {}
     passed_on = ("arch", "data_path", "shard_url")

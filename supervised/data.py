@@ -1,14 +1,14 @@
 """Labeled shards -> augmented, mixed batches, for supervised training.
 
-The loader of pretraining cuts one RandomResizedCrop an image, so that order, resumption, quarantine
-and remote shards are the same. Its workers then run timm's own PIL operations on the crop
-(:class:`HostAugment`): RandAugment is defined by them, and rewriting fifteen for the device would
-buy little beside the decoding. Erasing and mixing work on normalized batches and are done on the
-device (:class:`DeviceAugment`).
+The loader of pretraining cuts one RandomResizedCrop per image, so that order, resumption,
+quarantine and remote shards are the same. Its workers then run timm's own PIL operations on the
+crop (:class:`HostAugment`): they define RandAugment, and rewriting fifteen of them for the device
+would save little compared with decoding. Erasing and mixing work on normalized batches and run on
+the device (:class:`DeviceAugment`).
 
-timm draws from the global generators of random, numpy and torch. They are seeded again for each
-image, from (seed, epoch, sample, copy), or for each micro-batch, from (seed, step, micro, rank): no
-generator's state has to be saved.
+timm draws from the global generators of random, numpy and torch. They are reseeded for each image
+from (seed, epoch, sample, copy), or for each micro-batch from (seed, step, micro, rank), so that no
+generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SETS = {"tweights", "t3a", "t3aw"}  # of operations, that RandAugment can draw f
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """timm's; 0 bits and below leave a black image, as they always did: Pillow 13 refuses them."""
+    """timm's, but 0 bits or fewer still give a black image, which Pillow 13 refuses."""
     if bits_to_keep > 0:
         return auto_augment.posterize(image, bits_to_keep)
     return Image.new(image.mode, image.size)
@@ -71,7 +71,7 @@ def open_data(config: FinetuneConfig) -> LabeledData:
     """The two splits of ``--data_path``.
 
     Raises:
-        InputError: a split is missing, images without labels, other classes in the two.
+        InputError: a split is missing, images have no labels, or the splits have different classes.
     """
     path = config.loader.data_path
     if path is None:
@@ -95,10 +95,10 @@ def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Pla
 
 
 class HostAugment:
-    """Flip and timm's automatic augmentation, or color jitter, of a slot's crops, in the worker.
+    """Flip and timm's automatic augmentation, or color jitter, applied to crops in the worker.
 
     Raises:
-        InputError: timm does not know the policy, or would ignore a part of it.
+        InputError: timm has no such policy, or would ignore a part of it.
     """
 
     def __init__(self, config: RegularizationConfig, seed: int):
@@ -136,7 +136,7 @@ class HostAugment:
 
 
 def refuse_ignored(policy: str) -> None:
-    """Raise ValueError for a part of a policy that timm would pass over without a word."""
+    """Raise ValueError for a part of a policy that timm would silently ignore."""
     name, *parts = policy.split("-")
     for part in parts:
         known = re.fullmatch(r"[a-z]+\d.*", part) and not part.startswith("t")
@@ -145,7 +145,7 @@ def refuse_ignored(policy: str) -> None:
 
 
 def refuse_too_many(transform: Any) -> None:
-    """Raise ValueError where a policy draws more operations, each once, than it has."""
+    """Raise ValueError if a policy draws more distinct operations than it has."""
     for step in transform.transforms:
         if isinstance(step, auto_augment.RandAugment) and step.choice_weights is not None:
             if step.num_layers > len(step.ops):
@@ -153,7 +153,7 @@ def refuse_too_many(transform: Any) -> None:
 
 
 class DeviceAugment:
-    """Normalize, erase, mix: a micro-batch of crops and labels, ready for network and loss."""
+    """Normalize, erase and mix a micro-batch of crops and labels, ready for network and loss."""
 
     def __init__(self, config: FinetuneConfig, num_classes: int, world: dist.World):
         options = config.regularization
@@ -196,7 +196,7 @@ class DeviceAugment:
 class QueuedTensors(TorchFunctionMode):
     """Inside, ``torch.tensor(array, device=..., dtype=...)`` does not wait for the device.
 
-    timm makes the labels' weights with it where each image is mixed in its own way.
+    timm creates the labels' weights with it if mixing parameters are drawn per image or pair.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -28,7 +28,7 @@ from xcit_dino.train.state import Checkpoints
 
 
 def main(config: DistillConfig) -> None:
-    """The command; a launcher's job calls :func:`distill` and keeps the signals."""
+    """The command; a launcher's job calls :func:`distill` and handles signals itself."""
     loop.command(distill, config)
 
 
@@ -52,7 +52,7 @@ def distill(config: DistillConfig) -> None:
         teacher.network, name, {"teacher_size": size}, features=False,
         model_option="--teacher_model",
     )  # fmt: skip
-    # into the run's options, so that a run whose teacher has moved away does not go on with another
+    # into the run's options, so that a run whose teacher was moved does not resume with another one
     config = replace(config, {"teacher_size": teacher.size})
     teacher.to(world.device)
     loss = DistillationLoss(teacher, config.teacher)
@@ -64,7 +64,7 @@ class DistillationLoss:
     """``(1 - alpha) * cross-entropy with the labels + alpha * distance to the teacher``.
 
     With student s, teacher t, temperature T, over B images and C classes: *hard* is the
-    cross-entropy with t's first choice; *soft* is ``T^2 KL(t / T, s / T)``, summed over the batch
+    cross-entropy with t's top class; *soft* is ``T^2 KL(t / T, s / T)``, summed over the batch
     and divided by B * C (XCiT ``losses.py`` divides by numel); *symmetric* is
     ``T^2 (KL(t / T, s / T) + KL(s / T, t / T)) / 2``, divided by B (PASSL
     ``DistillationWrapper.py``, which has T = 1).
@@ -81,7 +81,7 @@ class DistillationLoss:
         return (1 - self.alpha) * base + self.alpha * distance
 
     def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Between two sets of logits, float32 [B, C]."""
+        """KL divergence between two sets of logits, float32 [B, C]."""
         if self.kind == "hard":
             return F.cross_entropy(student, teacher.argmax(1))
         log_s, log_t = ((logits / self.tau).log_softmax(1) for logits in (student, teacher))
@@ -95,7 +95,7 @@ class DistillationLoss:
 def build_teacher(
     config: TeacherConfig, num_classes: int, ours: InputSettings, checkpoint: Path | None = None
 ) -> tuple[Teacher, dict[str, Any]]:
-    """The teacher, and what it is; see :func:`load_teacher`.
+    """The teacher, and facts about it; see :func:`load_teacher`.
 
     ours: how the student's images are prepared.
     """

@@ -13,7 +13,7 @@ from xcit_dino.train.run.folder import check_output
 
 
 def main(config: FinetuneConfig) -> None:
-    """The command; a launcher's job calls :func:`finetune` and keeps the signals."""
+    """The command; a launcher's job calls :func:`finetune` and handles signals itself."""
     loop.command(finetune, config)
 
 

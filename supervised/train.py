@@ -1,10 +1,10 @@
 """Supervised training: the step that finetuning and distillation share (XCiT ``main.py``,
 ``engine.py``).
 
-``train_step`` is the method, ``train`` sets a run up; what happens between two steps is in
-``train/loop.py``. Two departures from the official code, both towards what it documents: the
-learning rate moves every step instead of every epoch, and the averaged weights are validated
-too.
+``train_step`` is the method, ``train`` sets up a run; what happens between two steps is in
+``train/loop.py``. There are two differences from the official code, both in line with its
+documentation: the learning rate changes every step instead of every epoch, and the averaged
+weights are validated too.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def forward_backward(
 
 
 def soft_cross_entropy(images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with soft labels; smoothing and mixing are in them already."""
+    """Cross-entropy with soft labels, which already include smoothing and mixing."""
     return SoftTargetCrossEntropy()(logits.float(), targets)
 
 
@@ -100,7 +100,7 @@ def train(
     sizes = {"input_size": regularization.input_size}
     check_sizes(model, config.model.arch, sizes, features=False)
     plan = plan_of(config, data.train, images_per_step(run, world))
-    steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as there are
+    steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as the data set
     schedule = Schedule(config, steps_per_epoch, plan.batch_size, config.cooldown_epochs)
     host_transform = HostAugment(regularization, run.seed)
     loader = crop_loader(
@@ -132,7 +132,7 @@ def train(
 
 
 def replay_step(trainer: SupervisedTrainer, step: int, batches: Sequence[Batch]) -> Tensor:
-    """The forward and backward passes of a finished step again; the sum of its losses."""
-    # without shards, a non-finite gradient is to stay on its rank
+    """Repeat the forward and backward passes of a finished step; returns the sum of its losses."""
+    # without FSDP, a non-finite gradient must stay on its rank
     replay = partial(forward_backward, trainer, sync_gradients=trainer.sharded)
     return torch.stack([replay(batch, step - 1, len(batches)) for batch in batches]).sum()

@@ -1,4 +1,4 @@
-"""What a supervised step works with, and how it is made ready."""
+"""The objects that a supervised step uses, and how they are built."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Method:
     """What differs between finetuning and distillation."""
 
     name: str
-    """Of the command, and of its results."""
+    """Name of the command and of its results."""
     network: str
-    """What the trained network is called in checkpoints."""
+    """Name of the trained network in checkpoints."""
     criterion: Criterion
     facts: dict[str, Any]
-    """Of the start and the teacher; they go into the protocol."""
+    """About the initial weights and the teacher; part of the protocol."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     """Other networks for the checkpoints."""
 
 
 @dataclass
 class SupervisedTrainer(Trainer):
-    """What a supervised step works with."""
+    """The objects that a supervised step uses."""
 
     config: FinetuneConfig
     model: nn.Module
@@ -56,9 +56,8 @@ class SupervisedTrainer(Trainer):
     augment: DeviceAugment
 
     def networks(self) -> dict[str, nn.Module]:
-        """What is validated: ``""`` the trained network, and ``"ema"`` its moving average once it
-        is made of the training more than of the weights that this began with. All ranks call
-        this."""
+        """The networks to validate: ``""`` is the trained one, ``"ema"`` its moving average, once
+        more than half of that comes from this training. All ranks call this."""
         decay, found = self.config.regularization.model_ema_decay, {"": self.model}
         if self.average is not None and initial_share(decay, self.state.step) <= 0.5:
             found["ema"] = self.average
@@ -68,7 +67,7 @@ class SupervisedTrainer(Trainer):
 def set_up(
     config: FinetuneConfig, method: Method, model: nn.Module, data: LabeledData, world: dist.World
 ) -> SupervisedTrainer:
-    """The network on its device, its moving average, the optimizer, and the state of all of it."""
+    """The network on its device, its moving average, the optimizer, and their state."""
     run, decay = config.run, config.regularization.model_ema_decay
     dtype = resolve_precision(run.precision, world.device)
     if world.size > 1:
@@ -95,18 +94,18 @@ def set_up(
 
 
 def initial_share(decay: float, steps: int) -> float:
-    """Share that the weights before the first step still have in a moving average, 0 to 1."""
+    """Share of a moving average that still comes from the initial weights, 0 to 1."""
     return decay**steps
 
 
 def say_average(decay: float, steps: int) -> None:
-    """Say before a training whose averaged weights will not be evaluated at its end why."""
+    """Warn at the start if the averaged weights will not be evaluated at the end, and why."""
     share = initial_share(decay, steps)
     if decay and share > 0.5 and dist.is_main():
-        remedy = f"; a decay of {1 - 5 / steps:.4g} suits as many steps" if steps > 5 else ""
+        remedy = f"; a decay of {1 - 5 / steps:.4g} suits this number of steps" if steps > 5 else ""
         print(
-            f"--model_ema_decay {decay:g}: after {steps} steps the average is still {share:.0%} "
-            f"the weights before the first one, so it is not evaluated{remedy}",
+            f"--model_ema_decay {decay:g}: after {steps} steps {share:.0%} of the average is still "
+            f"the initial weights, so it is not evaluated{remedy}",
             flush=True,
         )
 
@@ -132,7 +131,7 @@ def with_input_settings(config: Config) -> Config:
 def build_model(
     model: ModelConfig, start: StartConfig, num_classes: int, run_folder: Path, seed: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A classifier with the weights to start from, and where those come from.
+    """A classifier with its initial weights, and where those come from.
 
     Raises:
         InputError: no such weights, of another architecture, or for another number of classes.

@@ -31,7 +31,7 @@ from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import Checkpoints
 
 Results = dict[str, dict[str, float]]
-OF_THE_MACHINE = frozenset(  # options that are no part of a protocol
+OF_THE_MACHINE = frozenset(  # options that are not part of a protocol
     "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device fsdp "
     "pretrained_weights teacher_path checkpoint_minutes saveckp_freq keep_checkpoints log_every "
     "max_steps may_change eval_every eval_batch_size max_bad_fraction "
@@ -41,7 +41,7 @@ OF_THE_MACHINE = frozenset(  # options that are no part of a protocol
 
 @dataclass(frozen=True)
 class Validation:
-    """The accuracies of a training: between steps, and at its end."""
+    """Validation of a training run, between steps and at the end."""
 
     method: Method
     trainer: SupervisedTrainer
@@ -49,11 +49,11 @@ class Validation:
     schedule: Schedule
 
     def __call__(self, step: int = 0) -> dict[str, float]:
-        """Accuracies of the networks as they are, as they are logged."""
+        """Accuracies of the current networks, with the names under which they are logged."""
         return shown(self.measure())
 
     def due(self, step: int) -> bool:
-        """Whether an epoch that is to be validated ends with this step, other than the last one."""
+        """Whether an epoch with a validation ends with this step, except the last epoch."""
         every, epochs = self.trainer.config.validation.eval_every, self.schedule.config.run.epochs
         epoch, into_epoch = divmod(step, self.schedule.steps_per_epoch)
         return into_epoch == 0 and 0 < epoch < epochs and every > 0 and epoch % every == 0
@@ -116,7 +116,7 @@ def accuracies(
 
 
 def context_of(config: FinetuneConfig, world: dist.World) -> Context:
-    """How validation images reach the network: as evaluations of the finished run read them."""
+    """How validation images are prepared: as in evaluations of the finished run."""
     run = dict(options(config))
     given = EvalTargetConfig(
         config.run.output_dir,

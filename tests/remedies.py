@@ -191,7 +191,7 @@ PARSED = [
         "pretrain --fsdp true --precision fp32",
     ),
     case(
-        "leave out one of --group_backward and --use_bn_in_head",
+        "drop one of --group_backward and --use_bn_in_head",
         "pretrain --group_backward true --use_bn_in_head true",
         "pretrain --group_backward true",
         "pretrain --use_bn_in_head true",
@@ -697,7 +697,7 @@ ELSEWHERE = {
     "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",
     # data that a test of its own makes
     "--split {}: {} holds {}": "names what there is: test_pack.py",
-    "from which --init_from goes on in another --output_dir": "test_forgetting.py follows it",
+    "continue from it with --init_from in another --output_dir": "test_forgetting.py follows it",
     "labels such as {} are quantities": "test_layouts.py, with such a list",
     "labels are numbers, but {} is none": "test_pack.py, with such a list",
     "have different class names; pack both with one label map": "test_features.py",

@@ -245,7 +245,7 @@ def test_alarms_without_prototypes_judge_the_features_alone():
     for step in range(0, 40, 10):
         assert alarms.observe(step, line) == {}
     alarms.observe(40, line | {"effective_rank": 1.1})
-    with pytest.raises(RunError, match="dimensional collapse: .*Turn: a lower --lr"):
+    with pytest.raises(RunError, match="dimensional collapse: .*Change: a lower --lr"):
         alarms.observe(50, line | {"effective_rank": 1.1})
 
 

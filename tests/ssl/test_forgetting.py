@@ -162,7 +162,7 @@ def test_roll_back_restores_what_is_known(shards, start, tmp_path, monkeypatch, 
 def test_a_stopped_run_goes_on_elsewhere(shards, start, tmp_path, monkeypatch):
     forget(monkeypatch, 10)
     run, options = tmp_path / "run", {"on_forgetting": "stop", "forgetting_every": 1.0}
-    with pytest.raises(RunError, match="What was known up to step 5 is in the checkpoint of"):
+    with pytest.raises(RunError, match="The last good checkpoint is that of step 5"):
         pretrain(config(shards, run, init_from=start, **options))
     good = run / "checkpoints" / "checkpoint-00000005.pth"
     pretrain(config(shards, tmp_path / "on", init_from=good, epochs=2, **options))
@@ -199,7 +199,7 @@ def test_the_good_checkpoint_stays_until_a_later_one_is_good(shards, start, tmp_
     options = {"init_from": start, "on_forgetting": "rollback", "forgetting_every": 4}
     with pytest.MonkeyPatch.context() as inside:
         inside.setattr("xcit_dino.train.run.rollback.MAX_ROLLBACKS", 0)
-        with pytest.raises(RunError, match="in spite of 0 roll-backs: turn: a lower --lr"):
+        with pytest.raises(RunError, match="despite 0 roll-backs: change: a lower --lr"):
             pretrain(config(shards, tmp_path / "run", keep_checkpoints=1, **options))
     found = [path.name for path in all_checkpoints(tmp_path / "run" / "checkpoints")]
     assert found == ["checkpoint-00000000.pth"], "what was forgotten is given up"

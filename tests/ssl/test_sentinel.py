@@ -119,8 +119,8 @@ def test_one_good_reading_begins_anew_and_the_margin_is_wider_on_the_way_back():
 def test_kinds_exclude_what_is_healthy(modes, used):
     """The second as CIFAR-10 begins, the third on four images at a time."""
     line = HEALTHY | {"modes": modes, "used": used}
-    assert not [kind.name for kind in KINDS if kind.sick(line)]
-    assert all(kind.well(line) for kind in KINDS)
+    assert not [kind.name for kind in KINDS if kind.collapsed(line)]
+    assert all(kind.cleared(line) for kind in KINDS)
 
 
 @pytest.mark.parametrize("views", [1, 2, 4, 8])

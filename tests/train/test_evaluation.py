@@ -264,7 +264,7 @@ def test_an_average_of_the_first_weights_is_no_result(shards, tmp_path, capsys):
     """0.99996 to the power of 10 steps: the average has hardly begun. Above a half it is shown."""
     train("finetune", shards, tmp_path / "early", model_ema_decay=0.99996)
     words = capsys.readouterr().out
-    assert "after 10 steps the average is still 100% the weights before the first one" in words
+    assert "after 10 steps 100% of the average is still the initial weights" in words
     assert "a decay of 0.5 suits" in words and "averaged weights" not in words
     assert set(read_results(tmp_path / "early")) == {"finetune"}
     assert not any("val_ema_top1" in line for line in read_metrics(tmp_path / "early"))

@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint, and on from there with half the learning rate."""
+"""Roll back to an earlier checkpoint and continue with half the learning rate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ MAX_ROLLBACKS = 3  # at an eighth of the learning rate, the learning rate is not
 
 
 class RollBack(Exception):
-    """The run has to go back to a checkpoint; the message says why.
+    """The run has to go back to a checkpoint; the message gives the reason.
 
     Args:
         reason: in words.
-        advice: which options to turn where going back does not help.
-        until: later checkpoints than of this step are given up; None: the newest one is good.
+        advice: which options to change if going back does not help.
+        until: checkpoints after this step are deleted; None: the newest one is good.
     """
 
     def __init__(self, reason: str, advice: str, until: int | None = None):
@@ -35,7 +35,7 @@ def roll_back(reason: RollBack, rollbacks: int, checkpoints: Checkpoints) -> Non
     if newest is None:
         raise RunError(f"{reason}, before the first checkpoint: {reason.advice}")
     if rollbacks > MAX_ROLLBACKS:
-        raise RunError(f"{reason}, in spite of {MAX_ROLLBACKS} roll-backs: {reason.advice}")
+        raise RunError(f"{reason}, despite {MAX_ROLLBACKS} roll-backs: {reason.advice}")
     if dist.is_main():
         factor = 0.5**rollbacks
         warn(f"{reason}: rolled back to {newest.name}, now {factor:g} of the learning rate")
