@@ -254,22 +254,28 @@ def timm_input_settings(arch: str) -> InputSettings | None:
 
     check_timm_name(arch.removeprefix(TIMM_PREFIX), f"arch {arch}")
     defaults = timm.get_pretrained_cfg(arch.removeprefix(TIMM_PREFIX), allow_unregistered=True)
-    if defaults is None:
-        return None
-    kinds = ("bicubic", "bilinear")
-    interpolation = defaults.interpolation if defaults.interpolation in kinds else "bicubic"
-    if (defaults.interpolation, defaults.crop_mode) != (interpolation, "center") and dist.is_main():
+    return defaults and settings_of_timm(defaults.to_dict(), arch)
+
+
+def settings_of_timm(config: Mapping[str, Any], name: str) -> InputSettings:
+    """Input settings in a ``pretrained_cfg`` of timm; warns where ours differ.
+
+    name: of the network, for the warning.
+    """
+    kinds, given, mode = ("bicubic", "bilinear"), config["interpolation"], config["crop_mode"]
+    interpolation = given if given in kinds else "bicubic"
+    if (given, mode) != (interpolation, "center") and dist.is_main():
         warn(
-            f"{arch}: timm prepares images by {defaults.interpolation} resizing and crop mode "
-            f"{defaults.crop_mode}; here it is {interpolation} and center"
+            f"{name}: timm prepares images by {given} resizing and crop mode {mode}; here it is "
+            f"{interpolation} and center"
         )
     return InputSettings(
-        size=defaults.input_size[-1],
-        crop_ratio=defaults.crop_pct,
+        size=config["input_size"][-1],
+        crop_ratio=config["crop_pct"],
         interpolation=interpolation,
-        mean=tuple(defaults.mean),
-        std=tuple(defaults.std),
-        channels=defaults.input_size[0],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        channels=config["input_size"][0],
     )
 
 

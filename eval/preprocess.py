@@ -1,0 +1,99 @@
+"""One image of any kind -> what a network takes, exactly as the commands prepare it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+
+from xcit_dino.data.augment import normalize
+from xcit_dino.data.crops import center_view
+from xcit_dino.data.decode.rgb import BadImage, Scratch, decode, read_header
+from xcit_dino.errors import InputError
+from xcit_dino.eval.context import PROTOCOL_CROP, default_resize
+from xcit_dino.inputs import InputSettings
+
+Image = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray | Tensor
+"""A path, an encoded file, a PIL image, an array [H, W, 3] or [H, W] of uint8, or a uint8 tensor
+[3, H, W]."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Resize, center crop and normalization of a network; call it with an image.
+
+    It can be pickled, so it serves as the transform of a torchvision data set too.
+    """
+
+    inputs: InputSettings
+    resize: int
+    """Shorter side after resizing, in pixels."""
+    crop: int
+    """Side of the center crop, in pixels."""
+
+    @staticmethod
+    def of(inputs: InputSettings) -> Preprocess:
+        """The network's own geometry, else the published protocol's."""
+        return Preprocess(inputs, default_resize(inputs), inputs.size or PROTOCOL_CROP)
+
+    def __call__(self, image: Image) -> Tensor:
+        """float32 [3, crop, crop].
+
+        Raises:
+            InputError: not an image; says what it is.
+        """
+        view = torch.empty(1, self.crop, self.crop, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        center_view(pixels_of(image), self.resize, self.crop, view, self.inputs.interpolation)
+        return normalize(view, self.inputs.mean, self.inputs.std)[0]
+
+
+def pixels_of(image: Image) -> np.ndarray:
+    """uint8 [H, W, 3], upright; see :data:`Image`.
+
+    Raises:
+        InputError: not an image; says what it is.
+    """
+    if isinstance(image, str | os.PathLike | bytes):
+        return decoded(image)
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+        image = image.transpose(1, 2, 0) if image.ndim == 3 else image
+    return from_array(np.asarray(image))
+
+
+def decoded(image: Any) -> np.ndarray:
+    """Decode a file, given by its path or its bytes, as the loader does."""
+    name = "the image" if isinstance(image, bytes) else str(image)
+    try:
+        raw = image if isinstance(image, bytes) else Path(image).read_bytes()
+        return decode(raw, read_header(raw), Scratch()).copy()
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+    except BadImage as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def from_array(array: np.ndarray) -> np.ndarray:
+    """[H, W] or [H, W, C] of uint8 with 1, 3 or 4 channels as RGB; alpha is dropped."""
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        raise InputError(
+            f"an array of {array.dtype} {list(array.shape)} is no image; give uint8 [H, W, 3] "
+            "(values from 0 to 255) or, as a tensor, [3, H, W]"
+        )
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.shape[2] not in (1, 3, 4):
+        raise InputError(
+            f"an array of {list(array.shape)} has {array.shape[2]} channels; give [H, W, 3], or "
+            "[3, H, W] as a tensor"
+        )
+    return np.repeat(array, 3, 2) if array.shape[2] == 1 else np.ascontiguousarray(array[:, :, :3])

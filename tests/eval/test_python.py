@@ -1,0 +1,250 @@
+"""The Python interface: the same features, results and refusals as the commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import xcit_dino
+from tests.conftest import ARCH
+from xcit_dino.data.io.storage import open_source
+from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.errors import InputError
+from xcit_dino.eval import linear
+from xcit_dino.eval.config import LinearConfig
+from xcit_dino.eval.features import load_features
+from xcit_dino.eval.knn import evaluate as knn_accuracies
+from xcit_dino.eval.linear import accuracy, choices_for
+from xcit_dino.eval.target import pretrained, resolve
+from xcit_dino.files import file_checksum
+from xcit_dino.train.distributed.dist import init as cpu_world
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def trained(run_folder) -> Path:
+    """The run folder with its weights as a checkpoint."""
+    file = run_folder.path / "checkpoints" / "checkpoint-00000001.pth"
+    file.parent.mkdir()
+    file.write_bytes(run_folder.weights.read_bytes())
+    facts = {"step": 1, "bytes": file.stat().st_size, "sha256": file_checksum(file)}
+    file.with_suffix(".json").write_text(json.dumps(facts))
+    return run_folder.path
+
+
+@pytest.fixture
+def val_images(run_folder) -> list[bytes]:
+    index = ShardIndex.load(run_folder.data / "val")
+    source = open_source(index, resolve(run_folder.target(), cpu_world("cpu"))[1].loader)
+    places = [index.locate(n) for n in range(index.num_samples)]
+    return [image for image in source.read_many(places) if isinstance(image, bytes)]
+
+
+@pytest.fixture
+def commands(run_folder):
+    """Features of both splits as the commands see them."""
+    target, context = resolve(run_folder.target(), cpu_world("cpu"))
+    network = pretrained(target)
+    return {
+        split: load_features(network, context.index(split), split, context)
+        for split in ("train", "val")
+    }
+
+
+def test_load_and_embed_give_the_commands_features(run_folder, trained, val_images, commands):
+    model, transform = xcit_dino.load(trained)
+    context = resolve(run_folder.target(), cpu_world("cpu"))[1]
+    assert (transform.resize, transform.crop) == (context.resize, context.crop)
+    assert transform.inputs == context.inputs
+    found = xcit_dino.embed(val_images, model, transform, batch_size=7)
+    np.testing.assert_allclose(found, commands["val"].blocks["cls"], rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_every_kind_are_the_same_image(run_folder, val_images, tmp_path):
+    _, transform = xcit_dino.load(run_folder.weights, arch=ARCH)
+    raw = val_images[0]
+    (tmp_path / "photo").write_bytes(raw)
+    with Image.open(io.BytesIO(raw)) as opened:
+        picture = opened.convert("RGB")
+    array = np.asarray(picture)
+    expected = transform(raw)
+    for image in (
+        tmp_path / "photo", str(tmp_path / "photo"), picture, array,
+        torch.from_numpy(array.copy()).permute(2, 0, 1),
+    ):  # fmt: skip
+        assert torch.equal(transform(image), expected), type(image)
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(raw), expected)
+    gray = np.full((40, 50), 7, np.uint8)
+    assert torch.equal(transform(gray), transform(np.repeat(gray[:, :, None], 3, 2)))
+
+
+def test_a_data_loader_of_transformed_images(run_folder, val_images):
+    model, transform = xcit_dino.load(run_folder.weights, arch=ARCH)
+    tensors = [(transform(image), 0) for image in val_images[:5]]
+    batches = torch.utils.data.DataLoader(tensors, batch_size=2)  # pyright: ignore
+    expected = xcit_dino.embed(val_images[:5], model, transform)
+    np.testing.assert_allclose(xcit_dino.embed(batches, model), expected, rtol=1e-5, atol=1e-6)
+    one = xcit_dino.embed(val_images[0], model, transform)
+    np.testing.assert_allclose(one, expected[:1], rtol=1e-5, atol=1e-6)
+
+
+def test_knn_equals_the_command(commands):
+    bank, queries = commands["train"], commands["val"]
+    classes = int(max(bank.labels.max(), queries.labels.max())) + 1
+    expected = knn_accuracies(bank, queries, [5], 0.07, classes, cpu_world("cpu"))["top1_k5"]
+    names = np.array([f"class {n:03d}" for n in range(classes)])
+    classifier = xcit_dino.KNN(k=5).fit(bank.blocks["cls"], names[bank.labels])
+    got = 100 * classifier.score(queries.blocks["cls"], names[queries.labels])
+    assert got == pytest.approx(expected)
+    assert np.allclose(classifier.predict_proba(queries.blocks["cls"]).sum(1), 1)
+    cosines, rows = classifier.kneighbors(bank.blocks["cls"][:3], 1)
+    assert rows[:, 0].tolist() == [0, 1, 2] and np.allclose(cosines, 1, atol=1e-5)
+
+
+def test_the_linear_probe_equals_the_command(commands, run_folder):
+    bank, queries = commands["train"], commands["val"]
+    config = LinearConfig(epochs=3, lrs=(0.1, 1.0), layers=("cls",))
+    network = pretrained(resolve(run_folder.target(), cpu_world("cpu"))[0])
+    classes = int(bank.labels.max()) + 1
+    probe = linear.train_cached(
+        bank, choices_for(config, network), classes, config, torch.device("cpu")
+    )
+    expected = accuracy(queries, "cls", probe.weight, probe.bias)["top1"]
+    mine = xcit_dino.LinearProbe(epochs=3, lrs=(0.1, 1.0))
+    mine.fit(bank.blocks["cls"], bank.labels)
+    assert mine.lr_ == probe.choice.lr
+    assert 100 * mine.score(queries.blocks["cls"], queries.labels) == pytest.approx(expected)
+
+
+def test_commands_as_functions(run_folder, tmp_path):
+    options = {
+        "pretrained_weights": run_folder.weights, "output_dir": run_folder.path, "nb_knn": (5, 10),
+        "num_workers": 0, "device": "cpu", "arch": None,
+    }  # fmt: skip
+    result = xcit_dino.knn(**options)
+    assert set(result["metrics"]) >= {"top1_k5", "top1_k10"} and "protocol" in result
+    run = xcit_dino.pretrain(
+        data_path=run_folder.data, arch=ARCH, output_dir=tmp_path / "run", max_steps=1,
+        batch_size_per_gpu=4, global_crops_size=32, local_crops_number=0, out_dim=64,
+        num_workers=0, device="cpu", knn_every=0,
+    )  # fmt: skip
+    assert (run / "config.yaml").is_file()
+    assert xcit_dino.load(run)[0](torch.zeros(1, 3, 32, 32)).shape == (1, 80)
+    with pytest.raises(InputError, match="unknown option --nb_kn"):
+        xcit_dino.knn(nb_kn=3, output_dir=run_folder.path)
+    with pytest.raises(InputError, match="output_dir is missing"):
+        xcit_dino.pretrain(data_path=run_folder.data)
+
+
+def test_exported_files_and_folders(run_folder, val_images, tmp_path):
+    expected = xcit_dino.embed(val_images[:3], *xcit_dino.load(run_folder.weights, arch=ARCH))
+    from xcit_dino.cli import main
+
+    file = tmp_path / "mine.safetensors"
+    assert main(["weights", "export", str(run_folder.weights), "--output", str(file)]) == 0
+    np.testing.assert_allclose(xcit_dino.embed(val_images[:3], file), expected, atol=1e-5)
+
+
+def test_timms_folders_and_classifiers(val_images, tmp_path):
+    from xcit_dino.cli import main
+
+    torch.manual_seed(0)
+    network = xcit_dino.create_model("timm/test_resnet", num_classes=5).eval()
+    torch.save({"model": network.state_dict(), "arch": "timm/test_resnet"}, tmp_path / "five.pth")
+    words = ["weights", "export", tmp_path / "five.pth", "--format", "timm-hub"]
+    words += ["--arch", "timm/test_resnet", "--output", tmp_path / "hub"]
+    assert main([str(word) for word in words]) == 0
+    for source, arch in ((tmp_path / "five.pth", "timm/test_resnet"), (tmp_path / "hub", None)):
+        model, transform = xcit_dino.load(source, arch=arch, classifier=True)
+        images = torch.stack([transform(image) for image in val_images[:2]])
+        assert torch.allclose(model(images), network(images), atol=1e-5)
+        features = xcit_dino.load(source, arch=arch)[0](images)
+        expected = network.forward_head(network.forward_features(images), pre_logits=True)
+        assert torch.allclose(features, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 3)), "array of float64"),
+        (np.zeros((4, 4, 13), np.uint8), "13 channels"),
+        (b"no image", "the image: cannot be decoded"),
+        ("missing.jpg", "missing.jpg: No such file"),
+    ],
+)
+def test_images_that_the_transform_cannot_take(run_folder, image, words):
+    model, transform = xcit_dino.load(run_folder.weights, arch=ARCH)
+    with pytest.raises(InputError, match=words):
+        transform(image)
+    good = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(InputError, match=f"image 2: .*{words}"):
+        xcit_dino.embed([good, good, image], model, transform)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("xcit_small_12_p8_dino", "give the file of its weights"),
+        ("nothing/here", "no such file or folder"),
+        ("timm/resnet18x", "no such model; did you mean"),
+    ],
+)
+def test_sources_that_cannot_be_loaded(source, words):
+    with pytest.raises(InputError, match=words):
+        xcit_dino.load(source)
+
+
+def test_no_classifier(run_folder):
+    with pytest.raises(InputError, match="has no classifier"):
+        xcit_dino.load(run_folder.weights, arch=ARCH, classifier=True)
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, xcit_dino; xcit_dino.list_models(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.fixture
+def photos(val_images, run_folder, tmp_path) -> Path:
+    """Class folders of the validation images, and one of them twice."""
+    folder = tmp_path / "photos"
+    labels = ShardIndex.load(run_folder.data / "val").labels
+    for number, (image, label) in enumerate(zip(val_images, labels, strict=True)):
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+        (folder / f"class{label}" / f"{number:03d}.png").write_bytes(image)
+    first = next(folder.glob("*/000.png"))
+    (first.parent / "copy.png").write_bytes(val_images[0])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["find_duplicates", "few_labels", "search_by_image"])
+def test_the_examples_run(name, run_folder, photos, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    from xcit_dino.cli import main
+
+    assert main(["weights", "export", str(run_folder.weights), "--output", str(file)]) == 0
+    copy = next(photos.glob("*/copy.png"))
+    words = {
+        "find_duplicates": ["--least", "0.99999"],
+        "few_labels": ["--labels", "2", "--draws", "2"],
+        "search_by_image": [str(copy), "--most", "2"],
+    }[name]
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / f"{name}.py", photos, *words, "--weights", file],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    if name == "few_labels":
+        assert "k-NN: " in done.stdout and "linear: " in done.stdout
+    else:
+        assert "copy.png" in done.stdout and "000.png" in done.stdout
+        assert done.stdout.startswith("1.000")
