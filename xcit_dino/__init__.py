@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xcit_dino.commands import distill, evaluate, finetune, knn, linear, pretrain
     from xcit_dino.errors import InputError
-    from xcit_dino.eval.estimators import KNN, LinearProbe
-    from xcit_dino.eval.pretrained import embed, load
+    from xcit_dino.eval.api.estimators import KNN, LinearProbe
+    from xcit_dino.eval.api.pretrained import embed, load
     from xcit_dino.models.zoo import create_model, list_models
 
 __version__ = "0.1.0"
@@ -27,8 +27,8 @@ __all__ = [
 ]  # fmt: skip
 _HOMES = {
     "create_model": "models.zoo", "list_models": "models.zoo",
-    "load": "eval.pretrained", "embed": "eval.pretrained",
-    "KNN": "eval.estimators", "LinearProbe": "eval.estimators",
+    "load": "eval.api.pretrained", "embed": "eval.api.pretrained",
+    "KNN": "eval.api.estimators", "LinearProbe": "eval.api.estimators",
     "InputError": "errors",
     **dict.fromkeys(("pretrain", "finetune", "distill", "knn", "linear", "evaluate"), "commands"),
 }  # fmt: skip

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
+from xcit_dino.eval.api.preprocess import Image, Preprocess
 from xcit_dino.eval.context import (
     resolve_input_settings,
     run_options,
     settings_of_timm,
     timm_input_settings,
 )
-from xcit_dino.eval.preprocess import Image, Preprocess
 from xcit_dino.eval.teacher import timm_weights
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.checkpoints import resolve_checkpoint

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +30,7 @@ from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.files import file_checksum
 from xcit_dino.train.distributed.dist import init as cpu_world
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -248,3 +250,34 @@ def test_the_examples_run(name, run_folder, photos, tmp_path):
     else:
         assert "copy.png" in done.stdout and "000.png" in done.stdout
         assert done.stdout.startswith("1.000")
+
+
+def test_the_page_runs(trained, photos, run_folder, tmp_path, monkeypatch):
+    """The code of docs/python.md, in order, in one program; its pretraining made small."""
+    page = (ROOT / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    code = "".join(blocks)
+    small = (
+        "output_dir='runs/python', epochs=1, warmup_epochs=0, batch_size_per_gpu=8, device='cpu', "
+        "global_crops_size=32, local_crops_number=0, out_dim=64, num_workers=0"
+    )
+    for old, new in (
+        ('output_dir="runs/python"', small), ("nb_knn=", "num_workers=0, device='cpu', nb_knn="),
+        ("xcit_dino.LinearProbe()", "xcit_dino.LinearProbe(epochs=2)"), ("num_workers=2", ""),
+    ):  # fmt: skip
+        assert old in code
+        code = code.replace(old, new)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "runs" / "my_run").symlink_to(trained)
+    (tmp_path / "shards" / "photos").symlink_to(run_folder.data)
+    (tmp_path / "photos_by_class").symlink_to(photos)
+    for name, source in zip("ab", sorted(photos.glob("*/*")), strict=False):
+        (photos / f"{name}.jpg").write_bytes(source.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "(2, 80)" in done.stdout
