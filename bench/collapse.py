@@ -1,10 +1,11 @@
-"""Do the alarms of ssl/diagnostics.py ring when they should, and only then?
+"""Are the collapse alarms of ssl/diagnostics.py raised when they should be, and only then?
 
-    python bench/collapse.py --seeds 20            # healthy runs: every alarm is a false one
-    python bench/collapse.py --seeds 3 --sick      # runs made to collapse: each has to ring
+    python bench/collapse.py --seeds 20             # healthy runs: every alarm is a false one
+    python bench/collapse.py --seeds 3 --unhealthy  # runs made to collapse: each must raise one
 
-Small real trainings (``xcit-dino pretrain`` without the command line) on the built-in images. For
-each kind of run it prints how many rang, when, and the range of each sign from step 50 on.
+Small real training runs (``xcit-dino pretrain`` without the command line) on the built-in images.
+For each kind of run it prints how many raised an alarm, when, and the range of each diagnostic from
+step 50 on.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ HEALTHY: dict[str, dict[str, Any]] = {
     "healthy, 4,096 prototypes": {"out_dim": 4096},
     "healthy, head without batch-norm": {"use_bn_in_head": False},
 }
-SICK: dict[str, dict[str, Any]] = {
+UNHEALTHY: dict[str, dict[str, Any]] = {
     "no centering": {"center_momentum": 1.0},
     "no sharpening": {"teacher_temp": 1.0, "warmup_teacher_temp": 1.0},
     "momentum 0": {"momentum_teacher": 0.0},
     "no centering, momentum 0": {"center_momentum": 1.0, "momentum_teacher": 0.0},
 }
-SIGNS = (
+DIAGNOSTICS = (
     "teacher_entropy kl information mean_entropy modes prototypes_used feature_std effective_rank"
     " center_norm"
 ).split()
 
 
 def train(folder: Path, shards: Path, steps: int, seed: int, changes: dict[str, Any]) -> list[Any]:
-    """The metrics of one run, and in them the number of modes as the alarms compute it."""
+    """The metrics of one run, including the number of modes as the alarms compute it."""
     epochs = -(-steps * BASE["batch_size_per_gpu"] // IMAGES)
     options = {"data_path": shards, "output_dir": folder, "epochs": epochs, "seed": seed}
     pretrain(replace(PretrainConfig(), BASE | options | {"max_steps": steps} | changes))
@@ -67,21 +68,21 @@ def train(folder: Path, shards: Path, steps: int, seed: int, changes: dict[str, 
 
 
 def summary(name: str, runs: list[list[Any]]) -> None:
-    """Print what came of the runs of one kind."""
-    rang: Counter[str] = Counter()
+    """Print the results of the runs of one kind."""
+    raised: Counter[str] = Counter()
     first: list[int] = []
     for lines in runs:
         alarms = {
             k: x["step"] for x in reversed(lines) for k in x if x.get(k) == 1.0 and "alarm" in k
         }
-        rang.update(alarm.removeprefix("alarm_") for alarm in alarms)
+        raised.update(alarm.removeprefix("alarm_") for alarm in alarms)
         first += [min(alarms.values())] if alarms else []
     when = f", first at step {min(first)} to {max(first)}" if first else ""
-    kinds = f" ({', '.join(f'{kind} {n}' for kind, n in rang.items())})" if rang else ""
-    print(f"{name}: {len(first)} of {len(runs)} rang{kinds}{when}")
-    for sign in SIGNS:
-        values = [x[sign] for lines in runs for x in lines if sign in x and x["step"] >= 50]
-        print(f"    {sign:16} {min(values):8.3f} to {max(values):8.3f}", flush=True)
+    kinds = f" ({', '.join(f'{kind} {n}' for kind, n in raised.items())})" if raised else ""
+    print(f"{name}: {len(first)} of {len(runs)} with an alarm{kinds}{when}")
+    for key in DIAGNOSTICS:
+        values = [x[key] for lines in runs for x in lines if key in x and x["step"] >= 50]
+        print(f"    {key:16} {min(values):8.3f} to {max(values):8.3f}", flush=True)
 
 
 def main() -> None:
@@ -89,10 +90,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--sick", action="store_true", help="runs made to collapse")
+    parser.add_argument("--unhealthy", action="store_true", help="runs made to collapse")
     parser.add_argument("--only", help="one kind of run")
     arguments = parser.parse_args()
-    kinds = SICK if arguments.sick else HEALTHY
+    kinds = UNHEALTHY if arguments.unhealthy else HEALTHY
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make(DemoConfig(folder / "shards", train=IMAGES, val=12))

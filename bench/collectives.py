@@ -1,9 +1,9 @@
-"""How often do ranks talk to each other in one step? ``python bench/collectives.py``
+"""How many collectives does one step take? ``python bench/collectives.py``
 
 Two gloo processes run the real ``pretrain``; torch's profiler counts every collective between the
-beginning of one step and that of the next, those of DistributedDataParallel included. Then the same
+start of one step and that of the next, those of DistributedDataParallel included. Then the same
 with what the official code does: batch-norm with an all-gather forward and an all-reduce backward
-(``torch.nn.SyncBatchNorm`` itself runs on GPUs only), and buffers broadcast at each forward pass.
+(``torch.nn.SyncBatchNorm`` itself only runs on GPUs), and buffers broadcast at each forward pass.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TINY = {
 
 
 class OfficialSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's ``SyncBatchNorm`` as far as talking goes: one all-gather, one all-reduce back."""
+    """The communication of torch's ``SyncBatchNorm``: one all-gather, one all-reduce back."""
 
     def _check_input_dim(self, input: Tensor) -> None: ...
 
@@ -68,7 +68,7 @@ class _Talk(torch.autograd.Function):
 
 
 def convert(model: nn.Module) -> nn.Module:
-    """Make every batch-norm of a model talk like the official one."""
+    """Make every batch-norm of a model communicate like the official one."""
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
             module.__class__ = OfficialSyncBatchNorm
@@ -83,7 +83,7 @@ class OfficialParallel(DistributedDataParallel):
 
 
 def broadcast_buffers(module: nn.Module, _: Any) -> None:
-    """What DistributedDataParallel does before a forward pass; official teachers are in one too."""
+    """DistributedDataParallel's broadcast before a forward pass; official teachers have it too."""
     group = dist.group.WORLD
     dist._broadcast_coalesced(group, list(module.buffers()), 250 << 20, 0)  # type: ignore[attr-defined]
 
@@ -126,7 +126,7 @@ def worker(rank: int, port: int, config: PretrainConfig, official: bool, place: 
 
 
 def count(arch: str, crops: int, official: bool, folder: Path) -> dict[str, Any]:
-    """Collectives of one step, by kind, beside the network's batch-norms."""
+    """Collectives of one step by kind, and the network's batch-norms."""
     place = folder / f"run-{official}"
     given = {"arch": arch, "local_crops_number": crops, "output_dir": place}
     config = replace(PretrainConfig(), TINY | given | {"data_path": folder / "shards"})

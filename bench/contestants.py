@@ -28,14 +28,14 @@ GLOBAL_CROPS = 2
 
 @dataclass(frozen=True)
 class Work:
-    """Ours and the official one, ready to run: the step, and loss and head alone."""
+    """Our step or the official one, ready to run: the whole step, or only loss and head."""
 
     step: Callable[[], object]
     loss_head: Callable[[], object]
 
 
 class Views:
-    """Stands in for the augmentation: both steps get crops that are ready."""
+    """Replaces the augmentation: both steps get finished crops."""
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return batch.global_crops.flatten(0, 1), batch.local_crops.flatten(0, 1)

@@ -1,13 +1,13 @@
-"""What the host's part of multi-crop costs: ``python bench/crops.py --data PATH``.
+"""What multi-crop costs on the host: ``python bench/crops.py --data PATH``.
 
-One run, one table: bare decoding, the official pipeline written plainly with torchvision and
+One run, one table: decoding alone, the official pipeline written plainly with torchvision and
 Pillow, ours on one core, the loader with one and two workers, bytes moved, memory over 3 epochs,
 packing and indexing (pack.py). PATH is a tar of images, or a folder of shards with their index.
 
-The rates of one core are images per second of CPU time, taken in turns in one process (medians of
-the rounds), so that other load on the machine disturbs them little. Workers are timed by the clock,
-one and two in turns, while this process only takes what they deliver. The clock needs two idle
-cores: how many the workers had is said beside it.
+The rates per core are images per second of CPU time, measured alternately in one process (medians
+of the rounds), so that other load on the machine has little influence. Workers are timed by wall
+clock, one and two alternately, while this process only receives what they deliver. Wall-clock times
+need two idle cores: the number that the workers actually had is printed next to them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class OfficialCrops:
 
 @contextmanager
 def opened(data: Path) -> Iterator[ShardIndex]:
-    """The index of a folder of shards, or one made on the spot for a single tar."""
+    """The index of a folder of shards, or one built on the fly for a single tar."""
     if data.is_dir() and (data / INDEX).exists():
         yield ShardIndex.load(data)
         return
@@ -108,7 +108,7 @@ def cpu_rate(work: Callable[[], int]) -> float:
 
 
 def one_core(index: ShardIndex, crops: CropsConfig, images: int, rounds: int) -> dict[str, float]:
-    """Median rates of decoding, the official pipeline and ours, taken in turns."""
+    """Median rates of decoding, the official pipeline and ours, measured alternately."""
     samples = np.random.RandomState(0).permutation(index.num_samples)[:images]
     source = open_source(index, LoaderConfig())
     raws = [raw for raw in source.read_many([index.locate(int(n)) for n in samples])]
@@ -181,7 +181,7 @@ def memory_over_epochs(index: ShardIndex, crops: CropsConfig, epochs: int = 3) -
 
 
 def moved(index: ShardIndex, crops: CropsConfig, images: int) -> dict[str, str]:
-    """Bytes that an image's crops take on their way, by arithmetic."""
+    """Bytes moved for an image's crops, computed from their sizes."""
     samples = np.arange(min(images, index.num_samples))
     raws = open_source(index, LoaderConfig()).read_many([index.locate(int(n)) for n in samples])
     headers = [read_header(raw) for raw in raws if isinstance(raw, bytes)]
@@ -226,7 +226,7 @@ def main() -> None:
         "multi-crop 2x224 + 10x96", "", title=f"{args.data.name}, load {os.getloadavg()[0]:.1f}"
     )
     for name, rate in rates.items():
-        table.add_row(name, f"{rate:.0f} images/s a core")
+        table.add_row(name, f"{rate:.0f} images/s per core")
     decoding, reused, official, ours = rates.values()
     alone = f"{1e3 / ours - 1e3 / reused:.2f} ms an image"
     table.add_row("crops alone (ours less decoding)", alone)

@@ -1,10 +1,10 @@
 """A student distilled without labels against DINO from random weights, at equal wall-clock time:
 python bench/distill_vs_dino.py --data_path SHARDS --teacher_path FILE
 
-The same student twice, side by side, each pinned to a core of its own. The speed of both is
-measured first, so that the schedule of each ends with its time; at the end of it both are stopped.
-Then the k-NN of every epoch's checkpoint (as during pretraining, but outside of the time), and k-NN
-and linear probe of the last one by the evaluations' own commands.
+The same student is trained twice, side by side, each run pinned to its own core. The speed of both
+is measured first, so that each schedule fits the time; at the end of it both are stopped. Then
+follow the k-NN accuracy of every epoch's checkpoint (as during pretraining, but not counted in the
+time), and k-NN and linear probe of the last one with the evaluation commands.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 METHODS = ("distill", "dino")
 COMMAND = (sys.executable, "-m", "xcit_dino.cli")
-TRIED = 60  # steps to measure the speed with
-SAFETY = 0.9  # share of the time that the schedule is made for; the start takes some, too
+TRIED = 60  # steps for measuring the speed
+SAFETY = 0.9  # share of the time that the schedule is made for; start-up takes the rest
 
 
 def arguments() -> argparse.Namespace:

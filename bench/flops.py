@@ -1,8 +1,8 @@
 """Floating-point operations of a DINO step with XCiT, counted from the sizes.
 
-A multiplication and an addition are two operations. Only products of matrices and convolutions
-count, as is usual for utilization: norms, activations and softmaxes do not, nor does anything
-computed a second time to save memory.
+A multiplication and an addition are two operations. Only matrix products and convolutions count, as
+is usual for utilization: norms, activations and softmaxes do not, nor does anything recomputed to
+save memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HIDDEN, BOTTLENECK = 2048, 256
 
 
 def forward_flops(spec: ModelSpec, side: int) -> int:
-    """One image of ``side`` pixels through the backbone, without a classifier."""
+    """One image of ``side`` pixels through the backbone, without classifier."""
     dim, tokens = spec.embed_dim, (side // spec.patch_size) ** 2
     block = 12 * dim * dim  # qkv 3, proj 1, MLP 8
     block += 2 * dim * (dim // spec.num_heads)  # K^T Q and the product with V

@@ -1,11 +1,11 @@
-"""What is left of a trained classifier while its backbone is pretrained further, without labels.
+"""How much a trained classifier forgets while its backbone is pretrained further without labels.
 
     python bench/forgetting.py WEIGHTS SHARDS FOLDER [--lr 0.00005 0.0005] [any option of pretrain]
 
 WEIGHTS is a classifier of ``--arch`` (by default timm/tf_efficientnet_lite0), SHARDS labeled images
-of its classes. Each learning rate continues DINO from the backbone in ``FOLDER/lr-RATE`` by
-``configs/continue/backbone.yaml``. Printed are, before and after, the top-1 accuracy of the
-*original* classifier on the backbone (the teacher's), and what the guard measured without labels.
+of its classes. For each learning rate DINO continues from the backbone in ``FOLDER/lr-RATE`` with
+``configs/continue/backbone.yaml``. It prints, before and after, the top-1 accuracy of the
+*original* classifier on the (teacher's) backbone, and what the guard measured without labels.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How cost grows with resolution: ``python bench/growth.py``.
+"""Cost as a function of resolution: ``python bench/growth.py``.
 
-Forward and backward of one image from 224 to 1024 pixels, XCiT beside timm's ViT of about the same
-size, in turns in one process (medians), and the most memory each holds. Writes the plot to
-``docs/growth.svg``. XCiT's attention is between channels, so its cost should grow as the number of
-pixels does; a ViT's as its square.
+Forward and backward of one image of 224 to 1024 pixels, with XCiT and timm's ViT of about the same
+size, alternately in one process (medians), and their peak memory. Writes the plot to
+``docs/growth.svg``. XCiT's attention is between channels, so its cost should be linear in the
+number of pixels; a ViT's is quadratic.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def svg(title: str, curves: list[tuple[str, list[tuple[float, float]]]]) -> str:
-    """The report's chart as a file of its own: solid the first curve, dashed the second."""
+    """The report's chart as a separate file: the first curve solid, the second dashed."""
     figure = str(line_chart(title, curves, "megapixels", from_zero=True))
     start, end = figure.rindex("<svg "), figure.rindex("</figure>")
     return (

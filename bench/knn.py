@@ -33,7 +33,7 @@ def official_knn(
     num_classes: int,
 ) -> tuple[float, float]:
     """Top-1 and top-5 in percent as DINO's ``eval_knn.py:knn_classifier`` computes them, a
-    hundredth of the queries at a time. bank [N, D] and queries [Q, D] are L2-normalised."""
+    hundredth of the queries at a time. bank [N, D] and queries [Q, D] are L2-normalized."""
     top1 = top5 = 0
     for part, target in zip(
         queries.split(max(1, len(queries) // 100)),

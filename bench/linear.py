@@ -1,14 +1,14 @@
-"""What a grid of learning rates costs, in the linear probe and in DINO's.
+"""What a grid of learning rates costs in our linear probe and in DINO's.
 
     python bench/linear.py RUN [--epochs 100] [--repeats 3] [--seconds 30]
 
-RUN is a pretraining run. First the time of the command ``xcit-dino linear``, features cached, with
-one learning rate and with 13, alternately. Then that of DINO's ``eval_linear.py`` written plainly:
-augmented images through the frozen backbone in every epoch, for one learning rate; it is measured
-for some seconds, and multiplied by what is left of its epochs and by 13 runs.
+RUN is a pretraining run. First the time of the command ``xcit-dino linear`` with cached features,
+with one learning rate and with 13, alternately. Then that of DINO's ``eval_linear.py`` written
+plainly: augmented images through the frozen backbone in every epoch, for one learning rate; it is
+measured for some seconds and extrapolated to all its epochs and to 13 runs.
 
-Seconds are by the clock and of the processor; the latter say on a busy machine what the clock would
-say on a quiet one. What the heads find is compared in ``bench/linear_accuracy.py``.
+Seconds are wall clock and CPU time; on a busy machine the latter approximates the wall clock of an
+idle one. The accuracy of the heads is compared in ``bench/linear_accuracy.py``.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def classifiers(dim: int, num_classes: int, lrs: tuple[float, ...]) -> Classifie
 
 
 def now() -> Seconds:
-    """By the clock, and of the processor in this process and in those that have ended."""
+    """Wall clock, and CPU time of this process and of child processes that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return np.array([time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used)])
 
@@ -139,7 +139,7 @@ def num_classes(context: Context) -> int:
 
 
 def command(folder: Path, target: EvalTarget, context: Context, *options: str) -> Seconds:
-    """Seconds of the command ``xcit-dino linear``, start included."""
+    """Seconds of the command ``xcit-dino linear``, including start-up."""
     words = [
         "--output_dir", folder, "--arch", target.arch, "--data_path", context.data_path,
         "--pretrained_weights", target.weights, "--crop_size", context.crop,

@@ -1,16 +1,16 @@
-"""Do our linear probe and DINO's find the same accuracy? Crops and classifiers taken apart.
+"""Do our linear probe and DINO's reach the same accuracy? Crops and classifiers separately.
 
     python bench/linear_accuracy.py RUN [--epochs 10] [--orders 16]
 
 RUN is a pretraining run. The backbone is frozen, so the features of each epoch's random crops are
 computed once, for three kinds of crops: torchvision's bilinear ones of ``eval_linear.py``,
 torchvision's bicubic ones, and ours. On each, DINO's 13 classifiers with an ``nn.Linear`` and an
-``SGD`` each, and our :class:`Heads`, learn in the same order of the images from the same initial
-weights; then in other orders, because at the learning rates that win one order differs from the
-next by more than one kind of crops from another.
+``SGD`` each, and our :class:`Heads`, are trained in the same order of the images from the same
+initial weights; then in other orders, because at the best learning rates the order matters more
+than the kind of crops.
 
-Printed are the best of 13 top-1 on the validation set and, for the highest learning rates and the
-rest, what the classifiers differ by when all else is equal.
+It prints the best of 13 top-1 accuracies on the validation set and, separately for the highest
+learning rates and the rest, the difference between the classifiers with all else equal.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Epochs:
 
 
 def their_crops(context: Context, interpolation: transforms.InterpolationMode) -> Iterator[Images]:
-    """torchvision's, an epoch at a time."""
+    """torchvision's crops, one epoch at a time."""
     torch.manual_seed(0)
     while True:
         yield loader(context, "train", interpolation)
 
 
 def our_crops(context: Context, config: LinearConfig) -> Iterator[Images]:
-    """Those of ``--protocol dino``, an epoch at a time."""
+    """Crops of ``--protocol dino``, one epoch at a time."""
     crops = crop_loader(context.index("train"), context, config)
     batches = ((context.normalize(flip_half(b, config.seed)), b.labels) for (b,) in crops)
     while True:

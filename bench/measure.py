@@ -1,4 +1,4 @@
-"""Seconds, bytes and the arithmetic a machine can do: what benches measure with."""
+"""Measurements for the benchmarks: time, memory and the peak arithmetic rate of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEAK_TFLOPS = {  # dense bf16 and fp16, makers' data sheets; the first whose wor
 
 
 def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds by the clock; of processor time on one thread, which other programs disturb less."""
+    """Wall-clock seconds; with one thread CPU time, which other programs disturb less."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     if device == "cuda":
         clock = time.perf_counter
@@ -33,7 +33,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 def alternately(
     works: Sequence[Callable[[], object]], repeats: int, device: str
 ) -> list[list[float]]:
-    """Seconds of each, run in turns; before, each is run to compile and to fill caches."""
+    """Seconds of each, run alternately, after a warm-up run of each to compile and fill caches."""
     for work in works:
         for _ in range(3 if device == "cuda" else 1):
             timed(work, device)
@@ -42,7 +42,7 @@ def alternately(
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """The most memory that ``work`` holds at once beyond what there was before."""
+    """Peak memory of ``work`` beyond what was allocated before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
-"""How fast images become shards, and shards an index: ``python bench/pack.py --data PATH``.
+"""How fast images are packed and shards indexed: ``python bench/pack.py --data PATH``.
 
-PATH is a tar of photographs. Small files: 32-pixel JPEGs in class folders, packed in this process,
-a second of its processor time counted, so that other load on the machine disturbs little. Foreign
-shards: the photographs with captions and ``.json``, as img2dataset writes them, indexed beside a
-plain read of the same bytes, in turns; from the page cache, and after it was told to forget them.
+PATH is a tar of photographs. Small files: 32-pixel JPEGs in class folders, packed in this process
+and measured in CPU time, so that other load on the machine has little influence. Foreign shards:
+the photographs with captions and ``.json``, as img2dataset writes them, indexed alternately with a
+plain read of the same bytes; from the page cache, and after dropping them from it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def rows(data: Path, *, files: int = 5000, shards: int = 4, rounds: int = 5) -> 
         for verify in (True, False):
             rate = packing_rate(folder / "small", folder, files, verify, rounds)
             what = "decoded" if verify else "header read"
-            yield f"pack small files, each {what}", f"{rate:,.0f} images/s a core"
+            yield f"pack small files, each {what}", f"{rate:,.0f} images/s per core"
         samples = write_foreign(folder / "foreign", data, shards)
         for cold in (False, True):
             index, computing, read, size = indexing_times(folder / "foreign", cold, rounds)
@@ -49,7 +49,7 @@ def rows(data: Path, *, files: int = 5000, shards: int = 4, rounds: int = 5) -> 
             yield (
                 f"index foreign shards, {'from storage' if cold else 'in the page cache'}",
                 f"{clock:,.0f} MB/s by the clock (only read: {reading:,.0f}); {core:,.0f} MB/s, "
-                f"{samples / computing:,.0f} images/s a core",
+                f"{samples / computing:,.0f} images/s per core",
             )
 
 
@@ -62,7 +62,7 @@ def write_small_files(folder: Path, count: int) -> None:
 
 
 def packing_rate(src: Path, folder: Path, files: int, verify: bool, rounds: int) -> float:
-    """Images a second of processor time, median."""
+    """Images per second of CPU time, median."""
     rates = []
     for number in range(rounds):
         dst = folder / f"packed-{verify}-{number}"

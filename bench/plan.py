@@ -57,7 +57,7 @@ def make_index(folder: Path, samples: int, shards: int) -> None:
 
 
 def worker_memory(folder: Path, batch: np.ndarray, answer) -> None:
-    """What locating one micro-batch's samples after another adds to a worker's memory, in MB."""
+    """Memory in MB that a worker needs to locate the samples of one micro-batch after another."""
     index = ShardIndex.load(folder)
     process = psutil.Process()
     for sample in batch[:1]:

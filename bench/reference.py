@@ -1,6 +1,6 @@
-"""The DINO step written plainly, in the official order: what tests and benches compare with.
+"""The DINO step written plainly, in the official order: the reference for tests and benchmarks.
 
-Slow and obvious on purpose: eager, one loss term a pair of views, a loop over parameters for
+Slow and obvious on purpose: eager, one loss term per pair of views, a loop over parameters for
 clipping and for the moving average, ``loss.item()`` every step. Semantics: dino
 ``main_dino.py:train_one_epoch`` and
 ``DINOLoss``; the network is timm's XCiT. Shares no code with ``ssl/`` but the crops it is given.
@@ -183,10 +183,10 @@ def plain_distillation_loss(
     targets: Sequence[tuple[Tensor, Tensor]],
     patch_weight: float,
 ) -> Tensor:
-    """Distillation from features, an image of a view at a time.
+    """Distillation from features, one view of one image at a time.
 
     predicted, targets: for each size of crops (V*B, D) class tokens and (V*B, H, W, P) patch
-    tokens, the targets as the teacher gives them; the grids of both may differ.
+    tokens, the targets as the teacher outputs them; the two grids may differ.
     """
     losses = []
     for (cls, patches), teacher in zip(predicted, targets, strict=True):

@@ -1,15 +1,15 @@
-"""One training step, ours beside the official one: ``python bench/step.py``.
+"""One training step, ours and the official one side by side: ``python bench/step.py``.
 
     python bench/step.py --device cuda --arch xcit_small_12_p16 --batch_size 64 --largest
 
-The official step (``bench/reference.py``: eager, on timm's XCiT) and ours run in one process, in
-turns, on the same weights and crops; medians. First both are checked to give the same loss and
-gradients in float32. Parts: the whole step, then loss and head alone, each in a fresh process: what
-a process did before decides what fresh memory costs. The official code has no lower precision on
-CPUs, and fp16 on GPUs; ``--reference_precision`` changes that.
+The official step (``bench/reference.py``: eager, on timm's XCiT) and ours run alternately in one
+process, on the same weights and crops; medians. First both are checked to give the same loss and
+gradients in float32. Parts: the whole step, then loss and head alone, each in a fresh process,
+because the cost of fresh memory depends on what a process did before. The official code uses fp32
+on CPUs and fp16 on GPUs; ``--reference_precision`` changes that.
 
-Memory: the most that a step holds beyond weights and optimizer state; on a CPU from the
-allocator's own trace, on a GPU from ``max_memory_allocated``. Needs no data and no network.
+Memory: the peak of a step beyond weights and optimizer state; on a CPU from the allocator's trace,
+on a GPU from ``max_memory_allocated``. Needs no data and no internet access.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Row = tuple[str, ...]
 
 
 def fresh(function: Callable[..., Any], args: argparse.Namespace, *rest: str) -> Any:
-    """``function(args, *rest)`` in a process of its own."""
+    """Run ``function(args, *rest)`` in a separate process."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (args.threads,)) as pool:
         return pool.submit(function, args, *rest).result()

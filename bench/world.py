@@ -1,8 +1,8 @@
-"""What more processes cost: ``python bench/world.py`` (gloo, on CPUs).
+"""The cost of more processes: ``python bench/world.py`` (gloo, on CPUs).
 
-The same step, with the same images a process, on 1, 2 and 4 processes of one thread each: seconds a
-step, and what a step sends. Collectives are counted as torch is called, from inside the step.
-Processes beyond the cores share them: read the volume there, not the time.
+The same step, with the same images per process, on 1, 2 and 4 processes of one thread each: seconds
+per step, and the data that a step sends. Collectives are counted where the step calls torch. With
+more processes than cores, read the volume, not the time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def worker(rank: int, size: int, port: int, args: argparse.Namespace, results: m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="xcit_nano_12_p16")
-    parser.add_argument("--batch_size", type=int, default=4, help="images a process")
+    parser.add_argument("--batch_size", type=int, default=4, help="images per process")
     parser.add_argument("--prototypes", type=int, default=4096)
     parser.add_argument("--local_crops", type=int, default=2)
     parser.add_argument("--global_size", type=int, default=96)

@@ -204,7 +204,7 @@ class MakeConfig:
     verify: bool = True
     """Decode every image once and skip what cannot be decoded (listed in quarantine.jsonl)."""
     num_workers: int | None = None
-    """Processes; by default one a core. The shards do not depend on it."""
+    """Processes; by default one per core. The shards do not depend on it."""
     root: Path | None = None
     """Folder that holds a torchvision data set or will hold it (default: DST/..)."""
     download: bool = False
@@ -239,7 +239,7 @@ class CheckConfig:
     hash: bool = False
     """Put checksums of foreign shards into the index (reads every byte)."""
     num_workers: int | None = None
-    """Processes; by default one a core."""
+    """Processes; by default one per core."""
     nodes: int | None = None
     """Preflight: nodes of the planned run. This or --gpus prints whether the data fit it."""
     gpus: int | None = None
@@ -247,9 +247,9 @@ class CheckConfig:
     workers: int = 10
     """Preflight: loader processes a GPU."""
     batch_size_per_gpu: int = 64
-    """Preflight: images a GPU takes at once."""
+    """Preflight: images per GPU and micro-batch."""
     images_per_second: float | None = None
-    """Preflight: images a second a GPU trains on, to compute the storage bandwidth needed."""
+    """Preflight: images per second that a GPU trains on, to compute the storage bandwidth."""
 
     def __post_init__(self) -> None:
         within(self, 1, 1e12, "sample")

@@ -36,7 +36,7 @@ def map_processes(
 
     Args:
         function: at module level, so that a process can import it.
-        num_workers: processes; None is one a core, and one stays in this process.
+        num_workers: processes; None is one per core, and a single one runs in this process.
     """
     num_workers = min(num_workers or num_cores(), len(tasks))
     if num_workers <= 1:

@@ -236,7 +236,7 @@ class PretrainConfig:
         if not float(self.dino.warmup_teacher_temp_epochs).is_integer():
             raise InputError(
                 f"--warmup_teacher_temp_epochs {self.dino.warmup_teacher_temp_epochs}: the "
-                "temperature moves once an epoch, so take a whole number"
+                "temperature changes once per epoch, so take a whole number"
             )
         if self.objective.dino and self.crops.num_crops == 1:
             raise InputError(

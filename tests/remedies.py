@@ -108,7 +108,7 @@ PARSED = [
         "linear --decoder cuda --protocol dino",
     ),
     case(
-        "--warmup_teacher_temp_epochs {}: the temperature moves once an epoch",
+        "--warmup_teacher_temp_epochs {}: the temperature changes once per epoch",
         "pretrain --warmup_teacher_temp_epochs 1.5",
         "pretrain --warmup_teacher_temp_epochs 2",
     ),
@@ -687,7 +687,7 @@ ELSEWHERE = {
             "could be {} or {}; write their paths",
             "looks like masks of the images",
             "could each be the label; choose with --label_column",
-            "list these numbers in a file, one a line, and give --label_map",
+            "list these numbers in a file, one per line, and give --label_map",
         ],
         "a layout or a list",
     ),

@@ -98,7 +98,7 @@ def is_sharded(network: nn.Module) -> bool:
 
 
 def data_parallel(network: nn.Module, world: dist.World, unused: Sequence[str] = ()) -> nn.Module:
-    """The network in DistributedDataParallel where several ranks hold all of it. Synchronised
+    """The network in DistributedDataParallel where several ranks hold all of it. Synchronized
     batch-norm keeps its buffers equal without broadcasts.
 
     unused: names of parameters that get no gradient; they stay as they are on every rank.

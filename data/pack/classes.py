@@ -197,5 +197,7 @@ def numbered(
             if dropped else f"no image of {split or 'the source'} has a label from 0 to {MAX_LABEL}"
         )  # fmt: skip
     if gaps := sparse_labels(np.array(labels)):
-        raise InputError(f"{gaps}; list these numbers in a file, one a line, and give --label_map")
+        raise InputError(
+            f"{gaps}; list these numbers in a file, one per line, and give --label_map"
+        )
     return Part(kept, labels, classes, notes)

@@ -25,7 +25,7 @@ from xcit_dino.data.pack.labels import (
     read_label_map,
 )
 from xcit_dino.data.pack.listing import Listing
-from xcit_dino.data.pack.lists import UNLABELLED
+from xcit_dino.data.pack.lists import UNLABELED
 from xcit_dino.data.pack.splits import NONE, Found, split_images, top_folders, unwrap
 from xcit_dino.errors import InputError
 
@@ -150,7 +150,7 @@ def _named(
 
 def _labeled(image: Image, label: str | None) -> Image:
     label = composed(label.strip()) if label else None
-    return image._replace(label=None if (label or "").lower() in UNLABELLED else label)
+    return image._replace(label=None if (label or "").lower() in UNLABELED else label)
 
 
 def _by_folder(images: list[Image]) -> list[Image]:

@@ -14,7 +14,7 @@ from xcit_dino.data.shards.split_names import split_of
 from xcit_dino.errors import InputError
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
-UNLABELLED = ("", "nan")  # pandas writes nan for a gap
+UNLABELED = ("", "nan")  # pandas writes nan for a gap
 
 
 def list_images(path: Path, label_column: str | None = None) -> Listing:

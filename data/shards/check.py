@@ -126,7 +126,7 @@ def _tars(folder: Path) -> list[str]:
 def build_index(folder: Path, config: CheckConfig) -> None:
     """Index the shards of a folder from their headers.
 
-    Class names are kept if an earlier index or a ``classes.txt`` (one a line) lists them.
+    Class names are kept if an earlier index or a ``classes.txt`` (one per line) lists them.
     """
     names, classes = _tars(folder), _classes(folder)
     for name in names:

@@ -1,4 +1,4 @@
-"""Preflight of a planned run on given shards: steps an epoch, workers and storage it needs."""
+"""Preflight of a planned run on given shards: steps per epoch, workers and storage it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CROP_SECONDS = 1.2e-3  # cropping 2x224 + 10x96 on one core: bench/crops.py, "cr
 def preflight(
     num_samples: int, mean_bytes: int, finding: Finding, config: CheckConfig
 ) -> Iterator[str]:
-    """Lines on a run of ``nodes x gpus``: steps an epoch, dropped samples, what starves its GPUs.
+    """Lines on a run of ``nodes x gpus``: steps per epoch, dropped samples, what starves its GPUs.
 
     Args:
         num_samples: images of the training split.
@@ -36,7 +36,7 @@ def preflight(
         )
         return
     yield (
-        f"{layout}, {steps:,} steps an epoch on every rank, {dropped:,} samples dropped "
+        f"{layout}, {steps:,} steps per epoch on every rank, {dropped:,} samples dropped "
         f"({dropped / num_samples:.2%}, other ones every epoch)"
     )
     workers = max(config.workers, 1)

@@ -85,7 +85,7 @@ def text(
 
 
 def front_matter(model: Any) -> str:
-    """What the hub sorts models by. No licence: the files do not say one."""
+    """What the hub sorts models by. No license: the files do not name one."""
     task = "image-classification" if model.num_classes else "image-feature-extraction"
     return f"---\nlibrary_name: timm\ntags:\n- timm\n- {task}\n---"
 

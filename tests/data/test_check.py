@@ -203,7 +203,7 @@ def advice(num_samples: int, **options: Any) -> str:
 
 def test_preflight_counts_steps_and_says_what_starves():
     text = advice(1_281_167, nodes=4, gpus=8, batch_size_per_gpu=32)
-    assert "global batch of 1,024, 1,251 steps an epoch" in text  # 1,281,167 = 1251 x 1024 + 143
+    assert "global batch of 1,024, 1,251 steps per epoch" in text  # 1,281,167 = 1251 x 1024 + 143
     assert "143 samples dropped" in text and "STARVES" not in text
     assert "at most 1 GPUs in all or --batch_size_per_gpu 12" in advice(100, nodes=2, gpus=4)
     text = advice(10_000, gpus=8, workers=4, images_per_second=3000)  # 3.2 ms a sample and core

@@ -1,4 +1,4 @@
-"""Networks in shards, one a rank: FSDP2, ``torch.distributed.fsdp.fully_shard``.
+"""Sharded networks, one shard per rank: FSDP2, ``torch.distributed.fsdp.fully_shard``.
 
 A rank keeps its rows of every parameter, gradient and moment. A block's parameters are gathered
 only while it computes; gradients are averaged over ranks as DistributedDataParallel does, so the
