@@ -1,4 +1,4 @@
-"""What tests share: a small run folder, and signal handlers as they were."""
+"""Shared fixtures: a small run folder, and restored signal handlers."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Run:
     # -- waiting -----------------------------------------------------------------------------------
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Poll until a condition holds; fails when the run shows no sign of life any more."""
+        """Poll until a condition holds; fails when the run no longer responds."""
         signs, since, looked = "", time.monotonic(), 0.0
         while not condition():
             now = time.monotonic()

@@ -1,4 +1,4 @@
-"""The command line: found, quick, and refusing in words."""
+"""The command line: commands are found, start fast, and refuse with a message."""
 
 import subprocess
 import sys

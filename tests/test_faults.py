@@ -1,4 +1,4 @@
-"""What may befall a run, done to real ones: nothing is lost.
+"""Faults provoked in real runs: nothing is lost.
 
 ``make faults`` (``-m faults``) does it many times; the rest runs with every ``make test``.
 """

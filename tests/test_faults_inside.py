@@ -1,4 +1,4 @@
-"""What may befall a run from within: memory, workers, ranks, numbers that are none, and time.
+"""Faults inside a run: memory, workers, ranks, non-finite numbers, and time.
 
 Like test_faults.py, on real runs.
 """

@@ -1,4 +1,4 @@
-"""Every option of every command is turned: what it bears on changes, or it is refused.
+"""Every option of every command is changed: it has its effect, or is refused.
 
 The options come from the commands' own dataclasses: a new one without a case in option_cases.py
 fails here, and so does a choice of which two values come to the same.

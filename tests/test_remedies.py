@@ -1,4 +1,4 @@
-"""Every message that names an option or a command: it comes, and what it advises works."""
+"""Every message that names an option or a command: it is printed, and its advice works."""
 
 from __future__ import annotations
 

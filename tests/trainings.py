@@ -1,4 +1,4 @@
-"""The three trainings at their smallest, by name, for what has to hold for each of them."""
+"""The three kinds of training at their smallest, by name, for tests that apply to all."""
 
 from __future__ import annotations
 

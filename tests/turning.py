@@ -1,4 +1,4 @@
-"""Turning one option of a command and looking at what comes of it: what test_options.py rests on.
+"""Change one option of a command and observe its effect: the basis of test_options.py.
 
 A command is run in this process, in a folder of its own that holds the same few files each time, so
 that two outcomes differ only in what an option makes of them.

@@ -1,4 +1,4 @@
-"""Small trainings in processes of their own, to be killed.
+"""Small training runs in separate processes, to be killed.
 
 The processes come from a fork server that has imported torch once: a victim starts in a fraction of
 a second.

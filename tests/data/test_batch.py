@@ -1,4 +1,4 @@
-"""The way to the device: who waits for whom, told by streams that only write down what they do."""
+"""Copies to the device: what waits for what, checked with streams that only record their calls."""
 
 from contextlib import contextmanager
 

@@ -1,4 +1,4 @@
-"""``shards check``: finds all deliberate damage, nothing in whole shards, and counts steps."""
+"""``shards check``: finds all deliberate damage, nothing in intact shards, and counts steps."""
 
 from __future__ import annotations
 

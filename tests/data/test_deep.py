@@ -1,4 +1,4 @@
-"""Images of more than 8 bits: what their pixels become, and what is said of them."""
+"""Images of more than 8 bits: what their pixels become, and what is reported about them."""
 
 from __future__ import annotations
 

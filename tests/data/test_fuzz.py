@@ -1,4 +1,4 @@
-"""Hostile input by the thousand: in words or accepted, never executed, never another error.
+"""Hostile input by the thousand: refused in words or accepted, never executed, no other error.
 
 What else is fuzzed stands with what it is about: archives (test_pack), shards (test_loader,
 test_index, test_check), images (test_crops), weights (test_weights), reports (test_report), the

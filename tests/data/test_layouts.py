@@ -1,4 +1,4 @@
-"""Folders, lists and archives as people have them: what comes out, what is said, what is refused.
+"""Folders, lists and archives as people have them: results, messages and refusals.
 
 Images are named by a number; ``out`` says for each split which of them are in which class:
 ``"a:1,2 b:3"``, the classes in their order, ``-:1`` without labels. A row with ``refused`` has an

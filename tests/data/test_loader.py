@@ -1,4 +1,4 @@
-"""The loader's promises: the plan's batches whatever the layout, exact resumption, bad samples."""
+"""The loader's guarantees: the plan's batches on any layout, exact resumption, bad samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan against its promises: every sample once an epoch, any step directly, any layout."""
+"""The plan's guarantees: every sample once per epoch, random access to steps, any layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every option of shards make, check and demo changes something that it should, or is refused."""
+"""Every option of shards make, check and demo has its intended effect, or is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How images reach a network: as it was trained, whichever command feeds it; broken weights."""
+"""Images are prepared as in the network's training, by every command; broken weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The features that users take away, against the network; which image each row is."""
+"""The features that `embed` writes, against the network; which image each row belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On-line k-NN: the right accuracy, and a training that does not notice it."""
+"""On-line k-NN: the right accuracy, and no effect on the training."""
 
 from __future__ import annotations
 

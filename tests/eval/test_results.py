@@ -1,4 +1,4 @@
-"""Results go into results.json and, beside the options, into TensorBoard, at once."""
+"""Results are written to results.json and, next to the options, to TensorBoard, immediately."""
 
 from __future__ import annotations
 

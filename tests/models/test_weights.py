@@ -1,4 +1,4 @@
-"""Weights load from every layout, leave in every layout bit for bit, and run nothing on the way."""
+"""Weights load from and convert to every layout bit for bit, and never execute code."""
 
 from __future__ import annotations
 

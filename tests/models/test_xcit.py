@@ -1,4 +1,4 @@
-"""Our XCiT computes what timm's does, and keeps its promises on layout, autograd and compile."""
+"""Our XCiT computes what timm's does, and meets its guarantees on layout, autograd and compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report in a real browser: every image loads, nothing complains or overflows, tables sort."""
+"""The report in a real browser: images load, no errors, nothing overflows, tables sort."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an attempt is judged, how ranks meet, what a job does with signals and fewer processes."""
+"""How an attempt is judged, how ranks connect, how a job handles signals and fewer processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each option of the launcher, turned: what changes in the script, on this machine, or is said."""
+"""Each launcher option: what it changes in the script or on this machine, or what is printed."""
 
 from __future__ import annotations
 

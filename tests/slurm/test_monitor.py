@@ -1,4 +1,4 @@
-"""Watching a run: from its folder alone, also while it is written, and until it ends."""
+"""Watching a run from its folder alone, while it is being written and until it ends."""
 
 from __future__ import annotations
 

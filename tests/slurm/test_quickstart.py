@@ -1,4 +1,4 @@
-"""The quickstart: its command line means what it should, its table shows what was measured."""
+"""The quickstart: its command line is right, and its table shows what was measured."""
 
 from __future__ import annotations
 

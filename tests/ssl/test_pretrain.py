@@ -1,4 +1,4 @@
-"""The real step against the plain one; runs that are cut off against runs that are not."""
+"""The real step against the plain one; interrupted runs against uninterrupted ones."""
 
 import copy
 import json

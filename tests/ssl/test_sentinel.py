@@ -1,4 +1,4 @@
-"""Signs of collapse against plain formulas; alarms with hysteresis; runs made to collapse."""
+"""Collapse diagnostics against plain formulas; alarms with hysteresis; runs made to collapse."""
 
 import math
 import re

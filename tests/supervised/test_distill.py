@@ -137,7 +137,7 @@ def test_the_teacher_gets_its_own_normalization_and_size():
 
 
 def test_a_timm_teacher_from_a_file(tmp_path):
-    """Its own mean, deviation and size come from timm."""
+    """Its own mean, std and size come from timm."""
     torch.manual_seed(0)
     network = timm.create_model("resnet10t", num_classes=12).eval()
     torch.save(network.state_dict(), tmp_path / "teacher.pth")

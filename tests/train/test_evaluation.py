@@ -1,4 +1,4 @@
-"""Evaluations while training continues: they come after the checkpoint and end no training; and
+"""Evaluations during training: they come after the checkpoint and never end a training; and
 lines of the log that are the same whether a run was cut off or not."""
 
 from __future__ import annotations

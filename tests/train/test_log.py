@@ -1,5 +1,4 @@
-"""What a run writes as it goes on: one curve over tries, pictures and texts for TensorBoard, words
-on the terminal."""
+"""The log of a run: one curve over all attempts, pictures and texts for TensorBoard, messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop does for every training alike."""
+"""What the loop does for every kind of training."""
 
 from __future__ import annotations
 

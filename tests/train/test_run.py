@@ -1,4 +1,4 @@
-"""The run folder: which options may change between two tries, and that a refused command changes
+"""The run folder: which options may change between two attempts, and that a refused command changes
 nothing."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, newest first; run folders keep their config."""
+"""Checkpoints: intact or absent, newest first; run folders keep their config."""
 
 import errno
 import os

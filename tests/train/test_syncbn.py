@@ -1,4 +1,4 @@
-"""Synchronised batch-norm on two gloo processes against torch's and timm's on the joined batch."""
+"""Synchronized batch-norm on two gloo processes against torch's and timm's on the joined batch."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A hang is named after what the main thread does, and said once."""
+"""A hang is reported once, named after what the main thread does."""
 
 import sys
 import threading
