@@ -172,8 +172,9 @@ class MakeConfig:
     splits: tuple[str, ...] = ()
     """Which folders are the splits: none (all are classes), or SPLIT=FOLDER ..., such as
     train=Training val=Testing; images elsewhere are skipped. A * stands for any folder and stays
-    in the names: train=*/train for CLASS/train/x.jpg. By default names such as train, Testing,
-    seg_train, valid or dev are recognized."""
+    in the names: train=*/train for CLASS/train/x.jpg. FOLDER may also be a text file that names an
+    image per line, with or without folder and suffix: train=ImageSets/Main/train.txt. By default
+    names such as train, Testing, seg_train, valid or dev are recognized."""
     labels: Path | None = None
     """Labels of a flat source: the ILSVRC2012 devkit, LOC_val_solution.csv, any CSV, TSV or JSONL
     of name,label, or a text file with one label a line in the order of the file names. folders:
@@ -184,6 +185,18 @@ class MakeConfig:
     label_map: Path | None = None
     """Which classes, and their numbers: a text file of class names (line number = label), or JSON
     {"class name": number}. Classes that it does not name are skipped: so a subset is packed."""
+    masks: tuple[str, ...] = ()
+    """Folders of masks (PNG, BMP, GIF or TIFF), here or in SRC, each called like its image: for
+    segmentation. They are stored beside the images, as class numbers."""
+    mask_classes: str | None = None
+    """What the values of masks mean: ade20k, camvid, cityscapes, cityscapes_train_ids, voc, or a
+    file: text with one class name per line, the first for value 0, or JSON {"road": 0, "car":
+    [1, 2]}, {"road": "#804080"}. Images with other values are skipped and listed."""
+    mask_ignore: tuple[int, ...] = ()
+    """Values of pixels that count neither in training nor in evaluation, beside 255 and those of
+    the convention."""
+    boxes: tuple[Path, ...] = ()
+    """Boxes of the images: COCO's JSON files, or folders of Pascal VOC's XML. For detection."""
     shard_size: int = 10_000
     """Images in a shard at most."""
     shard_bytes: float = 1e9
@@ -220,6 +233,17 @@ class MakeConfig:
         within(self, 0, 2**63 - 1, "seed")
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
+        if not self.masks:
+            for name in ("mask_classes", "mask_ignore"):
+                if getattr(self, name):
+                    raise InputError(f"--{name}: there are no --masks")
+        if self.masks and self.boxes:
+            raise InputError("--masks and --boxes: an image has one target; pack two sets")
+        if (self.masks or self.boxes) and self.resize is not None:
+            raise InputError(
+                f"--resize: would shrink images, not their {'masks' if self.masks else 'boxes'}; "
+                "leave it out (training and evaluation resize both)"
+            )
         if self.quality != 90 and self.resize is None:
             raise InputError("--quality: images are not re-encoded without --resize")
         if self.seed and not self.shuffle:

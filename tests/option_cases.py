@@ -382,6 +382,7 @@ ATTENTION: Cases = {
 
 # -- data ------------------------------------------------------------------------------------------
 
+MASKS = {"src": "photo", "masks": "masks", "mask_classes": "classes.txt"}
 MAKE: Cases = {
     "src": [turn("photos/train", **C)],
     "dst": [turn("elsewhere", shows="files")],
@@ -392,6 +393,12 @@ MAKE: Cases = {
     "labels": [turn("labels.csv", **C, given={"src": "photo"}),
                refused("labels.csv", by="names none of the images")],
     "label_map": [turn("classes.txt", **C)],
+    "masks": [turn("masks", **C, given={"src": "photo", "mask_classes": "classes.txt"}),
+              refused("masks", by="--mask_classes is missing", given={"src": "photo"})],
+    "mask_classes": [turn("voc", **C, given=MASKS), refused("voc", by="--mask_classes")],
+    "mask_ignore": [turn("2", **C, given=MASKS), refused("2", by="--mask_ignore")],
+    "boxes": [turn("boxes.json", **C, given={"src": "photo"}),
+              refused("boxes.json", by="--boxes", given=MASKS)],
     "shard_size": [turn("3", shows="files")],
     "shard_bytes": [turn("1000", shows="files")],
     "resize": [turn("20", **C)],

@@ -13,8 +13,10 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.test_docs import PAGES, ROOT, commands, name_of, photographs, whole
 from tests.turning import done
@@ -133,6 +135,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tar.add(f"photos/{part}", {"val": "test"}.get(part, part))
         with tarfile.open("photos-400.tar", "w") as tar:
             tar.add("photos", "photos")
+        targets(folder)
         (folder / "configs").symlink_to(ROOT / "configs")
         done("shards make photos shards/imagenet --num_workers 1".split())
         for part in ("train", "test"):
@@ -141,6 +144,33 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree("shards/imagenet", f"shards/{name}")
         trained(folder)
     return folder
+
+
+def targets(folder: Path) -> None:
+    """``camvid``, images with masks, and ``bccd``, images with boxes."""
+    for number in range(12):
+        split, pixels = (
+            "val" if number > 7 else "train",
+            np.full((40, 48, 3), 20 * number, np.uint8),
+        )
+        mask = np.zeros((40, 48), np.uint8)
+        mask[10:30, number : number + 20], pixels[10:30, number : number + 20] = 8, 255
+        for path, content in (
+            (f"camvid/images/{split}/{number}.png", pixels),
+            (f"camvid/masks/{split}/{number}.png", mask),
+            (f"bccd/JPEGImages/{number}.png", pixels),
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(folder / path)
+        box = f"<xmin>{number + 1}</xmin><ymin>11</ymin><xmax>{number + 20}</xmax><ymax>30</ymax>"
+        xml = f"<a><object><name>RBC</name><bndbox>{box}</bndbox></object></a>"
+        for path, text in (
+            (f"bccd/Annotations/{number}.xml", xml),
+            (f"bccd/ImageSets/Main/{split}.txt", f"{number}\n"),
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            with (folder / path).open("a") as file:
+                file.write(text)
 
 
 def trained(folder: Path) -> None:

@@ -6,6 +6,7 @@ fails here, and so does a choice of which two values come to the same.
 
 from __future__ import annotations
 
+import json
 import shutil
 import typing
 from pathlib import Path
@@ -228,6 +229,15 @@ def images(folder: Path) -> None:
                     broken = folder / "damaged" / split / name / f"{n}.jpg"
                     broken.write_bytes(broken.read_bytes()[:1200])
     image(folder / "photo/a.png", 0), image(folder / "photo/b.png", 1)
+    (folder / "masks").mkdir()
+    for name in "ab":
+        Image.fromarray(np.tile(np.uint8([0, 1]), (40, 24))).save(folder / f"masks/{name}.png")
+    boxes = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in "ab"],
+        "annotations": [{"image_id": n, "category_id": 1, "bbox": [1, 2, 9, 9]} for n in "ab"],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (folder / "boxes.json").write_text(json.dumps(boxes))
     (folder / "labels.csv").write_text("name,label\na.png,0\nb.png,1\n")
     (folder / "two.csv").write_text("image,kind,age\nphoto/a.png,3,30\nphoto/b.png,4,31\n")
     (folder / "deep").mkdir()

@@ -33,6 +33,8 @@ class Image(NamedTuple):
     """Class, if the source stores it (a list of path,label)."""
     split: str | None = None
     """Split, if a list stores it."""
+    target: Image | bytes | None = None
+    """Its mask, or its boxes as JSON (``targets/boxes.py``), if it has one."""
 
 
 def read_image(image: Image) -> bytes:

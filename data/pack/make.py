@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from xcit_dino.data.decode.rgb import Deep
 from xcit_dino.data.pack.archives import compressed_in, decompression, list_archive
 from xcit_dino.data.pack.classes import Part
 from xcit_dino.data.pack.labels import FOUND_BESIDE
-from xcit_dino.data.pack.layout import arrange
+from xcit_dino.data.pack.layout import NO_LABELS, arrange
 from xcit_dino.data.pack.listing import Listing, archive_stem
 from xcit_dino.data.pack.lists import LIST_SUFFIXES, list_images
 from xcit_dino.data.pack.shard_job import (
@@ -39,6 +40,7 @@ from xcit_dino.data.pack.shard_job import (
 )
 from xcit_dino.data.pack.sources import list_folder
 from xcit_dino.data.pack.splits import NONE
+from xcit_dino.data.pack.targets.attach import Targets, attach_targets
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
 from xcit_dino.data.shards.index import INDEX, ShardIndex
@@ -65,6 +67,9 @@ def make(config: MakeConfig) -> int:
         work = config.dst / WORK
         try:
             listing, src = _list(config, work)
+            targets = attach_targets(listing, config, src, work)
+            if targets and config.labels is None and not listing.is_list:
+                config = dataclasses.replace(config, labels=Path(NO_LABELS))
             parts = arrange(listing, config, src)
         except InputError:
             shutil.rmtree(work, ignore_errors=True)
@@ -76,7 +81,7 @@ def make(config: MakeConfig) -> int:
             part.notes[:0] = notes
             for line in part.notes:
                 print(line)
-            _pack(config.dst / split, part, problems, config)
+            _pack(config.dst / split, part, problems, config, targets)
             problems, notes = [], []
         shutil.rmtree(work, ignore_errors=True)
     return 0
@@ -144,9 +149,15 @@ def _no_shards(listing: Listing, src: Path) -> Listing:
     )
 
 
-def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: MakeConfig) -> None:
+def _pack(
+    folder: Path,
+    part: Part,
+    problems: list[dict[str, Any]],
+    config: MakeConfig,
+    targets: Targets | None,
+) -> None:
     """Write the shards of one split that are not there yet, then the index."""
-    shards = cut(part, folder, config)
+    shards = cut(part, folder, config, targets and targets.coding)
     if not _begin(folder, fingerprint(shards), part.notes):
         index = ShardIndex.load(folder)
         print(f"{folder}: {index.num_samples:,} images are packed already; nothing to do")
@@ -169,10 +180,30 @@ def _pack(folder: Path, part: Part, problems: list[dict[str, Any]], config: Make
             raise
     parts = [load_part(shard) for shard in shards]
     bad = problems + [item for p in parts if p is not None for item in p.damage]
-    _finish(folder, [p for p in parts if p is not None], part.classes, bad)
+    done = [p for p in parts if p is not None]
+    changed = _changed(done, targets)
+    if changed:  # for shards check, which prints it again
+        plan = {"fingerprint": fingerprint(shards), "notes": part.notes + changed}
+        write_atomic(folder / PLAN, json.dumps(plan))
+    _finish(folder, done, part.classes, bad, targets and targets.classes)
     _summary(folder, bad)
+    for line in changed:
+        print(f"  {line}")
     for line in sum((p.deep for p in parts if p is not None), Deep()).lines(config.bits):
         print(f"  {line}")
+
+
+def _changed(parts: list[ShardPart], targets: Targets | None) -> list[str]:
+    """What packing changed in the targets, and which of their classes do not occur."""
+    if targets is None:
+        return []
+    counts = sum((Counter(part.notes) for part in parts), Counter())
+    lines = [f"{count:,} {what}" for what, count in sorted(counts.items())]
+    present = {number for part in parts for number in part.present}
+    if empty := [name for n, name in enumerate(targets.classes) if n not in present]:
+        more = f" and {len(empty) - 6} more" if len(empty) > 6 else ""
+        lines.append(f"classes in no image of this split: {', '.join(empty[:6])}{more}")
+    return lines
 
 
 def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
@@ -209,7 +240,11 @@ def _undo(folder: Path) -> None:
 
 
 def _finish(
-    folder: Path, parts: list[ShardPart], classes: list[str] | None, bad: list[dict[str, Any]]
+    folder: Path,
+    parts: list[ShardPart],
+    classes: list[str] | None,
+    bad: list[dict[str, Any]],
+    target_classes: list[str] | None,
 ) -> None:
     if not sum(len(part.offsets) for part in parts):
         _undo(folder)
@@ -218,7 +253,7 @@ def _finish(
     (folder / QUARANTINE).unlink(missing_ok=True)
     if lines:
         write_atomic(folder / QUARANTINE, lines)
-    write_index(folder, parts, classes)
+    write_index(folder, parts, classes, target_classes=target_classes)
     shutil.rmtree(folder / WORK)
 
 
@@ -227,6 +262,10 @@ def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
     labeled = bool((np.asarray(index.labels) >= 0).any())
     classes = f" of {len(index.classes)} classes" if index.classes else ""
     classes = classes if labeled else " without labels"
+    if index.targets:
+        classes = "" if not labeled else classes
+        named = "masks" if index.targets == "mask" else "boxes"
+        classes += f" with {named} of {len(index.target_classes or ())} classes"
     print(
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"

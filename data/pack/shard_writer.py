@@ -32,6 +32,8 @@ class Sample(NamedTuple):
     """-1: none, and no ``.cls`` member."""
     meta: dict[str, Any]
     """Goes into ``.json``, unless it is empty."""
+    target: tuple[str, bytes] | None = None
+    """``mask`` or ``boxes``, and its content (``data/targets/formats.py``)."""
 
 
 def write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> ShardPart:
@@ -72,4 +74,6 @@ def _members(sample: Sample) -> dict[str, bytes]:
     if sample.meta:
         meta = json.dumps(sample.meta, sort_keys=True, separators=(",", ":"))
         members["json"] = meta.encode()
+    if sample.target is not None:
+        members[sample.target[0]] = sample.target[1]
     return members

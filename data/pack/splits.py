@@ -6,11 +6,13 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import Listing
+from xcit_dino.data.pack.tables import read_text
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
 from xcit_dino.errors import InputError
 
@@ -227,6 +229,11 @@ def given_splits(raw: list[Image], options: Sequence[str], src: str) -> Found:
                 f"--splits {option}: expected SPLIT=FOLDER, such as train=Training, or none"
             )
         patterns[split] = folder.strip("/").split("/")
+    if lists := {s: o.partition("=")[2] for s, o in zip(patterns, options, strict=True)
+                 if o.endswith(".txt")}:  # fmt: skip
+        if len(lists) < len(patterns):
+            raise InputError("--splits: name folders or text files, not both")
+        return listed_splits(raw, lists, src)
     for images in (raw, unwrap(raw)):
         parts, left = _matched(images, patterns)
         if all(parts.values()):
@@ -241,6 +248,65 @@ def given_splits(raw: list[Image], options: Sequence[str], src: str) -> Found:
         f"--splits {missing}={'/'.join(patterns[missing])}: {src} has no images in such a folder; "
         f"it has {', '.join(there[:6]) or 'no folders'}"
     )
+
+
+def listed_splits(raw: list[Image], lists: dict[str, str], src: str) -> Found:
+    """Splits by text files that name an image per line, with or without folder and suffix.
+
+    Raises:
+        InputError: a file cannot be read, or names no image, or one image is in two of them.
+    """
+    by_stem: dict[str, list[Image]] = {}
+    for image in raw:
+        by_stem.setdefault(PurePosixPath(image.name).stem, []).append(image)
+    parts: dict[str, list[Image]] = {}
+    notes, taken = [], dict[str, str]()
+    for split, file in lists.items():
+        path = Path(file) if Path(file).is_file() else Path(src) / file
+        if not path.is_file():
+            raise InputError(f"--splits {split}={file}: no such file, neither here nor in {src}")
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        parts[split], missing = [], []
+        for name in names:
+            fitting = _fitting(name, by_stem)
+            if len(fitting) > 1:
+                raise InputError(
+                    f"--splits {split}={file}: {name} may be {fitting[0].name} or "
+                    f"{fitting[1].name}; write the folder too"
+                )
+            if not fitting:
+                missing.append(name)
+                continue
+            if (other := taken.setdefault(fitting[0].name, split)) != split:
+                raise InputError(f"--splits {split}={file}: {name} is in {other} too")
+            parts[split].append(fitting[0])
+        if not parts[split]:
+            first = names[0] if names else "missing"
+            raise InputError(
+                f"--splits {split}={file}: none of its {len(names):,} lines names an image of "
+                f"{src} (the first is {first})"
+            )
+        if missing:
+            notes.append(
+                f"skipped: {len(missing):,} images of {file} that {src} lacks (the first: "
+                f"{missing[0]})"
+            )
+    if left := len(raw) - len(taken):
+        notes.append(f"skipped: {left:,} images outside --splits")
+    return Found(parts, {split: split for split in parts}, notes)
+
+
+def _fitting(name: str, by_stem: dict[str, list[Image]]) -> list[Image]:
+    """The images that a line of a list may mean."""
+    path = PurePosixPath(name)
+    exact = [i for i in by_stem.get(path.stem, []) if f"/{i.name}".endswith("/" + name.lstrip("/"))]
+    found = exact or [i for i in by_stem.get(path.name, []) if _ends(i.name, path)]
+    return found
+
+
+def _ends(name: str, path: PurePosixPath) -> bool:
+    """Whether a name without its suffix ends with a path."""
+    return f"/{PurePosixPath(name).with_suffix('')}".endswith(f"/{path}")
 
 
 def _check_inner(parts: dict[str, list[Image]], patterns: dict[str, list[str]]) -> None:

@@ -126,7 +126,8 @@ def _tars(folder: Path) -> list[str]:
 def build_index(folder: Path, config: CheckConfig) -> None:
     """Index the shards of a folder from their headers.
 
-    Class names are kept if an earlier index or a ``classes.txt`` (one per line) lists them.
+    Class names are kept if an earlier index or a ``classes.txt`` (one per line) lists them, and so
+    are those of masks and boxes (``target_classes.txt``).
     """
     names, classes = _tars(folder), _classes(folder)
     for name in names:
@@ -138,7 +139,8 @@ def build_index(folder: Path, config: CheckConfig) -> None:
             )
     tasks = [(str(folder), name, config.hash or _hashed(folder)) for name in names]
     with progress(f"Index {folder.name}", len(names), "shards") as bar:
-        write_index(folder, map_processes(_index_shard, tasks, config.num_workers, bar), classes)
+        parts = map_processes(_index_shard, tasks, config.num_workers, bar)
+        write_index(folder, parts, classes, target_classes=_classes(folder, "target_classes"))
     if not ShardIndex.load(folder).num_samples:
         (folder / INDEX).unlink()
         raise InputError(f"{folder}: its {len(names)} tars hold no images")
@@ -151,14 +153,15 @@ def _index_shard(task: tuple[str, str, bool], advance: Advance) -> ShardPart:
     return part
 
 
-def _classes(folder: Path) -> list[str] | None:
+def _classes(folder: Path, kind: str = "classes") -> list[str] | None:
+    """Names of the labels' classes, or of the targets' (``kind`` ``target_classes``)."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        classes = json.loads((folder / INDEX).read_bytes())["classes"]
+        classes = json.loads((folder / INDEX).read_bytes())[kind]
         if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
             return classes
-    if not (folder / "classes.txt").exists():
+    if not (folder / f"{kind}.txt").exists():
         return None
-    return read_text(folder / "classes.txt").rstrip().splitlines()
+    return read_text(folder / f"{kind}.txt").rstrip().splitlines()
 
 
 def _hashed(folder: Path) -> bool:
@@ -233,6 +236,8 @@ def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
     yield "decoded", f"{finding.decoded:,} images, {rate:,.0f} a second a core"
     yield "duplicate keys", _duplicates(finding)
     yield "labels", _balance(index)
+    if index.targets:
+        yield "targets", _targets(index, finding)
     if passed := [f"{n:,} {kind}" for kind, n in finding.passed.most_common() if kind != ".json"]:
         yield "not read", ", ".join(passed[:6])
     yield "problems", f"{len(finding.bad):,}" if finding.bad else "none"
@@ -243,6 +248,18 @@ def _duplicates(finding: Finding) -> str:
     inside = sum(item["reason"] == "duplicate key" for item in finding.bad)
     across = finding.keys_across
     return f"{inside:,} in a shard, {across:,} across shards" + (" (harmless here)" * (across > 0))
+
+
+def _targets(index: ShardIndex, finding: Finding) -> str:
+    assert index.target_sizes is not None
+    names = index.target_classes or []
+    without = int((np.asarray(index.target_sizes) == 0).sum())
+    empty = [name for number, name in enumerate(names) if not finding.instances[number]]
+    text = f"{index.targets} of {len(names) or 'unnamed'} classes, {without:,} images without"
+    if empty:
+        text += f"; in none of {finding.targets:,} read: {', '.join(empty[:6])}"
+        text += f" and {len(empty) - 6} more" if len(empty) > 6 else ""
+    return text
 
 
 def _balance(index: ShardIndex) -> str:

@@ -12,6 +12,10 @@ A data set is a folder of WebDataset shards and four files:
     one entry a sample in shard order: int64 position of the image's bytes in its shard, int32
     length, int32 label (-1: none). They are memory-mapped, so that 1e9 samples cost no memory and
     no start-up time, and one page is read for the samples that are requested.
+``index.target_offsets.npy index.target_sizes.npy``
+    where samples have a mask or boxes beside their image (``data/targets/formats.py``):
+    ``index.json`` then has ``targets`` (``mask`` or ``boxes``) and ``target_classes``, the names of
+    their classes or null.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from xcit_dino.files import write_atomic
 VERSION = 1
 INDEX = "index.json"
 ARRAYS = {"offsets": np.dtype("<i8"), "sizes": np.dtype("<i4"), "labels": np.dtype("<i4")}
+TARGET_ARRAYS = {"target_offsets": np.dtype("<i8"), "target_sizes": np.dtype("<i4")}
+TARGETS = ("mask", "boxes")
 NPY_HEADER = 128  # bytes that NumPy writes in front of a one-dimensional array
 MAX_LABEL = (1 << 24) - 1  # more classes than that are damage, and tables of them take gigabytes
 SPARSE = 100_000  # below that many numbers, unused ones cost little
@@ -57,6 +63,9 @@ class ShardIndex:
         classes: class names by label, or None.
         checksum: SHA-256 over everything above; two equal checksums mean the same data.
         pixels: what the images are; 8-bit RGB unless ``index.json`` says otherwise.
+        targets: ``mask`` or ``boxes`` where samples have one, else None.
+        target_classes: names of the targets' classes by number, or None.
+        target_offsets, target_sizes: like those of the images; size 0: this sample has none.
     """
 
     root: str
@@ -71,6 +80,10 @@ class ShardIndex:
     classes: list[str] | None
     checksum: str
     pixels: PixelFormat = RGB8
+    targets: str | None = None
+    target_classes: list[str] | None = None
+    target_offsets: np.ndarray | None = None
+    target_sizes: np.ndarray | None = None
 
     @property
     def num_samples(self) -> int:
@@ -93,6 +106,13 @@ class ShardIndex:
         """(shard number, position of the image in that shard, its length in bytes)."""
         shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return shard, int(self.offsets[sample]), int(self.sizes[sample])
+
+    def locate_target(self, sample: int) -> tuple[int, int, int]:
+        """(shard number, position of the target in that shard, its length; 0: there is none)."""
+        shard = int(np.searchsorted(self.starts, sample, side="right")) - 1
+        if self.target_offsets is None or self.target_sizes is None:
+            return shard, 0, 0
+        return shard, int(self.target_offsets[sample]), int(self.target_sizes[sample])
 
     def path(self, shard: int) -> str:
         """Path or URL of a shard."""
@@ -238,7 +258,7 @@ def _fetch(url: str, remote: Remote, cache: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / INDEX, raw)
     meta = _read_meta(url, folder)
-    for name, dtype in ARRAYS.items():
+    for name, dtype in arrays_of(meta).items():
         file = folder / f"index.{name}.npy"
         if not file.exists():
             size = NPY_HEADER + meta["samples"] * dtype.itemsize
@@ -265,17 +285,23 @@ def _open(root: str, folder: Path) -> ShardIndex:
         sha256 = [shard["sha256"] for shard in meta["shards"]]
         classes = meta["classes"]
         pixels = PixelFormat.parse(meta.get("pixels"))
+        targets, target_classes = meta.get("targets"), meta.get("target_classes")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(root, INDEX, f"{type(error).__name__}: {error}") from None
-    if (counts < 0).any() or not _are_names(classes):
+    if (counts < 0).any() or not _are_names(classes) or not _are_names(target_classes):
         raise _damaged(root, INDEX, "counts below 0, or class names that are none")
     if unsafe := [name for name in shards if not _is_inside(name)]:
         raise _damaged(root, INDEX, f"shard name {unsafe[0]!r} leaves the folder")
-    arrays = {name: _map(root, folder / f"index.{name}.npy", int(counts.sum())) for name in ARRAYS}
+    if targets is not None and targets not in TARGETS:
+        raise _damaged(root, INDEX, f"targets {targets!r}, which this program does not know")
+    arrays = {
+        name: _map(root, folder / f"index.{name}.npy", int(counts.sum()), dtype)
+        for name, dtype in arrays_of(meta).items()
+    }
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     return ShardIndex(
         root, shards, sha256, counts, starts, num_bytes, **arrays, classes=classes,
-        checksum=meta["checksum"], pixels=pixels,
+        checksum=meta["checksum"], pixels=pixels, targets=targets, target_classes=target_classes,
     )  # fmt: skip
 
 
@@ -297,7 +323,7 @@ def _read_meta(root: str, folder: Path) -> dict[str, Any]:
             )
         if meta["checksum"] != checksum_of(meta):
             raise _damaged(root, INDEX, "its checksum does not fit its content")
-        if type(meta["samples"]) is not int or not meta["arrays"].keys() >= ARRAYS.keys():
+        if type(meta["samples"]) is not int or not meta["arrays"].keys() >= arrays_of(meta).keys():
             raise _damaged(root, INDEX, "it lacks numbers that every index has")
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(root, INDEX, f"{type(error).__name__}: {error}") from None
@@ -316,12 +342,17 @@ def _is_inside(name: str) -> bool:
     return not (path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name)
 
 
-def _map(root: str, path: Path, length: int) -> np.ndarray:
+def arrays_of(meta: dict[str, Any]) -> dict[str, np.dtype[Any]]:
+    """Names and types of the arrays of an index, by its ``index.json``."""
+    return ARRAYS | (TARGET_ARRAYS if meta.get("targets") else {})
+
+
+def _map(root: str, path: Path, length: int, dtype: np.dtype[Any]) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise _damaged(root, path.name, str(error)) from None
-    if array.shape != (length,) or array.dtype != ARRAYS[path.name.split(".")[1]]:
+    if array.shape != (length,) or array.dtype != dtype:
         raise _damaged(root, path.name, f"holds {array.dtype} {array.shape}, not {length} samples")
     return array
 

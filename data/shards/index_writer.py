@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from xcit_dino.data.decode.rgb import Deep
 from xcit_dino.data.pixels import RGB8, PixelFormat
-from xcit_dino.data.shards.index import ARRAYS, INDEX, NPY_HEADER, VERSION, checksum_of
+from xcit_dino.data.shards.index import (
+    ARRAYS,
+    INDEX,
+    NPY_HEADER,
+    TARGET_ARRAYS,
+    VERSION,
+    checksum_of,
+)
+from xcit_dino.errors import InputError
 from xcit_dino.files import atomic_path, file_sha256, write_atomic
 
 
@@ -28,6 +37,14 @@ class ShardPart(NamedTuple):
     damage: list[dict[str, Any]]
     deep: Deep = Deep()
     """Images of more than 8 bits."""
+    targets: str | None = None
+    """``mask`` or ``boxes`` where samples have one; the next two are then arrays."""
+    target_offsets: np.ndarray | None = None
+    target_sizes: np.ndarray | None = None
+    notes: Mapping[str, int] = MappingProxyType({})
+    """What was changed or noticed in the samples while they were packed, with counts."""
+    present: Sequence[int] = ()
+    """Classes that occur in the targets, while they are packed."""
 
 
 def write_index(
@@ -35,38 +52,60 @@ def write_index(
     parts: Iterable[ShardPart],
     classes: list[str] | None,
     pixels: PixelFormat = RGB8,
+    target_classes: list[str] | None = None,
 ) -> str:
     """Write the index of ``root`` from its shards in their order; returns the checksum.
 
     The old ``index.json`` goes first and the new one comes last, so that no reader ever sees
     arrays of another index. ``parts`` may be a generator: one part is held at a time.
+
+    Raises:
+        InputError: some shards hold masks and others boxes.
     """
-    root, shards = Path(root), []
+    root, shards, samples, targets = Path(root), [], 0, None
+    arrays = dict(ARRAYS)
     (root / INDEX).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context(_opened(root / f"index.{n}.npy")) for n in ARRAYS}
         for file in files.values():
             file.write(bytes(NPY_HEADER))  # its text, the number of samples, comes last
         for part in parts:
+            if part.targets and targets is None:
+                targets, arrays = part.targets, ARRAYS | TARGET_ARRAYS
+                for name, dtype in TARGET_ARRAYS.items():  # zeros for the samples before
+                    files[name] = stack.enter_context(_opened(root / f"index.{name}.npy"))
+                    files[name].truncate(NPY_HEADER + samples * dtype.itemsize)
+                    files[name].seek(0, 2)
+            if part.targets and part.targets != targets:
+                raise InputError(
+                    f"{root}: {part.name} holds {part.targets}, the shards before it {targets}; "
+                    "put each kind into a folder of its own"
+                )
             for name, file in files.items():
-                file.write(np.ascontiguousarray(getattr(part, name), ARRAYS[name]).tobytes())
+                values = getattr(part, name)
+                values = np.zeros(len(part.offsets)) if values is None else values
+                file.write(np.ascontiguousarray(values, arrays[name]).tobytes())
+            samples += len(part.offsets)
             shards.append(
                 {"name": part.name, "samples": len(part.offsets), "bytes": part.bytes,
                  "sha256": part.sha256}
             )  # fmt: skip
-        samples = sum(shard["samples"] for shard in shards)
         for name, file in files.items():
             file.seek(0)
-            header = {"descr": ARRAYS[name].str, "fortran_order": False, "shape": (samples,)}
+            header = {"descr": arrays[name].str, "fortran_order": False, "shape": (samples,)}
             np.lib.format.write_array_header_1_0(file, header)
             assert file.tell() == NPY_HEADER
     meta = {
         "version": VERSION, "samples": samples, "bytes": sum(shard["bytes"] for shard in shards),
         "classes": classes, "shards": shards,
-        "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in ARRAYS},
+        "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in arrays},
     }  # fmt: skip
     if (facts := pixels.dump()) is not None:
         meta["pixels"] = facts
+    if targets:
+        meta |= {"targets": targets, "target_classes": target_classes}
+    for name in TARGET_ARRAYS.keys() - arrays.keys():
+        (root / f"index.{name}.npy").unlink(missing_ok=True)  # of an earlier index
     meta["checksum"] = checksum_of(meta)
     write_atomic(root / INDEX, json.dumps(meta, indent=1))
     return meta["checksum"]

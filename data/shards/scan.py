@@ -5,16 +5,32 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL
+from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL, TARGET_ARRAYS, TARGETS
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.data.shards.tar import Damage, Member, ReadAt, scan
+from xcit_dino.errors import InputError
 from xcit_dino.files import file_sha256
 
 IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm".split())
+
+
+class Row(NamedTuple):
+    """What the headers of a tar say of one sample."""
+
+    offset: int
+    """Of its image, and then the image's length in bytes."""
+    size: int
+    label: int
+    key: str
+    target_offset: int = 0
+    """Of its mask or boxes, and then their length; 0: none."""
+    target_size: int = 0
+    target: str | None = None
+    """``mask`` or ``boxes``."""
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -27,9 +43,9 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
     """Index one shard by its headers; its image data are only read for the checksum.
 
     A sample is a run of members with one key, as WebDataset has it. Its image is its first member
-    with an image extension, its label the number in ``.cls``; a sample with an unreadable label
-    keeps its place with label -1 and is listed in ``damage``, and so are samples without an image
-    and whatever is not a member.
+    with an image extension, its label the number in ``.cls``, its target the ``.mask`` or
+    ``.boxes``; a sample with an unreadable label keeps its place with label -1 and is listed in
+    ``damage``, and so are samples without an image and whatever is not a member.
     """
     path = Path(root) / name
     size = path.stat().st_size
@@ -41,9 +57,20 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
     table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
     sha256 = file_sha256(path) if with_sha256 else None
     offsets, sizes, labels = (table[:, i].astype(d) for i, d in enumerate(ARRAYS.values()))
-    return ShardPart(
+    part = ShardPart(
         name, size, sha256, offsets, sizes, labels, [{"shard": name, **item} for item in damage]
     )
+    kinds = {row.target: row.key for row in rows if row.target}
+    if not kinds:
+        return part
+    if len(kinds) > 1:
+        raise InputError(
+            f"{path}: {kinds['mask']} has a mask and {kinds['boxes']} boxes; put each kind into "
+            "shards of its own"
+        )
+    table = np.array([row[4:6] for row in rows], np.int64).reshape(-1, 2)
+    columns = {n: table[:, i].astype(d) for i, (n, d) in enumerate(TARGET_ARRAYS.items())}
+    return part._replace(targets=next(iter(kinds)), **columns)
 
 
 class _Sample:
@@ -55,19 +82,21 @@ class _Sample:
         self.second: list[tuple[str, Member]] = []
         """Images whose extension has dots (``22.05.png``: key 22, extension 05.png)."""
         self.others: list[tuple[str, int]] = []
+        self.target: tuple[str, Member] | None = None
+        """A mask or boxes."""
 
 
 def scan_samples(
     read_at: ReadAt, end: int, passed: Counter[str] | None = None
-) -> tuple[list[tuple[int, int, int, str]], list[dict[str, Any]]]:
-    """([(offset, size, label, key)], [{"key", "reason", "offset"}]) of the samples of one tar.
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """(rows, [{"key", "reason", "offset"}]) of the samples of one tar.
 
     Members without a key (macOS's ``._x``) are passed over, as the webdataset library does.
 
     Args:
-        passed: counts the members that are neither image nor label, by extension.
+        passed: counts the members that are neither image, label nor target, by extension.
     """
-    rows: list[tuple[int, int, int, str]] = []
+    rows: list[Row] = []
     damage: list[dict[str, Any]] = []
     orphans: list[dict[str, Any]] = []
     passed = Counter() if passed is None else passed
@@ -86,7 +115,7 @@ def scan_samples(
             sample = _Sample(key)
         _take(sample, extension, member, read_at, damage)
     _close(sample, rows, damage, orphans, passed)
-    there = {row[3] for row in rows}
+    there = {row.key for row in rows}
     for item in orphans:
         if item["key"] in there:
             item["reason"] = (
@@ -112,12 +141,17 @@ def _take(
             reason = f"unreadable label {shown!r}: .cls holds a number from 0 to {MAX_LABEL:,}"
             damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
         sample.others.append((extension, member.offset))
+    elif extension in TARGETS and (sample.target is None or sample.target[0] == extension):
+        sample.target = (extension, member)
+    elif extension in TARGETS:
+        reason = "a mask and boxes in one sample: the second is not used"
+        damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
     else:
         sample.others.append((extension, member.offset))
 
 
 def _close(
-    sample: _Sample, rows: list[tuple[int, int, int, str]], damage: list[dict[str, Any]],
+    sample: _Sample, rows: list[Row], damage: list[dict[str, Any]],
     orphans: list[dict[str, Any]], passed: Counter[str],
 ) -> None:  # fmt: skip
     """Take in a sample whose members are all read."""
@@ -138,11 +172,18 @@ def _close(
         if extension.rpartition(".")[2] != "cls":
             passed[f".{extension}"] += 1
     if image is not None:
-        rows.append((image.offset, image.size, sample.label, sample.key))
+        row = Row(image.offset, image.size, sample.label, sample.key)
+        if sample.target is not None:
+            kind, member = sample.target
+            row = row._replace(target_offset=member.offset, target_size=member.size, target=kind)
+        rows.append(row)
         return
-    kinds = " .".join(extension for extension, _ in sample.others)
+    others = sample.others
+    if sample.target is not None:
+        others = [*others, (sample.target[0], sample.target[1].offset)]
+    kinds = " .".join(extension for extension, _ in others)
     reason = f"no image among its members: .{kinds}"[:200]
-    orphans.append({"key": sample.key, "reason": reason, "offset": sample.others[0][1]})
+    orphans.append({"key": sample.key, "reason": reason, "offset": others[0][1]})
 
 
 def _label(raw: bytes) -> int:

@@ -21,11 +21,14 @@ from xcit_dino.data.shards.index import (
     ARRAYS,
     INDEX,
     MAX_LABEL,
+    TARGET_ARRAYS,
     ShardIndex,
+    arrays_of,
     printable,
     sparse_labels,
 )
-from xcit_dino.data.shards.scan import scan_samples
+from xcit_dino.data.shards.scan import Row, scan_samples
+from xcit_dino.data.targets.formats import check_target, decode_target
 from xcit_dino.files import file_sha256
 from xcit_dino.progress import progress
 
@@ -47,7 +50,11 @@ class Finding:
     deep: Deep = Deep()
     """Images of 16 bits."""
     passed: Counter[str] = field(default_factory=Counter)
-    """Members that are neither image nor label, by extension."""
+    """Members that are neither image, label nor target, by extension."""
+    targets: int = 0
+    """Masks or lists of boxes that were decoded."""
+    instances: Counter[int] = field(default_factory=Counter)
+    """How many of these have each class."""
     keys: list[np.ndarray] = field(default_factory=list)
     """64-bit digests of the keys, one array a shard."""
 
@@ -65,12 +72,16 @@ class _Task:
     bytes: int
     sha256: str | None
     expected: np.ndarray
-    """int64 [samples, 3]: offset, size, label as the index has them."""
+    """int64 [samples, 5]: offset, size, label, and the target's offset and size, as the index has
+    them."""
     picked: np.ndarray
     """Which of them to decode."""
     labeled: bool
     """The set has labels, so that a sample without one is a problem."""
     num_classes: int
+    targets: str | None
+    """Kind of the samples' targets, and the number of their classes."""
+    target_classes: int | None
 
 
 def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None) -> Finding:
@@ -91,6 +102,8 @@ def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None
             total.bad += finding.bad
             total.deep += finding.deep
             total.passed += finding.passed
+            total.targets += finding.targets
+            total.instances += finding.instances
             if index.num_samples <= MAX_KEYS:
                 total.keys += finding.keys
     return total
@@ -112,20 +125,27 @@ class _Tasks(Sequence[_Task]):
         index = self.shard_index
         start = int(index.starts[shard])
         rows = slice(start, start + int(index.counts[shard]))
-        columns = [np.asarray(getattr(index, name)[rows], np.int64) for name in ARRAYS]
+        count = int(index.counts[shard])
+        columns = [
+            np.zeros(count, np.int64) if (array := getattr(index, name)) is None
+            else np.asarray(array[rows], np.int64)
+            for name in ARRAYS | TARGET_ARRAYS
+        ]  # fmt: skip
         first, last = np.searchsorted(self.chosen, [rows.start, rows.stop])
         return _Task(
             index.path(shard), index.shards[shard], int(index.shard_bytes[shard]),
             index.sha256[shard], np.stack(columns, 1), self.chosen[first:last] - start,
             self.labeled, len(index.classes) if index.classes else MAX_LABEL + 1,
+            index.targets, len(index.target_classes) if index.target_classes else None,
         )  # fmt: skip
 
 
 def _damaged_arrays(index: ShardIndex) -> list[dict[str, Any]]:
-    digests = json.loads((Path(index.root) / INDEX).read_bytes())["arrays"]
+    meta = json.loads((Path(index.root) / INDEX).read_bytes())
+    digests = meta["arrays"]
     return [
         {"shard": f"index.{name}.npy", "key": "", "reason": "checksum differs from index.json's"}
-        for name in ARRAYS
+        for name in arrays_of(meta)
         if file_sha256(Path(index.root) / f"index.{name}.npy") != digests[name]
     ]
 
@@ -154,7 +174,7 @@ def _verify_shard(task: _Task, advance: Advance) -> Finding:
         rows, damage = scan_samples(lambda at, n: os.pread(descriptor, n, at), size, finding.passed)
         for item in damage:
             report(item["key"], f"{item['reason']} at byte {item['offset']}")
-        found = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
+        found = np.array([(*row[:3], *row[4:6]) for row in rows], np.int64).reshape(-1, 5)
         if not np.array_equal(found, task.expected):
             report(
                 "",
@@ -164,7 +184,7 @@ def _verify_shard(task: _Task, advance: Advance) -> Finding:
             if not damage:  # another tar: what the index says of it means nothing
                 advance(len(task.picked))
                 return finding
-        keys = {offset: key for offset, _, _, key in rows}
+        keys = {row.offset: row.key for row in rows}
         _check_keys(list(keys.values()), finding, report)
         _check_labels(rows, {item["key"] for item in damage}, task, report)
         _decode(descriptor, task, keys, finding, report, advance)
@@ -183,10 +203,9 @@ def _check_keys(keys: list[str], finding: Finding, report: Report) -> None:
     finding.keys.append(np.frombuffer(b"".join(digests), np.uint64))
 
 
-def _check_labels(
-    rows: list[tuple[int, int, int, str]], reported: set[str], task: _Task, report: Report
-) -> None:
-    for _, _, label, key in rows:
+def _check_labels(rows: list[Row], reported: set[str], task: _Task, report: Report) -> None:
+    for row in rows:
+        label, key = row.label, row.key
         if task.labeled and label < 0 and key not in reported:
             report(key, "no label")
         elif label >= task.num_classes:
@@ -198,15 +217,21 @@ def _decode(
     advance: Advance,
 ) -> None:  # fmt: skip
     scratch, began = Scratch(), time.perf_counter()
-    for offset, size, _ in task.expected[task.picked].tolist():
+    for offset, size, _, target, length in task.expected[task.picked].tolist():
         try:
             if not 0 < size <= MAX_BYTES:
                 raise BadImage(f"{size} bytes are no image")
             raw = os.pread(descriptor, size, offset)
             if len(raw) < size:
                 raise BadImage("the shard is truncated")
-            decode(raw, read_header(raw), scratch)
+            header = read_header(raw)
+            decode(raw, header, scratch)
             finding.decoded += 1
+            if length and task.targets:
+                content = decode_target(task.targets, os.pread(descriptor, length, target))
+                found = check_target(content, header.height, header.width, task.target_classes)
+                finding.targets += 1
+                finding.instances.update(found)
         except (BadImage, OSError, ValueError) as error:
             report(keys.get(offset, f"at byte {offset}"), str(error))
         advance(1)

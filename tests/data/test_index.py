@@ -206,7 +206,7 @@ def test_samples_without_an_image_are_listed():
     names = ["a.jpg", "a.txt", "b.heic", "b.json", "c.v2.png", "readme"]
     data = tar_bytes([(tarfile.TarInfo(name), b"x") for name in names])
     rows, damage = scan_samples(lambda at, n: data[at : at + n], len(data))
-    assert [key for *_, key in rows] == ["a", "c"]  # c as webdataset has it: its v2.png
+    assert [row.key for row in rows] == ["a", "c"]  # c as webdataset has it: its v2.png
     assert {item["key"]: item["reason"] for item in damage} == {
         "b": "no image among its members: .heic .json",
     }
@@ -305,4 +305,4 @@ def test_mutated_tars_never_break_the_scan(cases: int):
                     data[at : at + 12] = rng.bytes(12)
             data = data or bytearray(b"\0")
         rows, _ = scan_samples(lambda at, n, data=bytes(data): data[at : at + n], len(data))
-        assert all(0 <= o and 0 <= s and o + s <= len(data) for o, s, _, _ in rows)
+        assert all(0 <= o and 0 <= s and o + s <= len(data) for o, s, *_ in rows)

@@ -455,7 +455,7 @@ def test_mutated_shards_never_crash_and_every_good_sample_is_delivered(tmp_path,
             rows, _ = scan_samples(lambda at, n, data=data: data[at : at + n], len(data))
             begins = [(o - 512, o + n) for _, o, n in places]
             whole = {b + 512 for b, e in begins if data[b:e] == original[b:e]}
-            assert whole <= {offset for offset, _, _, _ in rows}, case
+            assert whole <= {row.offset for row in rows}, case
     assert bad_samples > cases // 3
 
 

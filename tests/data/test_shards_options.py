@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -23,6 +24,10 @@ MAKE = {  # changed: other files; same: the same by intention; a text: refused w
     "--labels none": "changed",
     "--label_column x": "there is no list of labels",
     "--label_map {}/map.txt": "changed",
+    "--masks {}/masks": "0, 7, 255",
+    "--mask_classes voc": "there are no --masks",
+    "--masks {}/masks --mask_classes {}/map.txt --mask_ignore 7": "changed",
+    "--boxes {}/boxes.json": "changed",
     "--shard_size 1": "changed",
     "--shard_bytes 1000": "changed",
     "--resize 20": "changed",
@@ -81,9 +86,17 @@ def digests(folder: Path) -> dict[str, str]:
 def test_options_of_make(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     src, expected = source(tmp_path / "src"), MAKE[option]
     (tmp_path / "map.txt").write_text("b\na\n")
+    (tmp_path / "masks").mkdir()
+    mask = np.zeros((40, 40), np.uint8)
+    mask[0], mask[1] = 7, 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "1.png")
+    one = {"id": 1, "image_id": 0, "category_id": 1, "bbox": [0, 0, 9, 9]}
+    boxes = {"images": [{"id": 0, "file_name": "1.jpg"}], "annotations": [one],
+             "categories": [{"id": 1, "name": "cat"}]}  # fmt: skip
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     command = ["shards", "make", str(src)]
     assert main([*command, str(tmp_path / "plain"), "--num_workers", "1"]) == 0
-    code = main([*command, str(tmp_path / "dst"), *shlex.split(option.format(tmp_path))])
+    code = main([*command, str(tmp_path / "dst"), *shlex.split(option.format(*[tmp_path] * 2))])
     if expected in ("changed", "same"):
         same = digests(tmp_path / "dst") == digests(tmp_path / "plain")
         assert code == 0 and same == (expected == "same")
