@@ -166,14 +166,14 @@ def alarms_of(images, folder, steps, changes, seed=0):
 
 
 def test_a_run_without_sharpening_rings(images, tmp_path):
-    changes = collapse.SICK["no sharpening"]
+    changes = collapse.UNHEALTHY["no sharpening"]
     assert alarms_of(images, tmp_path, 130, changes) == {"alarm_uniform"}
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kind", collapse.SICK)
+@pytest.mark.parametrize("kind", collapse.UNHEALTHY)
 def test_runs_made_to_collapse_ring(kind, images, tmp_path):
-    assert alarms_of(images, tmp_path, 300, collapse.SICK[kind])
+    assert alarms_of(images, tmp_path, 300, collapse.UNHEALTHY[kind])
 
 
 @pytest.mark.faults
