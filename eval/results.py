@@ -11,6 +11,7 @@ from xcit_dino.provenance import LOCK, record_result
 from xcit_dino.train.run.folder import FREE
 from xcit_dino.train.run.reader import EVALUATIONS, Run, read_run
 from xcit_dino.train.run.tensorboard_log import write_hparams
+from xcit_dino.train.run.trackers import mirror_result
 
 
 def write_result(
@@ -32,6 +33,12 @@ def write_result(
     run = read_run(folder)
     if not run.config:
         return  # weights from elsewhere: no options to show
+    mirror_result(
+        folder,
+        run.config.get("logger") or (),
+        int(run.metrics[-1]["step"]) if run.metrics else 0,
+        {f"final/{name}/{key}": float(value) for key, value in metrics.items()},
+    )
     logged_options = {name: value for name, value in run.config.items() if name not in FREE}
     try:
         with locked(folder / LOCK):

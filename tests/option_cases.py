@@ -148,6 +148,7 @@ RUN: Cases = {
     "keep_checkpoints": [turn("1", shows="files")],
     "checkpoint_minutes": [turn("1e-9", shows="files", given={"keep_checkpoints": "9"})],
     "log_every": [turn("2", shows="metrics")],
+    "logger": [turn("mlflow", shows="files")],
     "max_skipped": [turn("1", shows="printed", within=skipping)],
     "on_nonfinite": [turn("stop", shows="printed", within=skipping, given={"max_skipped": "1"})],
     "watchdog_minutes": [turn("0.002", shows="files", within=slow)],

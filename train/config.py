@@ -84,7 +84,10 @@ class RunConfig:
     checkpoint_minutes: float = 10.0
     """Minutes between additional checkpoints; 0 saves only at epoch ends."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl and TensorBoard."""
+    """Steps between lines of metrics.jsonl, TensorBoard and the other loggers."""
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Dashboards that show the run, besides metrics.jsonl: one run over all attempts, results
+    included. wandb and mlflow are told by their own environment variables where to write."""
     max_skipped: int = 20
     """Maximum consecutive steps skipped for non-finite gradients."""
     on_nonfinite: Literal["rollback", "stop"] = "rollback"

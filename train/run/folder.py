@@ -16,12 +16,13 @@ from xcit_dino.files import check_writable, write_atomic
 from xcit_dino.options import absolute, dump_yaml, ineffective, options, read_yaml, replace
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.run.metrics import METRICS
+from xcit_dino.train.run.trackers import check_installed
 
 CONFIG_FILE, LOCK = "config.yaml", "owner.lock"
 # These may differ between two attempts of a run: they do not affect what is learned.
 FREE = frozenset(
     "output_dir max_steps may_change saveckp_freq keep_checkpoints checkpoint_minutes log_every "
-    "max_skipped on_nonfinite on_collapse on_stall watchdog_minutes "
+    "logger max_skipped on_nonfinite on_collapse on_stall watchdog_minutes "
     "on_forgetting forgetting_every forgetting_threshold "
     "device batch_size_per_gpu accum_iter compile grad_checkpointing group_backward fsdp "
     "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
@@ -47,11 +48,13 @@ def holder(folder: Path) -> str:
 
 
 def check_output(run: RunConfig) -> None:
-    """Refuse a run folder that cannot be written to, before any work.
+    """Refuse a run folder that cannot be written to, and a logger that is not installed, before any
+    work.
 
     Raises:
         InputError: names it and the option.
     """
+    check_installed(run.logger)
     check_writable(run.output_dir, "name another folder: --output_dir ELSEWHERE")
 
 

@@ -1,4 +1,4 @@
-"""The log of a training: progress on the terminal, ``metrics.jsonl``, TensorBoard."""
+"""The log of a training: progress on the terminal, ``metrics.jsonl``, TensorBoard, trackers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from xcit_dino.errors import RunError
+from xcit_dino.options import read_yaml
 from xcit_dino.progress import progress
 from xcit_dino.provenance import provenance
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.metrics import RunFiles, process_seconds, read_metrics
 from xcit_dino.train.run.tensorboard_log import Board
+from xcit_dino.train.run.trackers import Mirror, mirrors
 
 SHOWN = {  # below the bar: name of a metric -> (label, format)
     "epoch": ("epoch", ".2f"), "loss": ("loss", ".3f"), "teacher_entropy": ("entropy", ".2f"),
@@ -126,12 +128,18 @@ class RunLog(AbstractContextManager):
             "processes": dist.world_size(),
             "global_batch": self.global_batch,
         }
-        self.files = RunFiles(self.run.output_dir, self.first, facts)
-        self.board = Board(self.run.output_dir, self.first)
-        config = self.run.output_dir / "config.yaml"
-        if config.is_file():
-            self.board.text("config", config.read_text(), self.first)
-        self.board.text("environment", json.dumps(provenance() | facts, indent=1), self.first)
+        folder = self.run.output_dir
+        self.files = RunFiles(folder, self.first, facts)
+        config = folder / "config.yaml"
+        text = config.read_text() if config.is_file() else ""
+        self.boards: list[Board | Mirror] = []
+        if "tensorboard" in self.run.logger:
+            board = Board(folder, self.first)
+            if text:
+                board.text("config", text, self.first)
+            board.text("environment", json.dumps(provenance() | facts, indent=1), self.first)
+            self.boards.append(board)
+        self.boards += mirrors(folder, self.run.logger, read_yaml(config) if text else {})
 
     def step(
         self, step: int, metrics: dict[str, Tensor], scheduled: dict[str, float], waited: float
@@ -200,7 +208,8 @@ class RunLog(AbstractContextManager):
                 self.open_files()
             assert self.files is not None
             self.files.write(step, numbers)
-            self.board.add(step, values)
+            for board in self.boards:
+                board.add(step, values)
         if accuracies := accuracies_in(numbers):
             self.accuracy = accuracies
             found = "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items())
@@ -217,7 +226,8 @@ class RunLog(AbstractContextManager):
         if self.files is not None:
             reason = "stopped" if self.done < self.total_steps else "done"
             self.files.close(self.done, f"{kind.__name__}: {error}"[:300] if kind else reason)
-            self.board.close()
+            for board in self.boards:
+                board.close()
 
 
 def last_accuracy(run: RunConfig) -> dict[str, float]:
