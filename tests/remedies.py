@@ -627,6 +627,15 @@ RUN = [
 # -- not run here, and why -------------------------------------------------------------------------
 
 ELSEWHERE = {
+    "{} {}: the first must be below the second": "test_pixels.py, with every window",
+    "takes LOW HIGH, or that for each of {} channels": "test_pixels.py, with every window",
+    "a number, or a percentile such as p0.1": "test_pixels.py, with every window",
+    "a percentile lies between p0 and p100": "test_pixels.py, with every window",
+    "8-bit RGB images have no stored percentiles": "test_pixels.py, with every window",
+    "--logger {}: is not installed: pip install": "the tests have the package: test_trackers.py",
+    "--logger {}: not everything was sent within": "a server that hangs: test_trackers.py",
+    "--logger {}: does not answer": "a server that hangs: test_trackers.py",
+    "--logger {}: {}; training continues without it": "a server that fails: test_trackers.py",
     # of the launcher: need SLURM, several ranks, or a second process
     "--cluster slurm: SLURM does not respond": "test_launch.py turns SLURM off and on",
     "SLURM does not respond here ({})": "test_launch.py turns SLURM off and on",
