@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORES ?= 2
 
-.PHONY: install quickstart test test-slurm faults lint typecheck clean
+.PHONY: install quickstart test test-slurm faults lint typecheck release clean
 
 install: $(STAMP)
 
@@ -36,6 +36,15 @@ lint: $(STAMP)
 
 typecheck: $(STAMP)
 	$(BIN)/pyright
+
+# Wheel and source archive in dist/, and the wheel tried in an empty environment, away from here.
+release: $(STAMP)
+	rm -rf dist && $(BIN)/uv build --quiet --out-dir dist
+	rm -rf dist/try && $(PYTHON) -m venv dist/try
+	$(BIN)/uv pip install --quiet --python dist/try/bin/python -c constraints.txt dist/*.whl
+	cd dist/try && bin/xcit-dino --version && bin/xcit-dino shards demo demo --train 24 --val 12 \
+	    && bin/python -c "import xcit_dino; print(len(xcit_dino.list_models()), 'models')"
+	rm -rf dist/try && ls -l dist
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

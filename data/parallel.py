@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from xcit_dino.cores import usable_cores
 from xcit_dino.progress import Bar
 
 AHEAD = 4  # tasks a process that are submitted or hold an unread result: bounds the memory
@@ -19,11 +20,6 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
 """Advances the bar by an amount of work."""
-
-
-def num_cores() -> int:
-    """Cores that this process may use (a SLURM job's share, not the whole machine)."""
-    return len(os.sched_getaffinity(0))
 
 
 def map_processes(
@@ -38,7 +34,7 @@ def map_processes(
         function: at module level, so that a process can import it.
         num_workers: processes; None is one per core, and a single one runs in this process.
     """
-    num_workers = min(num_workers or num_cores(), len(tasks))
+    num_workers = min(num_workers or usable_cores(), len(tasks))
     if num_workers <= 1:
         for task in tasks:
             yield function(task, bar.advance)

@@ -25,6 +25,7 @@ from typing import Any
 
 import submitit
 
+from xcit_dino.cores import usable_cores
 from xcit_dino.errors import InputError, RunError, Stopped, one_line
 from xcit_dino.options import options, replace
 from xcit_dino.slurm import attempts, env, launched, scheduler
@@ -159,7 +160,7 @@ def restart_count() -> int:
 
 def set_threads(tasks: int) -> None:
     """Divide the node's cores among its processes; torch would use all of them in each."""
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or len(os.sched_getaffinity(0)) // tasks
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) or usable_cores() // tasks
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from xcit_dino.cores import usable_cores
 from xcit_dino.errors import InputError, warn
 from xcit_dino.files import locked, write_atomic
 
@@ -83,7 +84,7 @@ def hardware() -> dict[str, Any]:
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "gpus": gpus}
+    return {"cpu": cpu_name(), "cores": usable_cores(), "gpus": gpus}
 
 
 def cpu_name() -> str:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from xcit_dino.cores import usable_cores
 from xcit_dino.data.config import CheckConfig
-from xcit_dino.data.parallel import num_cores
 from xcit_dino.data.shards.verify import Finding
 
 CROP_SECONDS = 1.2e-3  # cropping 2x224 + 10x96 on one core: bench/crops.py, "crops alone"
@@ -47,8 +47,8 @@ def preflight(
             f"decoding as measured here, and {CROP_SECONDS * 1e3:.1f} ms for 2x224 + 10x96 crops)"
         )
         yield from _speed(workers, seconds, mean_bytes, config, gpus)
-    if gpus * workers > num_cores():
-        yield f"  a node needs {gpus * workers} cores for that; this machine has {num_cores()}"
+    if gpus * workers > usable_cores():
+        yield f"  a node needs {gpus * workers} cores for that; this machine has {usable_cores()}"
 
 
 def _speed(
