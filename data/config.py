@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -157,6 +158,27 @@ class LoaderConfig:
         return needs(remote or not places, why, "cache_dir", "cache_gb")
 
 
+PIXELS = re.compile(r"auto|rgb8|([1-9][0-9]{0,2})x(uint8|uint16|int16|float32)")
+
+
+def _check_pixels(config: MakeConfig | CheckConfig) -> None:
+    """The options on what the images are."""
+    from xcit_dino.data.pixels import DTYPES, MAX_CHANNELS
+
+    within(config, 0, 1e6, "page")
+    within(config, -3.5e38, 3.5e38, "nodata")
+    within(config, 1, 1e10, "max_pixels")
+    match = PIXELS.fullmatch(config.pixels)
+    if match is None or int(match[1] or 1) > MAX_CHANNELS:
+        raise InputError(
+            f"--pixels {config.pixels}: auto, rgb8, or channels (1 to {MAX_CHANNELS}) and type "
+            f"({', '.join(DTYPES)}), such as 13xuint16"
+        )
+    for name in ("page", "nodata"):
+        if config.pixels == "rgb8" and getattr(config, name) is not None:
+            raise InputError(f"--{name}: has no effect with --pixels rgb8")
+
+
 @dataclass(frozen=True)
 class MakeConfig:
     """``xcit-dino shards make SRC DST``: images from anywhere into WebDataset shards."""
@@ -202,12 +224,24 @@ class MakeConfig:
     shard_bytes: float = 1e9
     """Bytes of source images in a shard at most (1e9 = 1 GB)."""
     resize: int | None = None
-    """Shrink images whose shorter side is longer than this to it (bicubic), as JPEG; smaller
-    images and all without this option stay as they are, byte for byte."""
+    """Shrink images whose shorter side is longer than this to it (bicubic), as JPEG, or, of other
+    kinds than 8-bit RGB, as .npy without loss; smaller images and all without this option stay as
+    they are, byte for byte."""
     bits: int | None = None
     """How many bits the values of 16-bit images really use (8 to 16, such as 12): these are stored
     as 8-bit PNG with all their contrast. By default they stay as they are, and the upper 8 of 16
     bits are used."""
+    pixels: str = "auto"
+    """What the images are: rgb8 (8-bit RGB, whatever they are), or channels and type, such as
+    1xuint16, 13xuint16, 1xint16 or 3xfloat32; images of other kinds are skipped and listed. auto
+    finds it in their headers: 8-bit gray and color make rgb8, one other kind makes that."""
+    page: int | None = None
+    """Page (from 0) of every multi-page TIFF or DICOM; by default the pages are channels."""
+    nodata: float | None = None
+    """Pixels of this value have none and become the channel's mean; by default those of the value
+    that a GeoTIFF names, beside NaN."""
+    max_pixels: int | None = None
+    """Pixels of an image at most, where the default of 89,478,485 is too small."""
     quality: int = 90
     """JPEG quality of resized images (4:2:0 chroma below 90, full chroma from 90 on)."""
     shuffle: bool = True
@@ -244,6 +278,11 @@ class MakeConfig:
                 f"--resize: would shrink images, not their {'masks' if self.masks else 'boxes'}; "
                 "leave it out (training and evaluation resize both)"
             )
+        _check_pixels(self)
+        if self.bits is not None and self.pixels not in ("auto", "rgb8"):
+            raise InputError("--bits: makes 8-bit images; without it --pixels keeps all bits")
+        if self.quality != 90 and self.pixels not in ("auto", "rgb8"):
+            raise InputError(f"--quality: images of {self.pixels} are stored without loss")
         if self.quality != 90 and self.resize is None:
             raise InputError("--quality: images are not re-encoded without --resize")
         if self.seed and not self.shuffle:
@@ -262,6 +301,17 @@ class CheckConfig:
     """Build the index again from the shards."""
     hash: bool = False
     """Put checksums of foreign shards into the index (reads every byte)."""
+    pixels: str = "auto"
+    """For a new index: what the images are: rgb8 (8-bit RGB, whatever they are), or channels and
+    type, such as 1xuint16, 13xuint16, 1xint16 or 3xfloat32; images of other kinds are problems.
+    auto finds it in their headers: 8-bit gray and color make rgb8, one other kind makes that."""
+    page: int | None = None
+    """Page (from 0) of every multi-page TIFF or DICOM; by default the pages are channels."""
+    nodata: float | None = None
+    """Pixels of this value have none and become the channel's mean; by default those of the value
+    that a GeoTIFF names, beside NaN."""
+    max_pixels: int | None = None
+    """Pixels of an image at most, where the default of 89,478,485 is too small."""
     num_workers: int | None = None
     """Processes; by default one per core."""
     nodes: int | None = None
@@ -281,6 +331,7 @@ class CheckConfig:
         within(self, 1, 1e6, "nodes", "gpus", "batch_size_per_gpu")
         within(self, 0, 4096, "workers")
         within(self, 1e-3, 1e9, "images_per_second")
+        _check_pixels(self)
         if self.nodes is None and self.gpus is None:
             defaults = {"workers": 10, "batch_size_per_gpu": 64, "images_per_second": None}
             for name, default in defaults.items():

@@ -390,6 +390,10 @@ MAKE: Cases = {
     "splits": [turn("none", **C)],
     "label_column": [turn("age", **C, given={"src": "two.csv", "label_column": "kind"})],
     "bits": [turn("8", **C, given={"src": "deep", "bits": "12"})],
+    "pixels": [turn("rgb8", **C, given={"src": "deep"}), refused("2xint64", by="--pixels 2xint64")],
+    "page": [refused("0", by="--page: these are 8-bit images")],
+    "nodata": [turn("7", **C, given={"src": "deep"})],
+    "max_pixels": [refused("1000", by="--max_pixels")],
     "split": [turn("extra", shows="files", given={"src": "photo"}), refused("extra", by="--split")],
     "labels": [turn("labels.csv", **C, given={"src": "photo"}),
                refused("labels.csv", by="names none of the images")],
@@ -413,12 +417,17 @@ MAKE: Cases = {
     "download": [refused("true", by="--download")],
 }  # fmt: skip
 PREFLIGHT = {"nodes": "1", "batch_size_per_gpu": "4"}
+FOREIGN = {"dst": "foreign", "rebuild": "true"}
 CHECK: Cases = {
     "dst": [turn("data2", **P)],
     "sample": [turn("2", **P)],
     "rebuild": [turn("true", **P, given={"dst": "stale"})],
     "hash": [turn("true", **P, given={"dst": "foreign", "rebuild": "true"}),
              refused("true", by="--hash")],
+    "pixels": [turn("3xuint8", **P, given=FOREIGN), refused("rgb8", by="--pixels")],
+    "page": [refused("0", by="--page")],
+    "nodata": [turn("7", **P, given=FOREIGN | {"pixels": "3xuint8"}), refused("7", by="--nodata")],
+    "max_pixels": [refused("1000", by="--max_pixels")],
     "num_workers": [turn("2", shows="calls")],
     "nodes": [turn("2", **P, given=PREFLIGHT)],
     "gpus": [turn("2", **P, given=PREFLIGHT)],

@@ -50,7 +50,7 @@ def read_header(raw: bytes, wanted: Wanted) -> NativeHeader:
         planes = [plane if plane.ndim == 3 else plane[..., None] for plane in planes]
         return planes[0] if len(planes) == 1 else np.concatenate(planes, -1)
 
-    return NativeHeader(height, width, channels, dtype, load)
+    return NativeHeader(height, width, channels, dtype, load, pages=len(pages))
 
 
 def windowed(raw: bytes, page: int | None = None) -> Values:

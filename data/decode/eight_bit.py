@@ -10,11 +10,11 @@ import importlib
 import numpy as np
 from numpy.typing import NDArray
 
-from xcit_dino.data.decode.native import ANY, decode_values, family_of, open_native
+from xcit_dino.data.decode.native import Wanted, decode_values, family_of, open_native
 from xcit_dino.data.decode.rgb import BadImage
 
 
-def decode_foreign(raw: bytes) -> NDArray[np.uint8]:
+def decode_foreign(raw: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """[H, W] or [H, W, 3].
 
     Raises:
@@ -23,7 +23,7 @@ def decode_foreign(raw: bytes) -> NDArray[np.uint8]:
     family = family_of(raw[:132])
     if family is None:
         raise BadImage("cannot be decoded: not an image of a known format")
-    header = open_native(raw, ANY)
+    header = open_native(raw, Wanted(max_pixels=max_pixels))
     if header.dtype != "uint8" and family == "dicom" and header.channels == 1:
         return importlib.import_module("xcit_dino.data.decode.dicom_file").windowed(raw)
     if header.kind not in ("1xuint8", "3xuint8"):

@@ -46,6 +46,8 @@ class NativeHeader:
     """Decodes: [H, W, C] or, of one channel, [H, W]; of ``dtype`` or one that is converted."""
     nodata: float | None = None
     """Pixels of this value have none, according to the file itself."""
+    pages: int = 1
+    """How many pages or frames are its channels."""
 
     @property
     def kind(self) -> str:
@@ -172,9 +174,11 @@ def check_size(
         raise BadImage(f"{channels} channels: at most {MAX_CHANNELS}")
     size = height * width * channels * dtype.itemsize
     if height * width > wanted.max_pixels or size > BYTES_A_PIXEL * wanted.max_pixels:
+        needed = max(height * width, -(-size // BYTES_A_PIXEL))
         raise BadImage(
             f"decompression bomb: {width}x{height} pixels of {channels} channels, at most "
-            f"{wanted.max_pixels} pixels and {BYTES_A_PIXEL} times as many bytes allowed"
+            f"{wanted.max_pixels} pixels and {BYTES_A_PIXEL} times as many bytes allowed; "
+            f"shards make --max_pixels {needed} takes it, with --resize as a smaller one"
         )
 
 

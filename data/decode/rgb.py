@@ -90,8 +90,8 @@ class Header:
     """16 bits a channel."""
 
 
-def read_header(raw: bytes) -> Header:
-    """Size and decoder of an encoded image.
+def read_header(raw: bytes, max_pixels: int = MAX_PIXELS) -> Header:
+    """Size and decoder of an encoded image of at most ``max_pixels``.
 
     Raises:
         BadImage: not an image, or of absurd dimensions (found before any pixel is decoded).
@@ -99,11 +99,11 @@ def read_header(raw: bytes) -> Header:
     try:
         height, width, colorspace, _ = cast(Any, simplejpeg.decode_jpeg_header(raw))
     except ValueError:
-        return _pillow_header(raw)
+        return _pillow_header(raw, max_pixels)
     if colorspace in ("CMYK", "YCCK"):
-        return _pillow_header(raw)
-    _check_size(height, width)
-    orientation = _jpeg_orientation(raw)
+        return _pillow_header(raw, max_pixels)
+    _check_size(height, width, max_pixels)
+    orientation = _jpeg_orientation(raw, max_pixels)
     if orientation >= 5:
         height, width = width, height
     return Header(height, width, orientation)
@@ -147,9 +147,12 @@ class Scratch:
         return self._memory
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(f"decompression bomb: {width}x{height} pixels, at most {MAX_PIXELS} allowed")
+def _check_size(height: int, width: int, most: int) -> None:
+    if height * width > most:
+        raise BadImage(
+            f"decompression bomb: {width}x{height} pixels, at most {most} allowed; "
+            f"shards make --max_pixels {height * width} takes it, with --resize as a smaller one"
+        )
     if height < 1 or width < 1:
         raise BadImage(f"empty image: {width}x{height} pixels")
 
@@ -163,25 +166,25 @@ def _jpeg_decode(raw: bytes, header: Header, scratch: Scratch, reduce: int) -> P
     try:
         return simplejpeg.decode_jpeg(raw, "RGB", False, False, *least, buffer=buffer)
     except ValueError:  # damaged, perhaps harmlessly: Pillow decides
-        return _pillow_decode(open_image(raw), raw)
+        return _pillow_decode(open_image(raw, height * width), raw)
 
 
-def _pillow_header(raw: bytes) -> Header:
-    image = open_image(raw)
+def _pillow_header(raw: bytes, max_pixels: int) -> Header:
+    image = open_image(raw, max_pixels)
     width, height = image.size
-    _check_size(height, width)
+    _check_size(height, width, max_pixels)
     orientation = orientation_of(image)
     if orientation >= 5:
         height, width = width, height
     return Header(height, width, orientation, image, is_deep(raw, image))
 
 
-def _jpeg_orientation(raw: bytes) -> int:
+def _jpeg_orientation(raw: bytes, max_pixels: int) -> int:
     """Pillow reads it only where there is an EXIF segment: opening costs a tenth of decoding."""
     at = 2
     while raw[at : at + 1] == b"\xff" and raw[at + 1 : at + 2] not in (b"\xda", b""):  # to the scan
         if raw[at + 4 : at + 10] == b"Exif\0\0":
-            return orientation_of(open_image(raw))
+            return orientation_of(open_image(raw, max_pixels))
         at += 2 + max(2, int.from_bytes(raw[at + 2 : at + 4]))
     return 1
 
@@ -198,24 +201,26 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if orientation in ROTATIONS else 1
 
 
-def open_image(raw: bytes) -> Image.Image:
+def open_image(raw: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Turn any error that a hostile file makes Pillow raise into BadImage."""
     if not raw:
         raise BadImage("empty file")
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses twice as many by itself
     try:
         with quietly():
             return Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
-        return _foreign(raw)
+        return _foreign(raw, max_pixels)
     except Exception as error:
         raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 
-def _foreign(raw: bytes) -> Image.Image:
+def _foreign(raw: bytes, max_pixels: int) -> Image.Image:
     """An image of a format that Pillow lacks, decoded by another library."""
     from xcit_dino.data.decode.eight_bit import decode_foreign
 
-    return Image.fromarray(decode_foreign(raw))
+    return Image.fromarray(decode_foreign(raw, max_pixels))
 
 
 def _pillow_decode(image: Image.Image, raw: bytes = b"") -> Pixels:
@@ -226,7 +231,8 @@ def _pillow_decode(image: Image.Image, raw: bytes = b"") -> Pixels:
         raise
     except Exception as error:
         if raw and image.format == "TIFF" and image.mode in ("L", "RGB"):
-            return np.asarray(_foreign(raw).convert("RGB"))  # compressed as Pillow cannot
+            most = image.width * image.height  # which was found to be allowed
+            return np.asarray(_foreign(raw, most).convert("RGB"))  # compressed as Pillow cannot
         raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 
@@ -246,7 +252,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _upper_bits(image: Image.Image, bits: int) -> Pixels:
     """The upper 8 of ``bits`` bits of a gray image, black at 0 [H, W]."""
     values = np.asarray(image).astype(np.int32)
-    if _tag(image, 262) == 0:  # PhotometricInterpretation: white is zero
+    if tag_of(image, 262) == 0:  # PhotometricInterpretation: white is zero
         values = (1 << bits) - 1 - values
     return (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
 
@@ -284,16 +290,16 @@ def is_deep(raw: bytes, image: Image.Image) -> bool:
     """16 bits a channel in PNG or TIFF; PGM and PPM store their maximum value."""
     if image.format == "PNG":
         return raw[24:25] == b"\x10"
-    bits = _tag(image, 258)
+    bits = tag_of(image, 258)
     return (bits if isinstance(bits, int) else max(bits or (0,))) == 16
 
 
 def _stored_bits(image: Image.Image) -> int:
-    bits = _tag(image, 258)
+    bits = tag_of(image, 258)
     return bits if isinstance(bits, int) and 8 <= bits < 16 else 16
 
 
-def _tag(image: Image.Image, number: int) -> Any:
+def tag_of(image: Image.Image, number: int) -> Any:
     """A tag of a TIFF; one value where it has one."""
     value = image.tag_v2.get(number) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value

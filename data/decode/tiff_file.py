@@ -50,7 +50,7 @@ def read_header(raw: bytes, wanted: Wanted) -> NativeHeader:
             values = (most - values.astype(np.int64)).astype(stored)
         return values
 
-    return NativeHeader(height, width, channels, kind, load, _nodata(first))
+    return NativeHeader(height, width, channels, kind, load, _nodata(first), len(pages))
 
 
 def _pages(file: Any, page: int | None) -> list[Any]:

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import ARCHIVE, Listing, archive_stem, hidden
+from xcit_dino.data.shards.scan import START
 from xcit_dino.data.shards.tar import BLOCK, Damage, scan
 from xcit_dino.errors import InputError
 from xcit_dino.files import atomic_path
@@ -113,7 +114,7 @@ def _scan_tar(
                 _scan_tar(listing, path, descriptor, inner, start, start + size, depth + 1)
             else:
                 listing.bad.append({"source": name, "reason": NESTED})
-        elif listing.wants(name, lambda at=member.offset: os.pread(descriptor, 16, at)):
+        elif listing.wants(name, lambda at=member.offset: os.pread(descriptor, START, at)):
             listing.images.append(Image(name, path, member.offset, member.size))
 
 
@@ -209,6 +210,6 @@ def _zip_start(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     """The first bytes of an entry; b"" where they cannot be read."""
     try:
         with archive.open(entry) as file:
-            return file.read(16)
+            return file.read(START)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError, zlib.error):
         return b""

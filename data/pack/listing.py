@@ -10,16 +10,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from xcit_dino.data.pack.image_file import Image
-from xcit_dino.data.shards.scan import IMAGE_EXTENSIONS
+from xcit_dino.data.shards.scan import ARRAY_EXTENSION, IMAGE_EXTENSIONS, is_image
 
 ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz|zip)$", re.IGNORECASE)
 TABLES = ("csv", "tsv", "jsonl")
 # Files of other extensions are looked into: JPEGs are often called .jpg_large, or nothing at all.
 NO_IMAGES = frozenset(
-    "txt json xml csv tsv jsonl cls npy npz mat py pyc md html css js pdf db ini yaml yml gz bz2 "
+    "txt json xml csv tsv jsonl cls npz mat py pyc md html css js pdf db ini yaml yml gz bz2 "
     "xz zst tar tgz zip rar 7z mp4 avi mov wav mp3 pt pth pkl h5 parquet log lock tmp part".split()
 )
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 
 @dataclass
@@ -67,16 +66,16 @@ class Listing:
         """True for an image to pack; counts the others.
 
         Args:
-            start: reads the first 16 bytes, for names without a known extension.
+            start: reads the first 132 bytes, for names without a known extension.
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             self.bad.append({"source": name, "reason": "its name leaves the archive"})
         elif hidden(name):
             self.skipped["hidden files"] += 1
-        elif (extension := path.suffix[1:].lower()) in IMAGE_EXTENSIONS:
+        elif (extension := path.suffix[1:].lower()) in (*IMAGE_EXTENSIONS, ARRAY_EXTENSION):
             return True
-        elif extension not in NO_IMAGES and _is_image(start()):
+        elif extension not in NO_IMAGES and is_image(start()):
             self.by_content += 1
             return True
         else:
@@ -89,10 +88,6 @@ class Listing:
 def archive_stem(name: str) -> str:
     """``train.tar.gz`` -> ``train``; other names as they are."""
     return ARCHIVE.sub("", name)
-
-
-def _is_image(start: bytes) -> bool:
-    return start.startswith(SIGNATURES) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
 def hidden(name: str) -> bool:

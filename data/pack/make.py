@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from xcit_dino.data.pack.shard_job import (
     PLAN,
     QUARANTINE,
     WORK,
+    Shard,
     cut,
     fingerprint,
+    load_measured,
     load_part,
     pack_shard,
 )
@@ -43,8 +45,11 @@ from xcit_dino.data.pack.splits import NONE
 from xcit_dino.data.pack.targets.attach import Targets, attach_targets
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
+from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
+from xcit_dino.data.shards.kinds import RGB, PixelOptions, find_kind, lines_on, with_limit
+from xcit_dino.data.shards.measure import merged
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
 from xcit_dino.errors import InputError, suggest
 from xcit_dino.files import write_atomic
@@ -70,12 +75,14 @@ def make(config: MakeConfig) -> int:
             targets = attach_targets(listing, config, src, work)
             if targets and config.labels is None and not listing.is_list:
                 config = dataclasses.replace(config, labels=Path(NO_LABELS))
+            _without_arrays(listing, config)
             parts = arrange(listing, config, src)
+            config, lines = _with_kind(config, parts)
         except InputError:
             shutil.rmtree(work, ignore_errors=True)
             raise
         # Of the source as a whole: they go into the first split's list.
-        problems, notes = listing.bad, listing.finished().notes
+        problems, notes = listing.bad, listing.finished().notes + lines
         notes += [f"skipped: {count:,} {what}" for what, count in listing.skipped.most_common()]
         for split, part in parts.items():
             part.notes[:0] = notes
@@ -85,6 +92,66 @@ def make(config: MakeConfig) -> int:
             problems, notes = [], []
         shutil.rmtree(work, ignore_errors=True)
     return 0
+
+
+def _without_arrays(listing: Listing, config: MakeConfig) -> None:
+    """``.npy`` beside files that can only be images hold something else, unless a list or
+    ``--pixels`` says otherwise."""
+    images = [image for image in listing.images if not image.name.lower().endswith(".npy")]
+    if config.pixels == "auto" and images and not listing.is_list:
+        listing.skipped[".npy files (there are images beside them)"] += len(listing.images) - len(
+            images
+        )
+        listing.skipped += Counter()  # without zeros
+        listing.images = images
+
+
+def _with_kind(config: MakeConfig, parts: dict[str, Part]) -> tuple[MakeConfig, list[str]]:
+    """The options with the kind of the images in place of auto, and lines on it.
+
+    Raises:
+        InputError: several kinds, or another than that of the other split.
+    """
+    if config.bits is not None or _is_begun(config, parts):
+        return dataclasses.replace(config, pixels=RGB), []  # refuses --page and --nodata
+    images = [image for part in parts.values() for image in part.images]
+    kind, lines = find_kind(images, PixelOptions.of(config), config.num_workers)
+    given = {"page": config.page, "nodata": config.nodata} if kind == RGB else {}
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"--{name}: these are 8-bit images; --pixels 1xuint8 (or 3) reads it")
+    if config.quality != 90 and kind != RGB:
+        raise InputError(f"--quality: images of {kind} are stored without loss")
+    for split in SPLITS:
+        other = config.dst / split
+        if split not in parts and (other / INDEX).exists():
+            found = ShardIndex.load(other).pixels.name
+            if found != kind:
+                raise InputError(
+                    f"{config.src}: these images are {kind}, those of {other} {found}; "
+                    f"--pixels {found} takes them as such"
+                )
+    return dataclasses.replace(config, pixels=kind), lines
+
+
+def _is_begun(config: MakeConfig, parts: dict[str, Part]) -> bool:
+    """Whether this packing was begun, or finished, as 8-bit RGB, when that was the only kind."""
+    if config.pixels != "auto" or (config.page, config.nodata) != (None, None):
+        return False
+    rgb = dataclasses.replace(config, pixels=RGB)
+    plans = [
+        _planned(config.dst / split) == fingerprint(cut(part, config.dst / split, rgb))
+        for split, part in parts.items()
+        if (config.dst / split / PLAN).exists()
+    ]
+    return bool(plans) and all(plans)
+
+
+def _planned(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / PLAN).read_bytes())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
@@ -178,18 +245,20 @@ def _pack(
         except KeyboardInterrupt:
             print(f"{folder}: {GOES_ON}", file=sys.stderr)
             raise
-    parts = [load_part(shard) for shard in shards]
-    bad = problems + [item for p in parts if p is not None for item in p.damage]
-    done = [p for p in parts if p is not None]
-    changed = _changed(done, targets)
+    parts = [p for p in map(load_part, shards) if p is not None]
+    bad = problems + [item for p in parts for item in p.damage]
+    changed = _changed(parts, targets)
     if changed:  # for shards check, which prints it again
         plan = {"fingerprint": fingerprint(shards), "notes": part.notes + changed}
         write_atomic(folder / PLAN, json.dumps(plan))
-    _finish(folder, done, part.classes, bad, targets and targets.classes)
+    _finish(
+        folder, parts, part.classes, bad, lambda: _measured(shards, parts),
+        targets and targets.classes,
+    )  # fmt: skip
     _summary(folder, bad)
     for line in changed:
         print(f"  {line}")
-    for line in sum((p.deep for p in parts if p is not None), Deep()).lines(config.bits):
+    for line in sum((p.deep for p in parts), Deep()).lines(config.bits):
         print(f"  {line}")
 
 
@@ -206,6 +275,15 @@ def _changed(parts: list[ShardPart], targets: Targets | None) -> list[str]:
     return lines
 
 
+def _measured(shards: list[Shard], parts: list[ShardPart]) -> PixelFormat:
+    """What the images are, with their statistics."""
+    how, largest = shards[0].encoding, max(part.largest for part in parts)
+    if how.form is None:
+        return with_limit(RGB8, largest)
+    statistics = merged(how.form, shards[0].total, map(load_measured, shards))
+    return with_limit(dataclasses.replace(how.form, statistics=statistics), largest)
+
+
 def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
     """Prepare the folder; False if it holds the finished shards of the same plan.
 
@@ -215,10 +293,7 @@ def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
         InputError: it holds shards of another plan.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        before = json.loads((folder / PLAN).read_bytes())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = None
+    before = _planned(folder)
     if before == digest:
         return not (folder / INDEX).exists()
     if before is not None or any(folder.glob("*.tar")) or (folder / INDEX).exists():
@@ -240,12 +315,9 @@ def _undo(folder: Path) -> None:
 
 
 def _finish(
-    folder: Path,
-    parts: list[ShardPart],
-    classes: list[str] | None,
-    bad: list[dict[str, Any]],
-    target_classes: list[str] | None,
-) -> None:
+    folder: Path, parts: list[ShardPart], classes: list[str] | None, bad: list[dict[str, Any]],
+    pixels: Callable[[], PixelFormat], target_classes: list[str] | None,
+) -> None:  # fmt: skip
     if not sum(len(part.offsets) for part in parts):
         _undo(folder)
         raise InputError(f"{folder}: none of the images is usable: {bad[0]['reason']}")
@@ -253,7 +325,7 @@ def _finish(
     (folder / QUARANTINE).unlink(missing_ok=True)
     if lines:
         write_atomic(folder / QUARANTINE, lines)
-    write_index(folder, parts, classes, target_classes=target_classes)
+    write_index(folder, parts, classes, pixels(), target_classes)
     shutil.rmtree(folder / WORK)
 
 
@@ -270,5 +342,7 @@ def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"
     )
+    for line in lines_on(index.pixels):
+        print(f"  {line}")
     if bad:
         print(f"  skipped: {len(bad):,} unusable, listed in {folder / QUARANTINE}")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from xcit_dino.data.pack.archives import list_archive
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import ARCHIVE, Listing, archive_stem
+from xcit_dino.data.shards.scan import START
 from xcit_dino.errors import InputError
 
 
@@ -84,6 +85,6 @@ def _walk(
 def _start_of(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(16)
+            return file.read(START)
     except OSError:
         return b""

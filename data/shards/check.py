@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +19,11 @@ from xcit_dino.data.pack.archives import compressed, compressed_in, decompressio
 from xcit_dino.data.pack.shard_job import PLAN, QUARANTINE
 from xcit_dino.data.pack.tables import read_text
 from xcit_dino.data.parallel import Advance, map_processes
+from xcit_dino.data.pixels import RGB8, PixelFormat, Statistics
+from xcit_dino.data.shards.foreign import find_pixels
 from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
+from xcit_dino.data.shards.kinds import PixelOptions, lines_on
 from xcit_dino.data.shards.preflight import preflight
 from xcit_dino.data.shards.scan import scan_shard
 from xcit_dino.data.shards.split_names import SPLITS, split_folders, split_of
@@ -45,8 +49,12 @@ def check(config: CheckConfig) -> int:
         )
     problems = 0
     folders = _folders(Path(config.dst))
-    if config.hash and not config.rebuild and all((f / INDEX).exists() for f in folders):
-        raise InputError("--hash: the shards have an index already; add --rebuild")
+    if not config.rebuild and all((f / INDEX).exists() for f in folders):
+        given = {"hash": config.hash, "pixels": config.pixels != "auto"} | {
+            name: getattr(config, name) is not None for name in ("page", "nodata", "max_pixels")
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise InputError(f"--{name}: the shards have an index already; add --rebuild")
     for folder in folders:
         try:
             if config.rebuild or not (folder / INDEX).exists():
@@ -140,10 +148,27 @@ def build_index(folder: Path, config: CheckConfig) -> None:
     tasks = [(str(folder), name, config.hash or _hashed(folder)) for name in names]
     with progress(f"Index {folder.name}", len(names), "shards") as bar:
         parts = map_processes(_index_shard, tasks, config.num_workers, bar)
-        write_index(folder, parts, classes, target_classes=_classes(folder, "target_classes"))
+        options = _options(folder, config)
+        write_index(
+            folder,
+            parts,
+            classes,
+            lambda index: find_pixels(index, options, config),
+            _classes(folder, "target_classes"),
+        )
     if not ShardIndex.load(folder).num_samples:
         (folder / INDEX).unlink()
         raise InputError(f"{folder}: its {len(names)} tars hold no images")
+
+
+def _options(folder: Path, config: CheckConfig) -> PixelOptions:
+    """What the command line says of the pixels, otherwise what the present index does."""
+    options = PixelOptions.of(config)
+    with contextlib.suppress(InputError):
+        before = ShardIndex.load(folder).pixels
+        if options == PixelOptions.of(CheckConfig(dst=config.dst)) and before != RGB8:
+            return PixelOptions(before.name, before.page, before.nodata, before.max_pixels)
+    return options
 
 
 def _index_shard(task: tuple[str, str, bool], advance: Advance) -> ShardPart:
@@ -186,6 +211,10 @@ def _report(index: ShardIndex, finding: Finding) -> None:
         table.add_row(name, escape(value))
     console = Console()
     console.print(table)
+    if index.pixels.statistics is not None:
+        console.print(_channels(index.pixels, index.pixels.statistics))
+        for line in lines_on(index.pixels)[1:]:
+            console.print(escape(f"  {line}"), soft_wrap=True)
     for line in [*_packing_notes(Path(index.root)), *finding.deep.lines()]:
         console.print(escape(f"  {line}"), soft_wrap=True)
     for item in finding.bad[:SHOWN]:
@@ -198,6 +227,21 @@ def _report(index: ShardIndex, finding: Finding) -> None:
     else:
         where = _write_report(report, finding)
         console.print(f"[bold red]{len(finding.bad):,} problems[/] {escape(where)}", soft_wrap=True)
+
+
+def _channels(form: PixelFormat, found: Statistics) -> Any:
+    """A table of the statistics of each channel."""
+    from rich.table import Table
+
+    names = ("channel", "min", "0.1 %", "median", "99.9 %", "max", "mean", "std", "invalid")
+    title = f"{form.name}, measured on {found.images:,} images"
+    table = Table(*names, title=title, title_justify="left")
+    low, mid, high = (found.percentile(share) for share in (0.1, 50, 99.9))
+    columns = (found.minimum, low, mid, high, found.maximum, found.mean, found.std)
+    for c, row in enumerate(zip(*columns, strict=True)):
+        numbers = (f"{value:,.6g}" for value in row)
+        table.add_row(str(c + 1), *numbers, f"{found.invalid[c]:.3%}")
+    return table
 
 
 def _packing_notes(folder: Path) -> list[str]:
@@ -223,6 +267,8 @@ def _write_report(path: Path, finding: Finding) -> str:
 def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
     counts, num_bytes = index.counts, index.shard_bytes
     yield "samples", f"{index.num_samples:,}"
+    if not index.pixels.is_rgb8:
+        yield "pixels", _pixels(index.pixels)
     yield (
         "shards",
         (
@@ -242,6 +288,12 @@ def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
         yield "not read", ", ".join(passed[:6])
     yield "problems", f"{len(finding.bad):,}" if finding.bad else "none"
     yield "index", index.checksum[:16]
+
+
+def _pixels(form: PixelFormat) -> str:
+    line = lines_on(form)[0].removeprefix("pixels: ")
+    page = f", page {form.page}" if form.page is not None else ""
+    return line + page + (f", no-data {form.nodata:g}" if form.nodata is not None else "")
 
 
 def _duplicates(finding: Finding) -> str:

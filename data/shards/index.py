@@ -97,7 +97,7 @@ class ShardIndex:
             InputError: there is no index, or it is damaged.
         """
         folder = _fetched(str(root)) if is_url(str(root)) else Path(root)
-        return _open(str(root), folder)
+        return open_index(str(root), folder, _read_meta(str(root), folder))
 
     def __reduce__(self) -> tuple[Any, ...]:  # workers reopen the files instead of copying them
         return ShardIndex.load, (self.root,)
@@ -276,8 +276,8 @@ def _verified(pieces: Iterable[bytes], name: str, sha256: str) -> Iterator[bytes
         raise Unreadable(f"{name} and {INDEX} do not belong together (checksum)")
 
 
-def _open(root: str, folder: Path) -> ShardIndex:
-    meta = _read_meta(root, folder)
+def open_index(root: str, folder: Path, meta: dict[str, Any]) -> ShardIndex:
+    """The index whose ``index.json`` holds ``meta``; its arrays lie in ``folder``."""
     try:
         shards = [str(shard["name"]) for shard in meta["shards"]]
         counts = np.array([shard["samples"] for shard in meta["shards"]], np.int64)

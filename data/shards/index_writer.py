@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,7 +18,9 @@ from xcit_dino.data.shards.index import (
     NPY_HEADER,
     TARGET_ARRAYS,
     VERSION,
+    ShardIndex,
     checksum_of,
+    open_index,
 )
 from xcit_dino.errors import InputError
 from xcit_dino.files import atomic_path, file_sha256, write_atomic
@@ -41,29 +42,33 @@ class ShardPart(NamedTuple):
     """``mask`` or ``boxes`` where samples have one; the next two are then arrays."""
     target_offsets: np.ndarray | None = None
     target_sizes: np.ndarray | None = None
-    notes: Mapping[str, int] = MappingProxyType({})
+    notes: Mapping[str, int] | None = None
     """What was changed or noticed in the samples while they were packed, with counts."""
     present: Sequence[int] = ()
     """Classes that occur in the targets, while they are packed."""
+    largest: int = 0
+    """Pixels of the largest image, where they were counted."""
 
 
 def write_index(
     root: str | Path,
     parts: Iterable[ShardPart],
     classes: list[str] | None,
-    pixels: PixelFormat = RGB8,
+    pixels: PixelFormat | Callable[[ShardIndex], PixelFormat] = RGB8,
     target_classes: list[str] | None = None,
 ) -> str:
     """Write the index of ``root`` from its shards in their order; returns the checksum.
 
     The old ``index.json`` goes first and the new one comes last, so that no reader ever sees
-    arrays of another index. ``parts`` may be a generator: one part is held at a time.
+    arrays of another index. ``parts`` may be a generator: one part is held at a time. ``pixels``
+    may be found out from an index of all but that.
 
     Raises:
         InputError: some shards hold masks and others boxes.
     """
     root, shards, samples, targets = Path(root), [], 0, None
     arrays = dict(ARRAYS)
+    before = (root / INDEX).read_bytes() if (root / INDEX).exists() else None
     (root / INDEX).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context(_opened(root / f"index.{n}.npy")) for n in ARRAYS}
@@ -100,6 +105,12 @@ def write_index(
         "classes": classes, "shards": shards,
         "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in arrays},
     }  # fmt: skip
+    if callable(pixels):
+        try:
+            pixels = pixels(open_index(str(root), root, meta | {"checksum": ""}))
+        except BaseException:
+            _undo(root, before, meta["arrays"])
+            raise
     if (facts := pixels.dump()) is not None:
         meta["pixels"] = facts
     if targets:
@@ -109,6 +120,16 @@ def write_index(
     meta["checksum"] = checksum_of(meta)
     write_atomic(root / INDEX, json.dumps(meta, indent=1))
     return meta["checksum"]
+
+
+def _undo(root: Path, before: bytes | None, digests: dict[str, str]) -> None:
+    """Leave the folder as it was: the old index where its arrays are still the same, else none."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        if before is not None and json.loads(before)["arrays"] == digests:
+            write_atomic(root / INDEX, before)
+            return
+    for name in ARRAYS:
+        (root / f"index.{name}.npy").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -9,13 +9,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xcit_dino.data.decode.native import family_of
 from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL, TARGET_ARRAYS, TARGETS
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.data.shards.tar import Damage, Member, ReadAt, scan
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_sha256
 
-IMAGE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm".split())
+IMAGE_EXTENSIONS = frozenset(
+    "jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm heic heif avif jp2 j2k jxl dcm".split()
+)
+ARRAY_EXTENSION = "npy"  # an image where there is no other: it may as well be an embedding
+NO_IMAGES = frozenset("cls json txt npz pyd pth pt mp4 mp3 wav xml csv".split())
+START = 132  # bytes by which formats are recognized
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+
+
+def is_image(start: bytes) -> bool:
+    """Whether a file with these first ``START`` bytes is one, whatever its name."""
+    webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return webp or start.startswith(SIGNATURES) or family_of(start) is not None
 
 
 class Row(NamedTuple):
@@ -81,7 +94,7 @@ class _Sample:
         self.image: Member | None = None
         self.second: list[tuple[str, Member]] = []
         """Images whose extension has dots (``22.05.png``: key 22, extension 05.png)."""
-        self.others: list[tuple[str, int]] = []
+        self.others: list[tuple[str, Member]] = []
         self.target: tuple[str, Member] | None = None
         """A mask or boxes."""
 
@@ -91,7 +104,8 @@ def scan_samples(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """(rows, [{"key", "reason", "offset"}]) of the samples of one tar.
 
-    Members without a key (macOS's ``._x``) are passed over, as the webdataset library does.
+    Members without a key (macOS's ``._x``) are passed over, as the webdataset library does, unless
+    they begin as images do: names without an extension.
 
     Args:
         passed: counts the members that are neither image, label nor target, by extension.
@@ -107,14 +121,17 @@ def scan_samples(
             damage.append({"key": key, "reason": member.reason, "offset": member.offset})
             continue
         if not key:
-            hidden = member.name.rpartition("/")[2].startswith("._")
-            passed["._ files of macOS" if hidden else "without a key"] += 1
-            continue
+            hidden = member.name.rpartition("/")[2].startswith(".")
+            if hidden or not is_image(read_at(member.offset, min(member.size, START))):
+                hidden = member.name.rpartition("/")[2].startswith("._")
+                passed["._ files of macOS" if hidden else "without a key"] += 1
+                continue
+            key, extension = member.name, "jpg"  # an image without an extension
         if key != sample.key:
-            _close(sample, rows, damage, orphans, passed)
+            _close(sample, rows, damage, orphans, passed, read_at)
             sample = _Sample(key)
         _take(sample, extension, member, read_at, damage)
-    _close(sample, rows, damage, orphans, passed)
+    _close(sample, rows, damage, orphans, passed, read_at)
     there = {row.key for row in rows}
     for item in orphans:
         if item["key"] in there:
@@ -140,19 +157,19 @@ def _take(
             shown = raw.decode("utf-8", "replace").strip()
             reason = f"unreadable label {shown!r}: .cls holds a number from 0 to {MAX_LABEL:,}"
             damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
-        sample.others.append((extension, member.offset))
+        sample.others.append((extension, member))
     elif extension in TARGETS and (sample.target is None or sample.target[0] == extension):
         sample.target = (extension, member)
     elif extension in TARGETS:
         reason = "a mask and boxes in one sample: the second is not used"
         damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
     else:
-        sample.others.append((extension, member.offset))
+        sample.others.append((extension, member))
 
 
 def _close(
     sample: _Sample, rows: list[Row], damage: list[dict[str, Any]],
-    orphans: list[dict[str, Any]], passed: Counter[str],
+    orphans: list[dict[str, Any]], passed: Counter[str], read_at: ReadAt,
 ) -> None:  # fmt: skip
     """Take in a sample whose members are all read."""
     if not sample.key:
@@ -168,6 +185,8 @@ def _close(
             )
             damage.append({"key": sample.key, "reason": reason[:300], "offset": image.offset})
         second = second[1:]
+    if image is None:
+        image = _unnamed_image(sample, read_at)
     for extension in [e for e, _ in second] + [e for e, _ in sample.others]:
         if extension.rpartition(".")[2] != "cls":
             passed[f".{extension}"] += 1
@@ -180,10 +199,20 @@ def _close(
         return
     others = sample.others
     if sample.target is not None:
-        others = [*others, (sample.target[0], sample.target[1].offset)]
+        others = [*others, sample.target]
     kinds = " .".join(extension for extension, _ in others)
     reason = f"no image among its members: .{kinds}"[:200]
-    orphans.append({"key": sample.key, "reason": reason, "offset": others[0][1]})
+    orphans.append({"key": sample.key, "reason": reason, "offset": others[0][1].offset})
+
+
+def _unnamed_image(sample: _Sample, read_at: ReadAt) -> Member | None:
+    """The member that is an image by its content: .npy, or of an extension that is no image's."""
+    for number, (extension, member) in enumerate(sample.others):
+        known = extension.rpartition(".")[2] in NO_IMAGES
+        if not known and is_image(read_at(member.offset, min(member.size, START))):
+            del sample.others[number]
+            return member
+    return None
 
 
 def _label(raw: bytes) -> int:

@@ -14,9 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.decode.rgb import BadImage, Deep, Scratch, decode, read_header
+from xcit_dino.data.decode.native import NativeHeader, decode_native, read_native_header
+from xcit_dino.data.decode.rgb import (
+    MAX_PIXELS,
+    BadImage,
+    Deep,
+    Header,
+    Scratch,
+    decode,
+    read_header,
+)
 from xcit_dino.data.io.storage import MAX_BYTES
 from xcit_dino.data.parallel import Advance, map_processes
+from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.data.shards.index import (
     ARRAYS,
     INDEX,
@@ -82,6 +92,7 @@ class _Task:
     targets: str | None
     """Kind of the samples' targets, and the number of their classes."""
     target_classes: int | None
+    pixels: PixelFormat
 
 
 def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None) -> Finding:
@@ -137,6 +148,7 @@ class _Tasks(Sequence[_Task]):
             index.sha256[shard], np.stack(columns, 1), self.chosen[first:last] - start,
             self.labeled, len(index.classes) if index.classes else MAX_LABEL + 1,
             index.targets, len(index.target_classes) if index.target_classes else None,
+            index.pixels,
         )  # fmt: skip
 
 
@@ -224,8 +236,7 @@ def _decode(
             raw = os.pread(descriptor, size, offset)
             if len(raw) < size:
                 raise BadImage("the shard is truncated")
-            header = read_header(raw)
-            decode(raw, header, scratch)
+            header = _decode_one(raw, task.pixels, scratch)
             finding.decoded += 1
             if length and task.targets:
                 content = decode_target(task.targets, os.pread(descriptor, length, target))
@@ -237,3 +248,14 @@ def _decode(
         advance(1)
     finding.deep = scratch.deep
     finding.seconds = time.perf_counter() - began
+
+
+def _decode_one(raw: bytes, pixels: PixelFormat, scratch: Scratch) -> Header | NativeHeader:
+    """Raises BadImage where an image is damaged or not of the set's kind."""
+    if pixels.is_rgb8:
+        header = read_header(raw, pixels.max_pixels or MAX_PIXELS)
+        decode(raw, header, scratch)
+        return header
+    native = read_native_header(raw, pixels)
+    decode_native(raw, native, pixels)
+    return native

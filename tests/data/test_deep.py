@@ -104,7 +104,7 @@ def test_empty_upper_bits_are_said_and_bits_rescales(
 ):
     src = folder(tmp_path, png(TWELVE), tiff(TWELVE // 2), png((RAMP * 255).astype("<u2")))
     command = ["shards", "make", str(src), "--num_workers", "1", "--shuffle", "false"]
-    assert main([*command, str(tmp_path / "d")]) == 0
+    assert main([*command, str(tmp_path / "d"), "--pixels", "rgb8"]) == 0
     line = "3 images have 16 bits, but no value uses more than 12: 16 gray levels remain"
     assert line in capsys.readouterr().out
     assert main(["shards", "check", str(tmp_path / "d")]) == 0
@@ -146,5 +146,6 @@ def test_bits_without_an_image_of_16_bits_is_said(
 
 def test_full_sixteen_bits_are_said_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     src = folder(tmp_path, png(FULL))
-    assert main(["shards", "make", str(src), str(tmp_path / "d")]) == 0
+    command = ["shards", "make", str(src), str(tmp_path / "d"), "--pixels", "rgb8"]
+    assert main(command) == 0
     assert "1 images have 16 bits, of which the upper 8 are used" in capsys.readouterr().out

@@ -575,7 +575,7 @@ def test_bad_images_are_left_out_and_listed_and_odd_ones_kept(tmp_path: Path):
         "r": b"",
     }
     src = to_folder(BAD | ODD | junk, tmp_path / "s")
-    index = packed(src, tmp_path / "d")
+    index = packed(src, tmp_path / "d", pixels="rgb8")
     assert {name: image for name, (image, _) in contents(index).items()} == ODD
     assert bad_of(tmp_path / "d").keys() == BAD.keys()
     assert "bomb" in bad_of(tmp_path / "d")["bomb.png"]

@@ -32,6 +32,10 @@ MAKE = {  # changed: other files; same: the same by intention; a text: refused w
     "--shard_bytes 1000": "changed",
     "--resize 20": "changed",
     "--bits 16": "changed",
+    "--pixels 3xuint8": "changed",
+    "--page 1": "these are 8-bit images",
+    "--nodata 7 --pixels 3xuint8": "changed",
+    "--max_pixels 90000000": "changed",
     "--quality 50": "without --resize",
     "--shuffle false": "changed",
     "--seed 1": "changed",
@@ -45,6 +49,11 @@ CHECK = {  # a pattern of what is printed; a text with --: refused with it
     "--rebuild": r"Index ",
     "--hash": "--hash: .* add --rebuild",
     "--num_workers 2": r"decoded +│ 4 images",
+    "--rebuild --pixels 3xuint8": r"3xuint8, measured on 4 images",
+    "--rebuild --pixels 3xuint8 --nodata 7": r"of the values are invalid",
+    "--rebuild --pixels rgb8": r"Index ",
+    "--page 1": "--page: .* add --rebuild",
+    "--max_pixels 1000": "--max_pixels: .* add --rebuild",
     "--nodes 3": r"3 x 1 x 64",
     "--gpus 3": r"1 x 3 x 64",
     "--workers 7": "--workers: .* add --nodes",
@@ -95,7 +104,12 @@ def test_options_of_make(option: str, tmp_path: Path, capsys: pytest.CaptureFixt
              "categories": [{"id": 1, "name": "cat"}]}  # fmt: skip
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     command = ["shards", "make", str(src)]
-    assert main([*command, str(tmp_path / "plain"), "--num_workers", "1"]) == 0
+    if "pixels" in option or "page" in option:
+        (src / "a" / "5.png").unlink()  # of 16 bits, as --bits has it
+    elif "bits" not in option:
+        command += ["--pixels", "rgb8"]
+    bits = ["--pixels", "rgb8"] if "bits" in option else []
+    assert main([*command, str(tmp_path / "plain"), "--num_workers", "1", *bits]) == 0
     code = main([*command, str(tmp_path / "dst"), *shlex.split(option.format(*[tmp_path] * 2))])
     if expected in ("changed", "same"):
         same = digests(tmp_path / "dst") == digests(tmp_path / "plain")
@@ -108,7 +122,7 @@ def test_options_of_make(option: str, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_quality_of_resized_images(tmp_path: Path):
     src = source(tmp_path / "src")
     for quality in ("90", "50"):
-        options = ["--resize", "20", "--quality", quality]
+        options = ["--resize", "20", "--quality", quality, "--pixels", "rgb8"]
         assert main(["shards", "make", str(src), str(tmp_path / quality), *options]) == 0
     assert digests(tmp_path / "50") != digests(tmp_path / "90")
 
