@@ -78,6 +78,29 @@ PARSED = [
         "finetune --train_scale 0.08 1",
     ),
     case(
+        "--bits: makes 8-bit images; without it --pixels keeps all bits",
+        "shards make a b --bits 12 --pixels 1xuint16",
+        "shards make a b --pixels 1xuint16",
+    ),
+    case(
+        "--pixels {}: auto, rgb8, or channels",
+        "shards make a b --pixels 13xuint32",
+        "shards make a b --pixels auto",
+        "shards make a b --pixels rgb8",
+        "shards make a b --pixels 13xuint16",
+    ),
+    case(
+        "--quality: images of {} are stored without loss",
+        "shards make a b --quality 80 --resize 64 --pixels 1xuint16",
+        "shards make a b --resize 64 --pixels 1xuint16",
+    ),
+    case(
+        "--{}: has no effect with --pixels rgb8",
+        "shards make a b --nodata 0 --pixels rgb8",
+        "shards make a b --pixels rgb8",
+        "shards make a b --nodata 0 --pixels 3xuint8",
+    ),
+    case(
         "--split must be a plain name", "shards make a b --split a/b", "shards make a b --split val"
     ),
     case(
@@ -305,6 +328,22 @@ RUN = [
         f"{KNN} --data_path {{damaged}}",
     ),
     case(
+        "images of several kinds: {}; --pixels {} takes those alone",
+        "shards make {kinds} {tmp}/new",
+        "shards make {kinds} {tmp}/deep --pixels 1xuint16",
+        "shards make {kinds} {tmp}/new --pixels rgb8",
+    ),
+    case(
+        "{}: these images are {}, those of {} {}; --pixels {} takes them as such",
+        "shards make {deep} {packed} --split test",
+        "shards make {deep} {packed} --split test --pixels rgb8",
+    ),
+    case(
+        "--{}: these are 8-bit images; --pixels 1xuint8 (or 3) reads it",
+        "shards make {flat} {tmp}/new --nodata 0",
+        "shards make {flat} {tmp}/new --nodata 0 --pixels 3xuint8",
+    ),
+    case(
         "is one set of shards, and {} needs another one",
         f"{KNN} --data_path {{shards}}/train",
         "shards make {parts} {empty}",
@@ -327,7 +366,7 @@ RUN = [
         "shards make {mixed} {tmp}/second --splits train=train",
     ),
     case(
-        "--hash: the shards have an index already; add --rebuild",
+        "--{}: the shards have an index already; add --rebuild",
         "shards check {damaged}/val --hash",
         "shards check {damaged}/val --hash --rebuild",
     ),

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -99,6 +100,12 @@ def base(tmp_path_factory: pytest.TempPathFactory, demo_shards: Path) -> Path:
         for place in places:
             (folder / place).mkdir(parents=True, exist_ok=True)
             image.save(folder / place / f"{number}.png")
+        for place in ("kinds", "deep"):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+        image.save(folder / "kinds" / f"{number}.png")
+        deep = np.full((40, 40), 400 * number, np.uint16)
+        for place in ("kinds/deep", "deep/"):
+            Image.fromarray(deep).save(folder / f"{place}{number}.png")
         (folder / "others" / "cd"[number % 2]).mkdir(parents=True, exist_ok=True)
         image.save(folder / "others" / "cd"[number % 2] / f"{number}.png")
     make(DemoConfig(folder / "redrawn", train=96, val=48, seed=1))
@@ -155,7 +162,17 @@ def places(
     }
     given = {
         name: base / name
-        for name in ("photos", "flat", "mixed", "parts", "heads", "others", "redrawn")
+        for name in (
+            "photos",
+            "flat",
+            "mixed",
+            "parts",
+            "heads",
+            "others",
+            "redrawn",
+            "kinds",
+            "deep",
+        )
     }
     return own | given | {
         "tmp": tmp, "empty": tmp_path / "empty", "classes": base / "classes.txt",

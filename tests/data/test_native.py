@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -413,3 +416,16 @@ def test_eight_bits_of_a_tiff_that_pillow_cannot_decompress():
     for data in (raw, raw2):
         found = rgb.decode(data, rgb.read_header(data), rgb.Scratch())
         np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("cases", [1000, pytest.param(50_000, marks=pytest.mark.faults)])
+def test_mutated_images_of_every_kind_are_decoded_or_refused(cases: int):
+    """In 512 MiB and without a crash of the interpreter: see fuzz_native.py."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-W", "ignore", "tests/data/fuzz_native.py", "0", str(cases)]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
+    counts = ast.literal_eval(run.stdout)
+    assert counts["decoded"] + counts["refused"] == cases
+    assert cases // 3 < counts["refused"] < cases * 3 // 4
