@@ -90,12 +90,24 @@ class Header:
     """16 bits a channel."""
 
 
-def read_header(raw: bytes, max_pixels: int = MAX_PIXELS) -> Header:
-    """Size and decoder of an encoded image of at most ``max_pixels``.
+_allowed = [MAX_PIXELS]
+
+
+def allow_pixels(count: int) -> None:
+    """Accept images of up to ``count`` pixels in this process, because the index of a set does.
+
+    Every process that reads a set opens its index, also the workers of a loader.
+    """
+    _allowed[0] = max(_allowed[0], count)
+
+
+def read_header(raw: bytes, max_pixels: int | None = None) -> Header:
+    """Size and decoder of an encoded image of at most ``max_pixels`` (None: :func:`allow_pixels`).
 
     Raises:
         BadImage: not an image, or of absurd dimensions (found before any pixel is decoded).
     """
+    max_pixels = max_pixels or _allowed[0]
     try:
         height, width, colorspace, _ = cast(Any, simplejpeg.decode_jpeg_header(raw))
     except ValueError:

@@ -288,6 +288,10 @@ def open_index(root: str, folder: Path, meta: dict[str, Any]) -> ShardIndex:
         targets, target_classes = meta.get("targets"), meta.get("target_classes")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(root, INDEX, f"{type(error).__name__}: {error}") from None
+    if pixels.max_pixels is not None:
+        from xcit_dino.data.decode.rgb import allow_pixels
+
+        allow_pixels(pixels.max_pixels)
     if (counts < 0).any() or not _are_names(classes) or not _are_names(target_classes):
         raise _damaged(root, INDEX, "counts below 0, or class names that are none")
     if unsafe := [name for name in shards if not _is_inside(name)]:

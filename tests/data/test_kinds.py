@@ -280,12 +280,19 @@ def test_max_pixels_lets_one_take_what_is_refused(
 
     for module in (native, rgb, kinds, verify, shard_job):
         monkeypatch.setattr(module, "MAX_PIXELS", 500)
+    monkeypatch.setattr(rgb, "_allowed", [500])
     image = RANDOM.integers(0, 999, (30, 40)).astype(np.uint16)
     src = write(tmp_path / "src", **({"a_tif": image} if deep else {"a_png": png(30, 40)}))
     pixels = ("--pixels", "1xuint16" if deep else "rgb8")
     assert make(src, tmp_path / "d", *pixels, "--max_pixels", "1199") == 2
     assert make(src, tmp_path / "d", *pixels, "--max_pixels", "1200") == 0
+    if not deep:
+        rgb._allowed[0] = 500  # of another process, which then opens the index
+        with pytest.raises(rgb.BadImage, match="--max_pixels 1200 takes it"):
+            rgb.read_header(png(30, 40))
     assert ShardIndex.load(tmp_path / "d").pixels.max_pixels == 1200
+    if not deep:
+        assert rgb.read_header(png(30, 40)).height == 30
     assert main(["shards", "check", str(tmp_path / "d"), "--num_workers", "1"]) == 0
     rescue = ("--max_pixels", "1200", "--resize", "10")
     assert make(src, tmp_path / "e", *pixels, *rescue) == 0
