@@ -1,6 +1,8 @@
-"""uint8 crops -> augmented, normalized crops, batched on any device (dino DataAugmentationDINO).
+"""Crops -> augmented, normalized crops, batched on any device (dino DataAugmentationDINO).
 
-Flip, color jitter in random order, gray, blur, solarize, normalize. Random choices
+Scale to [0, 1], flip, color jitter in random order, gray, blur, solarize, normalize; with what
+``data/native/augment.py`` adds. Images that do not have 3 channels have no saturation, hue, gray
+and solarize, and their contrast is that to the mean of all channels. Random choices
 (:func:`sample_params`) are made on the host from (seed, epoch, sample, crop), so they do not depend
 on ranks, workers or micro-batches; applying them (:func:`apply`) is a pure function. Each operation
 is Pillow's with the same parameters, without its rounding to 8 bits after every one.
@@ -13,7 +15,7 @@ Shapes: V crops of B images; N = V*B crops, crop-major (all images' crop 0, then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Generic, NamedTuple, TypeVar
@@ -25,8 +27,11 @@ from torch import Tensor
 
 from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
+from xcit_dino.data.native import augment as more
+from xcit_dino.data.native.augment import change
 from xcit_dino.data.packed import Packed
 from xcit_dino.data.rng import random_uniforms
+from xcit_dino.inputs import BYTES, Channels
 
 AUGMENT_STREAM = 13
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -46,10 +51,10 @@ class Augment:
     def __init__(
         self, config: AugmentConfig, *, seed: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.config, self.seed, self.dtype = config, seed, dtype
+        self.config, self.seed, self.dtype = config.effective, seed, dtype
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """([G*B, 3, S, S], [L*B, 3, s, s]) on the crops' device, crop-major."""
+        """([G*B, C, S, S], [L*B, C, s, s]) on the crops' device, crop-major."""
         recipes = batch.recipes or self.recipes(batch)
         of_globals, of_locals = recipes.to(batch.global_crops.device).unpacked()
         return (
@@ -85,6 +90,7 @@ class AugmentParams:
         gray: bool [N].
         sigma: float32 [N], Pillow's blur radius in pixels; 0: none.
         solarize: bool [N].
+        more: what is off unless asked for.
     """
 
     flip: NDArray[np.bool_]
@@ -93,6 +99,7 @@ class AugmentParams:
     gray: NDArray[np.bool_]
     sigma: NDArray[np.float32]
     solarize: NDArray[np.bool_]
+    more: more.MoreParams = more.NOTHING
 
 
 def sample_params(
@@ -122,6 +129,7 @@ def sample_params(
         gray=u[:, 10] < config.gray_prob,
         sigma=np.where(blur, low + u[:, 12] * (high - low), 0).astype(np.float32),
         solarize=u[:, 13] < np.array(config.solarize_prob)[kind],
+        more=more.sample_params(config, seed, epoch, samples, numbers),
     )
 
 
@@ -151,6 +159,7 @@ class Recipe(NamedTuple, Generic[Array]):
         flip, gray, blur, solarize: int64 [n], the crops that the operation changes.
         jitter: the four passes.
         boxes: float32 [n, 2R+2], running sums of the box filters of ``blur``.
+        more: what is off unless asked for.
     """
 
     flip: Array
@@ -159,6 +168,7 @@ class Recipe(NamedTuple, Generic[Array]):
     blur: Array
     boxes: Array
     solarize: Array
+    more: more.MoreRecipe[Array]
 
 
 def recipe(params: AugmentParams) -> Recipe[NDArray]:
@@ -171,6 +181,7 @@ def recipe(params: AugmentParams) -> Recipe[NDArray]:
         blur=blur,
         boxes=box_sums(params.sigma[blur]),
         solarize=np.flatnonzero(params.solarize),
+        more=more.recipe(params.more),
     )
 
 
@@ -205,18 +216,33 @@ def apply(
     config: AugmentConfig,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 [V, B, 3, H, W] (any strides) -> ``dtype`` [V*B, 3, H, W], contiguous."""
+    """[V, B, C, H, W] of any dtype and strides -> ``dtype`` [V*B, C, H, W], contiguous."""
     crops = crops.flatten(0, 1)
     if not len(crops):
         return crops.to(dtype)
-    x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    x = _change(x, recipe.flip, lambda chosen: chosen.flip(-1))
+    x = scaled(crops, *config.window_bounds)
+    x = change(x, recipe.flip, lambda chosen: chosen.flip(-1))
+    x = more.rotate(x, recipe.more)
     x = color_jitter(x, recipe.jitter)
-    x = _change(x, recipe.gray, lambda chosen: grayscale(chosen).expand_as(chosen))
-    x = _change(x, recipe.blur, gaussian_blur, recipe.boxes)
-    x = _change(x, recipe.solarize, solarize)
+    x = more.jitter_channels(x, recipe.more)
+    x = change(x, recipe.gray, lambda chosen: grayscale(chosen).expand_as(chosen))
+    x = change(x, recipe.blur, gaussian_blur, recipe.boxes)
+    x = change(x, recipe.solarize, solarize)
+    x = more.add_noise(x, recipe.more)
     mean, std = channel_constants(*config.normalization, x.device)
-    return x.sub_(mean).div_(std).to(dtype)
+    x = more.drop_channels(x.sub_(mean).div_(std), recipe.more)
+    return x.to(dtype)
+
+
+def scaled(values: Tensor, low: Channels, high: Channels) -> Tensor:
+    """[N, C, H, W] in the set's own units -> a new float32 tensor, contiguous: ``low`` becomes 0,
+    ``high`` 1, and what lies beyond them is clipped."""
+    layout = torch.contiguous_format
+    x = values.to(torch.float32, memory_format=layout, copy=True)  # float32 crops lie in the ring
+    if values.dtype == torch.uint8 and (low, high) == BYTES:
+        return x.mul_(1 / 255)
+    floor, ceiling = channel_constants(low, high, x.device)
+    return x.sub_(floor).div_(ceiling - floor).clamp_(0, 1)
 
 
 @cache
@@ -230,20 +256,26 @@ def channel_constants(
     return both[0], both[1]
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [B, C, H, W] -> float32 on its device, ``(pixel / 255 - mean) / std``."""
+def normalize(
+    images: Tensor, mean: Channels, std: Channels, low: Channels = BYTES[0],
+    high: Channels = BYTES[1],
+) -> Tensor:  # fmt: skip
+    """[B, C, H, W] in the set's own units -> float32 on its device: scaled as by :func:`scaled`,
+    minus ``mean``, over ``std``."""
     center, scale = channel_constants(mean, std, images.device)
-    return (images.float() - 255 * center) / (255 * scale)
+    if images.dtype == torch.uint8 and (low, high) == BYTES:
+        return (images.float() - 255 * center) / (255 * scale)
+    return scaled(images, low, high).sub_(center).div_(scale)
 
 
-# --------------------------------------------- operations on float [N, 3, H, W] with values in 0..1
+# --------------------------------------------- operations on float [N, C, H, W] with values in 0..1
 
 
 def color_jitter(x: Tensor, passes: Sequence[Jitter[Tensor]]) -> Tensor:
     """The passes of :func:`jitter_passes`, one after the other."""
     for jitter in passes:
         x = blend(x, jitter.mean, jitter.gray, jitter.image)
-        x = _change(x, jitter.hue, shift_hue, jitter.turns)
+        x = change(x, jitter.hue, shift_hue, jitter.turns)
     return x
 
 
@@ -261,7 +293,9 @@ def blend(x: Tensor, with_mean: Tensor, with_gray: Tensor, with_itself: Tensor) 
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """Luma [N, 1, H, W]."""
+    """Luma [N, 1, H, W]; of other than 3 channels their mean."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
     r, g, b = x.split(1, 1)
     return (r * GRAY[0]).add_(g, alpha=GRAY[1]).add_(b, alpha=GRAY[2])
 
@@ -295,13 +329,13 @@ def gaussian_blur(x: Tensor, boxes: Tensor) -> Tensor:
     banded matrix of one box filter, cubed: one kernel per image, edges
     replicated exactly as in Pillow, and far faster than grouped convolutions.
     """
-    height, width = x.shape[-2:]
+    channels, height, width = x.shape[1:]
     rows = torch.linalg.matrix_power(_band(boxes, height), 3)
     columns = rows
     if height != width:
         columns = torch.linalg.matrix_power(_band(boxes, width), 3)
-    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (3, height)).mT  # [N, 3, W, H]
-    return (x.flatten(1, 2) @ rows.mT).unflatten(1, (3, width)).mT
+    x = (x.flatten(1, 2) @ columns.mT).unflatten(1, (channels, height)).mT  # [N, C, W, H]
+    return (x.flatten(1, 2) @ rows.mT).unflatten(1, (channels, width)).mT
 
 
 def box_sums(sigma: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -346,14 +380,3 @@ def _band(boxes: Tensor, size: int) -> Tensor:
 def _column(values: NDArray[np.floating]) -> NDArray[np.float32]:
     """One value an image, [N, 1, 1, 1]."""
     return values.astype(np.float32).reshape(-1, 1, 1, 1)
-
-
-def _change(x: Tensor, where: Tensor, operation: Callable[..., Tensor], *amount: Tensor) -> Tensor:
-    """Apply an operation in place to the images ``where`` (int64 [n]); ``amount``: a row for each.
-
-    Their number is known on the host, so no image is computed needlessly and nothing waits for the
-    device. (``torch.where`` would compute all, and is 30 times slower than an addition on CPUs.)
-    """
-    if len(where):
-        x.index_copy_(0, where, operation(x.index_select(0, where), *amount))
-    return x

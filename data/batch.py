@@ -21,7 +21,8 @@ class Batch:
         samples: int64 [B], the plan's numbers; keys of every random choice.
         sources: int64 [B], the samples that were read; a substitute where a sample is unreadable.
         labels: int64 [B], of the sources; -1 where there is none.
-        global_crops, local_crops: uint8 [G, B, 3, S, S] and [L, B, 3, s, s]; channels last.
+        global_crops, local_crops: [G, B, C, S, S] and [L, B, C, s, s] in the set's dtype (uint8,
+            uint16, int16 or float32), in its own units; 8-bit RGB lies channels last.
         recipes: parameters of their augmentation; None: drawn when it is applied.
     """
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from xcit_dino.errors import InputError, needs, within
-from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, window_bounds
 from xcit_dino.paths import Location
 
 
@@ -62,27 +62,46 @@ class AugmentConfig:
 
     flip_prob: float = 0.5
     """Probability of a left-right flip."""
+    rot90_prob: float = 0.0
+    """Probability of a rotation by 90, 180 or 270 degrees, each as likely: for images that have no
+    upright position, such as those from above and through a microscope."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    """Brightness, contrast, saturation (factors from 1-s to 1+s) and hue (+-s turns)."""
+    """Brightness, contrast, saturation (factors from 1-s to 1+s) and hue (+-s turns). The last two
+    are off where images do not have 3 channels."""
     color_jitter_prob: float = 0.8
     """Probability of color jitter; its four operations come in random order."""
+    channel_jitter: tuple[float, float] = (0.0, 0.0)
+    """Brightness and contrast of each channel by itself (factors from 1-s to 1+s), after color
+    jitter and with its probability."""
     gray_prob: float = 0.2
-    """Probability that a crop loses its colors."""
+    """Probability that a crop loses its colors; 0 where images do not have 3 channels."""
     blur_prob: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Probability of blur for the first global, the other global and the local crops."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Blur radius in pixels, drawn uniformly (official utils.GaussianBlur; Pillow's radius)."""
     solarize_prob: tuple[float, float, float] = (0.0, 0.2, 0.0)
-    """Probability of solarization for the first global, the other global and the local crops."""
-    mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels (values in [0, 1]); by default as the weights to start from were
-    trained, else ImageNet's."""
-    std: tuple[float, float, float] | None = None
+    """Probability of solarization for the first global, the other global and the local crops; 0
+    where images do not have 3 channels."""
+    noise_prob: float = 0.0
+    """Probability of Gaussian noise, after blur."""
+    noise_std: float = 0.1
+    """Its largest standard deviation (values in [0, 1]), drawn uniformly from 0."""
+    channel_drop_prob: float = 0.0
+    """Probability that a channel of a crop is replaced by its mean; one channel always stays."""
+    window: tuple[float | str, ...] | None = None
+    """Values that become 0 and 1, LOW HIGH or such a pair for each channel; others are clipped. A
+    number, or a percentile of each channel in the data (p0.1 p99.9). By default as the weights to
+    start from were trained, else by the data: 0 255 of 8 bits, 0 4095 where 12 bits are used."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel (values in [0, 1]), subtracted; by default as the weights to start from were
+    trained, else that of the data, and ImageNet's of 8-bit RGB."""
+    std: tuple[float, ...] | None = None
     """The channels are divided by it; by default as for mean."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "flip_prob", "color_jitter_prob", "gray_prob", "blur_prob")
-        within(self, 0, 1, "solarize_prob", "mean")
+        within(self, 0, 1, "solarize_prob", "mean", "rot90_prob", "channel_jitter", "noise_prob")
+        within(self, 0, 1, "channel_drop_prob", "noise_std")
         within(self, 1e-3, 1e3, "std")
         if (
             not all(0 <= s <= 1 for s in self.color_jitter[:3])
@@ -98,12 +117,48 @@ class AugmentConfig:
         """Mean and std of the channels; ImageNet's where none are given."""
         return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
 
+    @property
+    def window_bounds(self) -> tuple[Channels, Channels]:
+        """Lows and highs of the window, once it is resolved; of 8-bit images where there is
+        none."""
+        return window_bounds(self.window)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.normalization[0])
+
+    @property
+    def effective(self) -> AugmentConfig:
+        """The same without what has no meaning where images do not have 3 channels: saturation,
+        hue, gray and solarize."""
+        if self.channels == 3:
+            return self
+        jitter = (*self.color_jitter[:2], 0.0, 0.0)
+        return replace(self, color_jitter=jitter, gray_prob=0.0, solarize_prob=(0.0, 0.0, 0.0))
+
+    def without_meaning(self, channels: int) -> list[str]:
+        """Options that ask for what images of ``channels`` channels cannot have."""
+        if channels == 3:
+            return []
+        asked = {
+            "color_jitter": any(self.color_jitter[2:]) and self.color_jitter_prob,
+            "gray_prob": self.gray_prob,
+            "solarize_prob": any(self.solarize_prob),
+            "channel_drop_prob": self.channel_drop_prob and channels == 1,
+        }
+        return [name for name, value in asked.items() if value]
+
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`; what is off twice is not meant."""
         jitter, prob = any(self.color_jitter), self.color_jitter_prob
+        jitters = jitter or any(self.channel_jitter)
+        both = "with --color_jitter 0 0 0 0 and no --channel_jitter"
         return {
             **needs(prob or not jitter, "with --color_jitter_prob 0", "color_jitter"),
-            **needs(jitter or not prob, "with --color_jitter 0 0 0 0", "color_jitter_prob"),
+            **needs(prob, "with --color_jitter_prob 0", "channel_jitter"),
+            **needs(jitters or not prob, both, "color_jitter_prob"),
+            **needs(self.noise_prob, "with --noise_prob 0", "noise_std"),
             **needs(any(self.blur_prob), "with --blur_prob 0 0 0", "blur_sigma"),
         }
 
@@ -127,6 +182,9 @@ class LoaderConfig:
     """Shards among which samples are mixed; the order of the shards is random too."""
     last_batch: Literal["drop", "wrap"] = "drop"
     """Samples that fill no whole batch at the end of an epoch: drop, or fill up with its first."""
+    bands: tuple[int, ...] = ()
+    """Channels to read, in this order, numbered from 1 (4 3 2: the true colors of Sentinel-2); all
+    by default. Not for 8-bit RGB images."""
     max_bad_fraction: float = 0.001
     """The run stops when more than this share of all samples is unreadable (1 always may be)."""
     cache_dir: Path | None = None
@@ -140,6 +198,7 @@ class LoaderConfig:
         within(self, 0, 4096, "num_workers")
         within(self, 1, 1e4, "prefetch_factor")
         within(self, 1, 1e9, "shuffle_window")
+        within(self, 1, 512, "bands")
         within(self, 0, 1, "max_bad_fraction")
         within(self, 1e-9, 1e9, "cache_gb")
 

@@ -2,7 +2,8 @@
 
 Operations on pixel values (flip, color, blur ...) run on the device (augment.py). Every crop is
 resized directly into the memory from which it is copied to the device, by
-torch's antialiased bicubic on uint8 (Pillow's filter to within one level).
+torch's antialiased bicubic on uint8 (Pillow's filter to within one level). Other images than 8-bit
+RGB are resized in float32, and stored in their own dtype (``data/native/crops.py``).
 
 Large JPEGs are decoded at 1/2, 1/4 or 1/8 (inside the DCT, in effect a box reduction) when every
 crop of the sample still shrinks by at least ``KEEP`` afterwards.
@@ -142,14 +143,22 @@ def center_view(
     own size, and enlarges it only where it is smaller than the crop.
     """
     height, width = pixels.shape[:2]
-    short = min(height, width)
-    target = resize if resize is not None else max(short, crop)
-    sides = [target if side == short else int(target * side / short) for side in (height, width)]
+    sides, (top, left) = center_geometry(height, width, resize, crop)
     image = Cutter().cut(pixels, (0, 0, height, width))
     resized = torch.empty((1, *sides, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     resize_into(image, resized, interpolation)
-    top, left = (round((side - crop) / 2) for side in sides)
     out.copy_(resized[:, :, top : top + crop, left : left + crop])
+
+
+def center_geometry(
+    height: int, width: int, resize: int | None, crop: int
+) -> tuple[list[int], tuple[int, int]]:
+    """Sides of an image once resized, and top and left of its central square; see
+    :func:`center_view`."""
+    short = min(height, width)
+    target = resize if resize is not None else max(short, crop)
+    sides = [target if side == short else int(target * side / short) for side in (height, width)]
+    return sides, (round((sides[0] - crop) / 2), round((sides[1] - crop) / 2))
 
 
 def _central_boxes(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xcit_dino.data.decode.rgb import Header, Pixels, decode
 from xcit_dino.data.packed import to_device
-from xcit_dino.data.workers import CropWork, Done, Task
+from xcit_dino.data.workers import AnyHeader, CropWork, Done, Task
 
 CUBIC_A = -0.5  # Keys' bicubic, as Pillow and torch's antialiased one
 
@@ -33,8 +33,9 @@ class EncodedWork(CropWork):
         return replace(done, images=self._images, boxes=self._chosen)
 
     def _fill(
-        self, slot: int, place: int, image: bytes, header: Header, boxes: NDArray[np.int64]
+        self, slot: int, place: int, image: bytes, header: AnyHeader, boxes: NDArray[np.int64]
     ) -> None:
+        assert isinstance(header, Header)  # other kinds of images are refused
         simple = header.pillow is None and header.orientation == 1
         self._images[place] = image if simple else decode(image, header, self.scratch).copy()
         self._chosen[place] = boxes

@@ -1,4 +1,4 @@
-"""Plan -> micro-batches of uint8 crops, in the plan's order, without end.
+"""Plan -> micro-batches of crops in the set's own dtype, in the plan's order, without end.
 
 Worker processes (workers.py) fill slots of shared memory (ring.py); under CUDA the slots are
 page-locked and copied to the device on a side stream, so a crop is written once, by the resize,
@@ -99,6 +99,12 @@ class CropLoader:
         if config.decoder == "cuda" and torch.device(device or "cpu").type != "cuda":
             raise InputError("--decoder cuda needs CUDA; use --decoder host")
         open_source(index, config)  # refuses options that conflict
+        self.form = index.pixels.select(config.bands)
+        if config.decoder == "cuda" and not self.form.is_rgb8:
+            raise InputError(
+                f"--decoder cuda: decodes 8-bit RGB only, and {index.root} holds "
+                f"{index.pixels.name}; use --decoder host"
+            )
         self.index, self.plan, self.crops, self.config = index, plan, crops, config
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
@@ -117,12 +123,13 @@ class CropLoader:
         in_flight = self.config.num_workers * self.config.prefetch_factor
         size = self.plan.batch_size // (self.world_size * self.accum)
         num_slots = 1 if on_device else in_flight + 2 * self.accum
-        ring = Ring(num_slots, slot_shapes(self.crops, size))
+        ring = Ring(num_slots, slot_shapes(self.crops, size, self.form.channels), self.form)
         source = open_source(self.index, self.config)
         kind = EncodedWork if on_device else CropWork
         work = kind(
-            self.index, source, ring, self.crops, self.plan.seed, self.host_transform, self.labeled
-        )
+            self.index, source, ring, self.crops, self.plan.seed, self.host_transform, self.labeled,
+            self.config.bands,
+        )  # fmt: skip
         crops_of: Callable[[Done], tuple[Done, Tensor, Tensor]] = partial(_in_ring, ring)
         copier = None
         if on_device:
@@ -176,7 +183,7 @@ class CropLoader:
 class ImageLoader:
     """One pass over labeled images for feature extraction: resized, center-cropped, not augmented.
 
-    Yields (uint8 [B, 3, crop, crop] channels last, int64 labels [B], int64 sample numbers [B]); the
+    Yields ([B, C, crop, crop] in the set's dtype, int64 labels [B], int64 sample numbers [B]); the
     images are valid until the batch after the next is requested. Unreadable images are skipped.
 
     Args:
@@ -209,6 +216,7 @@ class ImageLoader:
         self.index, self.config, self.labeled = index, config, labeled
         self.resize, self.crop, self.batch_size = resize, crop, batch_size
         self.interpolation = interpolation
+        self.form = index.pixels.select(config.bands)
         everything = np.arange(index.num_samples) if indices is None else np.asarray(indices)
         self.samples = everything[rank::world_size]
         self.quarantine = Quarantine(
@@ -223,11 +231,13 @@ class ImageLoader:
 
     def __iter__(self) -> Generator[tuple[Tensor, Tensor, NDArray[np.int64]]]:
         in_flight = self.config.num_workers * self.config.prefetch_factor
-        ring = Ring(in_flight + 2, [(1, self.batch_size, self.crop, self.crop, 3)])
+        shape = (1, self.batch_size, self.crop, self.crop, self.form.channels)
+        ring = Ring(in_flight + 2, [shape], self.form)
         source = open_source(self.index, self.config)
         work = ImageWork(
-            self.index, source, ring, self.resize, self.crop, self.labeled, self.interpolation
-        )
+            self.index, source, ring, self.resize, self.crop, self.labeled, self.interpolation,
+            self.config.bands,
+        )  # fmt: skip
         with closing(run_tasks(work, self._tasks(ring.num_slots), self.config, ring)) as results:
             for done in results:
                 record(self.quarantine, self.index, done)
@@ -253,8 +263,8 @@ def record(quarantine: Quarantine, index: ShardIndex, done: Done) -> None:
         quarantine.add(sample, index.shards[index.locate(sample)[0]], key, reason)
 
 
-def slot_shapes(crops: CropsConfig, size: int) -> list[tuple[int, ...]]:
+def slot_shapes(crops: CropsConfig, size: int, channels: int = 3) -> list[tuple[int, ...]]:
     """What a slot of the ring holds for ``size`` samples."""
     G, S = crops.global_crops_number, crops.global_crops_size
     L, s = crops.local_crops_number, crops.local_crops_size
-    return [(G, size, S, S, 3), (L, size, s, s, 3)]
+    return [(G, size, S, S, channels), (L, size, s, s, channels)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,16 @@ class Statistics:
     def percentile(self, share: float) -> tuple[float, ...]:
         """Of each channel, interpolated between the stored ones; ``share`` from 0 to 100."""
         return tuple(float(np.interp(share, SHARES, row)) for row in self.quantiles)
+
+    def select(self, channels: tuple[int, ...]) -> Statistics:
+        """Of some channels, numbered from 0."""
+
+        def of(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(rows[c] for c in channels)
+
+        return Statistics(
+            of(self.mean), of(self.std), of(self.quantiles), of(self.invalid), self.images
+        )
 
     @property
     def minimum(self) -> tuple[float, ...]:
@@ -78,6 +88,28 @@ class PixelFormat:
     @property
     def numpy(self) -> np.dtype:
         return np.dtype(self.dtype)
+
+    def select(self, bands: tuple[int, ...]) -> PixelFormat:
+        """What images are once ``bands`` of their channels are picked (numbered from 1); all where
+        there are none.
+
+        Raises:
+            InputError: 8-bit RGB images, or no such channel.
+        """
+        if not bands:
+            return self
+        if self.statistics is None:
+            raise InputError(
+                "--bands: the images are read as 8-bit RGB; pack them with --pixels "
+                "CHANNELSxTYPE, such as 4xuint8, to pick channels"
+            )
+        if not all(1 <= band <= self.channels for band in bands):
+            raise InputError(
+                f"--bands {' '.join(map(str, bands))}: the images have channels 1 to "
+                f"{self.channels}"
+            )
+        chosen = self.statistics.select(tuple(band - 1 for band in bands))
+        return replace(self, channels=len(bands), statistics=chosen)
 
     def dump(self) -> dict[str, Any] | None:
         """For ``index.json``; None for plain 8-bit RGB."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader
 
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import Cutter, center_view, crop_boxes, cut_crops
+from xcit_dino.data.decode.native import NativeHeader
 from xcit_dino.data.decode.rgb import BadImage, Header, Pixels, Scratch, decode, read_header
 from xcit_dino.data.io.remote import Unreadable
 from xcit_dino.data.io.storage import Source, read_key
+from xcit_dino.data.native.crops import NativeImages
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex
@@ -54,6 +56,7 @@ class Done:
     boxes: NDArray[np.int64] | None = None  # ... [B, V, 4]
 
 
+AnyHeader = Header | NativeHeader
 HostTransform = Callable[[list[Tensor], Task], None]
 """Changes the crops of a slot in place, on the host, after cropping."""
 
@@ -106,8 +109,10 @@ class CropWork:
         seed: int,
         host_transform: HostTransform | None = None,
         labeled: bool = False,
+        bands: Sequence[int] = (),
     ) -> None:
         self.reading = Reading(index, source, labeled)
+        self.native = None if index.pixels.is_rgb8 else NativeImages(index.pixels, bands)
         self.ring, self.crops, self.seed, self.host_transform = ring, crops, seed, host_transform
         self.num_samples = index.num_samples
         self.scratch, self.cutter = Scratch(), Cutter()
@@ -127,25 +132,30 @@ class CropWork:
             self.host_transform(self.ring.views(task.slot), task)
         return Done(task, sources, self.reading.take_bad())
 
-    def _header(self, image: bytes | Unreadable) -> Header | Exception:
+    def _header(self, image: bytes | Unreadable) -> AnyHeader | Exception:
+        if not isinstance(image, bytes):
+            return image
         try:
-            return read_header(image) if isinstance(image, bytes) else image
+            return read_header(image) if self.native is None else self.native.header(image)
         except BadImage as reason:
             return reason
 
-    def _boxes(self, task: Task, headers: list[Header | Exception]) -> NDArray[np.int64]:
+    def _boxes(self, task: Task, headers: list[AnyHeader | Exception]) -> NDArray[np.int64]:
         """[B, V, 4]; those of an unreadable image are unused."""
-        sizes = [(h.height, h.width) if isinstance(h, Header) else (1, 1) for h in headers]
+        sizes = [(1, 1) if isinstance(h, Exception) else (h.height, h.width) for h in headers]
         heights, widths = np.array(sizes).T
         return crop_boxes(
             self.crops, heights, widths, seed=self.seed, epoch=task.epoch, samples=task.samples
         )
 
     def _fill(
-        self, slot: int, place: int, image: bytes, header: Header, boxes: NDArray[np.int64]
+        self, slot: int, place: int, image: bytes, header: AnyHeader, boxes: NDArray[np.int64]
     ) -> None:
         outputs = [crop for group in self.ring.views(slot) for crop in group[:, place, None]]
-        cut_crops(image, header, boxes, outputs, self.scratch, self.cutter)
+        if self.native is not None:
+            self.native.cut_crops(image, cast(NativeHeader, header), boxes, outputs)
+        else:
+            cut_crops(image, cast(Header, header), boxes, outputs, self.scratch, self.cutter)
 
     def _substitute(self, task: Task, place: int) -> int:
         """Fill the place with another image, a pure function of (seed, epoch, sample).
@@ -180,8 +190,10 @@ class ImageWork:
         crop: int,
         labeled: bool = False,
         interpolation: str = "bicubic",
+        bands: Sequence[int] = (),
     ) -> None:
         self.reading = Reading(index, source, labeled)
+        self.native = None if index.pixels.is_rgb8 else NativeImages(index.pixels, bands)
         self.ring, self.resize, self.crop = ring, resize, crop
         self.interpolation = interpolation
         self.scratch = Scratch()
@@ -193,13 +205,18 @@ class ImageWork:
             try:
                 if isinstance(image, Unreadable):
                     raise image
-                pixels = decode(image, read_header(image), self.scratch)
-                view = out[0, place, None]
-                center_view(pixels, self.resize, self.crop, view, self.interpolation)
+                self._fill(image, out[0, place, None])
             except (Unreadable, BadImage) as reason:
                 self.reading.reject(int(task.samples[place]), reason)
                 sources[place] = -1
         return Done(task, sources, self.reading.take_bad())
+
+    def _fill(self, image: bytes, view: Tensor) -> None:
+        where = (self.resize, self.crop, view, self.interpolation)
+        if self.native is not None:
+            self.native.center_view(image, self.native.header(image), *where)
+        else:
+            center_view(decode(image, read_header(image), self.scratch), *where)
 
 
 def run_tasks(
@@ -243,7 +260,7 @@ def run_tasks(
         ring.unpin()
 
 
-def _readable(image: bytes | Unreadable, header: Header | Exception) -> tuple[bytes, Header]:
+def _readable(image: bytes | Unreadable, header: AnyHeader | Exception) -> tuple[bytes, AnyHeader]:
     if isinstance(header, Exception):
         raise header
     assert isinstance(image, bytes)

@@ -38,6 +38,8 @@ class EvalTargetConfig:
     """Local folder for copies of remote shards. Default: the run's."""
     cache_gb: float | None = None
     """Maximum size of the cache in gigabytes. Default: the run's, else 100."""
+    bands: tuple[int, ...] | None = None
+    """Channels to read, in this order, numbered from 1. Default: the run's, else all."""
     max_bad_fraction: float | None = None
     """Fraction of unreadable images that ends the evaluation. Default: the run's, else 0.001."""
     crop_size: int = 0
@@ -48,12 +50,14 @@ class EvalTargetConfig:
     224 above 64 px and crop_size up to 64 px."""
     interpolation: Literal["bicubic", "bilinear"] | None = None
     """Resize interpolation. Default: the network's own, else bicubic."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the channels (values in [0, 1]), subtracted. Default: the network's own, else
-    ImageNet's."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation of the channels, the divisor. Default: the network's own, else
-    ImageNet's."""
+    window: tuple[float | str, ...] | None = None
+    """Values that become 0 and 1, LOW HIGH or such a pair for each channel: numbers, or percentiles
+    of the data (p0.1 p99.9). Default: the network's own, else by the data."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the channels (values in [0, 1]), subtracted. Default: the network's own, else that of
+    the data, and ImageNet's of 8-bit RGB."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the channels, the divisor. Default: as for mean."""
     baselines: bool = False
     """Also evaluate raw pixels and a randomly initialized backbone, for comparison."""
     batch_size_per_gpu: int = 128
@@ -71,6 +75,7 @@ class EvalTargetConfig:
         within(self, 0, 1, "mean", "max_bad_fraction")
         within(self, 1e-3, 1e3, "std")
         within(self, 1e-9, 1e9, "cache_gb")
+        within(self, 1, 512, "bands")
         within(self, 1, 1e6, "batch_size_per_gpu")
         within(self, 0, 4096, "num_workers")
         if self.resize_size != -1 and self.resize_size < max(1, self.crop_size):
@@ -181,6 +186,9 @@ class EmbedConfig:
     """Shards of --data_path to use; a set of shards without train/ and val/ counts as train."""
     examples: int = 8
     """Images shown with their nearest neighbors; 0: no picture."""
+    show_channels: tuple[int, ...] = ()
+    """Channels shown as red, green and blue, numbered from 1, in pictures of images with other than
+    8-bit RGB. Default: the first three, of more than three the first principal components."""
     seed: int = 0
     """Seed for selecting the images shown."""
 
@@ -190,7 +198,8 @@ class EmbedConfig:
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
-        return needs(self.examples, "with --examples 0: nothing is shown", "seed")
+        why = "with --examples 0: nothing is shown"
+        return needs(self.examples, why, "seed", "show_channels")
 
 
 @dataclass(frozen=True)
@@ -206,10 +215,16 @@ class ReportConfig:
     pictures: bool = True
     """Also show crops, attention, neighbors, confusions and a map of the features; they need the
     shards, a checkpoint and the features cached by `knn`."""
+    show_channels: tuple[int, ...] = ()
+    """Channels shown as red, green and blue, numbered from 1, in pictures of images with other than
+    8-bit RGB. Default: the first three, of more than three the first principal components."""
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
-        return needs(not self.runs, "beside run folders", "output_dir")
+        return {
+            **needs(not self.runs, "beside run folders", "output_dir"),
+            **needs(self.pictures, "with --pictures false", "show_channels"),
+        }
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -249,12 +264,17 @@ class AttentionConfig:
     image_size: int = 480
     """Shorter side to which an image is resized (DINO: 480), before its sides are rounded to whole
     patches; 0 keeps its size."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the channels (values in [0, 1]), subtracted. Default: the network's own, else
-    ImageNet's."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation of the channels, the divisor. Default: the network's own, else
-    ImageNet's."""
+    window: tuple[float | str, ...] | None = None
+    """Values that become 0 and 1, LOW HIGH or such a pair for each channel: numbers, or percentiles
+    of the data (p0.1 p99.9). Default: the network's own, else by the data."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the channels (values in [0, 1]), subtracted. Default: the network's own, else that of
+    the data, and ImageNet's of 8-bit RGB."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the channels, the divisor. Default: as for mean."""
+    show_channels: tuple[int, ...] = ()
+    """Channels shown as red, green and blue, numbered from 1, in pictures of images with other than
+    8-bit RGB. Default: the first three, of more than three the first principal components."""
     layer: Literal[1, 2] = 2
     """Class attention layer; the last one is 2."""
     threshold: float = 0.0

@@ -20,13 +20,16 @@ from torch import Tensor
 
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.decode.native import read_native_header
 from xcit_dino.data.decode.rgb import BadImage, read_header
 from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import ImageLoader
+from xcit_dino.data.native.scaling import form_of, resolve_scaling
+from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import EvalTargetConfig
-from xcit_dino.inputs import InputSettings
+from xcit_dino.inputs import BYTES, InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
 from xcit_dino.options import options as options_of
@@ -38,7 +41,8 @@ from xcit_dino.train.distributed import dist
 PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
 WHOLE = 64  # images up to this side are not cropped
 INHERITED = (  # loader options inherited from the run
-    "shard_url cache_dir cache_gb max_bad_fraction prefetch_factor shuffle_window decoder".split()
+    "shard_url cache_dir cache_gb max_bad_fraction prefetch_factor shuffle_window decoder "
+    "bands".split()
 )
 ENLARGED = 3  # upsampling factor from which a note is printed
 SIZES_READ = 16  # images whose size is read for that
@@ -60,6 +64,14 @@ class Context:
     precision: str
     world: dist.World
     output_dir: Path
+    form: PixelFormat = RGB8
+    """What the images are, once ``--bands`` are picked."""
+    notes: tuple[str, ...] = ()
+    """How they are scaled, where that does not go without saying."""
+    show_channels: tuple[int, ...] = ()
+    """Channels shown as red, green and blue in pictures, numbered from 1."""
+    colors: Any = None
+    """The :class:`FalseColor` of pictures, where it is not found in the set."""
 
     @property
     def device(self) -> torch.device:
@@ -68,30 +80,47 @@ class Context:
     @property
     def protocol(self) -> dict[str, Any]:
         """What affects the features of an image, apart from network and precision."""
-        return {
+        found = {
             "resize": self.resize,
             "crop": self.crop,
             "interpolation": self.inputs.interpolation,
             "mean": list(self.inputs.mean),
             "std": list(self.inputs.std),
         }
+        if self.inputs.window != BYTES:
+            found["window"] = [list(bounds) for bounds in self.inputs.window]
+        if self.loader.bands:
+            found["bands"] = list(self.loader.bands)
+        return found
 
     def index(self, split: str) -> ShardIndex:
         """Open the shards of ``train`` or ``val``; prints a note if their images are small compared
         with the crop."""
         index = ShardIndex.load(resolve_split(self.data_path, split))
+        self.check_form(index)
         if dist.is_main() and (text := self.upsampling_note(index)):
             print(text, flush=True)
         return index
+
+    def check_form(self, index: ShardIndex) -> None:
+        """Raise InputError where a split's images are of another kind than those that the scaling
+        was resolved for."""
+        found = index.pixels.select(self.loader.bands)
+        if found.name != self.form.name:
+            raise InputError(
+                f"--data_path {index.root}: holds images of another kind ({found.name}) than the "
+                f"other split ({self.form.name}); pack both with --pixels {self.form.name}"
+            )
 
     def blank(self) -> Tensor:
         """float32 [1, C, crop, crop] of zeros on the device, to probe a network's output."""
         return torch.zeros(1, self.inputs.channels, self.crop, self.crop, device=self.device)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] on any device -> normalized float32 on the context's device."""
+        """[B, C, H, W] in the set's own units on any device -> normalized float32 on the context's
+        device."""
         images = images.to(self.device, non_blocking=True)
-        return normalize(images, self.inputs.mean, self.inputs.std)
+        return normalize(images, self.inputs.mean, self.inputs.std, *self.inputs.window)
 
     def images(
         self,
@@ -100,7 +129,8 @@ class Context:
         batch_size: int | None = None,
         labeled: bool = True,
     ) -> ImageLoader:
-        """Center crops (uint8) of some samples, only labeled ones unless ``labeled`` is false."""
+        """Center crops of some samples, in the set's dtype; only labeled ones unless ``labeled`` is
+        false."""
         return ImageLoader(
             index, self.loader, resize=self.resize, crop=self.crop,
             interpolation=self.inputs.interpolation, batch_size=batch_size or self.batch_size,
@@ -135,7 +165,8 @@ class Context:
         for image in source.read_many([index.locate(int(sample)) for sample in samples]):
             try:
                 if isinstance(image, bytes):
-                    header = read_header(image)
+                    rgb8 = index.pixels.is_rgb8
+                    header = read_header(image) if rgb8 else read_native_header(image, index.pixels)
                     sides.append(min(header.height, header.width))
             except BadImage:
                 continue
@@ -152,7 +183,7 @@ class Context:
 
 def make_context(
     options: EvalTargetConfig,
-    settings: InputSettings,
+    settings: InputSettings | None,
     run: Mapping[str, Any],
     data_path: str | Path,
     world: dist.World,
@@ -161,32 +192,48 @@ def make_context(
 
     Args:
         options: of the command; they take precedence.
-        settings: the network's own.
+        settings: the network's own; None: not known.
         run: options of the run whose data and loader are used; may be empty.
 
     Raises:
-        InputError: a network that does not accept RGB images.
+        InputError: images of other channels than the network takes.
     """
-    given = {
-        "mean": options.mean,
-        "std": options.std,
-        "interpolation": options.interpolation,
-        "size": options.crop_size or None,
-    }
+    loader = resolve_loader(options, run, data_path)
+    form = form_of(data_path, loader.bands)
+    if form is not None and settings is not None:
+        check_channels(settings.channels, form)
+    known_form = form is not None
+    form = form or PixelFormat(settings.channels if settings else 3)
+    same_data = not known_form or same_path(run.get("data_path"), data_path)
+    scaling = resolve_scaling(options, form, settings, same_data=same_data)
+    given = {"interpolation": options.interpolation, "size": options.crop_size or None}
     inputs = InputSettings(
-        **vars(settings) | {name: value for name, value in given.items() if value is not None}
+        **vars(settings or InputSettings())
+        | {name: value for name, value in given.items() if value is not None}
+        | scaling.settings
     )
-    if inputs.channels != 3:
-        raise InputError(
-            f"--arch: the network expects {inputs.channels} channels, and shards are RGB images; "
-            "name weights for 3 channels"
-        )
     crop = inputs.size or PROTOCOL_CROP
     resize = options.resize_size if options.resize_size != -1 else default_resize(inputs)
     return Context(
-        inputs, resize, crop, str(data_path), resolve_loader(options, run, data_path),
-        options.batch_size_per_gpu, options.precision, world, options.output_dir,
+        inputs, resize, crop, str(data_path), loader, options.batch_size_per_gpu,
+        options.precision, world, options.output_dir, form, tuple(scaling.lines),
     )  # fmt: skip
+
+
+def check_channels(channels: int, form: PixelFormat) -> None:
+    """Raise InputError where a network takes another number of channels than images have."""
+    if channels == form.channels:
+        return
+    if form.is_rgb8:
+        raise InputError(
+            f"--arch: the network expects {channels} channels, and shards are RGB images; "
+            "name weights for 3 channels"
+        )
+    pick = f", or pick {channels} channels with --bands" if channels < form.channels else ""
+    raise InputError(
+        f"--pretrained_weights: the network takes {channels} channels, and the images have "
+        f"{form.channels} ({form.name}); name weights for {form.channels} channels{pick}"
+    )
 
 
 def default_resize(inputs: InputSettings) -> int:
@@ -227,8 +274,15 @@ def same_path(run: Any, given: str | Path) -> bool:
 def resolve_input_settings(
     arch: str, weights: Path | None, which: str | None = None, run: Mapping[str, Any] | None = None
 ) -> InputSettings:
+    """:func:`known_settings`; where nothing says them, those of the published XCiTs."""
+    return known_settings(arch, weights, which, run) or InputSettings()
+
+
+def known_settings(
+    arch: str, weights: Path | None, which: str | None = None, run: Mapping[str, Any] | None = None
+) -> InputSettings | None:
     """Input settings of a network: from its file, from the run folder that contains the file, from
-    the run (if it has this architecture), from timm; else those of the published XCiTs.
+    the run (if it has this architecture), from timm; else None.
 
     Args:
         arch: name of the architecture, ``timm/NAME`` for timm's.
@@ -243,7 +297,7 @@ def resolve_input_settings(
             found = InputSettings.from_run(run_options(weights.parent.parent))
     if found is None and run and run.get("arch") == arch:
         found = InputSettings.from_run(run)
-    return found or timm_input_settings(arch) or InputSettings()
+    return found or timm_input_settings(arch)
 
 
 def timm_input_settings(arch: str) -> InputSettings | None:

@@ -12,6 +12,7 @@ import csv
 import os
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import cached_features
 from xcit_dino.eval.neighbors import nearest_others
+from xcit_dino.eval.pictures.false_color import check_shown
 from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
 from xcit_dino.eval.target import networks, resolve
 from xcit_dino.files import check_writable, unfinished_folder
@@ -45,6 +47,8 @@ def run(config: EmbedConfig) -> None:
     """
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
+    check_shown(config.show_channels, context)
+    context = replace(context, show_channels=config.show_channels)
     index = context.index(config.split)
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")

@@ -66,7 +66,7 @@ def classifier_accuracy(
     """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks split the
     images."""
     world = context.world
-    model = create_model(target.arch, num_classes=num_classes)
+    model = create_model(target.arch, num_classes=num_classes, in_chans=target.channels)
     report = load_backbone(target.weights, model, target.checkpoint_key, head="required")
     if world.is_main:
         print(report, flush=True)

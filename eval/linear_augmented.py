@@ -129,7 +129,8 @@ def two_grids(
 def features_of(batch: Batch, network: Network, context: Context, seed: int) -> Blocks:
     """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
     with autocast(context.device, resolve_precision(context.precision, context.device)):
-        blocks = feature_blocks(network.model, context.normalize(flip_half(batch, seed)))
+        images = flip_half(context.normalize(batch.global_crops[0]), batch, seed)
+        blocks = feature_blocks(network.model, images)
     return {name: block.float() for name, block in blocks.items()}
 
 
@@ -193,10 +194,9 @@ class SavedHeads:
         write_atomic(self.path, content.getvalue())
 
 
-def flip_half(batch: Batch, seed: int) -> Tensor:
-    """The batch's crops, uint8 (B, 3, H, W), half of them flipped horizontally."""
+def flip_half(crops: Tensor, batch: Batch, seed: int) -> Tensor:
+    """The batch's crops, (B, C, H, W), half of them flipped horizontally."""
     params = sample_params(AugmentConfig(), seed, batch.epoch, batch.samples, range(1), 1)
-    crops = batch.global_crops[0]
     flip = to_device(torch.from_numpy(params.flip), crops.device)
     return torch.where(flip[:, None, None, None], crops.flip(-1), crops)
 

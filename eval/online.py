@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from xcit_dino.data.native.scaling import check_same_form
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
@@ -20,6 +21,7 @@ from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import count_classes, eval_mode, feature_blocks
 from xcit_dino.eval.knn import knn_hits
 from xcit_dino.eval.neighbors import evenly_spaced
+from xcit_dino.eval.pictures.false_color import check_shown
 from xcit_dino.eval.pictures.online import EmbeddedSubset, OnlinePictures
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.inputs import InputSettings
@@ -39,6 +41,7 @@ def online_knn(
     every: int = 1,
     name: str = "knn",
     pictures: TrainingCrops | None = None,
+    show_channels: tuple[int, ...] = (),
 ) -> OnlineKnn | None:
     """The evaluation that ``pretrain`` calls at epoch ends: (teacher's backbone, epochs done) ->
 
@@ -48,6 +51,7 @@ def online_knn(
         every: epochs between evaluations.
         name: prefix of the metrics' names.
         pictures: also show crops made like this, attention and neighbors.
+        show_channels: of these, as red, green and blue.
 
     Returns:
         None if no accuracy can be computed: no validation split, or images without labels.
@@ -59,15 +63,18 @@ def online_knn(
     train, val, classes = labeled_splits(data_path)
     context = online_context(run, data_path, world)
     few = replace(context.loader, num_workers=0)
-    draw = OnlinePictures(pictures, replace(context, loader=few)) if pictures else None
+    shown = replace(context, loader=few, show_channels=show_channels)
+    check_shown(show_channels, shown)
+    draw = OnlinePictures(pictures, shown) if pictures else None
     return OnlineKnn(train, val, classes, context, every, name, draw)
 
 
 def online_context(run: dict[str, Any], data_path: str | Path, world: dist.World) -> Context:
     """How images reach the network in an evaluation between two steps of a run."""
     given = {name: run[name] for name in ("num_workers", "precision") if name in run}
-    settings = InputSettings.from_run(run) or InputSettings()
-    context = make_context(EvalTargetConfig(**given), settings, run, data_path, world)
+    context = make_context(
+        EvalTargetConfig(**given), InputSettings.from_run(run), run, data_path, world
+    )
     # unreadable images are skipped, and counted: they are for the training to stop at
     return replace(context, loader=replace(context.loader, max_bad_fraction=1.0))
 
@@ -79,6 +86,7 @@ def labeled_splits(data_path: str | Path) -> tuple[ShardIndex, ShardIndex, int]:
         InputError: one is missing, or has no labels.
     """
     train, val = (ShardIndex.load(resolve_split(data_path, s)) for s in ("train", "val"))
+    check_same_form(train, val)
     return train, val, count_classes(train, val)
 
 

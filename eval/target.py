@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
-from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options
+from xcit_dino.eval.context import Context, known_settings, make_context, run_options
 from xcit_dino.files import check_writable, file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
@@ -31,6 +31,8 @@ class EvalTarget:
     arch: str
     weights: Path
     checkpoint_key: str | None
+    channels: int = 3
+    """Of its images."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Network:
 
 
 class PixelFeatures(nn.Module):
-    """The normalized image as features, average-pooled to at most 32 x 32: (B, 3, H, W) -> (B,
-    3072)."""
+    """The normalized image as features, average-pooled to at most 32 x 32: (B, C, H, W) -> (B,
+    C x 1024)."""
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -84,9 +86,13 @@ def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Co
             f"--output_dir {config.output_dir} holds no checkpoint: pretrain first, "
             "or name a file with --pretrained_weights"
         )
-    target = EvalTarget(canonical_name(arch), weights, config.checkpoint_key)
-    settings = resolve_input_settings(target.arch, weights, config.checkpoint_key, run)
-    return target, make_context(config, settings, run, data_path, world)
+    arch = canonical_name(arch)
+    settings = known_settings(arch, weights, config.checkpoint_key, run)
+    context = make_context(config, settings, run, data_path, world)
+    for note in context.notes if world.is_main else ():
+        print(note, flush=True)
+    target = EvalTarget(arch, weights, config.checkpoint_key, context.inputs.channels)
+    return target, context
 
 
 def elsewhere(config: EvalTargetConfig) -> str:
@@ -106,13 +112,13 @@ def networks(config: EvalTargetConfig, target: EvalTarget) -> Iterator[Network]:
     nearest-neighbor interpolation."""
     yield pretrained(target)
     if config.baselines:
-        yield random_network(target.arch)
+        yield random_network(target.arch, target.channels)
         yield Network("pixels", PixelFeatures(), {"network": "pixels", "side": PIXELS})
 
 
 def pretrained(target: EvalTarget) -> Network:
     """Load the backbone with the target's weights."""
-    model = create_model(target.arch, num_classes=0)
+    model = create_model(target.arch, num_classes=0, in_chans=target.channels)
     report = load_backbone(target.weights, model, which=target.checkpoint_key)
     if dist.is_main():
         print(report, flush=True)
@@ -124,7 +130,7 @@ def pretrained(target: EvalTarget) -> Network:
     return Network("pretrained", model.eval(), facts)
 
 
-def random_network(arch: str) -> Network:
+def random_network(arch: str, channels: int = 3) -> Network:
     """The same architecture, initialized from seed 0.
 
     In evaluation mode its batch-norms use their initial statistics (mean 0, variance 1): it has
@@ -132,5 +138,5 @@ def random_network(arch: str) -> Network:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        model = create_model(arch, num_classes=0)
+        model = create_model(arch, num_classes=0, in_chans=channels)
     return Network("random", model.eval(), {"network": "random", "arch": arch, "seed": RANDOM_SEED})

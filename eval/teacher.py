@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval.context import resolve_input_settings
+from xcit_dino.eval.context import known_settings, timm_input_settings
 from xcit_dino.files import file_checksum
-from xcit_dino.inputs import InputSettings
+from xcit_dino.inputs import BYTES, InputSettings
 from xcit_dino.models.weights import timm_hub
 from xcit_dino.models.weights.load import input_settings, load_backbone
 from xcit_dino.models.zoo import check_timm_name, create_model, list_models
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.state import weights_file
+
+PUBLISHED = InputSettings()
 
 
 class TeacherOptions(Protocol):
@@ -51,14 +53,15 @@ class Teacher(nn.Module):
         super().__init__()
         self.network, self.size = network.eval().requires_grad_(False), theirs.size or 0
         self.interpolation = theirs.interpolation
-        from_, to = (torch.tensor((each.mean, each.std)).view(2, 1, 3, 1, 1)
+        from_, to = (torch.tensor((each.mean, each.std)).view(2, 1, -1, 1, 1)
                      for each in (ours, theirs))  # fmt: skip
-        self.register_buffer("scale", from_[1] / to[1])
-        self.register_buffer("shift", (from_[0] - to[0]) / to[1])
+        factor, offset = between_windows(ours, theirs)
+        self.register_buffer("scale", from_[1] * factor / to[1])
+        self.register_buffer("shift", (from_[0] * factor + offset - to[0]) / to[1])
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, S, S] in the student's normalization -> float32 output of the network."""
+        """Images [B, C, S, S] in the student's normalization -> float32 output of the network."""
         with torch.autocast(images.device.type, enabled=False):
             return self.network(self.prepare(images, self.size)).float()
 
@@ -69,6 +72,18 @@ class Teacher(nn.Module):
             sides = (size, size)
             images = F.interpolate(images, sides, mode=self.interpolation, antialias=True)
         return images
+
+
+def between_windows(ours: InputSettings, theirs: InputSettings) -> tuple[Tensor, Tensor]:
+    """Factor and offset [1, C or 1, 1, 1] that make of values scaled by one window those scaled by
+    the other. A network of 8-bit images sees data of other depths in the data's window."""
+    if ours.window == theirs.window or BYTES in (ours.window, theirs.window):
+        return torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    (a, b), (c, d) = (
+        (torch.tensor(bound, dtype=torch.float64).view(1, -1, 1, 1) for bound in each.window)
+        for each in (ours, theirs)
+    )
+    return ((b - a) / (d - c)).float(), ((a - c) / (d - c)).float()
 
 
 class Loaded(NamedTuple):
@@ -82,31 +97,38 @@ class Loaded(NamedTuple):
 
 
 def load_teacher(
-    model: str, options: TeacherOptions, num_classes: int, checkpoint: Path | None = None
+    model: str,
+    options: TeacherOptions,
+    num_classes: int,
+    checkpoint: Path | None = None,
+    ours: InputSettings = PUBLISHED,
 ) -> Loaded:
     """The network that ``--teacher_model`` and ``--teacher_path`` name.
 
     model: of timm (``timm/NAME``, or NAME alone), or a built-in one; num_classes: of its
     classifier, 0 for the backbone alone; checkpoint: of a run that goes on and holds the teacher's
-    weights.
+    weights; ours: how the student's images are prepared.
 
     Raises:
-        InputError: no such model, no weights, weights of another architecture, or other classes.
+        InputError: no such model, no weights, weights of another architecture, or for other classes
+            or channels.
     """
     name, load, path = model.removeprefix("timm/"), checkpoint is None, options.teacher_path
     built_in = name in list_models()
     arch = name if built_in else f"timm/{name}"
     facts: dict[str, Any] = {"teacher": name}
-    option = f"--teacher_model {model}"
+    option, channels = f"--teacher_model {model}", ours.channels
     file, settings = None, None
     if not built_in:
         check_timm_name(name, option)
+    if load and path is None and (known := timm_input_settings(arch)):
+        check_teacher_channels(option, known.channels, channels)  # before anything is fetched
     if load and path is None:
         if built_in:
             raise InputError(f"--teacher_path is missing: timm has no weights for our {name}")
         network = _from_timm(name, num_classes, option)
     else:
-        network = create_model(arch, num_classes=num_classes)
+        network = create_model(arch, num_classes=num_classes, in_chans=channels)
     if load and path is not None:
         file = weights_file(path, "--teacher_path")
         facts["teacher_weights"] = file_checksum(file)
@@ -120,15 +142,22 @@ def load_teacher(
         settings = input_settings(checkpoint, "teacher")
         if path is not None and path.exists():
             file = weights_file(path, "--teacher_path")
-    settings = settings or resolve_input_settings(arch, file)
-    if settings.channels != 3:
-        raise InputError(
-            f"{option}: takes {settings.channels} channels, and shards hold RGB "
-            "images; name a teacher of 3 channels"
-        )
+    if (settings := settings or known_settings(arch, file)) is None:  # the file says nothing
+        same = dataclasses.replace(ours, size=None, crop_ratio=None)
+        settings = InputSettings() if channels == 3 else same
+    check_teacher_channels(option, settings.channels, channels)
     settings = dataclasses.replace(settings, size=options.teacher_size or settings.size)
     facts |= {"teacher_size": settings.size or 0, "teacher_input": settings.dump()}
     return Loaded(network, settings, facts)
+
+
+def check_teacher_channels(option: str, takes: int, channels: int) -> None:
+    """Raise InputError for a teacher of images with other channels."""
+    if takes != channels:
+        raise InputError(
+            f"{option}: takes {takes} channels, and the images have {channels}; name a teacher of "
+            f"{channels} channels"
+        )
 
 
 def _from_timm(name: str, num_classes: int, option: str) -> nn.Module:

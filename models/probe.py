@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError, one_line
-from xcit_dino.models.tokens import stride_of
+from xcit_dino.models.tokens import channels_of, stride_of
 
 
 def check_sizes(
@@ -55,7 +55,8 @@ def unused_parameters(model: nn.Module, arch: str, size: int) -> list[str]:
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         trial = copy.deepcopy(model).train()
-        images = torch.randn(2, 3, size, size, dtype=next(trial.parameters()).dtype)
+        shape = (2, channels_of(model), size, size)
+        images = torch.randn(shape, dtype=next(trial.parameters()).dtype)
         try:
             trial(images).sum().backward()
         except Exception as error:  # networks raise different types
@@ -76,7 +77,7 @@ def _try_size(model: nn.Module, size: int) -> object:
     training = {module: module.training for module in model.modules()}
     weight = next(model.parameters())
     try:
-        return model.eval()(weight.new_zeros(1, 3, size, size))
+        return model.eval()(weight.new_zeros(1, channels_of(model), size, size))
     except Exception as error:  # networks raise different types
         return error
     finally:

@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(backbone: nn.Module, images: Tensor, patches: bool = True) -> Tokens:
-    """Images (B, 3, S, S) -> :class:`Tokens`; pooled is ``backbone(images)``, value for value.
+    """Images (B, C, S, S) -> :class:`Tokens`; pooled is ``backbone(images)``, value for value.
 
     backbone: without a classifier (num_classes 0), XCiT or timm's.
 
@@ -56,6 +56,21 @@ def _grid(backbone: nn.Module, found: object) -> Tensor:
     raise InputError(f"{type(backbone).__name__} gives no grid of patch tokens ({shape})")
 
 
+def first_layer(backbone: nn.Module) -> str | None:
+    """Name of the layer that takes the images, as timm has it; None where it is not known."""
+    if isinstance(backbone, XCiT):
+        return "patch_embed.proj.0.0"
+    name = getattr(backbone, "default_cfg", {}).get("first_conv")
+    return name if isinstance(name, str) else None
+
+
+def channels_of(backbone: nn.Module) -> int:
+    """Channels of the images that a backbone takes; 3 where its first layer is not known."""
+    name = first_layer(backbone)
+    weight = None if name is None else dict(backbone.named_parameters()).get(f"{name}.weight")
+    return 3 if weight is None or weight.ndim != 4 else weight.shape[1]
+
+
 def stride_of(backbone: nn.Module) -> int:
     """Pixels by which a crop's side is best divisible: the patch size, else that of one cell of a
     convolutional network's last feature map; 1 where neither is known."""
@@ -72,7 +87,8 @@ def widths_of(backbone: nn.Module, size: int, patches: bool = True) -> tuple[int
     """(D, P) of :class:`Tokens`, found with a black image of ``size`` pixels; without ``patches`` P
     is 0. The backbone is left as it is."""
     weight, modes = next(backbone.parameters()), [(m, m.training) for m in backbone.modules()]
-    tokens = tokens_of(backbone.eval(), weight.new_zeros(1, 3, size, size), patches)
+    image = weight.new_zeros(1, channels_of(backbone), size, size)
+    tokens = tokens_of(backbone.eval(), image, patches)
     for module, training in modes:
         module.training = training
     return tokens.pooled.shape[-1], 0 if tokens.patches is None else tokens.patches.shape[-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from xcit_dino.eval import neighbors
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.pictures import render
+from xcit_dino.eval.pictures.false_color import check_shown
 from xcit_dino.inputs import InputSettings
 from xcit_dino.report.page import Tile
 from xcit_dino.report.provenance import known_options
@@ -24,8 +26,8 @@ from xcit_dino.train.run.reader import Run
 class Images:
     """What the pictures are made from; read when it is first needed."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, show_channels: tuple[int, ...] = ()):
+        self.run, self.show_channels = run, show_channels
         self.options = known_options(run)
         self.unreadable = set[tuple[str, int]]()
         """(checksum of the split's index, sample number) of images that could not be read."""
@@ -63,14 +65,25 @@ class Images:
     def context(self) -> Context:
         """How evaluations of the run's network read images; unreadable ones are skipped."""
         options = EvalTargetConfig(self.run.folder, num_workers=0, max_bad_fraction=1.0)
-        settings = InputSettings.from_run(self.options) or InputSettings()
+        settings = InputSettings.from_run(self.options)
         data_path = self.options.get("data_path") or ""
         world = dist.World(0, 1, torch.device("cpu"))
-        return make_context(options, settings, self.options, data_path, world)
+        context = make_context(options, settings, self.options, data_path, world)
+        check_shown(self.show_channels, context)
+        return replace(context, show_channels=self.show_channels)
 
     def photos(self, index: ShardIndex, samples: Sequence[int]) -> dict[int, Any]:
-        """Sample number -> pixels, of the readable ones."""
-        found = render.photos(index, samples, self.context)
+        """Sample number -> picture, of the readable ones."""
+        return self._readable(render.photos, index, samples)
+
+    def views(self, index: ShardIndex, samples: Sequence[int]) -> dict[int, Any]:
+        """Sample number -> [H, W, C] in the set's own units, of the readable ones."""
+        return self._readable(render.views, index, samples)
+
+    def _readable(
+        self, read: Callable[..., dict[int, Any]], index: ShardIndex, samples: Sequence[int]
+    ) -> dict[int, Any]:
+        found = read(index, samples, self.context)
         self.unreadable |= {(index.checksum, n) for n in samples if n not in found}
         return found
 

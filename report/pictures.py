@@ -27,14 +27,17 @@ CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
 
 
-def sections_of(run: Run, parts: Sequence[Section]) -> tuple[list[Section], list[str]]:
+def sections_of(
+    run: Run, parts: Sequence[Section], show_channels: tuple[int, ...] = ()
+) -> tuple[list[Section], list[str]]:
     """Sections with their data, and which are missing and why.
 
     Args:
         run: the run.
         parts: sections with a function of :class:`Images` as data.
+        show_channels: of the images, as red, green and blue.
     """
-    images = Images(run)
+    images = Images(run, show_channels)
     shown, reasons = [], dict[str, list[str]]()
     for part in parts:
         try:
@@ -55,7 +58,7 @@ def crops(images: Images) -> dict[str, Any]:
     samples = neighbors.evenly_spaced(images.train.num_samples, CROP_SAMPLES + 2)[1:-1]
     made = render.TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     rows = render.training_crops(
-        made, images.train, samples.tolist(), max(0, config.run.epochs - 1)
+        made, images.train, samples.tolist(), max(0, config.run.epochs - 1), images.context
     )
     captions = [f"global {n + 1}" for n in range(config.crops.global_crops_number)]
     captions += [f"local {n + 1}" for n in range(len(rows[0]) - len(captions) if rows else 0)]
@@ -67,7 +70,8 @@ def attention(images: Images) -> dict[str, Any]:
     weights = newest_checkpoint(images.run.folder)
     if weights is None:
         raise InputError("no whole checkpoint in the run folder")
-    model = create_model(images.options["arch"], num_classes=0)
+    channels = images.context.inputs.channels
+    model = create_model(images.options["arch"], num_classes=0, in_chans=channels)
     load_backbone(weights, model)
     index = images.train
     try:
@@ -75,7 +79,7 @@ def attention(images: Images) -> dict[str, Any]:
     except InputError:
         pass
     samples = neighbors.evenly_spaced(index.num_samples, ATTENTION_PHOTOS + 2)[1:-1].tolist()
-    photos = list(images.photos(index, samples).values())
+    photos = list(images.views(index, samples).values())
     if not photos:
         raise InputError("none of the photos could be read")
     rows = render.attention_rows(model.eval(), photos, images.context)

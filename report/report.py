@@ -31,20 +31,20 @@ def run(config: ReportConfig) -> None:
     remedy = "name another file: --output FILE.html"
     check_writable(output.parent, remedy, f"--output {output}")
     try:
-        write_atomic(output, page(runs, config.pictures))
+        write_atomic(output, page(runs, config.pictures, config.show_channels))
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}") from error
     print(f"report: {output}", flush=True)
 
 
-def page(runs: Sequence[Run], pictures: bool = True) -> str:
+def page(runs: Sequence[Run], pictures: bool = True, show_channels: tuple[int, ...] = ()) -> str:
     """The whole HTML text."""
     many = len(runs) > 1
     sections = comparison(runs) if many else results(runs[0])
     sections += [training.curves(runs), training.speed(runs)]
     absent = []
     for run in runs:
-        shown, missing = pictures_of(run, many) if pictures else ([], [])
+        shown, missing = pictures_of(run, many, show_channels) if pictures else ([], [])
         sections += named(run, shown, many)
         absent += [f"{run.name}: {reason}" if many else reason for reason in run.absent + missing]
     sections += [part for run in runs for part in named(run, [accuracy.protocols(run)], many)]
@@ -76,11 +76,13 @@ def comparison(runs: Sequence[Run]) -> list[Section]:
     return [table(runs) for table in tables]
 
 
-def pictures_of(run: Run, many: bool) -> tuple[list[Section], list[str]]:
+def pictures_of(
+    run: Run, many: bool, show_channels: tuple[int, ...] = ()
+) -> tuple[list[Section], list[str]]:
     """The run's pictures, fewer beside other runs, and which of them are missing and why."""
     from xcit_dino.report.pictures import IN_COMPARISON, PARTS, sections_of  # imports torch
 
-    return sections_of(run, IN_COMPARISON if many else PARTS)
+    return sections_of(run, IN_COMPARISON if many else PARTS, show_channels)
 
 
 def named(run: Run, sections: Sequence[Section], many: bool) -> list[Section]:

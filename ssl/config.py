@@ -11,7 +11,7 @@ from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
-from xcit_dino.options import read_yaml, replace
+from xcit_dino.options import differing, read_yaml, replace
 from xcit_dino.paths import Location, expand
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
@@ -162,6 +162,10 @@ class OnlineConfig:
     knn_data_path: Location | None = None
     """Other shards whose k-NN is logged too, as knn_other_top1 and knn_other_top5: with
     --init_from, the data that the weights were trained on show what is forgotten."""
+    show_channels: tuple[int, ...] = ()
+    """Channels shown as red, green and blue, numbered from 1, in TensorBoard's pictures of images
+    with other than 8-bit RGB. Default: the first three, of more than three the first principal
+    components."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1e6, "knn_every")
@@ -279,6 +283,7 @@ class PretrainConfig:
             **needs(self.objective.dino, "with --objective distill", *names),
             **needs(looks, "with --knn_every 0 and no --init_from", "knn_data_path"),
             **needs(start, "without --init_from", *forgetting),
+            **needs(self.online.knn_every, "with --knn_every 0", "show_channels"),
         }
 
     def remarks(self) -> list[str]:
@@ -344,7 +349,37 @@ def pretrain_config(argv: Sequence[str], prog: str = "xcit-dino pretrain") -> Pr
     about = f"Pretrain a backbone with DINO. Defaults below: {path} (another with --config FILE)."
     config = parse(recipe, argv, prog, about)
     config.objective.check_teacher()
+    refuse_without_meaning(recipe, config)
     return replace(config, {"arch": canonical_name(config.model.arch)})
+
+
+def refuse_without_meaning(recipe: PretrainConfig, config: PretrainConfig) -> None:
+    """Raise InputError where the command line asks for augmentations that the images cannot have;
+    those of a recipe are off without it."""
+    names = {each.name for each in fields(AugmentConfig)} & differing(recipe, config).keys()
+    if not names:
+        return
+    from xcit_dino.data.native.scaling import form_of  # reads the index: only where it is needed
+
+    form = form_of(config.loader.data_path, config.loader.bands)
+    asked = [n for n in config.augment.without_meaning(form.channels) if n in names] if form else []
+    if form is None or not asked:
+        return
+    if asked[0] == "color_jitter":
+        brightness, contrast, *_ = config.augment.color_jitter
+        raise InputError(
+            f"--color_jitter: images of {form.channels} channels ({form.name}) have no saturation "
+            f"and hue; take --color_jitter {brightness:g} {contrast:g} 0 0"
+        )
+    reason = {
+        "gray_prob": "have no gray version",
+        "solarize_prob": "are not solarized",
+        "channel_drop_prob": "cannot drop the only one",
+    }[asked[0]]
+    raise InputError(
+        f"--{asked[0]}: images of {form.channels} channel{'s' * (form.channels > 1)} ({form.name}) "
+        f"{reason}; leave it out"
+    )
 
 
 def arch_of_start(init_from: str) -> str | None:

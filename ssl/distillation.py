@@ -70,7 +70,7 @@ class FrozenTeacher(Teacher):
 
     @torch.no_grad()
     def targets(self, crops: Tensor) -> Tokens:
-        """Crops (V*B, 3, S, S) in the student's normalization -> standardized tokens, float32:
+        """Crops (V*B, C, S, S) in the student's normalization -> standardized tokens, float32:
         (V*B, D) and (V*B, H, W, P) on the teacher's own grid."""
         with torch.autocast(crops.device.type, enabled=False):
             images = self.prepare(crops, self.size_for(crops.shape[-1]))
@@ -163,7 +163,7 @@ def frozen_teacher(
     """
     config.check_teacher()
     assert config.teacher_model is not None
-    loaded = load_teacher(config.teacher_model, config, num_classes=0)
+    loaded = load_teacher(config.teacher_model, config, num_classes=0, ours=ours)
     patches = config.distill_patch_weight > 0
     teacher = FrozenTeacher(loaded, ours, crops.global_crops_size, patches=patches, dtype=dtype)
     sides = [crops.global_crops_size] + [crops.local_crops_size] * (crops.local_crops_number > 0)

@@ -70,6 +70,7 @@ def build(
     seed: int,
     teacher_widths: tuple[int, int] | None = None,
     size: int = 224,
+    channels: int = 3,
 ) -> tuple[MultiCropNet, MultiCropNet]:
     """Student and teacher with the same initial weights; the teacher has no gradients.
 
@@ -77,13 +78,17 @@ def build(
     the statistics of its own global crops, as in ``main_dino.py``.
 
     head: None for none; teacher_widths: of a frozen teacher's tokens, for which the student gets a
-    projector; size: of the global crops in pixels.
+    projector; size: of the global crops in pixels;
+    channels: of the images.
     """
     torch.manual_seed(seed)
-    backbone = create_model(model.arch, num_classes=0, drop_path_rate=model.drop_path_rate)
+    backbone = create_model(
+        model.arch, num_classes=0, drop_path_rate=model.drop_path_rate, in_chans=channels
+    )
     projection = None if head is None else _head(backbone, head)
     student = MultiCropNet(backbone, projection)
-    teacher = MultiCropNet(create_model(model.arch, num_classes=0), copy.deepcopy(projection))
+    frozen = create_model(model.arch, num_classes=0, in_chans=channels)
+    teacher = MultiCropNet(frozen, copy.deepcopy(projection))
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     if teacher_widths is not None:

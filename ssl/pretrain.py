@@ -179,7 +179,15 @@ def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[OnlineKnn
     crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
     every, run = config.online.knn_every, dict(options(config))
     found = [
-        online_knn(data_path, run, world, every=every, name=name, pictures=pictures)
+        online_knn(
+            data_path,
+            run,
+            world,
+            every=every,
+            name=name,
+            pictures=pictures,
+            show_channels=config.online.show_channels if pictures else (),
+        )  # fmt: skip
         for name, data_path, pictures in (
             ("knn", config.loader.data_path, crops),
             ("knn_other", config.online.knn_data_path, None),

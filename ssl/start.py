@@ -6,7 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.errors import warn
+from xcit_dino.data.config import AugmentConfig
+from xcit_dino.data.native.scaling import form_of, resolve_scaling
+from xcit_dino.data.pixels import RGB8
+from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.context import resolve_input_settings, run_options, timm_input_settings
 from xcit_dino.eval.teacher import timm_weights
 from xcit_dino.files import file_checksum
@@ -22,21 +25,46 @@ from xcit_dino.train.state import has_checkpoint, weights_file
 
 
 def with_input_settings(config: PretrainConfig) -> PretrainConfig:
-    """The options with ``--mean`` and ``--std`` filled in: those of the run being resumed, else of
-    the weights to start from, else ImageNet's."""
+    """The options with ``--window``, ``--mean`` and ``--std`` filled in: those of the run being
+    resumed, else of the weights to start from, else of the data, which of 8-bit RGB are ImageNet's;
+    see ``data/native/scaling.py``.
+
+    Raises:
+        InputError: as many values as the images have no channels; an augmentation that they cannot
+            have.
+    """
     source, folder, own = config.start.init_from, config.run.output_dir, config.augment
-    if own.mean and own.std:
-        return config
-    settings = None
-    if has_checkpoint(folder):
+    form = form_of(config.loader.data_path, config.loader.bands) or RGB8
+    settings, resumed = None, has_checkpoint(folder)
+    if resumed:
         settings = InputSettings.from_run(run_options(folder))
-    elif source is not None:
+    elif source is not None and not (own.mean and own.std):
         settings = start_settings(source, config.model.arch)
-    settings = settings or InputSettings()
-    found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
-    if dist.is_main() and found["mean"] != IMAGENET_MEAN:
-        print(f"images are normalized by mean {found['mean']}, std {found['std']}", flush=True)
-    return replace(config, found)
+    scaling = resolve_scaling(own, form, settings, same_data=resumed)
+    resolved = replace(config, scaling.options)
+    if dist.is_main() and resolved != config:
+        say(scaling.lines, resolved.augment)
+    if form.channels == 1 and own.channel_drop_prob:
+        raise InputError(
+            "--channel_drop_prob: the images have one channel, which has to stay; leave it out"
+        )
+    return resolved
+
+
+def say(lines: list[str], augment: AugmentConfig) -> None:
+    """Print how images are scaled and normalized, where that is not ImageNet's, and what is off
+    for them."""
+    if augment.mean != IMAGENET_MEAN:
+        line = f"images are normalized by mean {augment.mean}, std {augment.std}"
+        lines = [*lines, line]
+    if off := augment.without_meaning(augment.channels):
+        lines = [
+            *lines,
+            f"{', '.join(f'--{name}' for name in off)}: images of {augment.channels} channels have "
+            "no saturation, hue and gray version, and are not solarized: these are off",
+        ]
+    for line in lines:
+        print(line, flush=True)
 
 
 def start_settings(source: str, arch: str) -> InputSettings | None:
@@ -83,7 +111,9 @@ def initialize_by_name(trainer: DinoTrainer, source: str) -> tuple[str, dict[str
 def warn_of_other_settings(config: PretrainConfig, before: InputSettings | None) -> None:
     """Warn if the run's mean or std differ from those that the weights were trained with."""
     now = config.augment
-    if before and (before.mean, before.std) != (now.mean, now.std) and now.mean and now.std:
+    if before is None or before.channels != now.channels or not (now.mean and now.std):
+        return
+    if (before.mean, before.std) != (now.mean, now.std):
         warn(
             f"--init_from {config.start.init_from}: was trained with --mean {spaced(before.mean)} "
             f"--std {spaced(before.std)}, and this run has {spaced(now.mean)} and "

@@ -41,7 +41,7 @@ class DinoTrainer(Trainer):
     """About the frozen teacher."""
 
     def views(self, batch: Batch) -> list[Tensor]:
-        """Augmented crops: the global ones, (G*B, 3, S, S), and the local ones if there are any."""
+        """Augmented crops: the global ones, (G*B, C, S, S), and the local ones if there are any."""
         return [group for group in self.augment(batch) if len(group)]
 
     @property
@@ -126,7 +126,7 @@ def set_up(
         loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
     student, teacher = networks.build(
         config.model, config.head if objective.dino else None, config.run.seed,
-        frozen and frozen.widths, config.crops.global_crops_size,
+        frozen and frozen.widths, config.crops.global_crops_size, config.augment.channels,
     )  # fmt: skip
     unused: list[str] = []
     if config.model.arch.startswith(TIMM_PREFIX):

@@ -15,9 +15,9 @@ from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.eval.config import NetworkName
-from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, window_bounds
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
-from xcit_dino.options import read_yaml, replace
+from xcit_dino.options import differing, read_yaml, replace
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
 Config = TypeVar("Config", bound="FinetuneConfig")
@@ -47,19 +47,25 @@ class RegularizationConfig:
 
     input_size: int = 224
     """Side of the training crops and of the validation images in pixels."""
-    mean: tuple[float, float, float] | None = None
-    """Subtracted from the channels (values in [0, 1]); by default as the weights to start from were
-    trained, else ImageNet's."""
-    std: tuple[float, float, float] | None = None
-    """The channels are divided by it; default: as for mean."""
+    window: tuple[float | str, ...] | None = None
+    """Values that become 0 and 1, LOW HIGH or such a pair for each channel; others are clipped. A
+    number, or a percentile of each channel in the data (p0.1 p99.9). By default as the weights to
+    start from were trained, else by the data: 0 255 of 8 bits, 0 4095 where 12 bits are used."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel (values in [0, 1]), subtracted; by default as the weights to start from were
+    trained, else that of the data, and ImageNet's of 8-bit RGB."""
+    std: tuple[float, ...] | None = None
+    """The channels are divided by it; by default as for mean."""
     train_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the image's area that a training crop covers, from and to (torchvision)."""
     hflip: float = 0.5
     """Probability of a left-right flip."""
     aa: str = "rand-m9-mstd0.5-inc1"
-    """timm's policy of automatic augmentation: rand-..., augmix-..., original, v0, 3a; or none."""
+    """timm's policy of automatic augmentation: rand-..., augmix-..., original, v0, 3a; or none. Off
+    for images that are not 8-bit RGB, which its operations are made for."""
     color_jitter: float = 0.4
-    """Strength of color jitter, where there is no automatic augmentation (timm's rule)."""
+    """Strength of color jitter, where there is no automatic augmentation (timm's rule), of 8-bit
+    RGB."""
     reprob: float = 0.25
     """Probability of erasing a random rectangle."""
     remode: Literal["pixel", "rand", "const"] = "pixel"
@@ -127,6 +133,22 @@ class RegularizationConfig:
     def normalization(self) -> tuple[Channels, Channels]:
         """Mean and std of the channels; ImageNet's if none are given."""
         return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
+
+    @property
+    def window_bounds(self) -> tuple[Channels, Channels]:
+        """Lows and highs of the window, once it is resolved; of 8-bit images where there is
+        none."""
+        return window_bounds(self.window)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.normalization[0])
+
+    @property
+    def uses_pillow(self) -> bool:
+        """Whether images go through timm's operations, which are Pillow's."""
+        return self.aa not in ("", "none") or self.color_jitter > 0
 
     @property
     def mixes(self) -> bool:
@@ -308,7 +330,9 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
     else:
         config = replace(config, read_yaml(path), source=str(path))
     origin = f"Defaults below: {path or 'those of the supervised XCiT recipe'}"
+    before = config
     config = parse(config, argv, prog, f"{about} {origin} (another with --config FILE).")
+    refuse_pillow(before, config)
     name = canonical_name(config.model.arch)
     values: dict[str, Any] = {"arch": name}
     if config.run.output_dir == RunConfig.output_dir:
@@ -317,9 +341,28 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
     return replace(config, values)
 
 
+def refuse_pillow(before: Config, config: Config) -> None:
+    """Raise InputError where the command line asks for operations of 8-bit RGB on other images;
+    those of a recipe are off without it.
+
+    before: the options without the command line.
+    """
+    asked = [name for name in ("aa", "color_jitter") if name in differing(before, config)]
+    if not asked or not config.regularization.uses_pillow:
+        return
+    from xcit_dino.data.native.scaling import form_of  # reads the index: only where it is needed
+
+    form = form_of(config.loader.data_path, config.loader.bands)
+    if form is not None and not form.is_rgb8:
+        raise InputError(
+            f"--{asked[0]}: timm's operations are made for 8-bit RGB, and "
+            f"{config.loader.data_path} holds {form.name}; leave it out"
+        )
+
+
 def _run_options(folder: Path | None) -> dict[str, Any]:
     """What a run folder passes on to its continuation: the arch and the location of the data."""
     path = folder / "config.yaml" if folder else None
     options = read_yaml(path) if path and path.is_file() else {}
-    passed_on = ("arch", "data_path", "shard_url")
+    passed_on = ("arch", "data_path", "shard_url", "bands")
     return {name: options[name] for name in passed_on if options.get(name)}

@@ -30,7 +30,9 @@ from torch.overrides import TorchFunctionMode
 
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.loader import Batch
+from xcit_dino.data.native.scaling import check_same_form
 from xcit_dino.data.packed import to_device
+from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
@@ -65,6 +67,8 @@ class LabeledData:
     train: ShardIndex
     val: ShardIndex
     num_classes: int
+    form: PixelFormat = RGB8
+    """What the images are, once ``--bands`` are picked."""
 
 
 def open_data(config: FinetuneConfig) -> LabeledData:
@@ -78,7 +82,9 @@ def open_data(config: FinetuneConfig) -> LabeledData:
         raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
     train, val = (ShardIndex.load(resolve_split(path, split)) for split in ("train", "val"))
     dist.refuse_other_data(train.checksum + val.checksum, path)
-    return LabeledData(train, val, count_classes(train, val))
+    check_same_form(train, val)
+    form = train.pixels.select(config.loader.bands)
+    return LabeledData(train, val, count_classes(train, val), form)
 
 
 def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Plan:
@@ -95,14 +101,18 @@ def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Pla
 
 
 class HostAugment:
-    """Flip and timm's automatic augmentation, or color jitter, applied to crops in the worker.
+    """Flip and timm's automatic augmentation, or color jitter, applied to crops in the worker; to
+    images that are not 8-bit RGB the flip alone.
 
     Raises:
         InputError: timm has no such policy, or would ignore a part of it.
     """
 
-    def __init__(self, config: RegularizationConfig, seed: int):
+    def __init__(self, config: RegularizationConfig, seed: int, form: PixelFormat = RGB8):
         self.hflip, self.seed = config.hflip, seed
+        self.transform = None
+        if not form.is_rgb8:
+            return
         mean, std = config.normalization
         try:
             refuse_ignored(config.aa)
@@ -124,10 +134,15 @@ class HostAugment:
             ) from error
 
     def __call__(self, views: list[Tensor], task: Task) -> None:
-        """Change the crops [1, B, 3, S, S], uint8 and channels last, in place."""
+        """Change the crops [1, B, C, S, S] in place; 8-bit RGB lies channels last."""
         bits = random_bits(self.seed, HOST_STREAM, task.epoch, task.samples)
         for crop, seed in zip(views[0][0], bits, strict=True):
             seed_everything(seed)
+            if self.transform is None:
+                if random.random() < self.hflip:
+                    values = crop.numpy()  # torch does not flip uint16
+                    values[:] = values[..., ::-1].copy()
+                continue
             pixels = crop.permute(1, 2, 0).numpy()
             image = Image.fromarray(pixels)
             if random.random() < self.hflip:
@@ -159,6 +174,7 @@ class DeviceAugment:
         options = config.regularization
         self.seed, self.num_classes, self.world = config.run.seed, num_classes, world
         self.smoothing, self.normalization = options.smoothing, options.normalization
+        self.window = options.window_bounds
         self.erase = RandomErasing(
             options.reprob, mode=options.remode, max_count=options.recount, device=str(world.device)
         )
@@ -175,10 +191,10 @@ class DeviceAugment:
             )
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(float32 [B, 3, S, S], soft labels [B, C]), on the device."""
+        """(float32 [B, C, S, S], soft labels [B, classes]), on the device."""
         device = self.world.device
         images = batch.global_crops[0].to(device, non_blocking=True)
-        images = normalize(images, *self.normalization)
+        images = normalize(images, *self.normalization, *self.window)
         labels = batch.labels.to(device, non_blocking=True)
         if self.erase.probability > 0:
             bits = random_bits(self.seed, ERASE_STREAM, batch.epoch, batch.samples)

@@ -38,11 +38,12 @@ def distill(config: DistillConfig) -> None:
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
     data = open_data(config)
-    config = with_input_settings(config)
+    config = with_input_settings(config, data.form)
     run = config.run
     student, facts = build_model(
-        config.model, config.start, data.num_classes, run.output_dir, run.seed
-    )
+        config.model, config.start, data.num_classes, run.output_dir, run.seed,
+        config.regularization.channels,
+    )  # fmt: skip
     ours = InputSettings.from_run(dict(options(config))) or InputSettings()
     checkpoint = Checkpoints(run.output_dir).newest()
     teacher, about = build_teacher(config.teacher, data.num_classes, ours, checkpoint)
@@ -99,7 +100,9 @@ def build_teacher(
 
     ours: how the student's images are prepared.
     """
-    network, settings, facts = load_teacher(config.teacher_model, config, num_classes, checkpoint)
+    network, settings, facts = load_teacher(
+        config.teacher_model, config, num_classes, checkpoint, ours
+    )
     how = {
         "distillation": config.distillation_type,
         "alpha": config.distillation_alpha,

@@ -23,9 +23,10 @@ def finetune(config: FinetuneConfig) -> None:
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
     data = open_data(config)
-    config = with_input_settings(config)
+    config = with_input_settings(config, data.form)
     run = config.run
     model, facts = build_model(
-        config.model, config.start, data.num_classes, run.output_dir, run.seed
-    )
+        config.model, config.start, data.num_classes, run.output_dir, run.seed,
+        config.regularization.channels,
+    )  # fmt: skip
     train(config, Method("finetune", "model", soft_cross_entropy, facts), model, data, world)

@@ -102,7 +102,7 @@ def train(
     plan = plan_of(config, data.train, images_per_step(run, world))
     steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as the data set
     schedule = Schedule(config, steps_per_epoch, plan.batch_size, config.cooldown_epochs)
-    host_transform = HostAugment(regularization, run.seed)
+    host_transform = HostAugment(regularization, run.seed, data.form)
     loader = crop_loader(
         config, world, data.train, plan, regularization.crops,
         host_transform=host_transform, labeled=True,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xcit_dino.data.native.scaling import resolve_scaling
+from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.eval.context import resolve_input_settings, run_options
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
@@ -26,7 +28,7 @@ from xcit_dino.train.state import TrainState, has_checkpoint, weights_file
 from xcit_dino.train.trainer import Trainer, data_parallel, images_per_step, to_be_sharded
 
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Images [B, 3, S, S], logits [B, C], soft labels [B, C] -> loss."""
+"""Images [B, C, S, S], logits [B, C], soft labels [B, C] -> loss."""
 
 
 @dataclass
@@ -110,39 +112,64 @@ def say_average(decay: float, steps: int) -> None:
         )
 
 
-def with_input_settings(config: Config) -> Config:
-    """The options with ``--mean`` and ``--std`` filled in: those of the run being resumed, else of
-    the weights to start from, else ImageNet's."""
+def with_input_settings(config: Config, form: PixelFormat) -> Config:
+    """The options with ``--window``, ``--mean`` and ``--std`` filled in: those of the run being
+    resumed, else of the weights to start from, else of the data, which of 8-bit RGB are ImageNet's;
+    see ``data/native/scaling.py``.
+
+    form: of the images, once ``--bands`` are picked.
+
+    Raises:
+        InputError: as many values as the images have no channels.
+    """
     start, folder, arch = config.start, config.run.output_dir, config.model.arch
-    settings = None
-    if has_checkpoint(folder):
+    settings, resumed = None, has_checkpoint(folder)
+    if resumed:
         settings = InputSettings.from_run(run_options(folder))
     elif start.pretrained_weights is not None:
         path = weights_file(start.pretrained_weights, "--pretrained_weights")
         settings = resolve_input_settings(arch, path, start.checkpoint_key)
-    settings = settings or InputSettings()
-    own = config.regularization
-    found = {"mean": own.mean or settings.mean, "std": own.std or settings.std}
-    if dist.is_main() and found["mean"] != IMAGENET_MEAN:
-        print(f"images are normalized by mean {found['mean']}, std {found['std']}", flush=True)
-    return replace(config, found)
+    scaling = resolve_scaling(config.regularization, form, settings, same_data=resumed)
+    if dist.is_main():
+        for line in scaling.lines:
+            print(line, flush=True)
+        if scaling.mean != IMAGENET_MEAN:
+            print(f"images are normalized by mean {scaling.mean}, std {scaling.std}", flush=True)
+        if not form.is_rgb8 and config.regularization.uses_pillow:
+            print(
+                f"--aa, --color_jitter: off, as timm's operations are for 8-bit RGB, and the "
+                f"images are {form.name}",
+                flush=True,
+            )
+    return replace(config, scaling.options)
 
 
 def build_model(
-    model: ModelConfig, start: StartConfig, num_classes: int, run_folder: Path, seed: int
+    model: ModelConfig,
+    start: StartConfig,
+    num_classes: int,
+    run_folder: Path,
+    seed: int,
+    channels: int = 3,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A classifier with its initial weights, and where those come from.
+    """A classifier of images of ``channels`` channels with the weights to start from, and where
+    those come from.
 
     Raises:
         InputError: no such weights, of another architecture, or for another number of classes.
     """
     torch.manual_seed(seed)
-    network = create_model(model.arch, num_classes=num_classes, drop_path_rate=model.drop_path_rate)
+    network = create_model(
+        model.arch,
+        num_classes=num_classes,
+        drop_path_rate=model.drop_path_rate,
+        in_chans=channels,
+    )
     if start.pretrained_weights is None or has_checkpoint(run_folder):
         return network, {"start": "scratch"}
     path = weights_file(start.pretrained_weights, "--pretrained_weights")
     report = load_backbone(
-        path, network, start.checkpoint_key, head="new" if start.new_head else "auto"
+        path, network, start.checkpoint_key, head="new" if start.new_head else "auto", adapt=True
     )
     if dist.is_main():
         print(report, flush=True)

@@ -35,7 +35,7 @@ OF_THE_MACHINE = frozenset(  # options that are not part of a protocol
     "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device fsdp "
     "pretrained_weights teacher_path checkpoint_minutes saveckp_freq keep_checkpoints log_every "
     "max_steps may_change eval_every eval_batch_size max_bad_fraction "
-    "mean std".split()  # these two stand in the protocol by themselves
+    "window mean std".split()  # these three stand in the protocol by themselves
 )
 
 
@@ -123,7 +123,7 @@ def context_of(config: FinetuneConfig, world: dist.World) -> Context:
         batch_size_per_gpu=config.validation.eval_batch_size,
         num_workers=config.loader.num_workers,
     )
-    settings = InputSettings.from_run(run) or InputSettings()
+    settings = InputSettings.from_run(run)
     return make_context(given, settings, run, config.loader.data_path or "", world)
 
 

@@ -133,6 +133,7 @@ W = {"shows": "weights"}
 NO_GPU = refused("cuda", by="no GPU is visible")
 URL = "file://{here}/data/train"
 
+BANDS = {"data_path": "bands"}
 CACHED = {"shard_url": URL, "cache_dir": "copies"}
 
 RUN: Cases = {
@@ -173,6 +174,16 @@ RUN: Cases = {
     "prefetch_factor": [turn("3", shows="calls", given={"num_workers": "1"})],
     "shuffle_window": [turn("1", **W)],
     "last_batch": [turn("wrap", shows="metrics")],
+    "bands": [
+        turn("4 3 2", "2 3 4", "1", **W, given=BANDS),
+        refused("4 6", by="channels 1 to 5", given=BANDS),
+        refused("1", by="8-bit RGB"),
+    ],
+    "window": [
+        turn("0 200", **W),
+        refused("9 3", by="must be below"),
+        turn("0 p90", "p10 p90", "0 9 0 9 0 9 0 9 0 90", **W, given=BANDS),
+    ],
     "max_bad_fraction": [turn("1", shows="code", given={"data_path": "broken"})],
     "cache_dir": [turn("copies", shows="files", given={"shard_url": URL})],
     "cache_gb": [
@@ -226,15 +237,23 @@ PRETRAIN: Cases = RUN | {
     "local_crops_scale": [turn("0.3 0.4", **W)],
     "crops_ratio": [turn("1 1", **W)],
     "flip_prob": [turn("0", **W)],
+    "rot90_prob": [turn("1", **W)],
+    "channel_jitter": [turn("0.4 0", "0 0.4", **W)],
+    "noise_prob": [turn("1", **W)],
+    "noise_std": [turn("0.5", **W, given={"noise_prob": "1"}), refused("0.5", by="noise_prob 0")],
+    "channel_drop_prob": [turn("0.5", **W)],
     "color_jitter": [turn("0 0 0 0", "0.4 0.4 0.2 0", "0.4 0.4 0 0.1", "0.4 0 0.2 0.1", **W)],
     "color_jitter_prob": [turn("0", **W)],
-    "gray_prob": [turn("1", **W)],
+    "gray_prob": [turn("1", **W), refused("1", by="have no gray", given=BANDS)],
     "blur_prob": [turn("0 0.1 0.5", "1 1 0.5", "1 0.1 0", **W)],
     "blur_sigma": [turn("2 2", **W)],
     "solarize_prob": [turn("1 0.2 0", "0 1 0", "0 0.2 1", **W)],
-    "mean": [turn("0.5 0.5 0.5", **W)],
+    "mean": [turn("0.5 0.5 0.5", **W), refused("0.5", by="3 channels")],
     "std": [turn("0.5 0.5 0.5", **W)],
     "knn_every": [turn("1", shows="metrics")],
+    "show_channels": [refused("1 2 3", by="shown as they are", given={"knn_every": "1"}),
+                      refused("1 9 3", by="1 to 5", given=BANDS | {"knn_every": "1"}),
+                      refused("1 2 3", by="--knn_every 0")],
     "knn_data_path": [turn("data2", shows="metrics", given={"knn_every": "1"})],
     "on_collapse": [turn("stop", shows="printed", within=collapsing)],
     "on_forgetting": [
@@ -259,11 +278,12 @@ FINETUNE: Cases = RUN | {
     "new_head": [turn("true", **W, given={"pretrained_weights": "tuned.pth"})],
     "cooldown_epochs": [turn("1", **W)],
     "input_size": [turn("48", **W)],
-    "mean": [turn("0.5 0.5 0.5", **W)],
+    "mean": [turn("0.5 0.5 0.5", **W), refused("0.5", by="3 channels")],
     "std": [turn("0.5 0.5 0.5", **W)],
     "train_scale": [turn("0.9 1", **W)],
     "hflip": [turn("0", **W)],
-    "aa": [turn("none", "rand-m9-mstd0.5-inc0", "3a", "augmix-m5", **W), refused("x", by="--aa")],
+    "aa": [turn("none", "rand-m9-mstd0.5-inc0", "3a", "augmix-m5", **W), refused("x", by="--aa"),
+           refused("3a", by="made for 8-bit RGB", given=BANDS)],
     "color_jitter": [turn("0", **W, given={"aa": "none"})],
     "reprob": [turn("1", **W)],
     "remode": [turn("rand", "const", **W, given={"reprob": "1"})],
@@ -310,8 +330,14 @@ EVAL_TARGET: Cases = {
     "shard_url": [refused("file://{here}/data/{split}x", by="--max_bad_fraction")],
     "cache_gb": [refused("1e-4", by="--cache_gb", given=COPIED)],
     "max_bad_fraction": [turn("1", shows="code", given={"data_path": "broken"})],
+    "bands": [
+        turn("3 2 1", "5 4 3", **F, given=BANDS | {"bands": "1 2 3"}),
+        refused("1", by="takes 3 channels", given=BANDS),
+        refused("1", by="8-bit RGB"),
+    ],
     "interpolation": [turn("bilinear", **F)],
-    "mean": [turn("0.5 0.5 0.5", **F)],
+    "window": [turn("0 200", **F)],
+    "mean": [turn("0.5 0.5 0.5", **F), refused("0.5 1", by="3 channels")],
     "std": [turn("0.5 0.5 0.5", **F)],
     "crop_size": [turn("48", **F)],
     "resize_size": [turn("64", **F)],
@@ -349,7 +375,9 @@ EVALUATE = EVAL_TARGET | {
         turn("broken", shows="calls", given={"max_bad_fraction": "1"}),
         refused("data2", by="classes"),
     ],
+    "bands": [refused("1", by="8-bit RGB")],
     "interpolation": [turn("bilinear", shows="calls")],
+    "window": [turn("0 200", shows="calls")],
     "mean": [turn("0.5 0.5 0.5", shows="calls")],
     "std": [turn("0.5 0.5 0.5", shows="calls")],
     "crop_size": [turn("48", shows="calls")],
@@ -363,6 +391,11 @@ EMBED = EVAL_TARGET | {
     "dst": [turn("elsewhere", shows="files")],
     "split": [turn("val", **C)],
     "examples": [turn("1", "0", **C)],
+    "show_channels": [
+        turn("3 2 1", "1 1 2", **C, given=BANDS | {"bands": "1 2 3"}),
+        refused("1 2 3", by="shown as they are"),
+        refused("1 2", by="name three of", given=BANDS | {"bands": "1 2 3"}),
+    ],
     "seed": [turn("1", **C)],
 }
 ATTENTION: Cases = {
@@ -373,6 +406,11 @@ ATTENTION: Cases = {
     "checkpoint_key": [turn("student", **C), refused("model", "model_ema", by="contains no model")],
     "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
     "image_size": [turn("96", "0", **C)],
+    "window": [turn("0 200", **C)],
+    "show_channels": [
+        refused("1 2", by="shown as they are"),
+        turn("3 2 1", **C, given={"window": "0 200"}),
+    ],
     "mean": [turn("0.5 0.5 0.5", **C)],
     "std": [turn("0.5 0.5 0.5", **C)],
     "layer": [turn("1", **C)],
@@ -454,6 +492,7 @@ REPORT: Cases = {
     "output_dir": [turn("other", shows="files", given={"runs": "", "output_dir": "run"})],
     "output": [turn("page.html", shows="files")],
     "pictures": [turn("true", **C)],
+    "show_channels": [refused("1 2 3", by="--pictures false")],
 }
 COMPARE: Cases = {"runs": [turn("run other", **P), refused("run", by="two run folders")]}
 EXTRACT: Cases = {

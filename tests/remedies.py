@@ -661,6 +661,48 @@ RUN = [
         f"launch {NETWORK} --cluster local --dry_run --ngpus 2",
         f"launch {NETWORK} --cluster local --dry_run",
     ),
+    # images that are not 8-bit RGB
+    case(
+        "--bands {}: the images have channels 1 to {}",
+        f"{PRETRAIN} --data_path {{bands}} --bands 6",
+        f"{PRETRAIN} --data_path {{bands}} --bands 5",
+    ),
+    case(
+        "have no saturation and hue; take --color_jitter",
+        f"{PRETRAIN} --data_path {{bands}} --color_jitter 0.4 0.3 0.2 0.1",
+        f"{PRETRAIN} --data_path {{bands}} --color_jitter 0.4 0.3 0 0",
+    ),
+    case(
+        "--{}: images of {} channel{} ({}) {}; leave it out",
+        f"{PRETRAIN} --data_path {{bands}} --gray_prob 0.3",
+        f"{PRETRAIN} --data_path {{bands}}",
+    ),
+    case(
+        "--{}: {} values, and the images have {} channel{} ({}); give one of each",
+        f"{PRETRAIN} --data_path {{bands}} --mean 0.5 0.5 0.5",
+        f"{PRETRAIN} --data_path {{bands}} --mean 0.5 0.5 0.5 0.5 0.5",
+    ),
+    case(
+        "--{}: timm's operations are made for 8-bit RGB",
+        f"{FINETUNE} --data_path {{bands}} --aa 3a",
+        f"{FINETUNE} --data_path {{bands}}",
+    ),
+    case(
+        "--pretrained_weights: the network takes {} channels",
+        "knn --output_dir {run} --data_path {bands} --nb_knn 5 --num_workers 0 --device cpu",
+        "knn --output_dir {run} --data_path {bands} --nb_knn 5 --num_workers 0 --device cpu "
+        "--bands 3 2 1",
+    ),
+    case(
+        "--show_channels {}: 8-bit RGB images are shown as they are; leave it out",
+        f"{EMBED} --data_path {{shards}} --show_channels 1 2 3",
+        f"{EMBED} --data_path {{shards}}",
+    ),
+    case(
+        "--show_channels {}: name three of the channels 1 to {}",
+        f"{EMBED} --data_path {{bands}} --bands 1 2 3 --show_channels 1 2",
+        f"{EMBED} --data_path {{bands}} --bands 1 2 3 --show_channels 1 2 3",
+    ),
 ]
 
 # -- not run here, and why -------------------------------------------------------------------------
@@ -675,6 +717,12 @@ ELSEWHERE = {
     "--logger {}: not everything was sent within": "a server that hangs: test_trackers.py",
     "--logger {}: does not answer": "a server that hangs: test_trackers.py",
     "--logger {}: {}; training continues without it": "a server that fails: test_trackers.py",
+    # images that are not 8-bit RGB
+    "--bands: the images are read as 8-bit RGB; pack them": "packs anew: test_native_loader.py",
+    "--channel_drop_prob: the images have one channel": "such a set: test_native_runs.py",
+    "holds images of another kind ({}) than the other split": "such a set: test_native_runs.py",
+    "--data_path: the splits hold different kinds of images": "such a set: test_native_runs.py",
+    "--decoder cuda: decodes 8-bit RGB only": "needs CUDA: test_native_loader.py",
     # of the launcher: need SLURM, several ranks, or a second process
     "--cluster slurm: SLURM does not respond": "test_launch.py turns SLURM off and on",
     "SLURM does not respond here ({})": "test_launch.py turns SLURM off and on",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.native_sets import make_set
 from tests.option_cases import (
     ARCH,
     BASES,
@@ -204,6 +205,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "shards make damaged broken --verify false --num_workers 1",
         ):
             done(command.split())
+        make_set(folder / "bands", 5, "uint16", train=26, size=32)
         foreign(folder)
         trained(folder)
         launched(folder)

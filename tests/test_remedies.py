@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ARCH
+from tests.native_sets import make_set
 from tests.remedies import ELSEWHERE, PARSED, PRETRAIN, RUN, Case
 from xcit_dino import cli
 from xcit_dino.data.config import DemoConfig
@@ -109,6 +110,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, demo_shards: Path) -> Path:
         (folder / "others" / "cd"[number % 2]).mkdir(parents=True, exist_ok=True)
         image.save(folder / "others" / "cd"[number % 2] / f"{number}.png")
     make(DemoConfig(folder / "redrawn", train=96, val=48, seed=1))
+    make_set(folder / "bands", 5, "uint16", train=96, val=48, size=32)
     lines = [f"{n}.png,{'ab'[n % 2]}" for n in range(8)]
     (folder / "mixed.csv").write_text("\n".join(["name,label", *lines]) + "\n")
     (folder / "classes.txt").write_text("a\nb\n")
@@ -172,6 +174,7 @@ def places(
             "redrawn",
             "kinds",
             "deep",
+            "bands",
         )
     }
     return own | given | {

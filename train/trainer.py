@@ -16,7 +16,9 @@ from xcit_dino.data.config import CropsConfig
 from xcit_dino.data.loader import CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.inputs import IMAGENET_MEAN
 from xcit_dino.models.zoo import create_model
+from xcit_dino.options import options
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.distributed import dist, fsdp
 from xcit_dino.train.state import TrainState
@@ -39,6 +41,11 @@ class Trainer:
         """Whether each rank holds only a part of the networks (FSDP)."""
         return is_sharded(self.parallel)
 
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(dict(options(self.config)).get("mean") or IMAGENET_MEAN)
+
     def sync_gradients(self, now: bool) -> AbstractContextManager[None]:
         """Whether the backward pass inside averages gradients over ranks: once per step."""
         if self.sharded:
@@ -52,7 +59,9 @@ class Trainer:
         it as often as it has images. All ranks call this."""
         if not self.sharded:
             return network
-        copy = create_model(self.config.model.arch, num_classes=num_classes).requires_grad_(False)
+        copy = create_model(
+            self.config.model.arch, num_classes=num_classes, in_chans=self.channels
+        ).requires_grad_(False)
         copy.load_state_dict(fsdp.full_tensors(network.state_dict(), everywhere=True))
         return copy.to(self.world.device).train(network.training)
 

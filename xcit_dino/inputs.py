@@ -1,4 +1,5 @@
-"""A network's input settings: image size, center crop, interpolation, mean and std of the channels.
+"""A network's input settings: image size, center crop, interpolation, window, mean and std of the
+channels.
 
 A network expects images prepared as in its training, so its weights carry these settings: our
 checkpoints in the options of their run; extracted, converted and exported files as
@@ -8,14 +9,23 @@ checkpoints in the options of their run; extracted, converted and exported files
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+BYTES = ((0.0,), (255.0,))  # lows and highs of the window of 8-bit images
 KEY = "input_settings"  # key in a file's metadata
 Channels = tuple[float, ...]
+
+
+def window_bounds(window: Sequence[float | str] | None) -> tuple[Channels, Channels]:
+    """Lows and highs of a resolved ``--window`` (LOW HIGH, or a pair a channel); BYTES for None."""
+    if not window:
+        return BYTES
+    values = tuple(map(float, window))
+    return values[0::2], values[1::2]
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,14 @@ class InputSettings:
     std: Channels = IMAGENET_STD
     """Divisor of the channels."""
     channels: int = 3
+    low: Channels = BYTES[0]
+    """Values from low to high are scaled to [0, 1]; one for all channels, or one of each."""
+    high: Channels = BYTES[1]
+
+    @property
+    def window(self) -> tuple[Channels, Channels]:
+        """Lows and highs."""
+        return self.low, self.high
 
     @staticmethod
     def from_run(options: Mapping[str, Any]) -> InputSettings | None:
@@ -41,11 +59,16 @@ class InputSettings:
         size = options.get("input_size") or options.get("global_crops_size")
         if size is None:
             return None
+        mean = tuple(options.get("mean") or IMAGENET_MEAN)
+        low, high = window_bounds(options.get("window"))
         return InputSettings(
             size=int(size),
             crop_ratio=options.get("eval_crop_ratio"),
-            mean=tuple(options.get("mean") or IMAGENET_MEAN),
+            mean=mean,
             std=tuple(options.get("std") or IMAGENET_STD),
+            channels=len(mean),
+            low=low,
+            high=high,
         )
 
     def dump(self) -> str:
@@ -63,7 +86,7 @@ class InputSettings:
         if not isinstance(facts, dict):
             raise ValueError("no table of settings")
         known = {name: facts[name] for name in InputSettings.__dataclass_fields__ if name in facts}
-        for name in ("mean", "std"):
+        for name in ("mean", "std", "low", "high"):
             if name in known:
                 known[name] = tuple(float(value) for value in known[name])
         settings = InputSettings(**known)
@@ -83,3 +106,7 @@ class InputSettings:
             raise ValueError(f"interpolation {self.interpolation}")
         if not len(self.mean) == len(self.std) == self.channels:
             raise ValueError(f"{self.channels} channels, mean {self.mean}, std {self.std}")
+        if not len(self.low) == len(self.high) or len(self.low) not in (1, self.channels):
+            raise ValueError(f"{self.channels} channels, window {self.window}")
+        if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
+            raise ValueError(f"window {self.window}")

@@ -12,6 +12,8 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from xcit_dino.data import video
+from xcit_dino.data.decode.native import decode_values, open_native
 from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.data.native.crops import resized_values
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options
+from xcit_dino.eval.pictures import false_color
 from xcit_dino.files import check_writable, unfinished_folder, write_atomic
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.xcit import XCiT
@@ -33,7 +38,10 @@ from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.state import weights_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".npy",
+    ".dcm", ".heic", ".avif", ".jp2", ".jxl",
+)  # fmt: skip
 ANIMATED = (".gif", ".webp")
 ENDINGS = ("", ".gif", ".mp4")  # of outputs: a folder, an animation, a video
 WRITTEN = re.compile(r"(head-\d+|mean|all)\.png")  # in the folder
@@ -42,6 +50,7 @@ COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white 
 )
 OPACITY = 0.65
 Pixels = NDArray[np.uint8]
+Values = NDArray[Any]
 
 
 def run(config: AttentionConfig) -> None:
@@ -55,6 +64,10 @@ def run(config: AttentionConfig) -> None:
     check_writable(config.dst, "name another folder for the maps", f"DST {config.dst}")
     world = dist.init(config.device)
     model, context = network(config, world)
+    false_color.check_shown(config.show_channels, context)
+    context = replace(context, show_channels=config.show_channels)
+    if needs_components(context):
+        context = replace(context, colors=components(files, context))
     bad = []
     for path in track(files, "attention", len(files), "images"):
         try:
@@ -152,9 +165,14 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
         weights = weights_file(config.pretrained_weights, "--pretrained_weights")
     else:
         weights = weights_file(config.output_dir, "--output_dir")
-    print(load_backbone(weights, model, config.checkpoint_key), flush=True)
     settings = resolve_input_settings(arch, weights, config.checkpoint_key, options)
-    given = EvalTargetConfig(config.output_dir, mean=config.mean, std=config.std)
+    model = create_model(arch, num_classes=0, in_chans=settings.channels)
+    assert isinstance(model, XCiT)
+    print(load_backbone(weights, model, config.checkpoint_key), flush=True)
+    given = EvalTargetConfig(
+        config.output_dir, window=config.window, mean=config.mean, std=config.std,
+        bands=tuple(options.get("bands") or ()),
+    )  # fmt: skip
     context = make_context(given, settings, {}, "", world)
     return model.to(world.device).eval(), context
 
@@ -175,7 +193,8 @@ def write_maps(
             for frame in track(frames, path.name, frames.count, "frames"):
                 maps.write(pictures_of(model, frame, config, context)["all"])
         return
-    frames, durations = zip(*read_frames(path), strict=True)
+    reader = read_frames(path) if false_color.is_plain(context) else read_values(path, context)
+    frames, durations = zip(*reader, strict=True)
     pictures = [pictures_of(model, frame, config, context) for frame in frames]
     if len(pictures) == 1:
         with unfinished_folder(config.dst / name) as folder:
@@ -204,31 +223,73 @@ def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
             yield np.asarray(frame.convert("RGB")), int(frame.info.get("duration", 100))
 
 
+def read_values(path: Path, context: Context) -> Iterator[tuple[Values, int]]:
+    """Yield the values [H, W, C] of an image that is not 8-bit RGB, with a duration of 0; NaN and
+    infinite ones are the channels' means.
+
+    Raises:
+        BadImage: it cannot be read, or has other channels than the network takes.
+    """
+    header, inputs = open_native(path.read_bytes()), context.inputs
+    values = decode_values(header)
+    if context.loader.bands and header.channels >= max(context.loader.bands):
+        values = values[..., [band - 1 for band in context.loader.bands]]
+    if values.shape[-1] != inputs.channels:
+        raise BadImage(f"{header.kind}, and the network takes {inputs.channels} channels")
+    if values.dtype.kind == "f":
+        low, high, mean = (np.array(row, np.float32) for row in (*inputs.window, inputs.mean))
+        values = np.where(np.isfinite(values), values, low + mean * (high - low))
+    yield values, 0
+
+
+def needs_components(context: Context) -> bool:
+    """Whether pictures are made of principal components."""
+    shown = context.show_channels
+    return not false_color.is_plain(context) and not false_color.of_channels(
+        context.inputs.channels, shown
+    )
+
+
+def components(files: list[Path], context: Context) -> false_color.FalseColor | None:
+    """The principal components of evenly spaced files, for all of them; None where none can be
+    read."""
+    chosen = np.unique(np.linspace(0, len(files) - 1, false_color.SAMPLE_IMAGES).astype(int))
+    pixels = []
+    for number in chosen:
+        with suppress(BadImage):
+            for values, _ in read_values(files[number], context):
+                pixels.append(false_color.some_pixels(values[None], context))
+    return false_color.of_components(np.concatenate(pixels)) if pixels else None
+
+
 def pictures_of(
-    model: XCiT, pixels: Pixels, config: AttentionConfig, context: Context
+    model: XCiT, pixels: Values, config: AttentionConfig, context: Context
 ) -> dict[str, Pixels]:
-    """``head-0`` ..., ``mean`` and ``all`` for one image [H, W, 3]; each [H', W', 3], H' and W'
-    whole patches."""
-    photo = resize_to_patches(pixels, config.image_size, model.patch_size)
-    maps = head_maps(model, photo, config, context)
+    """``head-0`` ..., ``mean`` and ``all`` for one image [H, W, C] in its own units; each
+    [H', W', 3], H' and W' whole patches."""
+    image = resize_to_patches(pixels, config.image_size, model.patch_size)
+    maps = head_maps(model, image, config, context)
+    photo = false_color.picture(image, context)
     overlays = {f"head-{i}": overlay(photo, heat) for i, heat in enumerate(maps)}
     overlays["mean"] = overlay(photo, maps.mean(0))
     return overlays | {"all": np.concatenate([photo, *overlays.values()], 1)}
 
 
-def resize_to_patches(pixels: Pixels, image_size: int, patch: int) -> Pixels:
+def resize_to_patches(pixels: Values, image_size: int, patch: int) -> Values:
     """Resize the shorter side to ``image_size`` (0: keep it), and both to whole patches."""
     height, width = pixels.shape[:2]
     factor = image_size / min(height, width) if image_size else 1.0
     sides = [max(1, round(side * factor / patch)) * patch for side in (width, height)]
-    return np.asarray(
-        Image.fromarray(pixels).resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
-    )
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        photo = Image.fromarray(pixels.astype(np.uint8, copy=False))
+        return np.asarray(photo.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+    values = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+    return resized_values(values, sides[::-1])[0].permute(1, 2, 0).numpy()
 
 
 @torch.no_grad()
 def head_maps(
-    model: XCiT, photo: Pixels, config: AttentionConfig, context: Context
+    model: XCiT, photo: Values, config: AttentionConfig, context: Context
 ) -> NDArray[np.float32]:
     """Attention of each head to each patch, [h, H, W]; 0 below the threshold."""
     images = context.normalize(torch.tensor(photo).permute(2, 0, 1)[None])

@@ -21,6 +21,7 @@ from xcit_dino.eval.pictures.render import (
     mosaic,
     photos,
     training_crops,
+    views,
 )
 from xcit_dino.train.distributed import dist
 
@@ -75,12 +76,12 @@ class OnlinePictures:
         config = self.crops_config
         config = replace(config, loader=replace(config.loader, num_workers=0))
         samples = evenly_spaced(index.num_samples, CROP_SAMPLES + 2)[1:-1].tolist()
-        return mosaic(training_crops(config, index, samples, max(0, epoch - 1)))
+        return mosaic(training_crops(config, index, samples, max(0, epoch - 1), self.context))
 
     def attention(self, backbone: nn.Module, queries: EmbeddedSubset) -> Pixels:
         """One row per image: the image, its heads' maps, their mean."""
         chosen = queries.samples[evenly_spaced(len(queries.samples), FIXED)]
-        images = self.photos(queries.index, chosen)
+        images = views(queries.index, chosen.tolist(), self.context)
         return mosaic(attention_rows(backbone, list(images.values()), self.context))
 
     def neighbors(self, bank: EmbeddedSubset, queries: EmbeddedSubset) -> Pixels:
@@ -100,5 +101,5 @@ class OnlinePictures:
         return mosaic(rows)
 
     def photos(self, index: ShardIndex, samples: np.ndarray) -> dict[int, Pixels]:
-        """Sample number -> center crop as in evaluations."""
+        """Sample number -> picture of the center crop as in evaluations."""
         return photos(index, samples.tolist(), self.context)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from xcit_dino.data.workers import CropWork, Task
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.pictures.attention import Pixels, overlay
+from xcit_dino.eval.pictures.false_color import colors_of, is_plain, picture
 from xcit_dino.models.xcit import XCiT
 
 SMALL = 64  # pictures up to this side keep their size, so that a browser shows their pixels
@@ -34,7 +36,17 @@ GOOD, BAD = (0, 112, 79), (198, 82, 0)  # frame colors, distinguishable for colo
 
 
 def photos(index: ShardIndex, samples: Sequence[int], context: Context) -> dict[int, Pixels]:
-    """Sample number -> center crop as in evaluations; unreadable ones are missing."""
+    """Sample number -> picture of the center crop as in evaluations; unreadable ones are
+    missing."""
+    found = views(index, samples, context)
+    return {number: picture(values, context) for number, values in found.items()}
+
+
+def views(
+    index: ShardIndex, samples: Sequence[int], context: Context
+) -> dict[int, NDArray[np.generic]]:
+    """Sample number -> center crop [H, W, C] in the set's own units; unreadable ones are
+    missing."""
     wanted = np.unique(np.asarray(samples, np.int64))
     found = {}
     for batch, _, numbers in context.images(index, wanted, batch_size=64, labeled=False):
@@ -54,13 +66,23 @@ class TrainingCrops:
 
 
 def training_crops(
-    config: TrainingCrops, index: ShardIndex, samples: Sequence[int], epoch: int
+    config: TrainingCrops,
+    index: ShardIndex,
+    samples: Sequence[int],
+    epoch: int,
+    context: Context | None = None,
 ) -> list[list[Pixels]]:
     """The crops of some samples in an epoch as seen by the network, global crops first; colors are
-    restored from the normalized values."""
-    numbers = np.asarray(samples, np.int64)
-    ring = Ring(1, slot_shapes(config.crops, len(numbers)))
-    work = CropWork(index, open_source(index, config.loader), ring, config.crops, config.seed)
+    restored from the normalized values.
+
+    context: of the pictures, for images that are not RGB.
+    """
+    numbers, bands = np.asarray(samples, np.int64), config.loader.bands
+    form = index.pixels.select(bands)
+    ring = Ring(1, slot_shapes(config.crops, len(numbers), form.channels), form)
+    work = CropWork(
+        index, open_source(index, config.loader), ring, config.crops, config.seed, bands=bands
+    )
     done = work[Task(0, numbers, epoch=epoch)]
     global_crops, local_crops = ring.views(0)
     labels = torch.zeros(len(numbers), dtype=torch.int64)
@@ -69,24 +91,29 @@ def training_crops(
     crops = [
         crop
         for group in groups
-        for crop in denormalize(group, config.augment).unflatten(0, (-1, len(numbers)))
+        for crop in np.split(
+            denormalize(group, config.augment, context), max(1, len(group) // len(numbers))
+        )
+        if len(crop)
     ]
-    return [[crop[i].numpy() for crop in crops] for i in range(len(numbers))]
+    return [[crop[i] for crop in crops] for i in range(len(numbers))]
 
 
-def denormalize(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Network input [N, 3, H, W] -> uint8 [N, H, W, 3]."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in config.normalization)
-    pixels = (images.float() * std + mean).clamp(0, 1).mul(255).round()
-    return pixels.to(torch.uint8).permute(0, 2, 3, 1)
+def denormalize(images: Tensor, config: AugmentConfig, context: Context | None = None) -> Pixels:
+    """Network input [N, C, H, W] -> uint8 [N, H, W, 3]."""
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in config.normalization)
+    unit = (images.float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+    if context is None or is_plain(context):
+        return unit.mul(255).round().to(torch.uint8).numpy()
+    return colors_of(context)(unit.numpy())
 
 
 @torch.no_grad()
 def attention_rows(
-    model: nn.Module, images: Sequence[Pixels], context: Context
+    model: nn.Module, images: Sequence[NDArray[np.generic]], context: Context
 ) -> list[list[Pixels]]:
-    """For each image: the image, the overlaid map of every head of the last class-attention layer,
-    and the overlaid mean; all images have one size.
+    """For each image [H, W, C] in the set's own units: its picture, the overlaid map of every head
+    of the last class-attention layer, and the overlaid mean; all images have one size.
 
     Raises:
         InputError: the network has no class attention.
@@ -97,7 +124,7 @@ def attention_rows(
     maps = model.get_attention(context.normalize(batch))[-1].float().cpu().numpy()
     rows = []
     for image, heads in zip(images, maps, strict=True):
-        photo = resize_square(image, SIDE)
+        photo = resize_square(picture(image, context), SIDE)
         rows.append([photo, *(overlay(photo, heat) for heat in (*heads, heads.mean(0)))])
     return rows
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_checksum, write_atomic
-from xcit_dino.inputs import InputSettings
+from xcit_dino.inputs import BYTES, InputSettings
 from xcit_dino.models.weights import formats
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.xcit import XCiT
@@ -123,7 +123,7 @@ def facts_table(
         "architecture": f"`{arch}`, {parameters / 1e6:.1f} M parameters",
         "output": f"{model.num_classes} classes" if model.num_classes else
         f"{model.embed_dim} features",
-        "input": "RGB"
+        "input": channels_text(settings)
         + (f", sides in multiples of {model.patch_size}" if isinstance(model, XCiT) else "")
         + (f", evaluated at {settings.size} px" if settings.size else "")
         + f", resized by {settings.interpolation} interpolation, mean "
@@ -135,6 +135,18 @@ def facts_table(
     }  # fmt: skip
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
     return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def channels_text(settings: InputSettings) -> str:
+    """``RGB``, or the number of channels and how their values are scaled."""
+    kind = "RGB" if settings.channels == 3 else f"{settings.channels} channels"
+    return kind if settings.window == BYTES else f"{kind}, {window_text(settings)}"
+
+
+def window_text(settings: InputSettings) -> str:
+    """``values 0 to 4095 scaled to [0, 1]``, of several channels each in its order."""
+    pairs = [f"{low:g} to {high:g}" for low, high in zip(*settings.window, strict=True)]
+    return f"values {', '.join(pairs)} scaled to [0, 1]"
 
 
 def data_section(options: dict[str, Any], tree: formats.Tree) -> str:
@@ -216,6 +228,8 @@ def loading_code(
     output: Path, arch: str, model: Any, settings: InputSettings, hub: bool = False
 ) -> str:
     """Code that loads the file."""
+    shape = f"[B, {settings.channels}, H, W]"
+    chans = "" if settings.channels == 3 else f", in_chans={settings.channels}"
     if hub:
         code = """import timm
 
@@ -228,16 +242,17 @@ outputs = model(transform(image).unsqueeze(0))  # image: a PIL image"""
 
 session = onnxruntime.InferenceSession("{output.name}")
 (name,) = [node.name for node in session.get_inputs()]
-outputs = session.run(None, {{name: images}})  # images: float32 [B, 3, H, W], normalized"""
+outputs = session.run(None, {{name: images}})  # images: float32 {shape}, normalized"""
     else:
         code = f"""import xcit_dino
 from safetensors.torch import load_file
 
-model = xcit_dino.create_model("{arch}", num_classes={model.num_classes}).eval()
+model = xcit_dino.create_model("{arch}", num_classes={model.num_classes}{chans}).eval()
 model.load_state_dict(load_file("{output.name}"))
-outputs = model(images)  # images: float32 [B, 3, H, W], normalized"""
+outputs = model(images)  # images: float32 {shape}, normalized"""
     mean, std = format_values(settings.mean), format_values(settings.std)
-    channels = f"Mean {mean}, std {std} of values in [0, 1]."
+    scaled = "" if settings.window == BYTES else f" ({window_text(settings)})"
+    channels = f"Mean {mean}, std {std} of values in [0, 1]{scaled}."
     return f"```python\n{code}\n```\n\n{channels}"
 
 

@@ -208,7 +208,8 @@ def settings_metadata(source: Path, which: str | None, output: Path) -> dict[str
         print(
             f"{output}: this format cannot store the input settings: images of "
             f"{settings.size or 'any'} px "
-            f"({settings.interpolation}), mean {settings.mean}, std {settings.std}"
+            f"({settings.interpolation}), {card.channels_text(settings)}, mean {settings.mean}, "
+            f"std {settings.std}"
         )
     return {} if settings is None else {KEY: settings.dump()}
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xcit_dino.errors import InputError
 from xcit_dino.inputs import KEY, InputSettings
 from xcit_dino.models.weights import formats, layouts
+from xcit_dino.models.weights.channels import fit_channels
 from xcit_dino.models.weights.layouts import State
 from xcit_dino.models.zoo import TIMM_PREFIX
 
@@ -68,6 +69,8 @@ class LoadReport:
     file but not in the model; in neither."""
     initial_share: float = 0.0
     """Of a run's moving average: what it still has of the weights before the first step, 0 to 1."""
+    converted: str = ""
+    """What was done to the first layer, for images of other channels."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -85,6 +88,7 @@ class LoadReport:
                 if self.initial_share > MOSTLY
                 else ""
             )
+            + (f"; {self.converted}" if self.converted else "")
         )
 
 
@@ -142,18 +146,21 @@ def load_backbone(
     which: str | None = None,
     *,
     head: Literal["auto", "new", "required"] = "auto",
+    adapt: bool = False,
 ) -> LoadReport:
     """Load a network into a model strictly: every tensor of the backbone must be present.
 
     which: see :func:`find_network`; head: treatment of the classifier. "auto" loads it if
     both file and model have one; "new" keeps the model's as initialized (finetuning on other
-    classes); "required" refuses a file without one (evaluating a classifier).
+    classes); "required" refuses a file without one (evaluating a classifier). adapt: convert
+    the first layer where the images have other channels (``models/weights/channels.py``).
 
     Raises:
         InputError: unreadable, another architecture or class count (names both), or tensors
             missing, unexpected or of another shape (lists them).
     """
-    state, report = fit(Path(path), find_network(Path(path), which), model, head=head)
+    found = find_network(Path(path), which)
+    state, report = fit(Path(path), found, model, head=head, adapt=adapt)
     model.load_state_dict(state)
     return report
 
@@ -164,11 +171,12 @@ def fit(
     model: nn.Module,
     *,
     head: Literal["auto", "new", "required"] = "auto",
+    adapt: bool = False,
 ) -> tuple[State, LoadReport]:
     """A found network's tensors as ``model`` names and shapes them, all of them, and what was
     taken; the model is not changed.
 
-    path: for messages; head: see :func:`load_backbone`.
+    path: for messages; head, adapt: see :func:`load_backbone`.
 
     Raises:
         InputError: as for :func:`load_backbone`.
@@ -179,6 +187,7 @@ def fit(
     )
     state = _as_timm_reads_it(state, model)
     check_arch(path, state, model)
+    state, converted = fit_channels(path, state, expected, model, adapt)
     in_file, in_model = classifier_names(state, model), classifier_names(expected, model)
     if head == "required" and not in_file:
         raise InputError(f"{path}: has no classifier; train one with linear or finetune")
@@ -192,7 +201,9 @@ def fit(
     check_tensors(path, state, expected, name_of(model))
     taken = len(state) - (len(in_model) if outcome == "new" else 0)
     share = initial_share(path) if found.network == "model_ema" else 0.0
-    return state, LoadReport(path, found.network, found.place, found.layout, taken, outcome, share)
+    return state, LoadReport(
+        path, found.network, found.place, found.layout, taken, outcome, share, converted
+    )
 
 
 def _as_timm_reads_it(state: State, model: nn.Module) -> State:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.models.weights import formats, layouts
+from xcit_dino.models.weights.channels import fit_channels
 from xcit_dino.models.weights.layouts import State
 from xcit_dino.models.weights.load import (
     FoundNetwork,
@@ -62,7 +63,7 @@ def load_backbones(
     Raises:
         InputError: another architecture, or tensors missing, unexpected or of another shape.
     """
-    state, report = fit(path, found, _backbone(student))
+    state, report = fit(path, found, _backbone(student), adapt=True)
     for network in (student, teacher):  # whole networks, as shards know those alone
         network.load_state_dict({f"backbone.{k}": v for k, v in state.items()}, strict=False)
     return report
@@ -117,10 +118,11 @@ def load_pretraining(
         InputError: unreadable, only a backbone, another architecture or a head of other sizes
             (names both), or tensors missing, unexpected or of another shape (lists them).
     """
-    path, found = Path(path), find_pretraining(path)
+    path, found, converted = Path(path), find_pretraining(path), ""
     for state, network in ((found.student, student), (found.teacher, teacher)):
         state, wanted = (_without_projector(each) for each in (state, network.state_dict()))
         check_arch(path, layouts.select_prefix(state, "backbone."), _backbone(network))
+        state, converted = _fit_channels(path, state, network)
         check_head(path, state, wanted)
         check_tensors(path, state, wanted)
         network.load_state_dict(state, strict=False)
@@ -128,7 +130,18 @@ def load_pretraining(
     return (
         f"{path.name}: loaded student and teacher ({len(found.student)} tensors each, heads of "
         f"{len(center)} prototypes) and the center; schedules and optimizer start over"
+        + (f"; {converted}" if converted else "")
     )
+
+
+def _fit_channels(path: Path, state: State, network: nn.Module) -> tuple[State, str]:
+    """A student's or teacher's tensors for images of other channels; see
+    :func:`xcit_dino.models.weights.channels.fit_channels`."""
+    inner, expected = (
+        layouts.select_prefix(each, "backbone.") for each in (state, network.state_dict())
+    )
+    inner, converted = fit_channels(path, inner, expected, _backbone(network), adapt=True)
+    return state | {f"backbone.{name}": value for name, value in inner.items()}, converted
 
 
 def _without_projector(state: State) -> State:

@@ -19,6 +19,7 @@ from xcit_dino.errors import InputError, RunError
 from xcit_dino.files import unfinished_folder
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.config import ExportConfig
+from xcit_dino.models.tokens import first_layer
 from xcit_dino.models.weights import card, formats, layouts
 from xcit_dino.models.weights.load import (
     FoundNetwork,
@@ -89,11 +90,15 @@ def architecture(found: FoundNetwork, config: ExportConfig) -> str:
 def network(arch: str, found: FoundNetwork, path: Path) -> nn.Module:
     """timm's network of that name with the found weights, in evaluation mode."""
     name = arch if arch.startswith(TIMM_PREFIX) else f"{TIMM_PREFIX}{arch}_224"
-    model = create_model(name)
+    shown, channels = create_model(name), 3
+    first = found.state.get(f"{first_layer(shown)}.weight")
+    if first is not None and first.ndim == 4:
+        channels = first.shape[1]
+    model = create_model(name, in_chans=channels)
     classifier = [value for key, value in found.state.items() if key in classifier_names(
         found.state, model) and value.ndim == 1]  # fmt: skip
     if classifier:
-        model = create_model(name, num_classes=len(classifier[0]))
+        model = create_model(name, num_classes=len(classifier[0]), in_chans=channels)
     state, _ = fit(path, found, model)
     model.load_state_dict(state)
     return model.eval()
@@ -134,8 +139,11 @@ def description(model: Any, settings: InputSettings) -> dict[str, Any]:
         "num_classes": model.num_classes,
         "num_features": model.num_features,
     }
+    if settings.channels != 3:
+        found["model_args"] = {"in_chans": settings.channels}
     if model.any_size:  # its positions are of its own size, whatever images it saw
-        found["model_args"] = {"img_size": known["input_size"][-1], **model.any_size}
+        sizes = {"img_size": known["input_size"][-1], **model.any_size}
+        found["model_args"] = found.get("model_args", {}) | sizes
     return found | {"pretrained_cfg": about}
 
 

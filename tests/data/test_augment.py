@@ -150,14 +150,25 @@ def test_nothing_drawn_is_to_tensor_and_normalize():
     assert applied(crops, neutral(6), config, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_parameters_do_not_depend_on_the_batch_they_are_drawn_in():
+ALL_ON = AugmentConfig(
+    rot90_prob=0.7, channel_jitter=(0.3, 0.4), noise_prob=0.5, channel_drop_prob=0.3
+)
+
+
+@pytest.mark.parametrize("config", [AugmentConfig(), ALL_ON], ids=["dino", "all"])
+def test_parameters_do_not_depend_on_the_batch_they_are_drawn_in(config):
     samples = np.array([7, 3, 11, 900])
-    whole = A.sample_params(AugmentConfig(), 1, 2, samples, range(5), 2)
+    whole = A.sample_params(config, 1, 2, samples, range(5), 2)
     for place, sample in enumerate(samples):
         for crop in range(5):
-            alone = A.sample_params(AugmentConfig(), 1, 2, np.array([sample]), [crop], 2)
-            for name, value in vars(alone).items():
-                assert np.array_equal(value[0], getattr(whole, name)[crop * 4 + place]), name
+            alone = A.sample_params(config, 1, 2, np.array([sample]), [crop], 2)
+            pairs = [(alone, whole)] + ([(alone.more, whole.more)] if config is ALL_ON else [])
+            for one_crop, all_crops in pairs:
+                for name, value in vars(one_crop).items():
+                    if name != "more":
+                        assert np.array_equal(
+                            value[0], getattr(all_crops, name)[crop * 4 + place]
+                        ), name
 
 
 def test_probabilities_ranges_and_orders_are_the_configured_ones():

@@ -26,9 +26,9 @@ FREE = frozenset(
     "on_forgetting forgetting_every forgetting_threshold "
     "device batch_size_per_gpu accum_iter compile grad_checkpointing group_backward fsdp "
     "data_path shard_url num_workers prefetch_factor cache_dir cache_gb max_bad_fraction "
-    "knn_every knn_data_path eval_every eval_batch_size".split()
+    "knn_every knn_data_path show_channels eval_every eval_batch_size".split()
 )
-FILLED_IN = ("mean", "std")  # if not given, those of the run folder
+FILLED_IN = ("window", "mean", "std")  # if not given, those of the run folder
 
 
 def holder(folder: Path) -> str:
