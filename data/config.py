@@ -244,8 +244,9 @@ class MakeConfig:
 
     src: Annotated[Location, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
     """Folder, tar, tar.gz or zip of images (in class folders, or flat); a .csv or .jsonl of
-    path,label; the ILSVRC2012 archives or the folder that holds them; or the name of a torchvision
-    data set: cifar10, cifar100, imagenette, flowers102."""
+    path,label; Parquet or Arrow files with images in a column, such as a Hugging Face data set on
+    disk; the ILSVRC2012 archives or the folder that holds them; or the name of a torchvision data
+    set: cifar10, cifar100, imagenette, flowers102."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")] = tyro.MISSING
     """Folder for the shards. Sources with train and val parts fill DST/train and DST/val."""
     split: str | None = None
@@ -263,6 +264,8 @@ class MakeConfig:
     label_column: str | None = None
     """Column of a list that holds the label: its name, or its number from 1 where there is no
     header. Needed where several columns could be."""
+    image_key: str | None = None
+    """Column of Parquet or Arrow files that holds the images. Needed where several do."""
     label_map: Path | None = None
     """Which classes, and their numbers: a text file of class names (line number = label), or JSON
     {"class name": number}. Classes that it does not name are skipped: so a subset is packed."""
@@ -358,6 +361,12 @@ class CheckConfig:
     """Decode that many images, spread evenly, instead of all."""
     rebuild: bool = False
     """Build the index again from the shards."""
+    image_key: str | None = None
+    """Extension of the members that are the images, where a sample has several: png, left.jpg."""
+    label_key: str | None = None
+    """Members that hold the labels of foreign shards: cls (the default), txt, or json:FIELD for a
+    field of a .json (json:meta.class for an inner one). Words are classes in alphabetical order, or
+    in that of classes.txt."""
     hash: bool = False
     """Put checksums of foreign shards into the index (reads every byte)."""
     pixels: str = "auto"

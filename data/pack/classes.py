@@ -41,8 +41,6 @@ def check_names(named: dict[str, list[Image]], config: MakeConfig) -> None:
     Raises:
         InputError: names both.
     """
-    if config.label_map is not None:
-        return
     seen: dict[str, str] = {}
     for label in sorted({i.label for part in named.values() for i in part if i.label}):
         other = seen.setdefault(label.casefold(), label)
@@ -132,13 +130,14 @@ def compare_classes(
     notes: dict[str, list[str]],
     known: dict[str, int] | None,
     classes: list[str],
+    given: str,
 ) -> None:
     """Note classes that a split or the source lacks, and numbers that mean other numbers."""
     present = {s: {i.label for i in part if i.label} for s, part in named.items()}
     everywhere = set[str | None]().union(*present.values())
     if known is not None and (unused := sorted(set(known) - everywhere)):
         for lines in notes.values():
-            lines.append(f"--label_map: {_some(unused)} without images")
+            lines.append(f"{given}{_some(unused)} without images")
     elif known is None:
         for split, labels in present.items():
             for other, theirs in present.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tarfile
 import unicodedata
@@ -120,6 +121,15 @@ def by_name(
 
 
 def _key(name: str) -> str:
+    if not name.isascii():
+        with contextlib.suppress(UnicodeEncodeError):
+            name.encode()  # fails for a name on the disk that is not UTF-8: nearly always Latin-1
+            return _plain(name)
+        name = name.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
     name = unicodedata.normalize("NFC", name.replace("\\", "/"))
     return name.removeprefix("./").strip("/")
 

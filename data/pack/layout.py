@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from xcit_dino.data.columns.metadata import metadata_labels
+from xcit_dino.data.columns.unread import first_unread
 from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.classes import (
     Part,
@@ -50,7 +52,9 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
     }  # fmt: skip
     listing.notes += found.notes
     named, by_words = _named(listing, config, src, found)
-    check_names(named, config)
+    known = read_label_map(config.label_map) if config.label_map else listing.numbers
+    if known is None:
+        check_names(named, config)
     if not by_words and config.label_map is None:
         listing.notes += several_labels(named)
     flat = [s for s, part in named.items() if not any(image.label for image in part)]
@@ -61,13 +65,12 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
             f"{config.src}: {flat[0]} has no labels, but {labeled} has; give them with --labels "
             f"FILE, or leave {flat[0]} out with --splits {folder}"
         )
-    known = read_label_map(config.label_map) if config.label_map else None
-    if flat and known:
+    if flat and config.label_map:
         raise InputError(f"--label_map: {config.src} has no labels")
     classes = None
     if not flat and not (known is None and not by_words and are_numbers(named, config)):
         classes = class_names(named, config, known)
-        compare_classes(named, notes, known, classes)
+        compare_classes(named, notes, known, classes, "--label_map: " * bool(config.label_map))
     parts = {s: numbered(s, part, known, classes, listing) for s, part in named.items()}
     if flat:
         _hint_at_labels(named, notes, listing, config)
@@ -108,7 +111,11 @@ def _nothing(listing: Listing, src: str) -> str:
     found = ", ".join(f"{n:,} {what}" for what, n in listing.skipped.most_common(4))
     if listing.bad:
         found = f"{len(listing.bad)} unusable ({listing.bad[0]['reason']}) {found}"
-    return f"{src} holds no images{f' (only {found})' if found else ''}"
+    remedy = ""
+    if Path(src).is_dir():
+        kinds = [kind.removesuffix(" files") for kind in listing.skipped]
+        remedy = first_unread(Path(src), [kind for kind in kinds if kind.startswith(".")])
+    return f"{src} holds no images{f' (only {found})' if found else ''}{remedy}"
 
 
 # ---------------------------------------------------------------------------- labels
@@ -120,11 +127,20 @@ def _named(
     """Images by split with the names of their classes; True where these are names of folders."""
     parts = found.parts
     if listing.is_list:
-        if config.labels is not None:
+        if config.labels is not None and str(config.labels) != NO_LABELS:
             raise InputError(f"--labels: {config.src} is a list, which holds the labels itself")
+        if config.labels is not None:
+            return {s: [i._replace(label=None) for i in p] for s, p in parts.items()}, False
         parts = {s: [_labeled(i, i.label) for i in part] for s, part in parts.items()}
         return parts, False
     how = str(config.labels) if config.labels else ""
+    beside = metadata_labels(listing, src, config.label_column) if how == "" else None
+    if beside is not None:
+        named = {
+            s: [_labeled(i, beside.get((i.path, i.offset))) for i in part]
+            for s, part in parts.items()
+        }
+        return named, False
     if config.label_column and (how in ("", FOLDER_LABELS, NO_LABELS)):
         raise InputError("--label_column: there is no list of labels; give one with --labels")
     if how == NO_LABELS:

@@ -13,7 +13,7 @@ from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.shards.scan import ARRAY_EXTENSION, IMAGE_EXTENSIONS, is_image
 
 ARCHIVE = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz|zip)$", re.IGNORECASE)
-TABLES = ("csv", "tsv", "jsonl")
+TABLES = ("csv", "tsv", "jsonl", "parquet")
 # Files of other extensions are looked into: JPEGs are often called .jpg_large, or nothing at all.
 NO_IMAGES = frozenset(
     "txt json xml csv tsv jsonl cls npz mat py pyc md html css js pdf db ini yaml yml gz bz2 "
@@ -34,6 +34,8 @@ class Listing:
     """``{"source", "reason"}`` of what could not be used and should be looked at."""
     notes: list[str] = field(default_factory=list)
     """What was interpreted, renamed or skipped, a line each."""
+    numbers: dict[str, int] | None = None
+    """Numbers of the classes, where the source says them."""
     tables: list[str] = field(default_factory=list)
     """Lists beside the images, which may hold their labels."""
     by_content: int = 0

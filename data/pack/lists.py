@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from xcit_dino.data.columns.arrow import cells
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import Listing
-from xcit_dino.data.pack.tables import Table, read_table, read_text
+from xcit_dino.data.pack.tables import Table, read_table, read_text, table_of
 from xcit_dino.data.shards.split_names import split_of
 from xcit_dino.errors import InputError
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+FORMS = '{"NAME": label, ...}, [["NAME", label], ...] or [{"path": NAME, "label": label}, ...]'
 UNLABELED = ("", "nan")  # pandas writes nan for a gap
 
 
@@ -58,26 +62,66 @@ def read_list(path: Path, label_column: str | None = None) -> Table:
     Raises:
         InputError: the file cannot be read, or a line holds no name; the line is named.
     """
-    if path.suffix.lower() != ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return table_of(path, cells(path), label_column, [])
+    if suffix not in (".jsonl", ".json"):
         return read_table(path, label_column)
-    if label_column is not None:
-        raise InputError(f'--label_column {label_column}: {path} holds {{"path", "label"}} lines')
     table = Table()
-    lines = read_text(path, table.notes).splitlines()
-    table.rows = [_json_row(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+    text = read_text(path, table.notes)
+    if suffix == ".json":
+        found = [(item, str(path)) for item in _json_items(path, text)]
+    else:
+        lines = enumerate(text.splitlines(), 1)
+        found = [(_parsed(line, f"{path}:{n}"), f"{path}:{n}") for n, line in lines if line.strip()]
+    if label_column is not None and not any(label_column in row for row, _ in found):
+        keys = list(dict.fromkeys(key for row, _ in found[:100] for key in row))
+        raise InputError(
+            f"--label_column {label_column}: no line of {path} has it; they have {', '.join(keys)}"
+        )
+    table.rows = [_json_row(row, place, label_column or "label") for row, place in found]
     return table
 
 
-def _json_row(line: str, place: str) -> tuple[str, str | None, str | None]:
+def _parsed(text: str, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        name = next(row[key] for key in ("path", "file_name", "filename", "image") if key in row)
-        label, split = row.get("label"), row.get("split")
-        return (
-            str(name), None if label is None else str(label), None if split is None else str(split)
-        )  # fmt: skip
-    except (ValueError, StopIteration, AttributeError, TypeError, RecursionError):
-        raise InputError(f'{place}: expected {{"path": ..., "label": ...}}') from None
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise InputError(f'{place}: expected {{"path": ..., "label": ...}}')
+    return row
+
+
+def _json_items(path: Path, text: str) -> list[dict[str, Any]]:
+    """``{"path", "label"}`` from one JSON text; StyleGAN's dataset.json has them in ``labels``."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {error}") from None
+    if isinstance(found, dict) and isinstance(found.get("labels"), dict | list):
+        found = found["labels"]
+    if isinstance(found, dict):
+        found = [[name, label] for name, label in found.items()]
+    pairs: list[Any] = [
+        {"path": item[0], "label": item[1]} if isinstance(item, list) and len(item) == 2 else item
+        for item in (found if isinstance(found, list) else [None])
+    ]
+    if not all(isinstance(item, dict) and not _nested(item.get("label")) for item in pairs):
+        raise InputError(f"{path}: expected {FORMS}")
+    return pairs
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list | dict)
+
+
+def _json_row(row: dict[str, Any], place: str, key: str) -> tuple[str, str | None, str | None]:
+    name = next((row[n] for n in ("path", "file_name", "filename", "image") if n in row), None)
+    label, split = row.get(key), row.get("split")
+    if name is None or _nested(name) or _nested(label):
+        raise InputError(f'{place}: expected {{"path": ..., "label": ...}}')
+    return str(name), None if label is None else str(label), None if split is None else str(split)
 
 
 def _known_splits(table: Table, path: Path) -> dict[str, str]:
@@ -89,21 +133,26 @@ def _known_splits(table: Table, path: Path) -> dict[str, str]:
     names = sorted({split for _, _, split in table.rows if split})
     if not names:
         return {}
-    found = {name: split_of(name)[0] for name in names}
-    if strange := [name for name, split in found.items() if not split]:
+    if strange := [name for name in names if not split_of(name)[0]]:
         raise InputError(
             f"{path}: its column of splits says {strange[0]!r}, which is none of train, val and "
             "test; correct it, or rename the column"
         )
-    both = {"val", "test"} <= set(found.values())
-    chosen = {n: "val" if s == "test" and not both else s for n, s in found.items()}
+    chosen = split_names(names)
     renamed = ", ".join(f"{name} -> {split}" for name, split in chosen.items())
     table.notes.append(f"splits by the column of {path.name}: {renamed}")
     return chosen
 
 
+def split_names(names: Sequence[str]) -> dict[str, str]:
+    """``{name: train or val}``, ``test`` only beside a ``val``; all names are those of splits."""
+    found = {name: split_of(name)[0] for name in names}
+    both = {"val", "test"} <= set(found.values())
+    return {n: "val" if s == "test" and not both else s for n, s in found.items()}
+
+
 def _spellings(name: str) -> Iterator[str]:
-    """A path as it is written, with the other slashes, and in the other forms of Unicode."""
+    """A path as it is written, with other slashes, in other forms of Unicode, in Latin-1."""
     seen = set()
     for slashed in (name, name.replace("\\", "/")):
         for form in (None, "NFC", "NFD"):
@@ -111,3 +160,6 @@ def _spellings(name: str) -> Iterator[str]:
             if spelling not in seen:
                 seen.add(spelling)
                 yield spelling
+    with contextlib.suppress(UnicodeEncodeError):
+        if not name.isascii():  # the bytes of an older system, Latin-1
+            yield name.replace("\\", "/").encode("cp1252").decode("utf-8", "surrogateescape")

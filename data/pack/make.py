@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from xcit_dino.data.columns.stage import find_tables, list_columns
+from xcit_dino.data.columns.unread import unread
 from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.decode.rgb import Deep
 from xcit_dino.data.pack.archives import compressed_in, decompression, list_archive
@@ -192,16 +194,31 @@ def _list(config: MakeConfig, work: Path) -> tuple[Listing, Path | None]:
         raise InputError(f"{src} holds shards already; train on it with --data_path {src}")
     if src.resolve() == config.dst.resolve():
         raise InputError(f"{src}: the shards need a folder of their own; give another DST")
+    if tables := find_tables(src) if src.is_file() else []:
+        return list_columns(tables, src, work, config), src
     if src.is_file() and src.suffix.lower() in (*LIST_SUFFIXES, ".txt"):
+        _no_image_key(config)
         return list_images(src, config.label_column), src
     if src.is_dir():
         inside = config.dst if config.dst.resolve().is_relative_to(src.resolve()) else None
-        return _no_shards(list_folder(src, work, FOUND_BESIDE, inside), src), src
+        listing = list_folder(src, work, FOUND_BESIDE, inside)
+        if not listing.images and (tables := find_tables(src)):
+            return list_columns(tables, src, work, config), src
+        _no_image_key(config)
+        return _no_shards(listing, src), src
+    _no_image_key(config)
+    if remedy := unread(src):
+        raise InputError(f"{src} is not read: {remedy}")
     listing = _no_shards(list_archive(src, work), src)
     if split_folders([archive_stem(src.name)]):  # ILSVRC2012_img_train.tar is a train folder
         for n, image in enumerate(listing.images):
             listing.images[n] = image._replace(name=f"{archive_stem(src.name)}/{image.name}")
     return listing, src
+
+
+def _no_image_key(config: MakeConfig) -> None:
+    if config.image_key is not None:
+        raise InputError(f"--image_key: {config.src} is no Parquet or Arrow file with columns")
 
 
 def _no_shards(listing: Listing, src: Path) -> Listing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SPLIT_COLUMNS = "split subset set data_set dataset partition".split()
 INDEX_COLUMNS = ("", "index", "idx", "unnamed_0", "row")
 MAX_FILE = 1 << 30
 DELIMITERS = ",\t;|"
+YES, NO = ("1", "1.0", "True", "true", "TRUE"), ("0", "0.0", "False", "false", "FALSE")
 
 
 @dataclass
@@ -66,11 +68,27 @@ def read_table(path: Path, label_column: str | None = None) -> Table:
     Raises:
         InputError: it cannot be read, or several columns could be the label.
     """
-    table = Table()
-    rows = _cells(path, read_text(path, table.notes))
+    notes: list[str] = []
+    return table_of(path, _cells(path, read_text(path, notes)), label_column, notes)
+
+
+def first_row(path: Path) -> list[str]:
+    """The names of a CSV's columns, or what else stands there."""
+    return next(iter(_cells(path, read_text(path))), [])
+
+
+def table_of(
+    path: Path, rows: list[list[str]], label_column: str | None, notes: list[str]
+) -> Table:
+    """What the cells of a file mean, with or without a row of headings.
+
+    Raises:
+        InputError: several columns could be the label.
+    """
+    table = Table(notes=notes)
     if not rows:
         return table
-    columns = _columns(rows[0])
+    columns = normalized(rows[0])
     has_header = _is_header(rows, columns)
     if not has_header:
         columns = [str(n) for n in range(1, max(map(len, rows)) + 1)]
@@ -86,7 +104,7 @@ def read_table(path: Path, label_column: str | None = None) -> Table:
         table.notes.append(f"labels of {path.name}: {len(hot)} one-hot columns ({heads})")
     elif has_header and label is not None and label_column is None:
         others = [h for n, h in enumerate(rows[0]) if n not in (name, label, split) and h]
-        others = [head for head in others if _columns([head])[0] not in INDEX_COLUMNS]
+        others = [head for head in others if normalized([head])[0] not in INDEX_COLUMNS]
         if others:
             table.notes.append(
                 f"labels of {path.name}: column {rows[0][label]} (not {', '.join(others[:4])}"
@@ -123,7 +141,8 @@ def _cells(path: Path, text: str) -> list[list[str]]:
     return [cells for row in rows if any(cells := [cell.strip() for cell in row])]
 
 
-def _columns(cells: list[str]) -> list[str]:
+def normalized(cells: Sequence[str]) -> list[str]:
+    """Names of columns in lower case, words joined by ``_``."""
     return [re.sub(r"[^\w]+", "_", cell.lower()).strip("_") for cell in cells]
 
 
@@ -194,13 +213,12 @@ def _counts(body: list[list[str]], column: int) -> bool:
 def _one_hot(body: list[list[str]], columns: list[int]) -> bool:
     cells = [[_cell(row, n) for n in columns] for row in body]
     return bool(cells) and all(
-        sum(map(_is_one, row)) == 1 and all(_is_one(c) or c in ("0", "0.0") for c in row)
-        for row in cells
+        sum(map(_is_one, row)) == 1 and all(_is_one(c) or c in NO for c in row) for row in cells
     )
 
 
 def _is_one(cell: str | None) -> bool:
-    return cell in ("1", "1.0")
+    return cell in YES
 
 
 def _cell(row: list[str], column: int | None) -> str | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,15 @@ from xcit_dino.data.shards.foreign import find_pixels
 from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
 from xcit_dino.data.shards.kinds import PixelOptions, lines_on
+from xcit_dino.data.shards.members import (
+    Members,
+    class_names,
+    count_labels,
+    members_of,
+    parse_members,
+)
 from xcit_dino.data.shards.preflight import preflight
-from xcit_dino.data.shards.scan import scan_shard
+from xcit_dino.data.shards.scan import APART, IMAGE_EXTENSIONS, scan_shard
 from xcit_dino.data.shards.split_names import SPLITS, split_folders, split_of
 from xcit_dino.data.shards.verify import Finding, verify_shards
 from xcit_dino.errors import InputError
@@ -50,8 +59,9 @@ def check(config: CheckConfig) -> int:
     problems = 0
     folders = _folders(Path(config.dst))
     if not config.rebuild and all((f / INDEX).exists() for f in folders):
+        options = ("page", "nodata", "max_pixels", "image_key", "label_key")
         given = {"hash": config.hash, "pixels": config.pixels != "auto"} | {
-            name: getattr(config, name) is not None for name in ("page", "nodata", "max_pixels")
+            name: getattr(config, name) is not None for name in options
         }
         for name in (name for name, is_given in given.items() if is_given):
             raise InputError(f"--{name}: the shards have an index already; add --rebuild")
@@ -145,7 +155,16 @@ def build_index(folder: Path, config: CheckConfig) -> None:
                 f"{folder / name} is compressed, and shards are read at any place; decompress "
                 f"them: {command}"
             )
-    tasks = [(str(folder), name, config.hash or _hashed(folder)) for name in names]
+    members = _members(folder, config)
+    if members.label != "cls":
+        found = Counter[str]()
+        tasks = [(str(folder), name, members) for name in names]
+        with progress(f"Read labels of {folder.name}", len(names), "shards") as bar:
+            for counts in map_processes(_count_labels, tasks, config.num_workers, bar):
+                found += counts
+        classes = class_names(found, members.label, classes)
+        members = members_of({"members": members.dump()}, classes)
+    tasks = [(str(folder), name, config.hash or _hashed(folder), members) for name in names]
     with progress(f"Index {folder.name}", len(names), "shards") as bar:
         parts = map_processes(_index_shard, tasks, config.num_workers, bar)
         options = _options(folder, config)
@@ -155,6 +174,7 @@ def build_index(folder: Path, config: CheckConfig) -> None:
             classes,
             lambda index: find_pixels(index, options, config),
             _classes(folder, "target_classes"),
+            members.dump(),
         )
     if not ShardIndex.load(folder).num_samples:
         (folder / INDEX).unlink()
@@ -171,9 +191,30 @@ def _options(folder: Path, config: CheckConfig) -> PixelOptions:
     return options
 
 
-def _index_shard(task: tuple[str, str, bool], advance: Advance) -> ShardPart:
-    folder, name, with_sha256 = task
-    part = scan_shard(folder, name, with_sha256=with_sha256)
+def _members(folder: Path, config: CheckConfig) -> Members:
+    """What the options say, else the present index."""
+    if config.image_key or config.label_key:
+        return parse_members(config.image_key, config.label_key)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        return members_of(json.loads((folder / INDEX).read_bytes()), None)
+    return Members()
+
+
+def _count_labels(task: tuple[str, str, Members], advance: Advance) -> Counter[str]:
+    folder, name, members = task
+    path = Path(folder) / name
+    with path.open("rb") as file:
+        descriptor = file.fileno()
+        counts = count_labels(
+            lambda at, length: os.pread(descriptor, length, at), path.stat().st_size, members
+        )
+    advance(1)
+    return counts
+
+
+def _index_shard(task: tuple[str, str, bool, Members], advance: Advance) -> ShardPart:
+    folder, name, with_sha256, members = task
+    part = scan_shard(folder, name, with_sha256=with_sha256, members=members)
     advance(1)
     return part
 
@@ -215,7 +256,8 @@ def _report(index: ShardIndex, finding: Finding) -> None:
         console.print(_channels(index.pixels, index.pixels.statistics))
         for line in lines_on(index.pixels)[1:]:
             console.print(escape(f"  {line}"), soft_wrap=True)
-    for line in [*_packing_notes(Path(index.root)), *finding.deep.lines()]:
+    hints = _hints(index, finding)
+    for line in [*_packing_notes(Path(index.root)), *hints, *finding.deep.lines()]:
         console.print(escape(f"  {line}"), soft_wrap=True)
     for item in finding.bad[:SHOWN]:
         line = escape(f"  {item['shard']} {item['key']}: {item['reason']}")
@@ -242,6 +284,20 @@ def _channels(form: PixelFormat, found: Statistics) -> Any:
         numbers = (f"{value:,.6g}" for value in row)
         table.add_row(str(c + 1), *numbers, f"{found.invalid[c]:.3%}")
     return table
+
+
+def _hints(index: ShardIndex, finding: Finding) -> Iterator[str]:
+    """Options that would take what was not read."""
+    if (Path(index.root) / PLAN).exists():
+        return
+    others = [k for k in finding.passed if k.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    if others and not finding.members.image:
+        other = others[0].removeprefix(".")
+        yield f"several images a sample: --rebuild --image_key {other} takes the .{other}"
+    if not (np.asarray(index.labels) >= 0).any():
+        keys = {".txt": "txt", ".json": "json:FIELD"}
+        for kind in keys.keys() & finding.passed.keys():
+            yield f"no labels; --rebuild --label_key {keys[kind]} reads them from the {kind}"
 
 
 def _packing_notes(folder: Path) -> list[str]:
@@ -284,8 +340,11 @@ def _rows(index: ShardIndex, finding: Finding) -> Iterator[tuple[str, str]]:
     yield "labels", _balance(index)
     if index.targets:
         yield "targets", _targets(index, finding)
-    if passed := [f"{n:,} {kind}" for kind, n in finding.passed.most_common() if kind != ".json"]:
-        yield "not read", ", ".join(passed[:6])
+    if apart := finding.passed[APART]:
+        yield "joined by key", f"{apart:,} {APART}"
+    kinds = [(kind, n) for kind, n in finding.passed.most_common() if kind not in (".json", APART)]
+    if kinds:
+        yield "not read", ", ".join(f"{n:,} {kind}" for kind, n in kinds[:6])
     yield "problems", f"{len(finding.bad):,}" if finding.bad else "none"
     yield "index", index.checksum[:16]
 

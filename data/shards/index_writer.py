@@ -56,12 +56,14 @@ def write_index(
     classes: list[str] | None,
     pixels: PixelFormat | Callable[[ShardIndex], PixelFormat] = RGB8,
     target_classes: list[str] | None = None,
+    members: Mapping[str, str | None] | None = None,
 ) -> str:
     """Write the index of ``root`` from its shards in their order; returns the checksum.
 
     The old ``index.json`` goes first and the new one comes last, so that no reader ever sees
     arrays of another index. ``parts`` may be a generator: one part is held at a time. ``pixels``
-    may be found out from an index of all but that.
+    may be found out from an index of all but that. ``members`` is what :meth:`Members.dump` says
+    of foreign shards, for whoever reads them again.
 
     Raises:
         InputError: some shards hold masks and others boxes.
@@ -117,6 +119,8 @@ def write_index(
         meta |= {"targets": targets, "target_classes": target_classes}
     for name in TARGET_ARRAYS.keys() - arrays.keys():
         (root / f"index.{name}.npy").unlink(missing_ok=True)  # of an earlier index
+    if members is not None:
+        meta["members"] = dict(members)
     meta["checksum"] = checksum_of(meta)
     write_atomic(root / INDEX, json.dumps(meta, indent=1))
     return meta["checksum"]

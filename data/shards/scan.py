@@ -12,6 +12,7 @@ import numpy as np
 from xcit_dino.data.decode.native import family_of
 from xcit_dino.data.shards.index import ARRAYS, KEY, MAX_LABEL, TARGET_ARRAYS, TARGETS
 from xcit_dino.data.shards.index_writer import ShardPart
+from xcit_dino.data.shards.members import WEBDATASET, Members, read_label
 from xcit_dino.data.shards.tar import Damage, Member, ReadAt, scan
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_sha256
@@ -23,6 +24,7 @@ ARRAY_EXTENSION = "npy"  # an image where there is no other: it may as well be a
 NO_IMAGES = frozenset("cls json txt npz pyd pth pt mp4 mp3 wav xml csv".split())
 START = 132  # bytes by which formats are recognized
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+APART = "members that lie apart from their image"
 
 
 def is_image(start: bytes) -> bool:
@@ -52,11 +54,14 @@ def split_key(name: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else ("", "")
 
 
-def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
+def scan_shard(
+    root: str | Path, name: str, *, with_sha256: bool, members: Members = WEBDATASET
+) -> ShardPart:
     """Index one shard by its headers; its image data are only read for the checksum.
 
-    A sample is a run of members with one key, as WebDataset has it. Its image is its first member
-    with an image extension, its label the number in ``.cls``, its target the ``.mask`` or
+    A sample is a run of members with one key, as WebDataset has it; members of its key that lie
+    elsewhere in the tar belong to it too. Its image is its first member with an image extension,
+    its label the number in ``.cls``, or what ``members`` says, its target the ``.mask`` or
     ``.boxes``; a sample with an unreadable label keeps its place with label -1 and is listed in
     ``damage``, and so are samples without an image and whatever is not a member.
     """
@@ -64,7 +69,9 @@ def scan_shard(root: str | Path, name: str, *, with_sha256: bool) -> ShardPart:
     size = path.stat().st_size
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        rows, damage = scan_samples(lambda at, length: os.pread(descriptor, length, at), size)
+        rows, damage = scan_samples(
+            lambda at, length: os.pread(descriptor, length, at), size, members=members
+        )
     finally:
         os.close(descriptor)
     table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
@@ -100,7 +107,10 @@ class _Sample:
 
 
 def scan_samples(
-    read_at: ReadAt, end: int, passed: Counter[str] | None = None
+    read_at: ReadAt,
+    end: int,
+    passed: Counter[str] | None = None,
+    members: Members = WEBDATASET,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """(rows, [{"key", "reason", "offset"}]) of the samples of one tar.
 
@@ -108,11 +118,13 @@ def scan_samples(
     they begin as images do: names without an extension.
 
     Args:
-        passed: counts the members that are neither image, label nor target, by extension.
+        passed: counts the members that are neither image, label nor target, by extension, and those
+            APART.
+        members: which ones are the image and the label.
     """
     rows: list[Row] = []
     damage: list[dict[str, Any]] = []
-    orphans: list[dict[str, Any]] = []
+    orphans: list[tuple[dict[str, Any], _Sample]] = []
     passed = Counter() if passed is None else passed
     sample = _Sample("")
     for member in scan(read_at, end):
@@ -128,36 +140,46 @@ def scan_samples(
                 continue
             key, extension = member.name, "jpg"  # an image without an extension
         if key != sample.key:
-            _close(sample, rows, damage, orphans, passed, read_at)
+            _close(sample, rows, damage, orphans, passed, members, read_at)
             sample = _Sample(key)
-        _take(sample, extension, member, read_at, damage)
-    _close(sample, rows, damage, orphans, passed, read_at)
-    there = {row.key for row in rows}
-    for item in orphans:
-        if item["key"] in there:
-            item["reason"] = (
-                "its image lies elsewhere in the tar: the members of a sample must follow each "
-                "other (tar --sort=name)"
-            )
-    return rows, damage + orphans
+        _take(sample, extension, member, read_at, damage, members)
+    _close(sample, rows, damage, orphans, passed, members, read_at)
+    return rows, damage + _join(rows, orphans, passed)
+
+
+def _join(
+    rows: list[Row], orphans: list[tuple[dict[str, Any], _Sample]], passed: Counter[str]
+) -> list[dict[str, Any]]:
+    """Give samples the labels and targets that lie apart; returns what has no image anywhere."""
+    if not orphans:
+        return []
+    left, place = [], {row.key: n for n, row in enumerate(rows)}
+    counts = Counter(row.key for row in rows)
+    for item, sample in orphans:
+        row = place.get(item["key"])
+        if row is None:
+            left.append(item)
+        elif counts[item["key"]] > 1:
+            item["reason"] = "its key names several images elsewhere in the tar"
+            left.append(item)
+        else:
+            passed[APART] += 1
+            if rows[row].label < 0 <= sample.label:
+                rows[row] = rows[row]._replace(label=sample.label)
+            if rows[row].target is None:
+                rows[row] = _with_target(rows[row], sample)
+    return left
 
 
 def _take(
-    sample: _Sample, extension: str, member: Member, read_at: ReadAt, damage: list[dict[str, Any]]
-) -> None:
-    kind = extension.rpartition(".")[2]
-    if extension in IMAGE_EXTENSIONS and sample.image is None:
+    sample: _Sample, extension: str, member: Member, read_at: ReadAt, damage: list[dict[str, Any]],
+    members: Members,
+) -> None:  # fmt: skip
+    kind, wanted = extension.rpartition(".")[2], members.image
+    if sample.image is None and extension in ((wanted,) if wanted else IMAGE_EXTENSIONS):
         sample.image = member
-    elif kind in IMAGE_EXTENSIONS and extension not in IMAGE_EXTENSIONS:
+    elif not wanted and kind in IMAGE_EXTENSIONS and extension not in IMAGE_EXTENSIONS:
         sample.second.append((extension, member))
-    elif kind == "cls" and (extension == "cls" or sample.label < 0):
-        raw = read_at(member.offset, min(member.size, 16))
-        sample.label = _label(raw)
-        if sample.label < 0:
-            shown = raw.decode("utf-8", "replace").strip()
-            reason = f"unreadable label {shown!r}: .cls holds a number from 0 to {MAX_LABEL:,}"
-            damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
-        sample.others.append((extension, member))
     elif extension in TARGETS and (sample.target is None or sample.target[0] == extension):
         sample.target = (extension, member)
     elif extension in TARGETS:
@@ -165,11 +187,25 @@ def _take(
         damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
     else:
         sample.others.append((extension, member))
+        inner = members.label == "cls" and kind == "cls" and sample.label < 0
+        if extension == members.extension or inner:
+            sample.label, shown = read_label(member, read_at, members)
+            if sample.label < 0:
+                reason = _unreadable(shown, members)
+                damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
+
+
+def _unreadable(shown: str, members: Members) -> str:
+    if members.numbers is not None:
+        return f"label {shown[:60]!r} is none of the classes"
+    what = f".{members.label} holds" if shown or members.label == "cls" else f"no {members.label}:"
+    return f"unreadable label {shown[:60]!r}: {what} a number from 0 to {MAX_LABEL:,}"
 
 
 def _close(
     sample: _Sample, rows: list[Row], damage: list[dict[str, Any]],
-    orphans: list[dict[str, Any]], passed: Counter[str], read_at: ReadAt,
+    orphans: list[tuple[dict[str, Any], _Sample]], passed: Counter[str], members: Members,
+    read_at: ReadAt,
 ) -> None:  # fmt: skip
     """Take in a sample whose members are all read."""
     if not sample.key:
@@ -181,28 +217,27 @@ def _close(
             taken, *left = (f".{extension}" for extension, _ in second)
             reason = (
                 f"{len(second)} images in one sample: {taken} is taken, {' '.join(left)} not, "
-                "because a key ends at its first dot; rename the files"
+                f"because a key ends at its first dot; rename the files, or choose with --rebuild "
+                f"--image_key {second[0][0]}"
             )
             damage.append({"key": sample.key, "reason": reason[:300], "offset": image.offset})
         second = second[1:]
-    if image is None:
+    if image is None and not members.image:
         image = _unnamed_image(sample, read_at)
     for extension in [e for e, _ in second] + [e for e, _ in sample.others]:
-        if extension.rpartition(".")[2] != "cls":
+        if extension.rpartition(".")[2] != "cls" and extension != members.extension:
             passed[f".{extension}"] += 1
     if image is not None:
         row = Row(image.offset, image.size, sample.label, sample.key)
-        if sample.target is not None:
-            kind, member = sample.target
-            row = row._replace(target_offset=member.offset, target_size=member.size, target=kind)
-        rows.append(row)
+        rows.append(_with_target(row, sample))
         return
     others = sample.others
     if sample.target is not None:
         others = [*others, sample.target]
     kinds = " .".join(extension for extension, _ in others)
-    reason = f"no image among its members: .{kinds}"[:200]
-    orphans.append({"key": sample.key, "reason": reason, "offset": others[0][1].offset})
+    wanted = f".{members.image}" if members.image else "image"
+    reason = f"no {wanted} among its members: .{kinds}"[:200]
+    orphans.append(({"key": sample.key, "reason": reason, "offset": others[0][1].offset}, sample))
 
 
 def _unnamed_image(sample: _Sample, read_at: ReadAt) -> Member | None:
@@ -215,6 +250,8 @@ def _unnamed_image(sample: _Sample, read_at: ReadAt) -> Member | None:
     return None
 
 
-def _label(raw: bytes) -> int:
-    digits = raw.strip()
-    return int(digits) if digits.isdigit() and int(digits) <= MAX_LABEL else -1
+def _with_target(row: Row, sample: _Sample) -> Row:
+    if sample.target is None:
+        return row
+    kind, member = sample.target
+    return row._replace(target_offset=member.offset, target_size=member.size, target=kind)

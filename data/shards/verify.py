@@ -37,6 +37,7 @@ from xcit_dino.data.shards.index import (
     printable,
     sparse_labels,
 )
+from xcit_dino.data.shards.members import WEBDATASET, Members, members_of
 from xcit_dino.data.shards.scan import Row, scan_samples
 from xcit_dino.data.targets.formats import check_target, decode_target
 from xcit_dino.files import file_sha256
@@ -65,6 +66,8 @@ class Finding:
     """Masks or lists of boxes that were decoded."""
     instances: Counter[int] = field(default_factory=Counter)
     """How many of these have each class."""
+    members: Members = WEBDATASET
+    """Which members the index takes."""
     keys: list[np.ndarray] = field(default_factory=list)
     """64-bit digests of the keys, one array a shard."""
 
@@ -93,6 +96,7 @@ class _Task:
     """Kind of the samples' targets, and the number of their classes."""
     target_classes: int | None
     pixels: PixelFormat
+    members: Members
 
 
 def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None) -> Finding:
@@ -105,6 +109,7 @@ def verify_shards(index: ShardIndex, sample: int | None, num_workers: int | None
         reason = f"{gaps}; number the classes from 0 on (--label_map does, where they are packed)"
         total.bad.append({"shard": "index.labels.npy", "key": "", "reason": reason})
     tasks = _Tasks(index, chosen)
+    total.members = tasks.members
     with progress(f"Check {Path(index.root).name}", len(chosen), "images") as bar:
         for finding in map_processes(_verify_shard, tasks, num_workers, bar):
             total.decoded += finding.decoded
@@ -125,6 +130,7 @@ class _Tasks(Sequence[_Task]):
 
     def __init__(self, index: ShardIndex, chosen: np.ndarray):
         self.shard_index, self.chosen = index, chosen
+        self.members = members_of(_meta(index), index.classes)
         self.labeled = bool(index.classes) or bool((np.asarray(index.labels) >= 0).any())
 
     def __len__(self) -> int:
@@ -149,17 +155,22 @@ class _Tasks(Sequence[_Task]):
             self.labeled, len(index.classes) if index.classes else MAX_LABEL + 1,
             index.targets, len(index.target_classes) if index.target_classes else None,
             index.pixels,
+            self.members,
         )  # fmt: skip
 
 
 def _damaged_arrays(index: ShardIndex) -> list[dict[str, Any]]:
-    meta = json.loads((Path(index.root) / INDEX).read_bytes())
+    meta = _meta(index)
     digests = meta["arrays"]
     return [
         {"shard": f"index.{name}.npy", "key": "", "reason": "checksum differs from index.json's"}
         for name in arrays_of(meta)
         if file_sha256(Path(index.root) / f"index.{name}.npy") != digests[name]
     ]
+
+
+def _meta(index: ShardIndex) -> dict[str, Any]:
+    return json.loads((Path(index.root) / INDEX).read_bytes())
 
 
 def _verify_shard(task: _Task, advance: Advance) -> Finding:
@@ -183,7 +194,9 @@ def _verify_shard(task: _Task, advance: Advance) -> Finding:
             finding.hashed = 1
             if file_sha256(Path(task.path)) != task.sha256:
                 report("", "checksum differs from the index's")
-        rows, damage = scan_samples(lambda at, n: os.pread(descriptor, n, at), size, finding.passed)
+        rows, damage = scan_samples(
+            lambda at, n: os.pread(descriptor, n, at), size, finding.passed, task.members
+        )
         for item in damage:
             report(item["key"], f"{item['reason']} at byte {item['offset']}")
         found = np.array([(*row[:3], *row[4:6]) for row in rows], np.int64).reshape(-1, 5)

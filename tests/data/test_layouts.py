@@ -268,6 +268,50 @@ LISTS = [
            said=("labels of l.csv: column label (not label_name; another with --label_column)",)),
     Layout("label_name", FLAT, {"": "cat:1,3 dog:2,4"}, f"{LABELLED} --label_column label_name",
            also=table("id,label,label_name\n1,0,cat\n2,1,dog\n3,0,cat\n4,1,dog\n")),
+    Layout("one-hot, in words", FLAT, {"": "BCC:1 MEL:2,4 NV:3"}, LABELLED,
+           also=table("image,MEL,NV,BCC\n1,False,False,True\n2,True,False,False\n"
+                      "3,False,True,False\n4,True,False,False\n")),
+    Layout("JSON of names and labels", FLAT, {"": "a:1,3 b:2,4"}, "--labels {}/l.json",
+           also={"../l.json": '{"1.jpg": "a", "2.jpg": "b", "3": "a", "x/4.jpg": "b"}'}),
+    Layout("StyleGAN's dataset.json", FLAT, {"": "0:1,3 5:2,4"}, "--labels {}/l.json",
+           also={"../l.json": '{"labels": [["1.jpg", 0], ["2.jpg", 5], ["3.jpg", 0], '
+                              '["4.jpg", 5]]}'}),
+    Layout("JSON of records", FLAT, {"": "a:1,3 b:2,4"}, "--labels {}/l.json --label_column kind",
+           also={"../l.json": json.dumps([{"file_name": f"{n}.jpg", "kind": "ab"[n % 2 - 1]}
+                                          for n in (1, 2, 3, 4)])}),
+    Layout("COCO's JSON", FLAT, {}, "--labels {}/l.json",
+           also={"../l.json": '{"images": [{"id": 1}], "annotations": []}'},
+           refused=r'l.json: expected {"NAME": label, ...}'),
+    Layout("Latin-1 on the disk and in the list",
+           {"src-1.jpg": JPEG, os.fsdecode(b"caf\xe9-2.jpg"): JPEG}, {"": "a:src-1 b:caf\\udce9-2"},
+           LABELLED, also=table("name;label\nsrc-1.jpg;a\ncaf\xe9-2.jpg;b\n".encode("latin1")),
+           said=("l.csv is not UTF-8; it was read as Windows-1252",)),
+    Layout("a list of Latin-1 names", {"src-1.jpg": JPEG, os.fsdecode(b"caf\xe9-2.jpg"): JPEG},
+           {"": "a:src-1 b:caf\\udce9-2"}, src="src/l.csv",
+           also={"l.csv": "name;label\nsrc-1.jpg;a\ncaf\xe9-2.jpg;b\n".encode("latin1")}),
+    *(
+        Layout(f"metadata{suffix} beside the images", "train/1.jpg train/2.jpg test/x/3.jpg "
+               "test/4.jpg", TWO,
+               also={f"train/metadata{suffix}": one, f"test/metadata{suffix}": two},
+               said=(f"labels are those of train/metadata{suffix}",))
+        for suffix, one, two in (
+            (".csv", "file_name,text,label\n1.jpg,x,a\n2.jpg,y,b\n",
+             "file_name,text,label\nx/3.jpg,x,a\n4.jpg,y,b\n"),
+            (".jsonl", '{"file_name": "1.jpg", "label": "a"}\n{"file_name": "2.jpg", "label": "b"}',
+             '{"file_name": "x/3.jpg", "label": "a"}\n{"file_name": "4.jpg", "label": "b"}\n'),
+        )
+    ),
+    Layout("metadata.csv with another column", FLAT, {"": "a:1,3 b:2,4"}, "--label_column kind",
+           also={"metadata.csv": "file_name,kind,age\n1.jpg,a,3\n2.jpg,b,4\n3.jpg,a,3\n"
+                                 "4.jpg,b,4\n"}),
+    Layout("metadata.csv with captions", FLAT, {"": "-:1,2,3,4"},
+           also={"metadata.csv": "file_name,text\n1.jpg,a cat\n2.jpg,a dog\n"},
+           said=("metadata.csv has no column called label; not read: text",)),
+    Layout("metadata.csv with captions, class folders", "a/1.jpg b/2.jpg", {"": "a:1 b:2"},
+           also={"metadata.csv": "file_name,text\na/1.jpg,a cat\nb/2.jpg,a dog\n"},
+           said=("metadata.csv has no column called label; not read: text",)),
+    Layout("metadata.csv, not wanted", "a/1.jpg b/2.jpg", {"": "a:1 b:2"}, "--labels folders",
+           also={"metadata.csv": "file_name,label\na/1.jpg,y\nb/2.jpg,x\n"}),
     Layout("several ones in a row", FLAT, {"": "0:1 1:2,3,4"}, LABELLED,
            also=table("image,MEL,NV\n1,0,1\n2,1,1\n3,1,0\n4,1,0\n"),
            refused="MEL, NV could each be the label", remedy="--label_column MEL"),
@@ -509,6 +553,7 @@ class Foreign:
     said: tuple[str, ...] = ()
     refused: str = ""
     code: int = 0
+    options: str = ""
     as_webdataset: bool = True
     """The webdataset library reads the same samples and labels."""
 
@@ -516,12 +561,56 @@ class Foreign:
 FOREIGN = [
     Foreign("cls", {"0.tar": members("1.jpg 1.cls:3 2.jpg 2.cls:0")}, {"": "1:3 2:0"}),
     Foreign("txt and json", {"0.tar": members("1.jpg 1.txt:cat 1.json:{} 2.jpg 2.txt:dog")},
-            {"": "1:-1 2:-1"}, ("labels │ none", "not read │ 2 .txt")),
+            {"": "1:-1 2:-1"}, ("labels │ none", "not read │ 2 .txt",
+                                "no labels; --rebuild --label_key txt reads them from the .txt")),
     Foreign("words in cls", {"0.tar": members("1.jpg 1.cls:cat 2.jpg 2.cls:dog")},
             {"": "1:-1 2:-1"}, ("unreadable label 'cat': .cls holds a number",), code=1,
             as_webdataset=False),
     Foreign("all images before all labels", {"0.tar": members("1.jpg 2.jpg 1.cls:0 2.cls:1")},
-            {"": "1:-1 2:-1"}, ("must follow each other (tar --sort=name)",), code=1,
+            {"": "1:0 2:1"}, ("2 members that lie apart from their image", "problems │ none"),
+            as_webdataset=False),
+    Foreign("all labels before all images", {"0.tar": members("1.cls:7 2.cls:8 1.jpg 2.jpg")},
+            {"": "1:7 2:8"}, ("2 members that lie apart",), as_webdataset=False),
+    Foreign("a label apart from two images of its key", {"0.tar": members("1.jpg 2.jpg 1.jpg "
+            "2.cls:3 1.cls:4")}, {"": "1:-1 2:3 1:-1"},
+            ("1: its key names several images elsewhere",), code=1, as_webdataset=False),
+    Foreign("words in txt", {"0.tar": members("1.jpg 1.txt:dog 2.jpg 2.txt:cat 3.jpg 3.txt:dog")},
+            {"": "1:1 2:0 3:1"}, ("2 classes",), options="--label_key txt", as_webdataset=False),
+    Foreign("words in txt, in the order of classes.txt", {"classes.txt": b"dog\ncat\ncow\n",
+            "0.tar": members("1.jpg 1.txt:dog 2.jpg 2.txt:cat")}, {"": "1:0 2:1"},
+            ("3 classes",), options="--label_key txt", as_webdataset=False),
+    Foreign("a word that classes.txt lacks", {"classes.txt": b"dog\ncat\n",
+            "0.tar": members("1.jpg 1.txt:dog 2.jpg 2.txt:fox")}, {"": "1:0 2:-1"},
+            ("label 'fox' is none of the classes",), code=1, options="--label_key txt",
+            as_webdataset=False),
+    Foreign("numbers in json", {"0.tar": members('1.jpg 1.json:{"label":3} 2.json:{"label":0} '
+            "2.jpg")}, {"": "1:3 2:0"}, options="--label_key json:label", as_webdataset=False),
+    Foreign("inner fields of json", {"0.tar": members('1.jpg 1.json:{"a":{"b":"y"}} 2.jpg '
+            '2.json:{"a":{"b":"x"}}')}, {"": "1:1 2:0"}, options="--label_key json:a.b",
+            as_webdataset=False),
+    Foreign("a json without the field", {"0.tar": members('1.jpg 1.json:{"label":3} 2.jpg '
+            "2.json:{}")}, {"": "1:3 2:-1"}, ("unreadable label",), code=1,
+            options="--label_key json:label", as_webdataset=False),
+    Foreign("no such labels", {"0.tar": members("1.jpg 1.txt:3")},
+            refused="--label_key json:x: no sample has such a label",
+            options="--label_key json:x"),
+    Foreign("json without a field", {"0.tar": members("1.jpg")}, refused="expected an extension",
+            options="--label_key json"),
+    Foreign("captions", {"0.tar": members(" ".join(f"{n}.jpg {n}.txt:c{n}" for n in range(1100)))},
+            refused="1,100 different texts in 1,100 samples are no classes",
+            options="--label_key txt"),
+    Foreign("numbers and words in txt", {"0.tar": members("1.jpg 1.txt:3 2.jpg 2.txt:x")},
+            refused="labels are numbers, but 'x' is none", options="--label_key txt"),
+    Foreign("one of two images", {"0.tar": members("1.jpg 1.png 1.cls:2 2.png 2.cls:1")},
+            {"": "1:2 2:1"}, ("not read │ 1 .jpg",), options="--image_key png",
+            as_webdataset=False),
+    Foreign("an image with dots", {"0.tar": members("1.left.jpg 1.right.jpg 1.cls:2")},
+            {"": "1:2"}, ("not read │ 1 .left.jpg",), options="--image_key right.jpg",
+            as_webdataset=False),
+    Foreign("two images", {"0.tar": members("1.jpg 1.png 1.cls:2")},
+            {"": "1:2"}, ("several images a sample: --rebuild --image_key png takes the .png",)),
+    Foreign("samples without the image asked for", {"0.tar": members("1.jpg 1.png 2.jpg 2.cls:1")},
+            {"": "1:-1"}, ("2: no .png among its members",), code=1, options="--image_key png",
             as_webdataset=False),
     Foreign("macOS's ._x", {"0.tar": members("._1.jpg:x 1.jpg ._1.cls:x 1.cls:5 ._2.jpg:x 2.jpg "
             "._2.cls:x 2.cls:6")}, {"": "1:5 2:6"}, ("4 ._ files of macOS",)),
@@ -570,7 +659,8 @@ def test_foreign_shards_are_read_as_webdataset_reads_them(
     for name, data in case.shards.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    code = main(["shards", "check", str(tmp_path), "--num_workers", "1"])
+    command = ["shards", "check", str(tmp_path), "--num_workers", "1"]
+    code = main([*command, *case.options.split()])
     out, err = capsys.readouterr()
     if case.refused:
         assert code == 2 and case.refused in err
@@ -583,6 +673,10 @@ def test_foreign_shards_are_read_as_webdataset_reads_them(
         assert " ".join(samples_of(index)) == expected
         if case.as_webdataset:
             assert list(webdataset_samples(index)) == samples_of(index)
+    before = (tmp_path / "index.json").read_bytes() if "" in case.out else b""
+    assert main(command) == code  # the index says how the shards are to be read ...
+    assert main([*command, "--rebuild"]) == code  # ... and so is the next one made
+    assert not before or (tmp_path / "index.json").read_bytes() == before
 
 
 def samples_of(index: ShardIndex) -> list[str]:
