@@ -65,7 +65,10 @@ def their_crops(context: Context, interpolation: transforms.InterpolationMode) -
 def our_crops(context: Context, config: LinearConfig) -> Iterator[Images]:
     """Crops of ``--protocol dino``, one epoch at a time."""
     crops = crop_loader(context.index("train"), context, config)
-    batches = ((context.normalize(flip_half(b, config.seed)), b.labels) for (b,) in crops)
+    batches = (
+        (flip_half(context.normalize(b.global_crops[0]), b, config.seed), b.labels)
+        for (b,) in crops
+    )
     while True:
         yield islice(batches, crops.plan.steps_per_epoch)
 
