@@ -218,13 +218,39 @@ REFUSED = [
     (["--masks", "masks", "--mask_classes", "voc", "--mask_ignore", "3"], "has it for bird"),
     (["--mask_classes", "voc"], "there are no --masks"),
     (["--masks", "masks", "--mask_classes", "voc", "--resize", "4"], "would shrink images, not"),
+    (
+        ["--masks", "masks", "--mask_classes", "voc", "--boxes", "x.json"],
+        "has one target; pack two",
+    ),
     (["--boxes", "nothing.json"], "no such file or folder"),
+    (["--boxes", "train"], "no XML files in it"),
+    (["--boxes", "bad.json"], "not COCO's JSON of images, annotations and categories"),
+    (["--masks", "nowhere", "--mask_classes", "voc"], "no such folder, neither here nor in"),
+    (["--masks", "empty", "--mask_classes", "voc"], "no images (PNG, BMP, GIF, TIFF) in it"),
+    (["--masks", "masks", "--mask_classes", "twice.txt"], "each once, no empty line"),
+    (["--masks", "masks", "--mask_classes", "bad.json"], "not of the form"),
+    (["--masks", "masks", "--mask_classes", "far.json"], "values are numbers from 0 to 65535"),
+    (["--masks", "masks", "--mask_classes", "same.json"], "stands for"),
+    (["--splits", "train=nothing.txt"], "no such file, neither here nor in"),
+    (["--splits", "train=train", "val=none.txt"], "name folders or text files, not both"),
+    (["--splits", "train=none.txt"], "lines names an image of"),
 ]
+FILES = {
+    "bad.json": "[1, 2]", "twice.txt": "road\nroad\n", "none.txt": "zebra\n",
+    "far.json": '{"road": 0, "car": 70000}', "same.json": '{"road": 0, "car": 0}',
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("words, message", REFUSED)
-def test_what_is_refused(tmp_path: Path, words: list[str], message: str, capsys: Any):
+def test_what_is_refused(
+    tmp_path: Path, words: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
     scenes(tmp_path / "src")
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        Path(name).write_text(text)
+    Path("empty").mkdir()
+    Path("train").mkdir(exist_ok=True)
     assert main(["shards", "make", str(tmp_path / "src"), str(tmp_path / "dst"), *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
