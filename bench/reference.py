@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -217,3 +218,46 @@ def plain_smooth_l1(x: Tensor, y: Tensor, beta: float = 2.0) -> Tensor:
     """Quadratic up to ``beta``, linear beyond it."""
     d = (x - y).abs()
     return torch.where(d < beta, 0.5 * d.square() / beta, d - 0.5 * beta)
+
+
+def plain_more(
+    crop: np.ndarray,
+    *,
+    turns: int,
+    factors: np.ndarray,
+    noise: float,
+    seed: int,
+    dropped: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> np.ndarray:
+    """Quarter turns, jitter of single channels, noise and dropped channels of one square crop
+    [C, H, W] with values in [0, 1], normalized; a channel and a pixel at a time.
+
+    turns: to the left; factors: [C, 2], brightness and contrast; noise: standard deviation; seed:
+    of the noise, 32 bits; dropped: bool [C].
+    """
+    result = np.empty_like(crop, dtype=np.float64)
+    place = 0
+    for c, channel in enumerate(crop.astype(np.float64)):
+        plane = np.rot90(channel, turns)
+        plane = np.clip(plane * factors[c, 0], 0, 1)
+        plane = np.clip(plane.mean() + factors[c, 1] * (plane - plane.mean()), 0, 1)
+        for at in np.ndindex(plane.shape):
+            value = plane[at]
+            if noise:
+                first = plain_hash(plain_hash(place) ^ seed)
+                second = plain_hash(first ^ 0xFFFFFFFF)
+                radius = math.sqrt(-2 * math.log(((first >> 8) + 1) / 2**24))
+                normal = radius * math.cos(2 * math.pi * (second >> 8) / 2**24)
+                value = min(max(value + noise * normal, 0), 1)
+            result[(c, *at)] = 0 if dropped[c] else (value - mean[c]) / std[c]
+            place += 1
+    return result
+
+
+def plain_hash(x: int) -> int:
+    """https://stackoverflow.com/a/12996028 on 32 bits."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B % 2**32
+    return (x >> 16) ^ x

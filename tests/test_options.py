@@ -184,7 +184,7 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
     watch(torch.nn.Module, "compile", lambda *_: "", instead=lambda *_, **__: None)
     watch(knn, "vote_ranks", lambda s, labels, targets, ks, temperature, n: temperature)
     watch(context.Context, "normalize", lambda own, images: (own.precision, images.sum().item(),
-        own.inputs.mean, own.inputs.std))  # fmt: skip
+        own.inputs.window, own.inputs.mean, own.inputs.std))  # fmt: skip
 
 
 # -- what the commands find ------------------------------------------------------------------------

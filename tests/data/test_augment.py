@@ -15,6 +15,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as T
 from torchvision.transforms.v2 import functional as F
 
+from bench.reference import plain_more
 from xcit_dino.data import augment as A
 from xcit_dino.data.batch import Batch
 from xcit_dino.data.config import AugmentConfig
@@ -261,3 +262,34 @@ def test_a_block_holds_arrays_of_any_kind_and_none():
     for array, tensor in pairs:
         assert tensor.numpy().dtype == array.dtype and np.array_equal(tensor.numpy(), array)
         assert tensor.untyped_storage().data_ptr() == packed.block.data_ptr()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_what_is_added_equals_its_plain_twin(channels):
+    config = replace(
+        ALL_ON, mean=(0.4,) * channels, std=tuple(0.1 * (c + 1) for c in range(channels)),
+        window=(0.0, 4095.0), flip_prob=0, color_jitter=(0, 0, 0, 0), blur_prob=(0, 0, 0),
+        gray_prob=0, solarize_prob=(0, 0, 0), channel_drop_prob=0.3 if channels > 1 else 0,
+    )  # fmt: skip
+    crops = torch.randint(0, 4096, (3, 4, channels, 7, 7)).to(torch.uint16)
+    params = A.sample_params(config, 1, 2, np.array([7, 3, 11, 900]), range(3), 2)
+    ours = applied(crops, params, config).numpy()
+    extra = params.more
+    assert extra.turns.any() and extra.noise.any() and (extra.factors != 1).any()
+    assert extra.dropped.any() == (channels > 1) and not extra.dropped.all(1).any()
+    unit = crops.flatten(0, 1).numpy() / 4095
+    for n, crop in enumerate(unit):
+        wanted = plain_more(
+            crop, turns=int(extra.turns[n]), factors=extra.factors[n], noise=float(extra.noise[n]),
+            seed=int(extra.seeds[n]), dropped=extra.dropped[n], mean=config.mean, std=config.std,
+        )  # fmt: skip
+        np.testing.assert_allclose(ours[n], wanted, atol=2e-4)
+
+
+def test_colors_are_off_where_there_are_none():
+    config = AugmentConfig(mean=(0.5,) * 5, std=(0.2,) * 5)
+    assert config.effective.color_jitter == (0.4, 0.4, 0, 0)
+    assert config.effective.gray_prob == 0 and not any(config.effective.solarize_prob)
+    assert AugmentConfig().effective == AugmentConfig()
+    assert config.without_meaning(5) == ["color_jitter", "gray_prob", "solarize_prob"]
+    assert not config.without_meaning(3)
