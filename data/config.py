@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xcit_dino.errors import InputError, needs, within
-from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, window_bounds
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, check_window, window_bounds
 from xcit_dino.paths import Location
 
 
@@ -103,6 +103,7 @@ class AugmentConfig:
         within(self, 0, 1, "solarize_prob", "mean", "rot90_prob", "channel_jitter", "noise_prob")
         within(self, 0, 1, "channel_drop_prob", "noise_std")
         within(self, 1e-3, 1e3, "std")
+        check_window(self.window)
         if (
             not all(0 <= s <= 1 for s in self.color_jitter[:3])
             or not 0 <= self.color_jitter[3] <= 0.5
@@ -183,8 +184,8 @@ class LoaderConfig:
     last_batch: Literal["drop", "wrap"] = "drop"
     """Samples that fill no whole batch at the end of an epoch: drop, or fill up with its first."""
     bands: tuple[int, ...] = ()
-    """Channels to read, in this order, numbered from 1 (4 3 2: the true colors of Sentinel-2); all
-    by default. Not for 8-bit RGB images."""
+    """Channels to read, in this order, numbered from 1 (4 3 2: true colors where the first bands
+    are coastal, blue, green, red); all by default. Not for 8-bit RGB images."""
     max_bad_fraction: float = 0.001
     """The run stops when more than this share of all samples is unreadable (1 always may be)."""
     cache_dir: Path | None = None
@@ -329,6 +330,7 @@ class MakeConfig:
         within(self, 0, 2**63 - 1, "seed")
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
+        within(self, 0, 65535, "mask_ignore")
         if not self.masks:
             for name in ("mask_classes", "mask_ignore"):
                 if getattr(self, name):

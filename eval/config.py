@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from xcit_dino.errors import InputError, needs, within
+from xcit_dino.inputs import check_window
 from xcit_dino.paths import Location
 
 NetworkName = Literal["teacher", "student", "model", "model_ema"]
@@ -74,6 +75,7 @@ class EvalTargetConfig:
         within(self, -1, 8192, "resize_size")
         within(self, 0, 1, "mean", "max_bad_fraction")
         within(self, 1e-3, 1e3, "std")
+        check_window(self.window)
         within(self, 1e-9, 1e9, "cache_gb")
         within(self, 1, 512, "bands")
         within(self, 1, 1e6, "batch_size_per_gpu")
@@ -193,6 +195,7 @@ class EmbedConfig:
     """Seed for selecting the images shown."""
 
     def __post_init__(self) -> None:
+        within(self, 1, 512, "show_channels")
         within(self, 0, 100, "examples")
         within(self, 0, 2**31, "seed")
 
@@ -230,6 +233,9 @@ class ReportConfig:
     def folders(self) -> tuple[Path, ...]:
         """Run folders in the order of the page."""
         return self.runs or (self.output_dir,)
+
+    def __post_init__(self) -> None:
+        within(self, 1, 512, "show_channels")
 
 
 @dataclass(frozen=True)
@@ -284,6 +290,8 @@ class AttentionConfig:
     """auto: cuda if available."""
 
     def __post_init__(self) -> None:
+        within(self, 1, 512, "show_channels")
         within(self, 0, 1, "threshold", "mean")
         within(self, 1e-3, 1e3, "std")
+        check_window(self.window)
         within(self, 0, 8192, "image_size")

@@ -168,6 +168,7 @@ class OnlineConfig:
     components."""
 
     def __post_init__(self) -> None:
+        within(self, 1, 512, "show_channels")
         within(self, 0, 1e6, "knn_every")
 
 

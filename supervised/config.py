@@ -15,7 +15,7 @@ from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.eval.config import NetworkName
-from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, window_bounds
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, check_window, window_bounds
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.options import differing, read_yaml, replace
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
@@ -95,6 +95,7 @@ class RegularizationConfig:
         within(self, 1, 4096, "input_size")
         within(self, 0, 1, "mean")
         within(self, 1e-3, 1e3, "std")
+        check_window(self.window)
         within(self, 0, 10, "color_jitter", "mixup", "cutmix")
         within(self, 1, 100, "recount", "repeated_aug")
         within(self, 0, 1, "model_ema_decay")

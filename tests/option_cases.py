@@ -149,7 +149,10 @@ RUN: Cases = {
     "keep_checkpoints": [turn("1", shows="files")],
     "checkpoint_minutes": [turn("1e-9", shows="files", given={"keep_checkpoints": "9"})],
     "log_every": [turn("2", shows="metrics")],
-    "logger": [turn("mlflow", shows="files")],
+    "logger": [
+        turn("mlflow", shows="files"),
+        turn("tensorboard", shows="files", given={"logger": "mlflow"}),
+    ],
     "max_skipped": [turn("1", shows="printed", within=skipping)],
     "on_nonfinite": [turn("stop", shows="printed", within=skipping, given={"max_skipped": "1"})],
     "watchdog_minutes": [turn("0.002", shows="files", within=slow)],
@@ -439,10 +442,9 @@ MAKE: Cases = {
     "labels": [turn("labels.csv", **C, given={"src": "photo"}),
                refused("labels.csv", by="names none of the images")],
     "label_map": [turn("classes.txt", **C)],
-    "masks": [turn("masks", **C, given={"src": "photo", "mask_classes": "classes.txt"}),
-              refused("masks", by="--mask_classes is missing", given={"src": "photo"})],
+    "masks": [refused("masks", by="--mask_classes is missing", given={"src": "photo"})],
     "mask_classes": [turn("voc", **C, given=MASKS), refused("voc", by="--mask_classes")],
-    "mask_ignore": [turn("2", **C, given=MASKS), refused("2", by="--mask_ignore")],
+    "mask_ignore": [refused("2", by="--mask_ignore")],
     "boxes": [turn("boxes.json", **C, given={"src": "photo"}),
               refused("boxes.json", by="--boxes", given=MASKS)],
     "image_key": [refused("x", by="no Parquet or Arrow file")],
@@ -575,6 +577,7 @@ CASES: dict[str, Cases] = {
 
 # Where nothing is turned, and why: a reason, or the test that shows it.
 EXCEPTIONS = {
+    "logger=wandb": "test_trackers.py: test_wandb_writes_its_offline_files",
     "device=auto": "cuda where there is a GPU, else cpu: one of the two others",
     "precision=auto": "bf16 or fp32 as the hardware has it: one of the two others",
     "checkpoint_key=teacher": "what is taken of these files where the option is left out",

@@ -50,6 +50,7 @@ LAUNCH = f"launch {NETWORK} --ngpus 0 --dry_run"
 # -- answered by the option parser: only the parser is called --------------------------------------
 
 PARSED = [
+    case("--window: takes LOW HIGH", "pretrain --window 1", "pretrain --window 0 4095"),
     case("--crops_ratio must be", "pretrain --crops_ratio 2 1", "pretrain --crops_ratio 0.01 100"),
     case(
         "--color_jitter must lie",
@@ -708,6 +709,7 @@ RUN = [
 # -- not run here, and why -------------------------------------------------------------------------
 
 ELSEWHERE = {
+    "--window {}: values lie between -1e9 and 1e9": "test_fuzz.py, with every number",
     "--boxes {}: no XML files in it": "masks and boxes: test_targets.py",
     "--boxes {}: no such file or folder": "masks and boxes: test_targets.py",
     ": not COCO's JSON of images, annotations and categories (": "masks and boxes: test_targets.py",

@@ -13,11 +13,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from xcit_dino.errors import InputError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BYTES = ((0.0,), (255.0,))  # lows and highs of the window of 8-bit images
 KEY = "input_settings"  # key in a file's metadata
 Channels = tuple[float, ...]
+
+
+def check_window(values: tuple[float | str, ...] | None) -> None:
+    """Raise InputError unless ``--window`` holds pairs of finite numbers or percentiles (p0.1)."""
+    if values is None:
+        return
+    if not values or len(values) % 2:
+        raise InputError("--window: takes LOW HIGH, or such a pair for each channel")
+    for value in values:
+        if isinstance(value, float | int) and not -1e9 <= value <= 1e9:
+            raise InputError(f"--window {value:g}: values lie between -1e9 and 1e9")
 
 
 def window_bounds(window: Sequence[float | str] | None) -> tuple[Channels, Channels]:

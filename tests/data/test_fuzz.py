@@ -99,6 +99,8 @@ def test_numbers_beyond_all_sense_are_refused(command: Any) -> None:
             continue
         tried += 1
         for number in (math.nan, math.inf, -math.inf, 1e30, -1e30, 10**400):
+            if name == "nodata" and abs(number) == 1e30:  # such values do mark missing pixels
+                continue
             several = typing.get_origin(kind) is tuple
             value = [number] * (1 if Ellipsis in kinds else len(kinds)) if several else number
             with pytest.raises(InputError, match=name):

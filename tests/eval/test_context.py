@@ -18,6 +18,7 @@ from timm.data import create_transform, resolve_data_config
 from tests.eval.test_features import ONE
 from xcit_dino.cli import main
 from xcit_dino.data.io.storage import shards_at
+from xcit_dino.data.pixels import RGB8
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import evaluate, knn
@@ -109,13 +110,17 @@ def test_options_win_and_other_weights_do_not_take_the_runs_settings(run_folder,
 
 def test_finetuning_normalizes_as_its_start_was_trained(run_folder, tmp_path):
     config = replace(FinetuneConfig(), {"arch": ARCH, "output_dir": tmp_path / "fresh"})
-    assert with_input_settings(config).regularization.normalization[0] == (0.485, 0.456, 0.406)
+    assert with_input_settings(config, RGB8).regularization.normalization[0] == (
+        0.485,
+        0.456,
+        0.406,
+    )
     trained = torch.load(run_folder.weights) | {
         "config": f"global_crops_size: 32\nmean: {MEAN}\nstd: {STD}\n"
     }
     torch.save(trained, tmp_path / "start.pth")
     config = replace(config, {"pretrained_weights": tmp_path / "start.pth"})
-    found = with_input_settings(config).regularization.normalization
+    found = with_input_settings(config, RGB8).regularization.normalization
     assert [list(values) for values in found] == [MEAN, STD]
 
 

@@ -74,7 +74,7 @@ def test_a_judge_warns_once_until_it_is_better(capsys):
 def test_a_judge_looks_at_the_other_data_where_they_are_given():
     judge = Judge("stop", 0.5, [{"step": 0, "knn_other_top1": 60.0, "neighbors_kept_other": 1.0}])
     judge(1, {"neighbors_kept": 0.1, "neighbors_kept_other": 0.9, "knn_other_top1": 31.0})
-    with pytest.raises(RunError, match=r"fell from 60\.0 to 29\.0 %.*up to step 1 is"):
+    with pytest.raises(RunError, match=r"fell from 60\.0 to 29\.0 %.*is that of step 1:"):
         judge(2, {"neighbors_kept": 1.0, "neighbors_kept_other": 0.9, "knn_other_top1": 29.0})
     with pytest.raises(RollBack) as back:
         Judge("rollback", 0.95, judge.metrics)(3, {"neighbors_kept_other": 0.9})

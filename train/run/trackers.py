@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from xcit_dino.errors import InputError, one_line, warn
 from xcit_dino.files import write_atomic
 
@@ -120,7 +118,7 @@ class Mirror:
         pictures = {
             name: value.copy()
             for name, value in values.items()
-            if isinstance(value, np.ndarray) and value.dtype == np.uint8
+            if str(getattr(value, "dtype", "")) == "uint8"
         }
         self._put(lambda tracker: tracker.log(step, numbers, pictures))
 
