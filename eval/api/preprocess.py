@@ -49,6 +49,12 @@ class Preprocess:
         Raises:
             InputError: not an image; says what it is.
         """
+        if self.inputs.channels != 3 or self.inputs.window != InputSettings().window:
+            raise InputError(
+                f"the network takes {self.inputs.channels} channels of values from "
+                f"{min(self.inputs.low):g} to {max(self.inputs.high):g}, and this transform makes "
+                "8-bit RGB images; pack the images and use the command embed"
+            )
         view = torch.empty(1, self.crop, self.crop, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         center_view(pixels_of(image), self.resize, self.crop, view, self.inputs.interpolation)
         return normalize(view, self.inputs.mean, self.inputs.std)[0]
