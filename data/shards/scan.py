@@ -104,6 +104,8 @@ class _Sample:
         self.others: list[tuple[str, Member]] = []
         self.target: tuple[str, Member] | None = None
         """A mask or boxes."""
+        self.guess: tuple[str, Member] | None = None
+        """An image by its content alone."""
 
 
 def scan_samples(
@@ -150,12 +152,22 @@ def scan_samples(
 def _join(
     rows: list[Row], orphans: list[tuple[dict[str, Any], _Sample]], passed: Counter[str]
 ) -> list[dict[str, Any]]:
-    """Give samples the labels and targets that lie apart; returns what has no image anywhere."""
+    """Give samples the labels and targets that lie apart; returns what has no image anywhere.
+
+    What is an image by its content alone (``.npy``) is none where its key names one elsewhere.
+    """
     if not orphans:
         return []
+    guesses = {sample.guess[1].offset for _, sample in orphans if sample.guess}
+    named = {row.key for row in rows if row.offset not in guesses}
+    rows[:] = [row for row in rows if row.offset not in guesses or row.key not in named]
     left, place = [], {row.key: n for n, row in enumerate(rows)}
     counts = Counter(row.key for row in rows)
     for item, sample in orphans:
+        if sample.guess and item["key"] not in named:
+            continue  # it is the image
+        if sample.guess:
+            passed[f".{sample.guess[0]}"] += 1
         row = place.get(item["key"])
         if row is None:
             left.append(item)
@@ -223,13 +235,16 @@ def _close(
             damage.append({"key": sample.key, "reason": reason[:300], "offset": image.offset})
         second = second[1:]
     if image is None and not members.image:
-        image = _unnamed_image(sample, read_at)
+        sample.guess = _unnamed_image(sample, read_at)
+        image = sample.guess[1] if sample.guess else None
     for extension in [e for e, _ in second] + [e for e, _ in sample.others]:
         if extension.rpartition(".")[2] != "cls" and extension != members.extension:
             passed[f".{extension}"] += 1
     if image is not None:
         row = Row(image.offset, image.size, sample.label, sample.key)
         rows.append(_with_target(row, sample))
+        if sample.guess:
+            orphans.append(({"key": sample.key, "reason": "", "offset": image.offset}, sample))
         return
     others = sample.others
     if sample.target is not None:
@@ -240,13 +255,13 @@ def _close(
     orphans.append(({"key": sample.key, "reason": reason, "offset": others[0][1].offset}, sample))
 
 
-def _unnamed_image(sample: _Sample, read_at: ReadAt) -> Member | None:
+def _unnamed_image(sample: _Sample, read_at: ReadAt) -> tuple[str, Member] | None:
     """The member that is an image by its content: .npy, or of an extension that is no image's."""
     for number, (extension, member) in enumerate(sample.others):
         known = extension.rpartition(".")[2] in NO_IMAGES
         if not known and is_image(read_at(member.offset, min(member.size, START))):
             del sample.others[number]
-            return member
+            return extension, member
     return None
 
 

@@ -538,9 +538,17 @@ def members(names: str) -> bytes:
             name, _, text = word.partition(":")
             image = not text and name.rpartition(".")[2] in ("jpg", "png", "jfif")
             data = JPEG if image else text.encode()
+            if name.endswith(".npy"):
+                data = _array()
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def _array() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((8, 8), np.uint8))
     return buffer.getvalue()
 
 
@@ -571,6 +579,11 @@ FOREIGN = [
             as_webdataset=False),
     Foreign("all labels before all images", {"0.tar": members("1.cls:7 2.cls:8 1.jpg 2.jpg")},
             {"": "1:7 2:8"}, ("2 members that lie apart",), as_webdataset=False),
+    Foreign("arrays and labels apart from their images", {"0.tar": members("1.jpg 2.jpg 1.npy "
+            "1.cls:3 2.npy 2.cls:4")}, {"": "1:3 2:4"},
+            ("2 .npy", "2 members that lie apart", "problems │ none"), as_webdataset=False),
+    Foreign("arrays before their images", {"0.tar": members("1.npy 1.cls:3 2.npy 2.cls:4 1.jpg "
+            "2.jpg")}, {"": "1:3 2:4"}, ("2 .npy",), as_webdataset=False),
     Foreign("a label apart from two images of its key", {"0.tar": members("1.jpg 2.jpg 1.jpg "
             "2.cls:3 1.cls:4")}, {"": "1:-1 2:3 1:-1"},
             ("1: its key names several images elsewhere",), code=1, as_webdataset=False),
