@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torchvision import transforms
 
-from xcit_dino.data.config import IMAGENET_MEAN, IMAGENET_STD, CropsConfig, LoaderConfig
+from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import crop_boxes
 from xcit_dino.data.decode.rgb import read_header
 from xcit_dino.data.io.storage import open_source
@@ -44,6 +44,7 @@ from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.data.shards.scan import scan_shard
 from xcit_dino.data.workers import CropWork, Task
+from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 
 class OfficialCrops:

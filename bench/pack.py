@@ -24,9 +24,9 @@ import simplejpeg
 from rich.console import Console
 from rich.table import Table
 
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.demo import render
 from xcit_dino.data.pack.make import make
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.scan import IMAGE_EXTENSIONS, scan_shard
 
 Row = tuple[str, str]

@@ -30,8 +30,8 @@ def with_input_settings(config: PretrainConfig) -> PretrainConfig:
     see ``data/native/scaling.py``.
 
     Raises:
-        InputError: as many values as the images have no channels; an augmentation that they cannot
-            have.
+        InputError: another number of values than the images have channels; an augmentation that
+            they cannot have.
     """
     source, folder, own = config.start.init_from, config.run.output_dir, config.augment
     form = form_of(config.loader.data_path, config.loader.bands) or RGB8

@@ -15,7 +15,7 @@ from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.eval.config import NetworkName
-from xcit_dino.inputs import IMAGENET_MEAN, IMAGENET_STD, Channels, check_window, window_bounds
+from xcit_dino.inputs import Scaled, check_window
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
 from xcit_dino.options import differing, read_yaml, replace
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
@@ -42,7 +42,7 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
-class RegularizationConfig:
+class RegularizationConfig(Scaled):
     """The network's input and its augmentation and regularization."""
 
     input_size: int = 224
@@ -129,22 +129,6 @@ class RegularizationConfig:
             global_crops_scale=self.train_scale,
             local_crops_number=0,
         )
-
-    @property
-    def normalization(self) -> tuple[Channels, Channels]:
-        """Mean and std of the channels; ImageNet's if none are given."""
-        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
-
-    @property
-    def window_bounds(self) -> tuple[Channels, Channels]:
-        """Lows and highs of the window, once it is resolved; of 8-bit images where there is
-        none."""
-        return window_bounds(self.window)
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return len(self.normalization[0])
 
     @property
     def uses_pillow(self) -> bool:

@@ -120,7 +120,7 @@ def with_input_settings(config: Config, form: PixelFormat) -> Config:
     form: of the images, once ``--bands`` are picked.
 
     Raises:
-        InputError: as many values as the images have no channels.
+        InputError: another number of values than the images have channels.
     """
     start, folder, arch = config.start, config.run.output_dir, config.model.arch
     settings, resumed = None, has_checkpoint(folder)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.eval.config import EvalTargetConfig

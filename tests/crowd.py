@@ -147,8 +147,8 @@ def build(place: Path) -> None:
     of it in ``kept``."""
     from PIL import Image
 
-    from xcit_dino.data.config import DemoConfig
     from xcit_dino.data.pack.demo import make
+    from xcit_dino.data.shards.config import DemoConfig
 
     make(DemoConfig(place / "shards", train=24, val=12, size=16))
     (place / "photos").mkdir()

@@ -40,8 +40,8 @@ from tests.victims import (
     wait_for,
     without_privilege,
 )
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError
 from xcit_dino.models import checkpoints
 from xcit_dino.ssl.pretrain import pretrain

@@ -19,8 +19,8 @@ from tests.conftest import ARCH
 from tests.native_sets import make_set
 from tests.remedies import ELSEWHERE, PARSED, PRETRAIN, RUN, Case
 from xcit_dino import cli
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError
 from xcit_dino.models.zoo import create_model
 

@@ -31,15 +31,15 @@ COMMANDS = {
         "the whole pipeline on built-in images, with a report",
     ),
     "shards make": Command(
-        "data.config:MakeConfig", "data.pack.make:make", "pack images into WebDataset shards"
+        "data.shards.config:MakeConfig", "data.pack.make:make", "pack images into WebDataset shards"
     ),
     "shards check": Command(
-        "data.config:CheckConfig",
+        "data.shards.config:CheckConfig",
         "data.shards.check:check",
         "verify shards, or index those made by other tools",
     ),
     "shards demo": Command(
-        "data.config:DemoConfig", "data.pack.demo:make", "create the built-in images"
+        "data.shards.config:DemoConfig", "data.pack.demo:make", "create the built-in images"
     ),
     "pretrain": Command(
         "ssl.config:pretrain_config",

@@ -41,6 +41,29 @@ def window_bounds(window: Sequence[float | str] | None) -> tuple[Channels, Chann
     return values[0::2], values[1::2]
 
 
+class Scaled:
+    """What follows from the options ``window``, ``mean`` and ``std`` of a training."""
+
+    window: tuple[float | str, ...] | None
+    mean: Channels | None
+    std: Channels | None
+
+    @property
+    def normalization(self) -> tuple[Channels, Channels]:
+        """Mean and std of the channels; ImageNet's if none are given."""
+        return self.mean or IMAGENET_MEAN, self.std or IMAGENET_STD
+
+    @property
+    def window_bounds(self) -> tuple[Channels, Channels]:
+        """Lows and highs of the window once it is resolved; those of 8-bit images without one."""
+        return window_bounds(self.window)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.normalization[0])
+
+
 @dataclass(frozen=True)
 class InputSettings:
     """Preprocessing expected by a network; the defaults are those of the published XCiTs."""

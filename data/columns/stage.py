@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from xcit_dino.data.columns.arrow import SUFFIXES, Columns, find_columns, open_schema, rows
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import Listing
 from xcit_dino.data.pack.lists import list_images, split_names
 from xcit_dino.data.parallel import Advance, map_processes
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.split_names import split_of
 from xcit_dino.errors import InputError
 from xcit_dino.files import atomic_path

@@ -1,4 +1,5 @@
-"""Encoded image -> RGB pixels, in all common formats: the only module that parses image files.
+"""Encoded image -> 8-bit RGB pixels, in all common formats. Sets of other kinds are decoded as they
+are by ``data/decode/native.py``.
 
 - libjpeg-turbo through simplejpeg; whatever it refuses (CMYK, PNG, WebP, slightly damaged JPEGs)
   goes to Pillow, with formats that run other programs (EPS) shut out. Both give the same pixels

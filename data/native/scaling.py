@@ -77,7 +77,7 @@ def resolve_scaling(
         same_data: whether ``known`` was made for these data.
 
     Raises:
-        InputError: as many values as the images have no channels; a window that cannot be.
+        InputError: another number of values than the images have channels; a window that cannot be.
     """
     for name in ("mean", "std"):
         check_length(name, getattr(given, name), form)

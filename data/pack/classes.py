@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import Listing
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import INDEX, MAX_LABEL, ShardIndex, sparse_labels
 from xcit_dino.data.shards.split_names import SPLITS
 from xcit_dino.errors import InputError, suggest

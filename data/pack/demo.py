@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.shard_writer import SHARD_NAME, Sample, write_shard
 from xcit_dino.data.rng import random_bits, text_key
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.errors import InputError

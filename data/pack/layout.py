@@ -7,7 +7,6 @@ from pathlib import Path
 
 from xcit_dino.data.columns.metadata import metadata_labels
 from xcit_dino.data.columns.unread import first_unread
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.classes import (
     Part,
     are_numbers,
@@ -29,6 +28,7 @@ from xcit_dino.data.pack.labels import (
 from xcit_dino.data.pack.listing import Listing
 from xcit_dino.data.pack.lists import UNLABELED
 from xcit_dino.data.pack.splits import NONE, Found, split_images, top_folders, unwrap
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.errors import InputError
 
 FOLDER_LABELS, NO_LABELS = "folders", "none"  # values of --labels other than a file

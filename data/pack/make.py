@@ -23,7 +23,6 @@ import numpy as np
 
 from xcit_dino.data.columns.stage import find_tables, list_columns
 from xcit_dino.data.columns.unread import unread
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.decode.rgb import Deep
 from xcit_dino.data.pack.archives import compressed_in, decompression, list_archive
 from xcit_dino.data.pack.classes import Part
@@ -48,6 +47,7 @@ from xcit_dino.data.pack.targets.attach import Targets, attach_targets
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
 from xcit_dino.data.pixels import RGB8, PixelFormat
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
 from xcit_dino.data.shards.kinds import RGB, PixelOptions, find_kind, lines_on, with_limit

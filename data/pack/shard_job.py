@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.decode.native import (
     Values,
     coded_format,
@@ -41,6 +40,7 @@ from xcit_dino.data.pack.targets.masks import read_mask
 from xcit_dino.data.parallel import Advance
 from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.data.rng import random_permutation, text_key
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import ARRAYS, TARGET_ARRAYS, printable
 from xcit_dino.data.shards.index_writer import ShardPart
 from xcit_dino.data.shards.kinds import RGB, PixelOptions

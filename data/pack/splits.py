@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import Listing
 from xcit_dino.data.pack.tables import read_text
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.split_names import SPLITS, split_folders
 from xcit_dino.errors import InputError
 

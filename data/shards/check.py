@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.pack.archives import compressed, compressed_in, decompression
 from xcit_dino.data.pack.shard_job import PLAN, QUARANTINE
 from xcit_dino.data.pack.tables import read_text
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.pixels import RGB8, PixelFormat, Statistics
+from xcit_dino.data.shards.config import CheckConfig
 from xcit_dino.data.shards.foreign import find_pixels
 from xcit_dino.data.shards.index import INDEX, ShardIndex, is_url
 from xcit_dino.data.shards.index_writer import ShardPart, write_index

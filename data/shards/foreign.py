@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.decode.native import decode_values, invalid, read_native_header
 from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage
 from xcit_dino.data.pack.image_file import Image, read_image
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.pixels import RGB8, PixelFormat
+from xcit_dino.data.shards.config import CheckConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.kinds import RGB, PixelOptions, find_kind
 from xcit_dino.data.shards.measure import ENOUGH, Shares, is_measured, merged, meter

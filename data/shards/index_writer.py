@@ -68,10 +68,47 @@ def write_index(
     Raises:
         InputError: some shards hold masks and others boxes.
     """
-    root, shards, samples, targets = Path(root), [], 0, None
-    arrays = dict(ARRAYS)
+    root = Path(root)
     before = (root / INDEX).read_bytes() if (root / INDEX).exists() else None
     (root / INDEX).unlink(missing_ok=True)
+    shards, targets = _write_arrays(root, parts)
+    arrays = ARRAYS | TARGET_ARRAYS if targets else ARRAYS
+    samples = sum(shard["samples"] for shard in shards)
+    meta = {
+        "version": VERSION, "samples": samples, "bytes": sum(shard["bytes"] for shard in shards),
+        "classes": classes, "shards": shards,
+        "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in arrays},
+    }  # fmt: skip
+    if callable(pixels):
+        try:
+            pixels = pixels(open_index(str(root), root, meta | {"checksum": ""}))
+        except BaseException:
+            _undo(root, before, meta["arrays"])
+            raise
+    if (facts := pixels.dump()) is not None:
+        meta["pixels"] = facts
+    if targets:
+        meta |= {"targets": targets, "target_classes": target_classes}
+    for name in TARGET_ARRAYS.keys() - arrays.keys():
+        (root / f"index.{name}.npy").unlink(missing_ok=True)  # of an earlier index
+    if members is not None:
+        meta["members"] = dict(members)
+    meta["checksum"] = checksum_of(meta)
+    write_atomic(root / INDEX, json.dumps(meta, indent=1))
+    return meta["checksum"]
+
+
+def _write_arrays(
+    root: Path, parts: Iterable[ShardPart]
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Write the arrays, one part after the other; returns what ``index.json`` says of each shard,
+    and whether they hold masks or boxes.
+
+    Raises:
+        InputError: some shards hold masks and others boxes.
+    """
+    shards: list[dict[str, Any]] = []
+    samples, targets, arrays = 0, None, dict(ARRAYS)
     with contextlib.ExitStack() as stack:
         files = {n: stack.enter_context(_opened(root / f"index.{n}.npy")) for n in ARRAYS}
         for file in files.values():
@@ -102,28 +139,7 @@ def write_index(
             header = {"descr": arrays[name].str, "fortran_order": False, "shape": (samples,)}
             np.lib.format.write_array_header_1_0(file, header)
             assert file.tell() == NPY_HEADER
-    meta = {
-        "version": VERSION, "samples": samples, "bytes": sum(shard["bytes"] for shard in shards),
-        "classes": classes, "shards": shards,
-        "arrays": {name: file_sha256(root / f"index.{name}.npy") for name in arrays},
-    }  # fmt: skip
-    if callable(pixels):
-        try:
-            pixels = pixels(open_index(str(root), root, meta | {"checksum": ""}))
-        except BaseException:
-            _undo(root, before, meta["arrays"])
-            raise
-    if (facts := pixels.dump()) is not None:
-        meta["pixels"] = facts
-    if targets:
-        meta |= {"targets": targets, "target_classes": target_classes}
-    for name in TARGET_ARRAYS.keys() - arrays.keys():
-        (root / f"index.{name}.npy").unlink(missing_ok=True)  # of an earlier index
-    if members is not None:
-        meta["members"] = dict(members)
-    meta["checksum"] = checksum_of(meta)
-    write_atomic(root / INDEX, json.dumps(meta, indent=1))
-    return meta["checksum"]
+    return shards, targets
 
 
 def _undo(root: Path, before: bytes | None, digests: dict[str, str]) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from xcit_dino.data.config import CheckConfig, MakeConfig
 from xcit_dino.data.decode import rgb
 from xcit_dino.data.decode.extras import MissingLibrary
 from xcit_dino.data.decode.native import Wanted, family_of, open_native
@@ -21,6 +20,7 @@ from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage
 from xcit_dino.data.pack.image_file import Image, read_image
 from xcit_dino.data.parallel import Advance, map_processes
 from xcit_dino.data.pixels import RGB8, PixelFormat
+from xcit_dino.data.shards.config import CheckConfig, MakeConfig
 from xcit_dino.data.shards.index import printable
 from xcit_dino.errors import InputError
 from xcit_dino.progress import progress

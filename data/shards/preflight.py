@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from xcit_dino.cores import usable_cores
-from xcit_dino.data.config import CheckConfig
+from xcit_dino.data.shards.config import CheckConfig
 from xcit_dino.data.shards.verify import Finding
 
 CROP_SECONDS = 1.2e-3  # cropping 2x224 + 10x96 on one core: bench/crops.py, "crops alone"

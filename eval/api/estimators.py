@@ -5,6 +5,7 @@ The same arithmetic as the commands ``knn`` and ``linear``, on arrays instead of
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from xcit_dino.eval.linear import train_cached
 from xcit_dino.eval.linear_grid import grid
 
 
-class _Classifier:
+class _Classifier(ABC):
     """What both have: labels of any kind, numbered by their sorted values."""
 
     classes_: NDArray[Any]
@@ -36,8 +37,9 @@ class _Classifier:
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         return features, numbers.astype(np.int64)
 
+    @abstractmethod
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        raise NotImplementedError
+        """Probability of each class [Q, classes], in the order of ``classes_``."""
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The label of each row [N]; the first in order where two are equally likely."""

@@ -27,6 +27,7 @@ from xcit_dino.eval.context import (
 from xcit_dino.eval.teacher import timm_weights
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.checkpoints import resolve_checkpoint
+from xcit_dino.models.tokens import first_layer
 from xcit_dino.models.weights import formats, layouts
 from xcit_dino.models.weights.load import FoundNetwork, classifier_names, find_network, fit
 from xcit_dino.models.weights.timm_folder import CONFIG
@@ -134,10 +135,9 @@ def _architecture(file: Path, found: FoundNetwork, said: str | None) -> str:
     return canonical_name(said)
 
 
-def _in_chans(state: dict[str, Tensor], model: Any) -> int:
-    """Channels of the images that a network like ``model`` takes, by its first convolution."""
-    first = getattr(model, "default_cfg", {}).get("first_conv", "patch_embed.proj.0.0")
-    weight = state.get(f"{first}.weight") if isinstance(first, str) else None
+def _in_chans(state: dict[str, Tensor], model: nn.Module) -> int:
+    """Channels of the images that a network like ``model`` takes, by its first layer."""
+    weight = state.get(f"{first_layer(model)}.weight")
     return 3 if weight is None else weight.shape[1]
 
 

@@ -27,8 +27,8 @@ class QuickstartConfig:
 
 def run(config: QuickstartConfig) -> int:
     """Run all stages and print the accuracies; returns the exit code."""
-    from xcit_dino.data.config import DemoConfig  # here, so that --help stays fast
     from xcit_dino.data.pack.demo import make
+    from xcit_dino.data.shards.config import DemoConfig  # here, so that --help stays fast
     from xcit_dino.data.shards.index import INDEX
     from xcit_dino.slurm import launch
     from xcit_dino.slurm.stages import launch_config

@@ -112,8 +112,8 @@ def run(rehearsal: Rehearsal) -> int:
 
 def make_shards(folder: Path, images: int) -> None:
     """Create a training set of this many images, unless it exists."""
-    from xcit_dino.data.config import DemoConfig
     from xcit_dino.data.pack.demo import make
+    from xcit_dino.data.shards.config import DemoConfig
 
     if not (folder / "train" / "index.json").is_file():
         make(DemoConfig(dst=folder, train=images, val=10, size=16))

@@ -15,10 +15,10 @@ import simplejpeg
 from PIL import Image
 
 from xcit_dino.cli import main
-from xcit_dino.data.config import CheckConfig
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
 from xcit_dino.data.shards import check as check_module
 from xcit_dino.data.shards.check import check
+from xcit_dino.data.shards.config import CheckConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.data.shards.preflight import preflight

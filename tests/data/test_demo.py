@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.decode.rgb import Scratch, decode, read_header
 from xcit_dino.data.pack.demo import CLASSES, make, render
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_sha256

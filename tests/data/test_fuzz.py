@@ -22,7 +22,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xcit_dino.data.config import CheckConfig, DemoConfig, MakeConfig
+from xcit_dino.data.shards.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvaluateConfig, KnnConfig, LinearConfig
 from xcit_dino.options import dump_yaml, option_types, options, read_yaml, replace

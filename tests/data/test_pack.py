@@ -29,12 +29,12 @@ import simplejpeg
 from PIL import Image
 
 from xcit_dino.cli import main
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack import image_file, shard_job
 from xcit_dino.data.pack import make as make_module
 from xcit_dino.data.pack.make import make
 from xcit_dino.data.pack.mat_file import read_mat
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_sha256

@@ -14,7 +14,7 @@ import simplejpeg
 from PIL import Image
 
 from xcit_dino.cli import main
-from xcit_dino.data.config import CheckConfig, DemoConfig, MakeConfig
+from xcit_dino.data.shards.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.files import file_sha256
 
 POSITIONAL = {"src", "dst"}

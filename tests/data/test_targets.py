@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from xcit_dino.cli import main
-from xcit_dino.data.config import CheckConfig, LoaderConfig, MakeConfig
+from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.pack.make import make
 from xcit_dino.data.pack.targets.conventions import CONVENTIONS, voc_colors
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.check import check
+from xcit_dino.data.shards.config import CheckConfig, MakeConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.targets.formats import Boxes, decode_boxes, decode_mask
 from xcit_dino.data.targets.loader import Key, TargetLoader, one_pass

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.standin import StandinConfig, plan_of, start
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
 from xcit_dino.data.plan import Plan
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.options import option_types

@@ -12,9 +12,9 @@ import timm
 import torch
 
 from bench.reference import PlainHead, PlainLoss, PlainNet, parameter_groups, plain_step
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.loader import Batch
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval.target import run_options
 from xcit_dino.options import replace

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench import collapse
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import RunError
 from xcit_dino.options import options
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config

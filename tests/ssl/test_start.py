@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models.test_weights import identical, network, prefixed
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError
 from xcit_dino.models.head import DINOHead
 from xcit_dino.models.weights import formats, layouts, timm_hub

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from tests import victims
 from xcit_dino.data.batch import Batch
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError
 from xcit_dino.models import zoo
 from xcit_dino.models.probe import unused_parameters

@@ -11,8 +11,8 @@ import torch
 
 from tests.trainings import CONFIGS, config, files, train
 from tests.victims import at_step, ended, final_bits, finish, pause, said, same, start, wait_for
-from xcit_dino.data.config import DemoConfig
 from xcit_dino.data.pack.demo import make
+from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError
 from xcit_dino.options import options
 from xcit_dino.train.distributed import dist

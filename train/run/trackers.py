@@ -99,7 +99,7 @@ class Wandb:
 
 
 KINDS: dict[str, Callable[[], Tracker]] = {"mlflow": Mlflow, "wandb": Wandb}
-PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
+"""By the name of the option, which is that of the package too."""
 
 
 class Mirror:
@@ -181,7 +181,7 @@ def check_installed(names: Iterable[str]) -> None:
     from importlib.util import find_spec
 
     for name in names:
-        if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        if name in KINDS and find_spec(name) is None:
             raise InputError(
                 f"--logger {name}: is not installed: pip install 'xcit-dino[{name}]', or leave it "
                 "out"

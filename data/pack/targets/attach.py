@@ -6,7 +6,6 @@ import dataclasses
 import os
 from pathlib import Path
 
-from xcit_dino.data.config import MakeConfig
 from xcit_dino.data.pack.archives import list_archive
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import ARCHIVE, Listing
@@ -14,6 +13,7 @@ from xcit_dino.data.pack.sources import list_folder
 from xcit_dino.data.pack.targets.boxes import pair_boxes, read_annotations
 from xcit_dino.data.pack.targets.conventions import CONVENTIONS, MaskCoding, mask_coding
 from xcit_dino.data.pack.targets.masks import pair_masks, values_in
+from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.errors import InputError
 
 
