@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,13 @@ class CropsConfig:
     """Share of the image's area that a local crop covers, from and to."""
     crops_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width over height of a crop before it is resized to a square, from and to (torchvision)."""
+    stage_scales: tuple[float, ...] = (1.0,)
+    """Crop sizes in successive stages of the training, relative to --global_crops_size and
+    --local_crops_size and rounded to the patch size. 0.5 1: low resolution first (FastDINOv2,
+    arXiv 2507.03779)."""
+    stage_shares: tuple[float, ...] = (1.0,)
+    """Share of the epochs of each stage, rounded to whole epochs; together 1. FastDINOv2: 0.75
+    0.25."""
 
     def __post_init__(self) -> None:
         within(self, 1, 100, "global_crops_number")
@@ -41,11 +49,56 @@ class CropsConfig:
         low, high = self.crops_ratio
         if not 0.01 <= low <= high <= 100:
             raise InputError("--crops_ratio must be two ratios, 0.01 <= from <= to <= 100")
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        within(self, 0.05, 20, "stage_scales")
+        within(self, 0, 1, "stage_shares")
+        scales, shares = self.stage_scales, self.stage_shares
+        if not scales or len(scales) != len(shares):
+            raise InputError(
+                f"--stage_scales has {len(scales)} values and --stage_shares {len(shares)}; each "
+                "stage needs one of both: --stage_scales 0.5 1 --stage_shares 0.75 0.25"
+            )
+        if abs(sum(shares) - 1) > 1e-6:
+            raise InputError(
+                f"--stage_shares: {' + '.join(f'{share:g}' for share in shares)} is not 1; take "
+                "shares such as 0.75 0.25"
+            )
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
         names = ("local_crops_size", "local_crops_scale")
         return needs(self.local_crops_number, "with --local_crops_number 0", *names)
+
+    def stages(self, epochs: int, multiple: int) -> list[tuple[int, CropsConfig]]:
+        """(first epoch, geometry) of each stage of a training of ``epochs``; sizes are multiples of
+        ``multiple``, the patch size."""
+        ends = [round(epochs * end) for end in accumulate(self.stage_shares)]
+        return [
+            (first, self._scaled(scale, multiple))
+            for first, end, scale in zip([0, *ends], ends, self.stage_scales, strict=False)
+            if first < end
+        ]
+
+    def _scaled(self, scale: float, multiple: int) -> CropsConfig:
+        def scaled(size: int) -> int:
+            return size if scale == 1 else max(1, round(size * scale / multiple)) * multiple
+
+        sizes = scaled(self.global_crops_size), scaled(self.local_crops_size)
+        return replace(
+            self,
+            global_crops_size=sizes[0],
+            local_crops_size=sizes[1],
+            stage_scales=(1.0,),
+            stage_shares=(1.0,),
+        )
+
+    @property
+    def sizes(self) -> str:
+        """``"crops of 224 and 96 pixels"``."""
+        local = f" and {self.local_crops_size}" if self.local_crops_number else ""
+        return f"crops of {self.global_crops_size}{local} pixels"
 
     @property
     def num_crops(self) -> int:

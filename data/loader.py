@@ -14,8 +14,9 @@ used until the step after the next is requested; tensors on a device belong to t
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -56,7 +57,7 @@ class CropLoader:
     Args:
         index: of the shards.
         plan: order of the samples; its batch size is the global one.
-        crops: geometry.
+        crops: geometry, or (first epoch, geometry) of each stage of the training.
         config: workers, limits, where the shards are.
         rank, world_size, accum: this rank's part of every global batch.
         start_step: the first step to yield.
@@ -77,7 +78,7 @@ class CropLoader:
         self,
         index: ShardIndex,
         plan: Plan,
-        crops: CropsConfig,
+        crops: CropsConfig | Sequence[tuple[int, CropsConfig]],
         config: LoaderConfig,
         *,
         rank: int = 0,
@@ -105,7 +106,8 @@ class CropLoader:
                 f"--decoder cuda: decodes 8-bit RGB only, and {index.root} holds "
                 f"{index.pixels.name}; use --decoder host"
             )
-        self.index, self.plan, self.crops, self.config = index, plan, crops, config
+        self.index, self.plan, self.config = index, plan, config
+        self.stages = [(0, crops)] if isinstance(crops, CropsConfig) else list(crops)
         self.rank, self.world_size, self.accum = rank, world_size, accum
         self.start_step = start_step
         self.host_transform, self.recipes, self.labeled = host_transform, recipes, labeled
@@ -119,31 +121,44 @@ class CropLoader:
         )
 
     def __iter__(self) -> Generator[list[Batch]]:
+        firsts = [epoch * self.plan.steps_per_epoch for epoch, _ in self.stages]
+        ends = [*firsts[1:], sys.maxsize]
+        for (epoch, crops), first, end in zip(self.stages, firsts, ends, strict=True):
+            start = max(first, self.start_step)
+            if start >= end:
+                continue
+            if len(self.stages) > 1 and self.rank == 0:
+                print(f"epoch {epoch + 1} and later: {crops.sizes}", flush=True)
+            yield from self._steps(crops, start, end)
+
+    def _steps(self, crops: CropsConfig, start: int, end: int) -> Generator[list[Batch]]:
+        """The steps of a stage, with workers and memory of its own."""
         on_device = self.config.decoder == "cuda"
         in_flight = self.config.num_workers * self.config.prefetch_factor
         size = self.plan.batch_size // (self.world_size * self.accum)
         num_slots = 1 if on_device else in_flight + 2 * self.accum
-        ring = Ring(num_slots, slot_shapes(self.crops, size, self.form.channels), self.form)
+        ring = Ring(num_slots, slot_shapes(crops, size, self.form.channels), self.form)
         source = open_source(self.index, self.config)
         kind = EncodedWork if on_device else CropWork
         work = kind(
-            self.index, source, ring, self.crops, self.plan.seed, self.host_transform, self.labeled,
+            self.index, source, ring, crops, self.plan.seed, self.host_transform, self.labeled,
             self.config.bands,
         )  # fmt: skip
         crops_of: Callable[[Done], tuple[Done, Tensor, Tensor]] = partial(_in_ring, ring)
         copier = None
         if on_device:
-            host = CropWork(self.index, source, ring, self.crops, self.plan.seed)
+            host = CropWork(self.index, source, ring, crops, self.plan.seed)
             crops_of = DeviceCropper(host, self.device)
         elif self.device.type == "cuda":
             copier = Copier(self.device)
-        tasks = self._tasks(num_slots)
+        steps = range(start, end)
+        tasks = self._tasks(num_slots, steps)
         cache = source.cache if isinstance(source, CachedSource) else None
         with (
             closing(run_tasks(work, tasks, self.config, ring, pin=copier is not None)) as results,
             ReadAhead(cache, self.plan) as read_ahead,
         ):
-            while True:
+            for _ in steps:
                 begin = time.perf_counter()
                 step = [self._batch(*crops_of(next(results))) for _ in range(self.accum)]
                 self.wait_seconds += time.perf_counter() - begin
@@ -152,18 +167,17 @@ class CropLoader:
                 read_ahead.reached(step[0].step)
                 yield copier.copied(step) if copier else step
 
-    def _tasks(self, num_slots: int) -> Iterator[Task]:
+    def _tasks(self, num_slots: int, steps: Iterable[int]) -> Iterator[Task]:
         """This rank's micro-batches. With 2 x accum slots more than are in flight, a slot comes up
         again when the step before the last has been released."""
-        number, step = 0, self.start_step
-        while True:
+        number = 0
+        for step in steps:
             batch = self.plan.batch(step)
             epoch = step // self.plan.steps_per_epoch
             for micro in range(self.accum):
                 part = rank_slice(batch, self.rank, self.world_size, self.accum, micro)
                 yield Task(number % num_slots, part, step, micro, epoch)
                 number += 1
-            step += 1
 
     def _batch(self, done: Done, global_crops: Tensor, local_crops: Tensor) -> Batch:
         record(self.quarantine, self.index, done)

@@ -56,7 +56,7 @@ def crops(images: Images) -> dict[str, Any]:
         raise InputError("only pretraining has several crops per image")
     config = replace(PretrainConfig(), images.options | {"cache_dir": None})
     samples = neighbors.evenly_spaced(images.train.num_samples, CROP_SAMPLES + 2)[1:-1]
-    made = render.TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
+    made = render.TrainingCrops(config.stages, config.augment, config.loader, config.run.seed)
     rows = render.training_crops(
         made, images.train, samples.tolist(), max(0, config.run.epochs - 1), images.context
     )

@@ -14,9 +14,11 @@ from typing import Any
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import ReportConfig
 from xcit_dino.files import check_writable, write_atomic
+from xcit_dino.options import replace as replace_options
 from xcit_dino.provenance import now
 from xcit_dino.report import accuracy, provenance, training
 from xcit_dino.report.page import Section, document
+from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.run.reader import Run, read_runs
 
 
@@ -90,6 +92,15 @@ def named(run: Run, sections: Sequence[Section], many: bool) -> list[Section]:
     return [replace(s, title=f"{run.name}: {s.title}") if many else s for s in sections]
 
 
+def image_size(options: dict[str, Any]) -> str | int | None:
+    """Side of the (global) crops in pixels, of each stage of a pretraining."""
+    size = options.get("global_crops_size") or options.get("input_size")
+    if len(options.get("stage_scales", ())) < 2:
+        return size
+    stages = replace_options(PretrainConfig(), options).stages
+    return ", ".join(str(crops.global_crops_size) for _, crops in stages)
+
+
 def facts(run: Run) -> dict[str, Any]:
     """Short facts: architecture, length, data, commit."""
     options = run.config
@@ -98,7 +109,7 @@ def facts(run: Run) -> dict[str, Any]:
         "model": options.get("arch"),
         "epochs": options.get("epochs"),
         "steps": f"{run.metrics[-1]['step']:,}" if run.metrics else None,
-        "image size": options.get("global_crops_size") or options.get("input_size"),
+        "image size": image_size(options),
         "data": Path(str(options["data_path"])).name if options.get("data_path") else None,
         "seed": options.get("seed"),
         "commit": next((commit for commit in commits if commit), None),

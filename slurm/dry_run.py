@@ -62,6 +62,12 @@ def training_facts(stage: Stage) -> dict[str, Any]:
         ),
         "effective learning rate": f"{lr * batch / 256:.6g} = {lr:g} x {batch} / 256",
     }
+    if len(stages := config.stages) > 1:
+        ends = [first for first, _ in stages[1:]] + [config.run.epochs]
+        facts["stages"] = "; ".join(
+            f"epochs {first + 1} to {end}: {crops.sizes}"
+            for (first, crops), end in zip(stages, ends, strict=True)
+        )
     try:
         samples, shards = count_images(config.loader.data_path)
     except (InputError, OSError, KeyError, ValueError) as error:

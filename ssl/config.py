@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -251,7 +252,7 @@ class PretrainConfig:
         self._check_start()
         if self.model.arch.startswith(TIMM_PREFIX):
             return  # timm checks sizes itself
-        patch = model_spec(self.model.arch).patch_size
+        patch = self._multiple
         for name in ("global_crops_size", "local_crops_size"):
             size = getattr(self.crops, name)
             if size % patch:
@@ -260,6 +261,19 @@ class PretrainConfig:
                     f"--{name} {size}: {self.model.arch} needs a multiple of its patch size "
                     f"{patch}, say {near}"
                 )
+
+    @property
+    def _multiple(self) -> int:
+        """What divides crop sizes: the patch size, or for timm's networks what divides the given
+        sizes (16 of 224 and 96, 14 of 224 and 98)."""
+        if not self.model.arch.startswith(TIMM_PREFIX):
+            return model_spec(self.model.arch).patch_size
+        return math.gcd(self.crops.global_crops_size, self.crops.local_crops_size, 224)
+
+    @property
+    def stages(self) -> list[tuple[int, CropsConfig]]:
+        """(first epoch, crops) of each stage of the training."""
+        return self.crops.stages(self.run.epochs, self._multiple)
 
     def _check_start(self) -> None:
         """Refuse timm's weights of one model for another."""
@@ -299,6 +313,12 @@ class PretrainConfig:
             )
         if self.dino.momentum_teacher == 1:
             found.append("--momentum_teacher 1: the teacher stays as it is at the start")
+        if len(self.stages) < len(self.crops.stage_scales):
+            shares = " ".join(f"{share:g}" for share in self.crops.stage_shares)
+            found.append(
+                f"--stage_shares {shares} with --epochs {epochs}: a stage of less than half an "
+                "epoch is left out"
+            )
         if self.online.knn_every > epochs:
             found.append(
                 f"--knn_every {self.online.knn_every} with --epochs {epochs}: no k-NN while "

@@ -12,6 +12,7 @@ Shapes: V views of B images, D and P the widths of the teacher's class and patch
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,11 +153,16 @@ def resample(tokens_BHWP: Tensor, grid: torch.Size) -> Tensor:
 
 
 def frozen_teacher(
-    config: ObjectiveConfig, crops: CropsConfig, ours: InputSettings, dtype: torch.dtype
+    config: ObjectiveConfig,
+    crops: CropsConfig,
+    stages: Sequence[CropsConfig],
+    ours: InputSettings,
+    dtype: torch.dtype,
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
     """The teacher that the options name, on the CPU, and facts about it.
 
-    ours: how the student's crops are prepared; dtype: of the teacher's forward pass.
+    crops: whose size --teacher_size refers to; stages: all that it will see; ours: how the
+    student's crops are prepared; dtype: of the teacher's forward pass.
 
     Raises:
         InputError: no such network or weights, or crops of a size that it does not accept.
@@ -166,8 +172,9 @@ def frozen_teacher(
     loaded = load_teacher(config.teacher_model, config, num_classes=0, ours=ours)
     patches = config.distill_patch_weight > 0
     teacher = FrozenTeacher(loaded, ours, crops.global_crops_size, patches=patches, dtype=dtype)
-    sides = [crops.global_crops_size] + [crops.local_crops_size] * (crops.local_crops_number > 0)
-    for side in sides:
+    sides = {each.global_crops_size for each in stages}
+    sides |= {each.local_crops_size for each in stages if each.local_crops_number}
+    for side in sorted(sides, reverse=True):
         size = {"teacher_size": teacher.size_for(side)}
         check_sizes(
             teacher.network, config.teacher_model, size, features=False,

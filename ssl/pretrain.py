@@ -176,7 +176,7 @@ def all_of(evaluations: Sequence[Evaluate]) -> Evaluate | None:
 
 def knn_evaluations(config: PretrainConfig, world: dist.World) -> list[OnlineKnn]:
     """k-NN on the training data, with pictures, and on ``--knn_data_path``."""
-    crops = TrainingCrops(config.crops, config.augment, config.loader, config.run.seed)
+    crops = TrainingCrops(config.stages, config.augment, config.loader, config.run.seed)
     every, run = config.online.knn_every, dict(options(config))
     found = [
         online_knn(
@@ -228,7 +228,7 @@ def pretrain(
 
     trainer = set_up(config, world, dtype, index.checksum, batch_size)
     recipes = trainer.augment.recipes
-    loader = crop_loader(config, world, index, plan, config.crops, recipes=recipes)
+    loader = crop_loader(config, world, index, plan, config.stages, recipes=recipes)
     drifts = forgetting.drifts(config, index, world)
     evaluation = TeacherEvaluation(trainer, evaluate, evaluate_frozen, drifts, plan.steps_per_epoch)
     training = Training(

@@ -121,7 +121,8 @@ def set_up(
     device, objective, loss, frozen, facts = world.device, config.objective, None, None, {}
     if objective.distills:
         ours = InputSettings.from_run(dict(options(config))) or InputSettings()
-        frozen, facts = frozen_teacher(objective, config.crops, ours, dtype)
+        stages = [crops for _, crops in config.stages]
+        frozen, facts = frozen_teacher(objective, config.crops, stages, ours, dtype)
     if objective.dino:
         loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
     student, teacher = networks.build(
@@ -130,11 +131,12 @@ def set_up(
     )  # fmt: skip
     unused: list[str] = []
     if config.model.arch.startswith(TIMM_PREFIX):
-        crops = config.crops
-        sizes = {"global_crops_size": crops.global_crops_size}
-        if crops.local_crops_number:
-            sizes["local_crops_size"] = crops.local_crops_size
-        check_sizes(student.backbone, config.model.arch, sizes, features=True)
+        sizes: dict[str, int] = {}
+        for _, crops in config.stages:
+            sizes = {"global_crops_size": crops.global_crops_size}
+            if crops.local_crops_number:
+                sizes["local_crops_size"] = crops.local_crops_size
+            check_sizes(student.backbone, config.model.arch, sizes, features=True)
         found = unused_parameters(student.backbone, config.model.arch, min(sizes.values()))
         unused = [] if objective.distills else found  # whose patch tokens may depend on them
     if world.size > 1:

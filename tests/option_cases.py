@@ -235,6 +235,10 @@ PRETRAIN: Cases = RUN | {
     "global_crops_number": [turn("1", "3", **W)],
     "global_crops_size": [turn("48", **W)],
     "global_crops_scale": [turn("0.9 1", **W)],
+    "stage_scales": [turn("0.5", "2", **W)],
+    "stage_shares": [
+        turn("0.5 0.5", **W, given={"stage_scales": "0.5 1", "stage_shares": "0 1"})
+    ],
     "local_crops_number": [turn("0", "3", **W, given={"local_crops_size": "96"})],
     "local_crops_size": [turn("32", **W)],
     "local_crops_scale": [turn("0.3 0.4", **W)],

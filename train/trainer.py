@@ -76,7 +76,7 @@ def crop_loader(
     world: dist.World,
     index: ShardIndex,
     plan: Plan,
-    crops: CropsConfig,
+    crops: CropsConfig | Sequence[tuple[int, CropsConfig]],
     **transforms: Any,
 ) -> CropLoader:
     """This rank's share of a plan, in micro-batches; ``transforms``: see :class:`CropLoader`."""

@@ -59,10 +59,15 @@ def views(
 class TrainingCrops:
     """Crop and augmentation settings of a training."""
 
-    crops: CropsConfig
+    stages: Sequence[tuple[int, CropsConfig]]
+    """(first epoch, geometry) of each stage."""
     augment: AugmentConfig
     loader: LoaderConfig
     seed: int
+
+    def at(self, epoch: int) -> CropsConfig:
+        """The crops of an epoch, counted from 0."""
+        return [crops for first, crops in self.stages if first <= epoch][-1]
 
 
 def training_crops(
@@ -78,10 +83,10 @@ def training_crops(
     context: of the pictures, for images that are not RGB.
     """
     numbers, bands = np.asarray(samples, np.int64), config.loader.bands
-    form = index.pixels.select(bands)
-    ring = Ring(1, slot_shapes(config.crops, len(numbers), form.channels), form)
+    form, geometry = index.pixels.select(bands), config.at(epoch)
+    ring = Ring(1, slot_shapes(geometry, len(numbers), form.channels), form)
     work = CropWork(
-        index, open_source(index, config.loader), ring, config.crops, config.seed, bands=bands
+        index, open_source(index, config.loader), ring, geometry, config.seed, bands=bands
     )
     done = work[Task(0, numbers, epoch=epoch)]
     global_crops, local_crops = ring.views(0)

@@ -96,7 +96,7 @@ def test_the_loss_is_the_plain_one_value_and_gradients():
 def teacher_for(name, path, **options):
     crops = CropsConfig(global_crops_size=32, local_crops_size=16)
     config = ObjectiveConfig("distill", name, path, **options)
-    return frozen_teacher(config, crops, InputSettings(), torch.float32)
+    return frozen_teacher(config, crops, [crops], InputSettings(), torch.float32)
 
 
 def test_the_teacher_sees_every_crop_in_its_own_mean_and_size(tmp_path):

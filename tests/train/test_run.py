@@ -36,7 +36,8 @@ BEARING = {  # why an option may not change unasked while a run goes on
     "the order of the images": "shuffle_window last_batch repeated_aug",
     "the pixels (a GPU's JPEG decoder rounds in other places)": "decoder global_crops_number "
     "global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale "
-    "crops_ratio flip_prob color_jitter color_jitter_prob gray_prob blur_prob blur_sigma "
+    "crops_ratio stage_scales stage_shares flip_prob color_jitter color_jitter_prob gray_prob "
+    "blur_prob blur_sigma "
     "solarize_prob bands window rot90_prob channel_jitter noise_prob noise_std channel_drop_prob "
     "mean std input_size train_scale hflip aa reprob remode recount mixup cutmix "
     "mixup_prob mixup_switch_prob mixup_mode",
