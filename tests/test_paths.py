@@ -17,6 +17,7 @@ from xcit_dino.paths import LOCATION, expand
 from xcit_dino.slurm.config import LaunchConfig
 from xcit_dino.slurm.stages import launch_config, return_class
 from xcit_dino.slurm.tools.rehearse import rehearse_config
+from xcit_dino.ssl.config import PretrainConfig
 
 WORDS = {  # options that are text and no path
     "arch", "teacher_model", "split", "aa", "prefix", "may_change", "label_column", "splits",
@@ -114,3 +115,8 @@ def test_what_is_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         expand("~nobody-here/x")
     remedy = str(error.value).partition("absolute path (")[2].partition(")")[0]
     assert expand(remedy) == os.path.abspath("~nobody-here/x")
+
+
+def test_a_home_folder_that_does_not_exist_is_refused_with_the_option():
+    with pytest.raises(InputError, match="cache_dir: ~nobody-here/x: no user 'nobody-here'"):
+        replace(PretrainConfig(), {"cache_dir": "~nobody-here/x"})

@@ -77,6 +77,8 @@ def replace(config: Config, values: dict[str, Any], source: str = "the override"
                 raise InputError(
                     f"{source}: {field.name} must be {expected}, got {brief(given)}"
                 ) from None
+            except InputError as error:  # a home folder that does not exist
+                raise InputError(f"{source}: {field.name}: {error}") from None
     return dataclasses.replace(typing.cast(Any, config), **changed)
 
 
