@@ -112,6 +112,31 @@ class PlainLoss(nn.Module):
         self.center = self.center * self.center_momentum + batch_center * (1 - self.center_momentum)
 
 
+def plain_sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """DINOv2's ``sinkhorn_knopp_teacher`` on one process: (B, K) -> probabilities (B, K)."""
+    Q = torch.exp(scores / temperature).T
+    K, B = Q.shape
+    Q = Q / Q.sum()
+    for _ in range(iterations):
+        Q = Q / Q.sum(1, keepdim=True) / K
+        Q = Q / Q.sum(0, keepdim=True) / B
+    return (Q * B).T
+
+
+def plain_koleo(views: list[Tensor], eps: float = 1e-8) -> Tensor:
+    """DINOv2's KoLeo loss: features (B, D) of each view; a loop over images and their others."""
+    total = views[0].new_zeros(())
+    for view in views:
+        unit = [row / row.norm() for row in view]
+        logs = []
+        for i, row in enumerate(unit):
+            others = [other for j, other in enumerate(unit) if j != i]
+            nearest = max(others, key=lambda other: (row @ other).item())
+            logs.append(torch.log((row - nearest + eps).norm() + eps))
+        total = total - torch.stack(logs).mean()
+    return total
+
+
 def parameter_groups(model: nn.Module) -> list[dict]:
     """No weight decay on biases, 1-D tensors, ``temperature`` and ``cls_token``."""
     decayed, plain = [], []

@@ -58,15 +58,27 @@ class DinoConfig:
     """Teacher's temperature after its warm-up."""
     warmup_teacher_temp_epochs: float = 0.0
     """Epochs of the linear warm-up of the teacher's temperature."""
+    centering: Literal["center", "sinkhorn_knopp"] = "center"
+    """What keeps the teacher's outputs spread over all prototypes. center: DINO's moving average.
+    sinkhorn_knopp: three iterations over each micro-batch of all processes (SwAV, DINOv2)."""
     center_momentum: float = 0.9
     """Momentum of the center of the teacher's outputs, updated once per optimizer step."""
     momentum_teacher: float = 0.996
     """EMA momentum of the teacher at the start; cosine to 1."""
+    koleo_weight: float = 0.0
+    """Weight of KoLeo, which spreads the student's features of the global crops of different images
+    apart, per micro-batch and process; 0: none. DINOv2 uses 0.1."""
 
     def __post_init__(self) -> None:
         within(self, 1e-4, 1e4, "student_temp", "warmup_teacher_temp", "teacher_temp")
         within(self, 0, 1e6, "warmup_teacher_temp_epochs")
         within(self, 0, 1, "center_momentum", "momentum_teacher")
+        within(self, 0, 1e4, "koleo_weight")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.options.ineffective`."""
+        plain = self.centering == "center"
+        return needs(plain, "with --centering sinkhorn_knopp", "center_momentum")
 
 
 @dataclass(frozen=True)
@@ -249,6 +261,11 @@ class PretrainConfig:
                 "--global_crops_number 1 --local_crops_number 0: with one view of an image there "
                 "is nothing to compare; take --global_crops_number 2, or some local crops"
             )
+        if self.dino.koleo_weight and self.run.batch_size_per_gpu == 1:
+            raise InputError(
+                "--koleo_weight: it compares the images of a micro-batch; take "
+                "--batch_size_per_gpu 2 or more"
+            )
         self._check_start()
         if self.model.arch.startswith(TIMM_PREFIX):
             return  # timm checks sizes itself
@@ -291,7 +308,7 @@ class PretrainConfig:
         looks = self.online.knn_every or (start and guard)
         sections = (HeadConfig, DinoConfig)
         names = {each.name for section in sections for each in fields(section)} | {"new_head"}
-        names -= {"momentum_teacher"}  # of the moving average, which every objective has
+        names -= {"momentum_teacher", "koleo_weight"}  # which every objective has
         forgetting = ("on_forgetting", "forgetting_every", "forgetting_threshold")
         return {
             **self.loader.unused_cache(self.online.knn_data_path),

@@ -11,20 +11,29 @@ from torch import Tensor, nn
 
 from xcit_dino.models.head import Prototypes
 from xcit_dino.ssl.fused_loss import dino_cross_entropy
+from xcit_dino.ssl.sinkhorn import sinkhorn_knopp
 from xcit_dino.train.distributed.dist import all_reduce_mean
 
 
 class DinoLoss(nn.Module):
     """Cross-entropy between the teacher's centered, sharpened prototypes and the student's.
 
-    State: ``center`` (K,), the moving average of the teacher's outputs.
+    State: ``center`` (K,), the moving average of the teacher's outputs; with ``sinkhorn``, which
+    takes its place (:mod:`xcit_dino.ssl.sinkhorn`), it stays 0.
     """
 
     center: Tensor
     batch_sum: Tensor
 
-    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
+    def __init__(
+        self,
+        out_dim: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        sinkhorn: bool = False,
+    ):
         super().__init__()
+        self.sinkhorn = sinkhorn
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
@@ -34,6 +43,8 @@ class DinoLoss(nn.Module):
     @torch.no_grad()
     def targets(self, teacher_VBK: Tensor, temperature: float, num_global: int) -> Tensor:
         """Teacher's scores (G*B, K) -> probabilities (G, B, K); accumulated for the center."""
+        if self.sinkhorn:
+            return sinkhorn_knopp(teacher_VBK, temperature).unflatten(0, (num_global, -1))
         self.batch_sum += teacher_VBK.sum(0)
         self.rows += len(teacher_VBK)
         probabilities = (teacher_VBK - self.center).div_(temperature).softmax(dim=-1)
@@ -61,6 +72,8 @@ class DinoLoss(nn.Module):
     @torch.no_grad()
     def update_center(self) -> None:
         """Move the center towards the mean output of all micro-batches and ranks of this step."""
+        if self.sinkhorn:
+            return
         mean = all_reduce_mean(self.batch_sum / self.rows)
         self.center.lerp_(mean, 1.0 - self.center_momentum)
         self.batch_sum.zero_()

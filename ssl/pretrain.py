@@ -145,7 +145,9 @@ def student_backward(
         found.append({name: term.detach() for name, term in terms.items()})
         features = outputs.features[0].detach() if features is None else features
     assert features is not None
-    total = {name: torch.stack([each[name] for each in found]).sum() for name in found[0]}
+    total = {  # the first group has every term
+        name: torch.stack([each[name] for each in found if name in each]).sum() for name in found[0]
+    }
     return StudentPass(torch.stack(losses).sum(), total, features)
 
 

@@ -19,6 +19,7 @@ from xcit_dino.options import options
 from xcit_dino.ssl import networks
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.distillation import FrozenTeacher, distillation_loss, frozen_teacher
+from xcit_dino.ssl.koleo import koleo_loss
 from xcit_dino.ssl.loss import DinoLoss
 from xcit_dino.train import compiler, optim
 from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
@@ -51,6 +52,7 @@ class DinoTrainer(Trainer):
         return {
             "dino_loss": 1.0,
             "distill_loss": self.config.objective.distill_weight if both else 1.0,
+            "koleo_loss": self.config.dino.koleo_weight,
         }
 
     def frozen_targets(self, groups: list[Tensor]) -> list[Tokens]:
@@ -83,6 +85,11 @@ class DinoTrainer(Trainer):
             terms["distill_loss"] = distillation_loss(
                 outputs.predicted, tokens, self.config.objective.distill_patch_weight, rows
             )
+        if self.config.dino.koleo_weight and not local:
+            crops = self.config.crops
+            images = rows // crops.num_crops
+            own = outputs.features[0][: crops.global_crops_number * images]
+            terms["koleo_loss"] = koleo_loss(own, crops.global_crops_number)
         return terms
 
     def freeze_batchnorm(self, frozen: bool) -> None:
@@ -124,7 +131,10 @@ def set_up(
         stages = [crops for _, crops in config.stages]
         frozen, facts = frozen_teacher(objective, config.crops, stages, ours, dtype)
     if objective.dino:
-        loss = DinoLoss(config.head.out_dim, config.dino.student_temp, config.dino.center_momentum)
+        loss = DinoLoss(
+            config.head.out_dim, config.dino.student_temp, config.dino.center_momentum,
+            sinkhorn=config.dino.centering == "sinkhorn_knopp",
+        )  # fmt: skip
     student, teacher = networks.build(
         config.model, config.head if objective.dino else None, config.run.seed,
         frozen and frozen.widths, config.crops.global_crops_size, config.augment.channels,

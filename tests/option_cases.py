@@ -231,6 +231,8 @@ PRETRAIN: Cases = RUN | {
     "teacher_temp": [turn("0.07", **W)],
     "warmup_teacher_temp_epochs": [turn("1", **W, given={"warmup_teacher_temp": "0.02"})],
     "center_momentum": [turn("0.5", **W)],
+    "centering": [turn("sinkhorn_knopp", **W)],
+    "koleo_weight": [turn("0.1", "1", **W)],
     "momentum_teacher": [turn("0.5", **W)],
     "global_crops_number": [turn("1", "3", **W)],
     "global_crops_size": [turn("48", **W)],

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 
-from bench.reference import PlainLoss, PlainPrototypes
+from bench.reference import PlainLoss, PlainPrototypes, plain_koleo, plain_sinkhorn
 from xcit_dino.models.head import Prototypes
 from xcit_dino.ssl.fused_loss import dino_cross_entropy
+from xcit_dino.ssl.koleo import koleo_loss
 from xcit_dino.ssl.loss import DinoLoss
+from xcit_dino.ssl.sinkhorn import sinkhorn_knopp
 
 K, Z, B, TEMP = 37, 6, 5, 0.06
 
@@ -129,3 +131,45 @@ def test_two_micro_batches_make_one_center_update():
 
 def test_the_only_state_is_the_center():
     assert list(DinoLoss(K).state_dict()) == ["center"]
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 50])
+def test_sinkhorn_knopp_equals_dinov2s_and_uses_prototypes_equally(iterations):
+    torch.manual_seed(0)
+    scores = torch.rand(24, K, dtype=torch.float64) * 2 - 1
+    found = sinkhorn_knopp(scores, 0.07, iterations)
+    torch.testing.assert_close(found, plain_sinkhorn(scores, 0.07, iterations))
+    torch.testing.assert_close(found.sum(1), torch.ones(24, dtype=torch.float64))
+    if iterations == 50:
+        torch.testing.assert_close(
+            found.sum(0), torch.full((K,), 24 / K).double(), rtol=0.01, atol=0
+        )
+
+
+def test_sinkhorn_knopp_of_large_scores_does_not_overflow():
+    """exp(40 / 0.04) is beyond any float."""
+    torch.manual_seed(0)
+    scores = torch.rand(24, K) * 2 + 40
+    found = sinkhorn_knopp(scores, 0.04)
+    exact = plain_sinkhorn(scores.double() - 40, 0.04)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-4, atol=1e-7)
+
+
+def test_koleo_equals_the_loops_value_and_gradient():
+    torch.manual_seed(0)
+    ours = torch.randn(3 * 7, 5, dtype=torch.float64, requires_grad=True)
+    plain = ours.detach().clone().requires_grad_()
+    found, want = koleo_loss(ours, 3), plain_koleo(list(plain.chunk(3)))
+    torch.testing.assert_close(found, want)
+    found.backward()
+    want.backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_koleo_is_computed_in_float32_under_autocast():
+    torch.manual_seed(0)
+    features = torch.randn(14, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = koleo_loss(features.bfloat16(), 2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, koleo_loss(features.bfloat16().double(), 2).float())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.reference import plain_koleo, plain_sinkhorn
 from tests import victims
 from xcit_dino.data.batch import Batch
 from xcit_dino.errors import InputError
@@ -29,6 +30,7 @@ OPTIONS = victims.TINY | {
 NOW = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze_last_layer=False)
 NUMBERS = [(G, L) for G in range(1, 5) for L in range(11) if G + L > 1]
 MICROS, IMAGES = 2, 2
+SINKHORN = {"centering": "sinkhorn_knopp"}
 
 
 class Views:
@@ -48,6 +50,7 @@ def fresh(world):
     def at_start(G, L, **options):
         values = OPTIONS | {"global_crops_number": G, "local_crops_number": L} | options
         trainer.config = replace(PretrainConfig(), values)
+        trainer.loss.sinkhorn = trainer.config.dino.centering == "sinkhorn_knopp"
         trainer.state.load_state_dict(copy.deepcopy(start))
         return trainer
 
@@ -81,18 +84,25 @@ def plain_step(trainer, G, L):
         with torch.no_grad():
             output = teacher.head(teacher.backbone(large.flatten(0, 1)))
         groups = [group.flatten(0, 1) for group in (large, small) if len(group)]
-        scores = student.head(torch.cat([student.backbone(group) for group in groups]))
-        q = ((output - center) / NOW.teacher_temp).softmax(-1).unflatten(0, (G, IMAGES))
+        features = [student.backbone(group) for group in groups]
+        scores = student.head(torch.cat(features))
+        sinkhorn = trainer.config.dino.centering == "sinkhorn_knopp"
+        centered = ((output - center) / NOW.teacher_temp).softmax(-1)
+        q = plain_sinkhorn(output, NOW.teacher_temp) if sinkhorn else centered
+        q = q.unflatten(0, (G, IMAGES))
         p = (scores / 0.2).log_softmax(-1).unflatten(0, (G + L, IMAGES))
         pairs = [(g, v) for g in range(G) for v in range(G + L) if v != g]
         losses.append(sum(-(q[g] * p[v]).sum(-1).mean() for g, v in pairs) / len(pairs))
+        if weight := trainer.config.dino.koleo_weight:
+            losses[-1] = losses[-1] + weight * plain_koleo(list(features[0].chunk(G)))
         outputs.append(output)
     loss = sum(losses) / MICROS
     loss.backward()
     optim.set_hyperparameters(trainer.state.optimizer, NOW.lr, NOW.weight_decay)
     trainer.state.optimizer.step()
     trainer.state.optimizer.zero_grad()
-    center.mul_(0.9).add_(0.1 * torch.cat(outputs).mean(0))
+    if not sinkhorn:
+        center.mul_(0.9).add_(0.1 * torch.cat(outputs).mean(0))
     with torch.no_grad():
         for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
             t.mul_(NOW.momentum_teacher).add_((1 - NOW.momentum_teacher) * s)
@@ -110,6 +120,7 @@ def worker(rank, port, folder):
     found, trainer = {}, fresh(world)
     for G, L in NUMBERS:
         found[G, L] = stepped(trainer(G, L, group_backward=L % 2 == 1), G, L, images)
+    found["sinkhorn"] = stepped(trainer(2, 3, **SINKHORN), 2, 3, images)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.shutdown()
 
@@ -146,6 +157,34 @@ def test_the_step_is_the_double_loop_for_any_number_of_views(G, two_ranks, in_do
         for loss, *modules in kinds:
             torch.testing.assert_close(loss, want_loss, rtol=1e-10, atol=0)
             torch.testing.assert_close(modules, want, rtol=1e-6, atol=1e-6)
+
+
+def test_the_step_with_sinkhorn_knopp_on_one_process_and_on_two(two_ranks, in_double):
+    trainer = fresh(dist.World(0, 1, torch.device("cpu")))
+    want_loss, *want = copy.deepcopy(plain_step(trainer(2, 3, **SINKHORN), 2, 3))
+    halves = [rank["sinkhorn"] for rank in two_ranks]
+    both = ((halves[0][0] + halves[1][0]) / 2, *halves[0][1:])
+    for loss, *modules in (stepped(trainer(2, 3, **SINKHORN), 2, 3), both):
+        torch.testing.assert_close(loss, want_loss, rtol=1e-10, atol=0)
+        torch.testing.assert_close(modules, want, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(want_loss, plain_step(trainer(2, 3), 2, 3)[0])
+
+
+@pytest.mark.parametrize("L", [0, 3])
+@pytest.mark.parametrize("group_backward", [False, True])
+def test_the_step_with_koleo(L, group_backward, in_double):
+    trainer = fresh(dist.World(0, 1, torch.device("cpu")))
+    options = {"koleo_weight": 0.3, "group_backward": group_backward}
+    want_loss, *want = copy.deepcopy(plain_step(trainer(2, L, **options), 2, L))
+    loss, *modules = stepped(trainer(2, L, **options), 2, L)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(modules, want, rtol=1e-6, atol=1e-6)
+
+
+def test_koleo_with_one_image_is_refused():
+    options = {"koleo_weight": 0.1, "batch_size_per_gpu": 1}
+    with pytest.raises(InputError, match="--koleo_weight: .* --batch_size_per_gpu 2 or more"):
+        replace(PretrainConfig(), options)
 
 
 def test_one_view_of_an_image_is_refused():

@@ -30,9 +30,9 @@ BEARING = {  # why an option may not change unasked while a run goes on
     "where it starts": "init_from pretrained_weights checkpoint_key new_head freeze_backbone "
     "freeze_batchnorm",
     "the loss": "student_temp warmup_teacher_temp teacher_temp warmup_teacher_temp_epochs "
-    "center_momentum momentum_teacher smoothing objective teacher_model teacher_path "
-    "teacher_size distill_weight distill_patch_weight distillation_type distillation_alpha "
-    "distillation_tau",
+    "center_momentum centering koleo_weight momentum_teacher smoothing objective teacher_model "
+    "teacher_path teacher_size distill_weight distill_patch_weight distillation_type "
+    "distillation_alpha distillation_tau",
     "the order of the images": "shuffle_window last_batch repeated_aug",
     "the pixels (a GPU's JPEG decoder rounds in other places)": "decoder global_crops_number "
     "global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale "
