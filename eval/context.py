@@ -29,7 +29,7 @@ from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import EvalTargetConfig
-from xcit_dino.inputs import BYTES, InputSettings
+from xcit_dino.inputs import BYTES, WHOLE, InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
 from xcit_dino.options import options as options_of
@@ -39,7 +39,6 @@ from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
 
 PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
-WHOLE = 64  # images up to this side are not cropped
 INHERITED = (  # loader options inherited from the run
     "shard_url cache_dir cache_gb max_bad_fraction prefetch_factor shuffle_window decoder "
     "bands".split()
@@ -199,6 +198,10 @@ def make_context(
         InputError: images of other channels than the network takes.
     """
     loader = resolve_loader(options, run, data_path)
+    notes = []
+    if not loader.bands and settings is not None and settings.bands:
+        loader, line = with_bands(loader, settings, form_of(data_path))
+        notes = [line]
     form = form_of(data_path, loader.bands)
     if form is not None and settings is not None:
         check_channels(settings.channels, form)
@@ -207,17 +210,32 @@ def make_context(
     same_data = not known_form or same_path(run.get("data_path"), data_path)
     scaling = resolve_scaling(options, form, settings, same_data=same_data)
     given = {"interpolation": options.interpolation, "size": options.crop_size or None}
-    inputs = InputSettings(
-        **vars(settings or InputSettings())
-        | {name: value for name, value in given.items() if value is not None}
-        | scaling.settings
-    )
+    resolved: dict[str, Any] = vars(settings or InputSettings()) | scaling.settings
+    resolved |= {name: value for name, value in given.items() if value is not None}
+    resolved["bands"] = loader.bands
+    inputs = InputSettings(**resolved)
     crop = inputs.size or PROTOCOL_CROP
     resize = options.resize_size if options.resize_size != -1 else default_resize(inputs)
     return Context(
         inputs, resize, crop, str(data_path), loader, options.batch_size_per_gpu,
-        options.precision, world, options.output_dir, form, tuple(scaling.lines),
+        options.precision, world, options.output_dir, form, (*notes, *scaling.lines),
     )  # fmt: skip
+
+
+def with_bands(
+    loader: LoaderConfig, settings: InputSettings, form: PixelFormat | None
+) -> tuple[LoaderConfig, str]:
+    """The bands that a network was trained on, where no option names others, and a line on them;
+    images that lack them are taken for those bands themselves.
+
+    form: of the images, all channels; None: not known.
+    """
+    words = " ".join(map(str, settings.bands))
+    if form is not None and (form.is_rgb8 or form.channels < max(settings.bands)):
+        line = f"the weights were trained with --bands {words}: the images are taken for these"
+        return loader, line
+    line = f"bands {words} of the images are read, as the weights were trained"
+    return replace(loader, {"bands": settings.bands}, source="the weights"), line
 
 
 def check_channels(channels: int, form: PixelFormat) -> None:

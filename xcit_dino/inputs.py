@@ -18,6 +18,7 @@ from xcit_dino.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BYTES = ((0.0,), (255.0,))  # lows and highs of the window of 8-bit images
+WHOLE = 64  # images up to this side are not cropped, unless the network has a crop ratio
 KEY = "input_settings"  # key in a file's metadata
 Channels = tuple[float, ...]
 
@@ -82,6 +83,8 @@ class InputSettings:
     low: Channels = BYTES[0]
     """Values from low to high are scaled to [0, 1]; one for all channels, or one of each."""
     high: Channels = BYTES[1]
+    bands: tuple[int, ...] = ()
+    """Channels that are read of the images, numbered from 1; all of them where there are none."""
 
     @property
     def window(self) -> tuple[Channels, Channels]:
@@ -105,6 +108,7 @@ class InputSettings:
             channels=len(mean),
             low=low,
             high=high,
+            bands=tuple(options.get("bands") or ()),
         )
 
     def dump(self) -> str:
@@ -125,6 +129,7 @@ class InputSettings:
         for name in ("mean", "std", "low", "high"):
             if name in known:
                 known[name] = tuple(float(value) for value in known[name])
+        known["bands"] = tuple(int(band) for band in known.get("bands", ()))
         settings = InputSettings(**known)
         settings.check()
         return settings
@@ -144,5 +149,7 @@ class InputSettings:
             raise ValueError(f"{self.channels} channels, mean {self.mean}, std {self.std}")
         if not len(self.low) == len(self.high) or len(self.low) not in (1, self.channels):
             raise ValueError(f"{self.channels} channels, window {self.window}")
+        if self.bands and (len(self.bands) != self.channels or min(self.bands) < 1):
+            raise ValueError(f"{self.channels} channels, bands {self.bands}")
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
             raise ValueError(f"window {self.window}")

@@ -13,7 +13,8 @@ nothing later meets them. Dimensions are checked before any pixel is decoded.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ BYTES_A_PIXEL = 12
 """Times the largest number of pixels: bytes that a decoded image may have. float32 RGB."""
 LARGEST_INTEGER = 1 << 24
 """float32 holds every integer up to this one."""
+NETPBM = re.compile(rb"P[56]\s+(#|\d+\s+\d+\s+\d+\s)")
+"""How a PGM or PPM begins, and no text does."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 Values = NDArray[Any]
@@ -109,7 +112,10 @@ def decode_native(raw: bytes, header: NativeHeader, form: PixelFormat) -> Values
     """
     values = decode_values(header)
     mask = invalid(values, header.nodata if form.nodata is None else form.nodata)
-    return values if mask is None else fill(values, mask, form)
+    if mask is None:
+        return values
+    means = form.statistics.mean if form.statistics else (0.0,) * form.channels
+    return fill(values, mask, means)
 
 
 def decode_values(header: NativeHeader) -> Values:
@@ -204,13 +210,12 @@ def _holds(dtype: np.dtype, value: float) -> bool:
     return limits.min <= value <= limits.max
 
 
-def fill(values: Values, mask: NDArray[np.bool_], form: PixelFormat) -> Values:
-    """The same with the channels' means where ``mask`` says so; changes ``values``."""
-    means = np.array(form.statistics.mean if form.statistics else (0.0,) * form.channels)
-    means = (np.rint(means) if values.dtype.kind in "iu" else means).astype(values.dtype)
+def fill(values: Values, mask: NDArray[np.bool_], means: Sequence[float]) -> Values:
+    """The same with the channels' ``means`` where ``mask`` says so; changes ``values``."""
+    rounded = np.rint(means) if values.dtype.kind in "iu" else np.array(means)
     if not values.flags.writeable:
         values = values.copy()
-    np.copyto(values, means, where=mask)
+    np.copyto(values, rounded.astype(values.dtype), where=mask)
     return values
 
 
@@ -224,13 +229,15 @@ def _reader(raw: bytes) -> Callable[[bytes, Wanted], NativeHeader]:
 
 
 def family_of(start: bytes) -> str | None:
-    """npy, tiff, dicom or coded by the first 132 bytes; None for all others."""
+    """npy, tiff, dicom, netpbm or coded by the first 132 bytes; None for all others."""
     if start.startswith(b"\x93NUMPY"):
         return "npy"
     if start[128:132] == b"DICM":  # its first bytes are free, and may be those of a TIFF
         return "dicom"
     if start.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return "tiff"
+    if NETPBM.match(start):
+        return "netpbm"
     return "coded" if coded_format(start) else None
 
 

@@ -17,6 +17,7 @@ are by ``data/decode/native.py``.
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from xcit_dino.errors import one_line
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs what it then raises
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
 FORMATS = (  # Pillow registers the last two when their modules are imported
     "JPEG", "PNG", "GIF", "BMP", "PPM",

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.crops import RESIZES, center_geometry
-from xcit_dino.data.decode.native import NativeHeader, decode_native, read_native_header
+from xcit_dino.data.decode.native import (
+    NativeHeader,
+    Values,
+    decode_native,
+    read_native_header,
+)
 from xcit_dino.data.pixels import PixelFormat
 
 
@@ -43,8 +48,7 @@ class NativeImages:
         pixels = decode_native(raw, header, self.form)
         if self.channels:
             pixels = pixels[..., self.channels]
-        wide = pixels.astype(np.float32)  # torch transposes float32 faster than uint16
-        return torch.from_numpy(wide).permute(2, 0, 1)[None].contiguous()
+        return as_tensor(pixels)
 
     def cut_crops(
         self, raw: bytes, header: NativeHeader, boxes: NDArray[np.int64], outputs: list[Tensor]
@@ -67,12 +71,24 @@ class NativeImages:
         out: Tensor,
         interpolation: str = "bicubic",
     ) -> None:
-        """As :func:`xcit_dino.data.crops.center_view`, of an encoded image."""
-        image = self.values(raw, header)
-        height, width = image.shape[-2:]
-        sides, (top, left) = center_geometry(height, width, resize, crop)
-        resized = resized_values(image, sides, interpolation)
-        store(resized[:, :, top : top + crop, left : left + crop], out)
+        """See :func:`center_view`."""
+        center_view(self.values(raw, header), resize, crop, out, interpolation)
+
+
+def center_view(
+    image: Tensor, resize: int | None, crop: int, out: Tensor, interpolation: str = "bicubic"
+) -> None:
+    """As :func:`xcit_dino.data.crops.center_view`, of float32 [1, C, H, W]."""
+    height, width = image.shape[-2:]
+    sides, (top, left) = center_geometry(height, width, resize, crop)
+    resized = resized_values(image, sides, interpolation)
+    store(resized[:, :, top : top + crop, left : left + crop], out)
+
+
+def as_tensor(pixels: Values) -> Tensor:
+    """[H, W, C] -> float32 [1, C, H, W]."""
+    wide = pixels.astype(np.float32)  # torch transposes float32 faster than uint16
+    return torch.from_numpy(wide).permute(2, 0, 1)[None].contiguous()
 
 
 def resize_values(values: Tensor, out: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 Each is, in this order: as given; that of the run being resumed, or of the weights to start from;
 that of the data (``data/pixels.py``); of 8-bit RGB 0 to 255, and ImageNet's mean and std. Weights
-of another number of channels say nothing about these images, and the window of 8-bit weights
-nothing about data that are not 8-bit: then mean and std are the weights', the window the data's.
+of another number of channels say nothing about these images, the window 0 to 255 nothing about
+data that are not 8-bit, and a wider one nothing about those that are: then mean and std are the
+weights', the window the data's.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def _window(
     if given.window:
         return parse_window(tuple(map(_word, given.window)), form), ""
     if known is not None:
-        fits = (known.window == BYTES) == (form.dtype == "uint8")
+        bytes_only = max(known.high) <= BYTES[1][0]
+        fits = bytes_only if form.dtype == "uint8" else known.window != BYTES
         if same_data or fits:
             usual = same_data or known.window == BYTES
             return Window(*known.window), "" if usual else ", as the weights were trained"

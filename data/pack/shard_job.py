@@ -55,7 +55,7 @@ MAGIC = (  # the format of a file, regardless of its name
     (b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
     (b"RIFF", "webp"),
 )  # fmt: skip
-FAMILIES = {"npy": "npy", "tiff": "tif", "dicom": "dcm"}
+FAMILIES = {"netpbm": "ppm", "npy": "npy", "tiff": "tif", "dicom": "dcm"}
 LATER = {"bits": None, "pixels": RGB, "page": None, "nodata": None, "max_pixels": None}
 MEASURED = "measured_"  # begins the names of the statistics in a part file
 

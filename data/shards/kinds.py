@@ -160,7 +160,7 @@ def kind_of(raw: bytes, wanted: Wanted) -> str:
         BadImage: no image, or damaged.
     """
     family = family_of(raw[:132])
-    if family is None and raw[:2] not in (b"P5", b"P6"):
+    if family is None:
         if not rgb.read_header(raw, wanted.max_pixels).deep:
             return RGB
     if family == "tiff" and wanted.page is None and _pillow_takes(raw):

@@ -16,13 +16,16 @@ from torch import Tensor
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.crops import center_view
 from xcit_dino.data.decode.rgb import BadImage, Scratch, decode, read_header
+from xcit_dino.data.native import crops
+from xcit_dino.data.native.single import values_of_array, values_of_file
+from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import PROTOCOL_CROP, default_resize
-from xcit_dino.inputs import InputSettings
+from xcit_dino.inputs import BYTES, InputSettings
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray | Tensor
-"""A path, an encoded file, a PIL image, an array [H, W, 3] or [H, W] of uint8, or a uint8 tensor
-[3, H, W]."""
+"""A path, an encoded file, a PIL image, an array [H, W, C] or [H, W], or a tensor [C, H, W]: of
+uint8 in 3 channels or 1, or of what the network was trained on."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +40,72 @@ class Preprocess:
     """Shorter side after resizing, in pixels."""
     crop: int
     """Side of the center crop, in pixels."""
+    form: PixelFormat | None = None
+    """Of the set that the network was trained on; None: not known. It names the page that is read
+    of each file, and no-data values that files do not name."""
 
     @staticmethod
-    def of(inputs: InputSettings) -> Preprocess:
+    def of(inputs: InputSettings, form: PixelFormat | None = None) -> Preprocess:
         """The network's own geometry, else the published protocol's."""
-        return Preprocess(inputs, default_resize(inputs), inputs.size or PROTOCOL_CROP)
+        return Preprocess(inputs, default_resize(inputs), inputs.size or PROTOCOL_CROP, form)
+
+    @property
+    def is_rgb8(self) -> bool:
+        """Whether the network takes 8-bit RGB, which any picture is turned into."""
+        known = self.form is None or self.form.is_rgb8
+        plain = (self.inputs.channels, self.inputs.window, self.inputs.bands) == (3, BYTES, ())
+        return plain and known
 
     def __call__(self, image: Image) -> Tensor:
-        """float32 [3, crop, crop].
+        """float32 [C, crop, crop].
 
         Raises:
-            InputError: not an image; says what it is.
+            InputError: not an image, or not one that the network takes; says what it is.
         """
-        if self.inputs.channels != 3 or self.inputs.window != InputSettings().window:
-            raise InputError(
-                f"the network takes {self.inputs.channels} channels of values from "
-                f"{min(self.inputs.low):g} to {max(self.inputs.high):g}, and this transform makes "
-                "8-bit RGB images; pack the images and use the command embed"
-            )
-        view = torch.empty(1, self.crop, self.crop, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        center_view(pixels_of(image), self.resize, self.crop, view, self.inputs.interpolation)
-        return normalize(view, self.inputs.mean, self.inputs.std)[0]
+        inputs = self.inputs
+        if self.is_rgb8:
+            view = torch.empty(1, self.crop, self.crop, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            center_view(pixels_of(image), self.resize, self.crop, view, inputs.interpolation)
+        else:
+            values = values_of(image, inputs, self.form)
+            wide = crops.as_tensor(values)
+            view = torch.empty(
+                1, inputs.channels, self.crop, self.crop,
+                dtype=getattr(torch, values.dtype.name),
+            )  # fmt: skip
+            crops.center_view(wide, self.resize, self.crop, view, inputs.interpolation)
+        return normalize(view, inputs.mean, inputs.std, *inputs.window)[0]
+
+
+def values_of(image: Image, inputs: InputSettings, form: PixelFormat | None) -> np.ndarray:
+    """[H, W, C] in the image's own type, for a network of other than 8-bit RGB images.
+
+    Raises:
+        InputError: not an image, or not one that the network takes; says what it is.
+    """
+    name = str(image) if isinstance(image, str | os.PathLike) else "the image"
+    try:
+        if isinstance(image, str | os.PathLike):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            return values_of_file(image, inputs, form)
+        return values_of_array(array_of(image, inputs.channels), inputs, form)
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}") from None
+    except BadImage as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def array_of(image: PIL.Image.Image | np.ndarray | Tensor, channels: int) -> np.ndarray:
+    """[H, W, C] or [H, W] in the image's own type; pictures as gray where one channel is wanted."""
+    if isinstance(image, PIL.Image.Image):
+        upright = PIL.ImageOps.exif_transpose(image)
+        deep = upright.mode.startswith(("I", "F"))
+        return np.asarray(upright if deep else upright.convert("L" if channels == 1 else "RGB"))
+    if isinstance(image, Tensor):
+        array = image.detach().cpu().numpy()
+        return array.transpose(1, 2, 0) if array.ndim == 3 else array
+    return np.asarray(image)
 
 
 def pixels_of(image: Image) -> np.ndarray:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from xcit_dino.data.native.scaling import form_of
+from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.errors import InputError
 from xcit_dino.eval.api.preprocess import Image, Preprocess
 from xcit_dino.eval.context import (
@@ -30,7 +32,7 @@ from xcit_dino.models.checkpoints import resolve_checkpoint
 from xcit_dino.models.tokens import first_layer
 from xcit_dino.models.weights import formats, layouts
 from xcit_dino.models.weights.load import FoundNetwork, classifier_names, find_network, fit
-from xcit_dino.models.weights.timm_folder import CONFIG
+from xcit_dino.models.weights.timm_folder import CONFIG, settings_in
 from xcit_dino.models.zoo import TIMM_PREFIX, canonical_name, create_model, list_models
 
 Loaded = tuple[nn.Module, Preprocess]
@@ -60,17 +62,17 @@ def load(
     Raises:
         InputError: nothing there, no weights, an unknown architecture, or no classifier.
     """
-    name = os.fspath(source)
+    name, form = os.fspath(source), None
     if name.startswith(TIMM_PREFIX):
         model, settings = _from_timm(name, classifier)
     elif (Path(name) / CONFIG).is_file():
         model, settings = _from_hub_folder(Path(name), classifier)
     else:
         _check_there(Path(name))
-        model, settings = _from_file(Path(name), arch, which, classifier)
+        model, settings, form = _from_file(Path(name), arch, which, classifier)
     if classifier and not getattr(model, "num_classes", 0):
         raise InputError(f"{name}: has no classifier; train one with linear or finetune")
-    return model.to(device).eval().requires_grad_(False), Preprocess.of(settings)
+    return model.to(device).eval().requires_grad_(False), Preprocess.of(settings, form)
 
 
 def _from_timm(name: str, classifier: bool) -> tuple[nn.Module, InputSettings]:
@@ -92,12 +94,13 @@ def _from_hub_folder(folder: Path, classifier: bool) -> tuple[nn.Module, InputSe
     except Exception as error:  # whatever a damaged folder raises
         reason = str(error).partition("\n")[0]
         raise InputError(f"{folder}: timm does not load it ({reason}); export it again") from error
-    return model, settings_of_timm(model.pretrained_cfg, str(folder))
+    settings = settings_in(folder) or settings_of_timm(model.pretrained_cfg, str(folder))
+    return model, settings
 
 
 def _from_file(
     path: Path, arch: str | None, which: str | None, classifier: bool
-) -> tuple[nn.Module, InputSettings]:
+) -> tuple[nn.Module, InputSettings, PixelFormat | None]:
     run = run_options(path) if path.is_dir() else run_options(path.parent.parent)
     file = resolve_checkpoint(path)
     found = find_network(file, which)
@@ -110,7 +113,16 @@ def _from_file(
         model = create_model(arch, num_classes=classes, in_chans=in_chans)
     state, _ = fit(file, found, model)
     model.load_state_dict(state)
-    return model, resolve_input_settings(arch, file, which, run)
+    settings = resolve_input_settings(arch, file, which, run)
+    return model, settings, _form_of_run(run, settings)
+
+
+def _form_of_run(run: dict[str, Any], settings: InputSettings) -> PixelFormat | None:
+    """What the images of a run's set are; None where it is not on this machine (any more)."""
+    data = str(run.get("data_path"))
+    form = form_of(data) if Path(data).is_dir() else None
+    read = len(settings.bands) or (form.channels if form else 0)
+    return form if read == settings.channels else None
 
 
 def _check_there(path: Path) -> None:
@@ -188,7 +200,7 @@ def _batches(images: Any, transform: Preprocess | None, batch_size: int) -> Iter
         return
     if transform is None:
         raise InputError("embed: give the transform too, as load returns it with the network")
-    several: Iterable[Any] = [images] if _is_one(images) else images
+    several: Iterable[Any] = [images] if _is_one(images, transform) else images
     remaining, done = iter(several), 0
     while chunk := list(islice(remaining, batch_size)):
         tensors = []
@@ -201,8 +213,14 @@ def _batches(images: Any, transform: Preprocess | None, batch_size: int) -> Iter
         yield torch.stack(tensors)
 
 
-def _is_one(images: Any) -> bool:
+def _is_one(images: Any, transform: Preprocess) -> bool:
     """Whether this is one image: not a list of them, nor an array of them."""
     if isinstance(images, (np.ndarray, Tensor)):
-        return images.ndim == 2 or (images.ndim == 3 and 3 in (images.shape[0], images.shape[-1]))
+        if images.ndim != 3:
+            return images.ndim == 2
+        ends = (images.shape[0], images.shape[-1])
+        if transform.is_rgb8:
+            return 3 in ends  # else gray images [N, H, W]
+        channels = images.shape[0 if isinstance(images, Tensor) else -1]
+        return transform.inputs.channels > 1 or bool(transform.inputs.bands) or channels == 1
     return isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from xcit_dino.data import video
-from xcit_dino.data.decode.native import decode_values, open_native
 from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from xcit_dino.data.native.crops import resized_values
+from xcit_dino.data.native.single import values_of_file
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options
@@ -171,7 +171,7 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
     print(load_backbone(weights, model, config.checkpoint_key), flush=True)
     given = EvalTargetConfig(
         config.output_dir, window=config.window, mean=config.mean, std=config.std,
-        bands=tuple(options.get("bands") or ()),
+        bands=tuple(options.get("bands") or ()) or None,
     )  # fmt: skip
     context = make_context(given, settings, {}, "", world)
     return model.to(world.device).eval(), context
@@ -224,22 +224,12 @@ def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
 
 
 def read_values(path: Path, context: Context) -> Iterator[tuple[Values, int]]:
-    """Yield the values [H, W, C] of an image that is not 8-bit RGB, with a duration of 0; NaN and
-    infinite ones are the channels' means.
+    """Yield the values [H, W, C] of an image that is not 8-bit RGB, with a duration of 0.
 
     Raises:
         BadImage: it cannot be read, or has other channels than the network takes.
     """
-    header, inputs = open_native(path.read_bytes()), context.inputs
-    values = decode_values(header)
-    if context.loader.bands and header.channels >= max(context.loader.bands):
-        values = values[..., [band - 1 for band in context.loader.bands]]
-    if values.shape[-1] != inputs.channels:
-        raise BadImage(f"{header.kind}, and the network takes {inputs.channels} channels")
-    if values.dtype.kind == "f":
-        low, high, mean = (np.array(row, np.float32) for row in (*inputs.window, inputs.mean))
-        values = np.where(np.isfinite(values), values, low + mean * (high - low))
-    yield values, 0
+    yield values_of_file(path.read_bytes(), context.inputs), 0
 
 
 def needs_components(context: Context) -> bool:

@@ -138,8 +138,11 @@ def facts_table(
 
 
 def channels_text(settings: InputSettings) -> str:
-    """``RGB``, or the number of channels and how their values are scaled."""
-    kind = "RGB" if settings.channels == 3 else f"{settings.channels} channels"
+    """``RGB``, or the number of channels, which these are, and how their values are scaled."""
+    plural = "s" * (settings.channels != 1)
+    kind = "RGB" if settings.channels == 3 else f"{settings.channels} channel{plural}"
+    if settings.bands:
+        kind = f"bands {', '.join(map(str, settings.bands))} of the images"
     return kind if settings.window == BYTES else f"{kind}, {window_text(settings)}"
 
 
@@ -230,7 +233,18 @@ def loading_code(
     """Code that loads the file."""
     shape = f"[B, {settings.channels}, H, W]"
     chans = "" if settings.channels == 3 else f", in_chans={settings.channels}"
-    if hub:
+    if hub and (settings.channels != 3 or settings.window != BYTES):
+        code = f"""import timm
+
+# from the hub: "hf-hub:OWNER/NAME"
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+outputs = model(images)  # images: float32 {shape}, normalized
+
+# or prepared from files or arrays of the training images' kind
+import xcit_dino
+
+features = xcit_dino.embed(["image.tif"], *xcit_dino.load("FOLDER"))"""
+    elif hub:
         code = """import timm
 
 # from the hub: "hf-hub:OWNER/NAME"

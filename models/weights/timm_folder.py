@@ -8,7 +8,7 @@ and a model card.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.files import unfinished_folder
-from xcit_dino.inputs import InputSettings
+from xcit_dino.inputs import KEY, WHOLE, InputSettings
 from xcit_dino.models.config import ExportConfig
 from xcit_dino.models.tokens import first_layer
 from xcit_dino.models.weights import card, formats, layouts
@@ -47,8 +47,9 @@ def export(config: ExportConfig) -> None:
     found = find_network(config.checkpoint, config.which)
     arch = architecture(found, config)
     model = network(arch, found, config.checkpoint)
-    settings = resolved(input_settings(config.checkpoint, found.network), model)
-    about = description(model, settings)
+    own = input_settings(config.checkpoint, found.network)
+    settings = resolved(own, model)
+    about = description(model, settings) | ({KEY: asdict(own)} if own else {})
     with torch.no_grad(), unfinished_folder(output) as folder:
         formats.write(folder / WEIGHTS, dict(model.state_dict()), {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
@@ -112,7 +113,8 @@ def resolved(settings: InputSettings | None, model: Any) -> InputSettings:
             known["input_size"][-1], known["crop_pct"], known["interpolation"],
             tuple(known["mean"]), tuple(known["std"]),
         )  # fmt: skip
-    size, ratio = settings.size or known["input_size"][-1], settings.crop_ratio or CROP_RATIO
+    size = settings.size or known["input_size"][-1]
+    ratio = settings.crop_ratio or (1.0 if size <= WHOLE else CROP_RATIO)
     return replace(settings, size=size, crop_ratio=ratio)
 
 
@@ -145,6 +147,20 @@ def description(model: Any, settings: InputSettings) -> dict[str, Any]:
         sizes = {"img_size": known["input_size"][-1], **model.any_size}
         found["model_args"] = found.get("model_args", {}) | sizes
     return found | {"pretrained_cfg": about}
+
+
+def settings_in(folder: Path) -> InputSettings | None:
+    """Input settings of an exported folder as our commands have them, with the window and bands
+    that timm knows nothing of; None where it has none.
+
+    Raises:
+        InputError: damaged.
+    """
+    try:
+        found = json.loads((folder / CONFIG).read_text()).get(KEY)
+        return None if found is None else InputSettings.parse(json.dumps(found))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / CONFIG}: cannot be read ({error}); export it again") from None
 
 
 def check(folder: Path, model: nn.Module, settings: InputSettings, output: Path) -> None:

@@ -22,14 +22,12 @@ from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import linear
-from xcit_dino.eval.api.preprocess import Preprocess
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import load_features
 from xcit_dino.eval.knn import evaluate as knn_accuracies
 from xcit_dino.eval.linear import accuracy, choices_for
 from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.files import file_checksum
-from xcit_dino.inputs import InputSettings
 from xcit_dino.train.distributed.dist import init as cpu_world
 
 ROOT = Path(__file__).parents[3]
@@ -193,15 +191,6 @@ def test_images_that_the_transform_cannot_take(run_folder, image, words):
     good = np.zeros((40, 40, 3), np.uint8)
     with pytest.raises(InputError, match=f"image 2: .*{words}"):
         xcit_dino.embed([good, good, image], model, transform)
-
-
-def test_networks_of_other_images_are_refused():
-    """Until the transform reads them: never 8-bit pixels for a network of 12 bits or 13 bands."""
-    deep = InputSettings(size=32, low=(0.0,), high=(4095.0,))
-    bands = InputSettings(size=32, mean=(0.5,) * 13, std=(0.2,) * 13, channels=13)
-    for settings in (deep, bands):
-        with pytest.raises(InputError, match="this transform makes 8-bit RGB images"):
-            Preprocess.of(settings)(np.zeros((40, 40, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
