@@ -147,7 +147,7 @@ def differing(one: Path, two: Path) -> list[str]:
     from xcit_dino.train.state import newest_checkpoint
 
     files = [newest_checkpoint(run) for run in (one, two)]
-    left, right = (torch.load(file, weights_only=True) for file in files)
+    left, right = (torch.load(str(file), weights_only=True) for file in files)
     return [
         f"{network}.{name}"
         for network in ("student", "teacher")

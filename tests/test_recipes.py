@@ -1,11 +1,15 @@
-"""Recipes: one for every model, each readable, and each the run its comments say."""
+"""Recipes: one for every model and kind of images, each readable, and each the run its comments
+say."""
 
 import pytest
 
+from tests.native_sets import make_set
+from tests.victims import TINY
 from xcit_dino.errors import InputError
 from xcit_dino.models.zoo import list_models
 from xcit_dino.options import read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config, recipe_path
+from xcit_dino.ssl.pretrain import pretrain
 from xcit_dino.train.config import CONFIGS
 
 RECIPES = sorted((CONFIGS / "pretrain").glob("*.yaml"))
@@ -82,3 +86,23 @@ def test_vissl_recipes_follow_its_linear_rule():
     ):
         lr = pretrain_config(["--arch", f"xcit_{name}"]).optim.lr
         assert lr * batch / 256 == pytest.approx(peak, rel=5e-3)
+
+
+KINDS = {  # recipe -> a set that it is for
+    "satellite": (13, "uint16"), "microscopy": (4, "uint16"), "xray": (1, "uint16"),
+    "grayscale": (1, "uint8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_for_a_kind_of_images_names_every_source_and_trains(name, tmp_path, capsys):
+    path = CONFIGS / "images" / f"{name}.yaml"
+    config = pretrain_config(["--config", str(path)])
+    assert not config.remarks()
+    sources = ("[dino]", "[vissl]", "[ssl4eo]", "[celldino]", "[ours]")
+    for line in path.read_text().splitlines():
+        assert not line or line.startswith("#") or any(source in line for source in sources), line
+    small = TINY | {"data_path": make_set(tmp_path / "set", *KINDS[name], train=8, val=4)}
+    small |= {"output_dir": tmp_path / "run", "max_steps": 1, "warmup_teacher_temp_epochs": 0}
+    pretrain(replace(config, small))
+    assert "are off" not in capsys.readouterr().out  # it asks for nothing without meaning here
