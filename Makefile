@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORES ?= 2
 
-.PHONY: install quickstart test test-slurm faults lint typecheck release clean
+.PHONY: install quickstart test test-slurm faults lint typecheck docs release clean
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ lint: $(STAMP)
 
 typecheck: $(STAMP)
 	$(BIN)/pyright
+
+# The documentation as a site in site/; a broken link or anchor fails. `mkdocs serve` shows it live.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Wheel and source archive in dist/, and the wheel tried in an empty environment, away from here.
 release: $(STAMP)

@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import xcit_dino
 from xcit_dino.cli import COMMANDS, find_command, load, main
 from xcit_dino.command_line import parse
 from xcit_dino.ssl.pretrain import pretrain_with_knn as pretrain
@@ -77,6 +81,21 @@ def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.replace(" ", "-") for heading in kept}
+
+
+def test_the_site_is_built_without_a_broken_link(tmp_path):
+    """README is its front page; the Python reference has every public name and its arguments."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    front = (tmp_path / "index.html").read_text()
+    pictures = re.findall(r'<img[^>]* src="([^"]+)"', front)
+    assert pictures and all((tmp_path / picture).is_file() for picture in pictures)
+    reference = (tmp_path / "api" / "index.html").read_text()
+    for name in xcit_dino.__all__:
+        assert f"xcit_dino.{name}<" in reference, name
+    assert "batch_size" in reference
 
 
 def test_every_topic_has_a_page_that_readme_names():
