@@ -87,6 +87,34 @@ class EvalTargetConfig:
 
 
 @dataclass(frozen=True)
+class FewConfig:
+    """Few labels."""
+
+    labels_per_class: int = 0
+    """Use the labels of only this many random training images a class; the result is `knn-few` or
+    `linear-few`. 0: of all."""
+    draws: int = 5
+    """Random choices of these images; reported are mean and standard deviation."""
+    draw_seed: int = 0
+    """Seed of these choices."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e9, "labels_per_class")
+        within(self, 1, 1000, "draws")
+        within(self, 0, 2**31, "draw_seed")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.options.ineffective`."""
+        return needs(self.labels_per_class, "without --labels_per_class", "draws", "draw_seed")
+
+    @property
+    def protocol(self) -> dict[str, int]:
+        """Fields of a result's protocol."""
+        few = {"labels_per_class": self.labels_per_class, "draws": self.draws}
+        return few | {"draw_seed": self.draw_seed} if self.labels_per_class else {}
+
+
+@dataclass(frozen=True)
 class KnnConfig:
     """Weighted k-NN (DINO ``eval_knn.py``)."""
 
@@ -95,6 +123,7 @@ class KnnConfig:
     """Values of k; one search serves all. 20 usually works best."""
     temperature: float = 0.07
     """Temperature T of a neighbor's vote exp(cosine / T)."""
+    few: FewConfig = field(default_factory=FewConfig)
 
     def __post_init__(self) -> None:
         if not self.nb_knn:
@@ -137,8 +166,13 @@ class LinearConfig:
     used for that."""
     seed: int = 0
     """Seed of heads, data order, held-out images and crops."""
+    few: FewConfig = field(default_factory=FewConfig)
 
     def __post_init__(self) -> None:
+        if self.few.labels_per_class and self.protocol == "dino":
+            raise InputError(
+                "--labels_per_class: for --protocol cached only; DINO's protocol uses all labels"
+            )
         for name in ("lrs", "layers", "weight_decays"):
             if not getattr(self, name):
                 raise InputError(f"--{name}: give at least one")

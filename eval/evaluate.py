@@ -18,6 +18,7 @@ from xcit_dino.eval.features import LAYERS, count_classes, load_features
 from xcit_dino.eval.linear import accuracy, topk_hits
 from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve
 from xcit_dino.files import file_checksum
 from xcit_dino.models.weights import formats
@@ -27,7 +28,8 @@ from xcit_dino.train.distributed import dist
 
 
 def run(config: EvaluateConfig) -> None:
-    """Write ``evaluate`` (or ``evaluate/head``) with top-1 and top-5 to ``results.json``.
+    """Write ``evaluate`` (or ``evaluate/head``) with top-1, top-5 and metrics over classes to
+    ``results.json``.
 
     Raises:
         InputError: bad options, unlabeled data, or weights of another architecture or class count.
@@ -38,11 +40,11 @@ def run(config: EvaluateConfig) -> None:
     num_classes = count_classes(val)
     began = time.monotonic()
     if config.head is None:
-        metrics, facts = classifier_accuracy(target, context, val, num_classes)
+        metrics, rows, facts = classifier_accuracy(target, context, val, num_classes)
     else:
-        metrics, facts = head_accuracy(config.head, target, context, val, num_classes)
+        metrics, rows, facts = head_accuracy(config.head, target, context, val, num_classes)
     if world.is_main:
-        print(f"top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}", flush=True)
+        print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()), flush=True)
         write_result(
             config.target.output_dir,
             "evaluate" if config.head is None else "evaluate/head",
@@ -54,6 +56,7 @@ def run(config: EvaluateConfig) -> None:
                 "precision": config.target.precision,
                 "val_index": val.checksum,
             },
+            per_class=lines_of(rows, val.classes),
             weights_file=target.weights.name,
             wall_seconds=round(time.monotonic() - began, 2),
         )
@@ -62,8 +65,8 @@ def run(config: EvaluateConfig) -> None:
 
 def classifier_accuracy(
     target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
-) -> tuple[dict[str, float], dict[str, object]]:
-    """(top1 and top5 in percent, facts) of a checkpoint with its own head; ranks split the
+) -> tuple[dict[str, float], list[ClassRow], dict[str, object]]:
+    """(metrics in percent, each class, facts) of a checkpoint with its own head; ranks split the
     images."""
     world = context.world
     model = create_model(target.arch, num_classes=num_classes, in_chans=target.channels)
@@ -74,6 +77,7 @@ def classifier_accuracy(
     first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
     hits = torch.zeros(3, dtype=torch.float64)  # top-1, top-5, images
     ranges = OutputRange(num_classes, world.device)
+    scores = Scores(val.num_samples, num_classes)
     with torch.inference_mode():
         for outputs, samples in context.batches(
             lambda images: {"logits": model(images)}, val, np.arange(first, last), "evaluate"
@@ -82,6 +86,7 @@ def classifier_accuracy(
             labels = torch.from_numpy(val.labels[samples].astype(np.int64)).to(world.device)
             hits[:2] += topk_hits(outputs["logits"], labels)
             hits[2] += len(samples)
+            scores.add(outputs["logits"].softmax(1), labels)
     if ranges.constant() and world.is_main:
         warn_constant("the classifier's outputs")
     if world.size > 1:
@@ -93,23 +98,30 @@ def classifier_accuracy(
         "weights": file_checksum(target.weights),
         "val_images": int(count),
     }
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}, facts
+    rows = class_rows(scores.gathered())
+    metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count} | class_means(rows)
+    return metrics, rows, facts
 
 
 def head_accuracy(
     head: Path, target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
-) -> tuple[dict[str, float], dict[str, object]]:
-    """(top1 and top5 in percent, facts) of a backbone and a head saved by a linear probe."""
+) -> tuple[dict[str, float], list[ClassRow], dict[str, object]]:
+    """(metrics in percent, each class, facts) of a backbone and a head saved by a linear probe."""
     network = pretrained(target)
     checksum, layers, weight, bias = read_head(head)
     features = load_features(network, val, "val", context)
     check_head(head, layers, weight, network, features.blocks, num_classes)
-    metrics = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
-    return metrics, network.facts | {
-        "head": checksum,
-        "layers": layers,
-        "val_images": len(features),
-    }
+    metrics, rows = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
+    return (
+        metrics,
+        rows,
+        network.facts
+        | {
+            "head": checksum,
+            "layers": layers,
+            "val_images": len(features),
+        },
+    )
 
 
 def read_head(path: Path) -> tuple[str, str, Tensor, Tensor]:

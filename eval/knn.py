@@ -4,7 +4,7 @@
 Similarity is the cosine; a neighbor with similarity s votes for its class with weight exp(s / T).
 One exact FAISS search for the largest k serves every k, as the neighbors are sorted. Ties are
 broken deterministically: among equally similar neighbors the lower number comes first, among
-classes with equal equal equal equal equal votes the lower label.
+classes with equal votes the lower label.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import Features, count_classes, load_features
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
+from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.run.reader import HEADLINE_K
 
 QUERY_ROWS = 4096  # queries per search
 BANK_ROWS = 1 << 21  # images per index: 3 GB at 384 dimensions
@@ -37,7 +40,8 @@ GPU_MAX_K = 2048  # FAISS's limit on GPUs
 
 
 def run(config: KnnConfig) -> None:
-    """Evaluate by k-NN and write ``knn`` (and ``knn/random``, ``knn/pixels``) to ``results.json``.
+    """Evaluate by k-NN and write ``knn`` (and ``knn/random``, ``knn/pixels``), or ``knn-few``, to
+    ``results.json``.
 
     Raises:
         InputError: bad options, unlabeled data, or a bank smaller than every k.
@@ -46,26 +50,58 @@ def run(config: KnnConfig) -> None:
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
     num_classes = count_classes(train, val)
-    fitting_ks(config.nb_knn, int((train.labels >= 0).sum()))
+    few = config.few.labels_per_class
+    labeled = np.asarray(train.labels[train.labels >= 0])
+    bank_size = len(draw(labeled, few, 0, 0)) if few else len(labeled)
+    fitting_ks(config.nb_knn, bank_size)
+    name = "knn-few" if few else "knn"
     for network in networks(config.target, target):
         began = time.monotonic()
         bank = load_features(network, train, "train", context)
         queries = load_features(network, val, "val", context)
-        ks = fitting_ks(config.nb_knn, len(bank), verbose=network.name == "pretrained")
-        metrics = evaluate(bank, queries, ks, config.temperature, num_classes, world)
+        bank_size = len(draw(bank.labels, few, 0, 0)) if few else len(bank)
+        ks = fitting_ks(config.nb_knn, bank_size, verbose=network.name == "pretrained")
+        metrics, rows = measure(bank, queries, ks, config, num_classes, world)
         if world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             print(f"k-NN, {network.name}: {shown}", flush=True)
             write_result(
                 config.target.output_dir,
-                f"knn{network.suffix}",
+                f"{name}{network.suffix}",
                 metrics,
                 protocol(config, ks, context, network, bank, queries)
                 | {"train_index": train.checksum, "val_index": val.checksum},
+                **({"per_class": lines_of(rows, train.classes or val.classes)} if rows else {}),
                 weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )
     dist.barrier()
+
+
+def measure(
+    bank: Features,
+    queries: Features,
+    ks: Sequence[int],
+    config: KnnConfig,
+    num_classes: int,
+    world: dist.World,
+) -> tuple[dict[str, float], list[ClassRow]]:
+    """Accuracies and metrics over classes in percent, and each class by itself, on the main rank;
+    with few labels the means of several draws, and no classes."""
+
+    def once(bank: Features) -> tuple[dict[str, float], list[ClassRow]]:
+        votes = Scores(len(queries), num_classes)
+        metrics = evaluate(bank, queries, ks, config.temperature, num_classes, world, votes)
+        scored = votes.gathered()
+        rows = class_rows(scored) if world.is_main else []
+        return metrics | class_means(rows), rows
+
+    few = config.few
+    if not few.labels_per_class:
+        return once(bank)
+    check_classes(bank.labels, few.labels_per_class)
+    draws = [draw(bank.labels, few.labels_per_class, few.draw_seed, n) for n in range(few.draws)]
+    return mean_and_spread([once(subset(bank, rows))[0] for rows in draws]), []
 
 
 def fitting_ks(ks: Sequence[int], bank_size: int, verbose: bool = False) -> list[int]:
@@ -100,6 +136,7 @@ def protocol(
     return (
         network.facts
         | context.protocol
+        | config.few.protocol
         | {
             "evaluation": "knn",
             "nb_knn": list(ks),
@@ -122,12 +159,16 @@ def evaluate(
     temperature: float,
     num_classes: int,
     world: dist.World,
+    votes: Scores | None = None,
 ) -> dict[str, float]:
-    """Accuracies in percent, ``top1_k20`` and so on; ranks split the queries."""
+    """Accuracies in percent, ``top1_k20`` and so on; ranks split the queries.
+
+    votes: receives those of this rank's queries, at the headline's k.
+    """
     own = slice(*(len(queries) * (world.rank + i) // world.size for i in (0, 1)))
     hits = knn_hits(
         bank.blocks["cls"], bank.labels, queries.blocks["cls"][own], queries.labels[own],
-        ks, temperature, num_classes, gpu=world.device.type == "cuda",
+        ks, temperature, num_classes, gpu=world.device.type == "cuda", votes=votes,
     )  # fmt: skip
     if world.size > 1:
         torch.distributed.all_reduce(hits)
@@ -148,6 +189,7 @@ def knn_hits(
     temperature: float,
     num_classes: int,
     gpu: bool = False,
+    votes: Scores | None = None,
 ) -> torch.Tensor:
     """Number of queries whose label is the first, and among the first five, of the classes ranked
     by votes.
@@ -157,6 +199,7 @@ def knn_hits(
         bank_labels, query_labels: int64 [N] and [Q], from 0 to num_classes - 1.
         ks: values of k, at most N each.
         temperature: T > 0.
+        votes: receives each query's shares of the votes at the headline's k.
 
     Returns:
         float64 [number of ks, 2], ascending in k. For k < 5 the second column counts the
@@ -176,7 +219,26 @@ def knn_hits(
         for row, k in enumerate(ks):
             hits[row, 0] += (ranks[row] < 1).sum()
             hits[row, 1] += (ranks[row] < min(5, k)).sum()
+        if votes is not None:
+            k = HEADLINE_K if HEADLINE_K in ks else ks[0]
+            known = torch.from_numpy(bank_labels[neighbors])[:, :k]
+            shown, targets = torch.from_numpy(similarities)[:, :k], query_labels[part]
+            for first, table in all_votes(shown, known, temperature, num_classes):
+                own = torch.from_numpy(targets[first : first + len(table)])
+                votes.add(table / table.sum(1, keepdim=True), own)
     return hits
+
+
+def all_votes(
+    similarities: torch.Tensor, labels: torch.Tensor, temperature: float, num_classes: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, float64 [rows, C]): each class's votes of all K neighbors, some queries at a
+    time."""
+    rows = max(1, VOTE_CELLS // num_classes)
+    for start in range(0, len(labels), rows):
+        part, ks = slice(start, start + rows), [labels.shape[1]]
+        (table,) = vote_tables(similarities[part], labels[part], ks, temperature, num_classes)
+        yield start, table
 
 
 def vote_ranks(
@@ -215,15 +277,10 @@ def predict(
     similarities: torch.Tensor, labels: torch.Tensor, temperature: float, num_classes: int
 ) -> torch.Tensor:
     """int64 [Q]: the class with the most votes of all K neighbors; the lowest in a tie."""
-    predicted = torch.empty(len(labels), dtype=torch.int64)
-    rows = max(1, VOTE_CELLS // num_classes)
-    for start in range(0, len(labels), rows):
-        part = slice(start, start + rows)
-        ks = [labels.shape[1]]
-        (table,) = vote_tables(similarities[part], labels[part], ks, temperature, num_classes)
-        # numpy's argmax returns the first of equal values, torch's any of them
-        predicted[part] = torch.from_numpy(table.numpy().argmax(1))
-    return predicted
+    tables = all_votes(similarities, labels, temperature, num_classes)
+    # numpy's argmax returns the first of equal values, torch's any of them
+    found = [torch.from_numpy(table.numpy().argmax(1)) for _, table in tables]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *found])
 
 
 def vote_tables(

@@ -36,6 +36,8 @@ from xcit_dino.eval.linear_grid import (
     hold_out,
 )
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
+from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.files import locked, write_atomic
 from xcit_dino.models.weights import formats
@@ -67,14 +69,20 @@ def run(config: LinearConfig) -> None:
         choices = choices_for(config, network)
         facts = protocol(config, context, network, train)
         val_features = load_features(network, val, "val", context)
+        train_features = None
         if config.protocol == "cached":
             train_features = load_features(network, train, "train", context)
+        if train_features is not None and config.few.labels_per_class:
+            few_labels(train_features, val_features, choices, num_classes, config, network, world,
+                       facts | {"val_index": val.checksum}, began)  # fmt: skip
+            continue
+        if train_features is not None:
             probe = train_cached(train_features, choices, num_classes, config, world.device)
         elif network.name == "pixels":
             continue  # not defined for crops of raw pixels
         else:
             probe = train_augmented(network, train, context, choices, num_classes, config, facts)
-        metrics = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
+        metrics, rows = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
         metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
             full_protocol = facts | {"val_index": val.checksum}
@@ -86,6 +94,7 @@ def run(config: LinearConfig) -> None:
                     for choice, (top1, _) in zip(choices, probe.scores, strict=True)
                 ],
                 chosen=asdict(probe.choice),
+                per_class=lines_of(rows, train.classes or val.classes),
                 weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
@@ -93,6 +102,37 @@ def run(config: LinearConfig) -> None:
                 save_head(config.target.output_dir / HEAD_FILE, probe, full_protocol, train.classes)
             state_file(config, network, facts).unlink(missing_ok=True)
     dist.barrier()
+
+
+def few_labels(
+    train: Features,
+    val: Features,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    network: Network,
+    world: dist.World,
+    facts: dict[str, Any],
+    began: float,
+) -> None:
+    """Train the grid on each draw of few labels, and write the means as ``linear-few``. The head is
+    chosen on a held-out part of the few images."""
+    few, found, chosen = config.few, [], []
+    check_classes(train.labels, few.labels_per_class)
+    for number in range(few.draws):
+        rows = draw(train.labels, few.labels_per_class, few.draw_seed, number)
+        probe = train_cached(subset(train, rows), choices, num_classes, config, world.device)
+        metrics, _ = accuracy(val, probe.choice.layers, probe.weight, probe.bias)
+        found.append(metrics)
+        chosen.append(asdict(probe.choice))
+    if world.is_main:
+        metrics = mean_and_spread(found)
+        shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+        print(f"linear probe, {network.name}, {few.labels_per_class} labels a class: {shown}")
+        write_result(
+            config.target.output_dir, f"linear-few{network.suffix}", metrics, facts,
+            chosen_in_draws=chosen, wall_seconds=round(time.monotonic() - began, 2),
+        )  # fmt: skip
 
 
 def choices_for(config: LinearConfig, network: Network) -> list[Choice]:
@@ -188,16 +228,22 @@ class Table:
 # -- applying and saving a head --------------------------------------------------------------------
 
 
-def accuracy(features: Features, layers: str, weight: Tensor, bias: Tensor) -> dict[str, float]:
-    """``top1`` and ``top5`` in percent of one head on extracted features."""
+def accuracy(
+    features: Features, layers: str, weight: Tensor, bias: Tensor
+) -> tuple[dict[str, float], list[ClassRow]]:
+    """(``top1``, ``top5`` and metrics over classes in percent, each class) of one head on extracted
+    features."""
     table = Table(features, LAYERS[layers], weight.device)
     right = torch.zeros(2, dtype=torch.float64)
+    scores = Scores(len(features), len(weight))
     for part in torch.arange(len(features)).split(CHUNK):
         blocks, labels = table.rows(part)
         logits = torch.cat([blocks[name] for name in LAYERS[layers]], 1) @ weight.t() + bias
         right += topk_hits(logits, labels)
+        scores.add(logits.softmax(1), labels)
     top1, top5 = (100 * right / len(features)).tolist()
-    return {"top1": top1, "top5": top5}
+    rows = class_rows(scores.joined())  # every rank has all images
+    return {"top1": top1, "top5": top5} | class_means(rows), rows
 
 
 def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -248,6 +294,7 @@ def protocol(
     return (
         network.facts
         | context.protocol
+        | config.few.protocol
         | {
             "evaluation": "linear",
             "protocol": config.protocol,

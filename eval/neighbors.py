@@ -108,7 +108,7 @@ def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
 
 
 def nearest_others(
-    features: np.ndarray, rows: np.ndarray, count: int
+    features: np.ndarray, rows: np.ndarray, count: int, search: Search | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most similar other rows for some rows of a table, and their cosines, nearest first.
 
@@ -116,11 +116,13 @@ def nearest_others(
         features: float [N, D], not normalized.
         rows: int64 [Q].
         count: k, limited to N - 1.
+        search: over ``features``, where it is used for several calls.
 
     Returns:
         int64 [Q, k] and float32 [Q, k].
     """
-    similarities, found = Search(features)(features[rows], min(count + 1, len(features)))
+    search = search or Search(features)
+    similarities, found = search(features[rows], min(count + 1, len(features)))
     others = found != rows[:, None]
     others[others.all(1), -1] = False  # more than k duplicates hide the row itself
     shape = (len(rows), found.shape[1] - 1)

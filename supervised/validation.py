@@ -18,6 +18,7 @@ from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import eval_mode
 from xcit_dino.eval.linear import topk_hits
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings
 from xcit_dino.options import options
@@ -31,6 +32,7 @@ from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import Checkpoints
 
 Results = dict[str, dict[str, float]]
+Tables = dict[str, list[ClassRow]]
 OF_THE_MACHINE = frozenset(  # options that are not part of a protocol
     "output_dir data_path shard_url cache_dir cache_gb num_workers prefetch_factor device fsdp "
     "pretrained_weights teacher_path checkpoint_minutes saveckp_freq keep_checkpoints log_every "
@@ -62,21 +64,36 @@ class Validation:
         """Log the final accuracies and write them to ``results.json``, once."""
         if self.recorded():  # by an earlier attempt
             return
-        results, config = self.measure(), self.trainer.config
+        tables: Tables = {}
+        results, config = self.measure(tables), self.trainer.config
         log.write(self.schedule.total_steps, shown(results))
         newest = checkpoints.newest()
         if self.trainer.world.is_main:
             assert newest is not None
-            record(self.method.name, self.method.network, config, self.data, results, facts, newest)
+            record(
+                self.method.name, self.method.network, config, self.data, results, tables, facts,
+                newest,
+            )  # fmt: skip
 
     def recorded(self) -> bool:
         """Whether ``results.json`` has this training's results."""
         folder = self.trainer.config.run.output_dir
         return dist.from_main(lambda: self.method.name in read_results(folder))
 
-    def measure(self) -> Results:
-        trainer = self.trainer
-        return accuracies(trainer.networks(), trainer.config, self.data.val, trainer.world)
+    def measure(self, tables: Tables | None = None) -> Results:
+        """Accuracies; with ``tables``, which receives each class, also metrics over classes."""
+        trainer, val = self.trainer, self.data.val
+        networks = trainer.networks()
+        scores = None
+        if tables is not None:
+            scores = {name: Scores(val.num_samples, self.data.num_classes) for name in networks}
+        results = accuracies(networks, trainer.config, val, trainer.world, scores)
+        if scores is None or tables is None:
+            return results
+        for name, own in scores.items():
+            tables[name] = class_rows(own.gathered())
+            results[name] |= class_means(tables[name])
+        return results
 
 
 def shown(results: Results) -> dict[str, float]:
@@ -89,9 +106,16 @@ def shown(results: Results) -> dict[str, float]:
 
 
 def accuracies(
-    networks: dict[str, nn.Module], config: FinetuneConfig, val: ShardIndex, world: dist.World
+    networks: dict[str, nn.Module],
+    config: FinetuneConfig,
+    val: ShardIndex,
+    world: dist.World,
+    scores: dict[str, Scores] | None = None,
 ) -> Results:
-    """``top1`` and ``top5`` in percent of each network, in fp32 over one pass of the images."""
+    """``top1`` and ``top5`` in percent of each network, in fp32 over one pass of the images.
+
+    scores: one for each network, which receives those of this rank's images.
+    """
     first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
     context = context_of(config, world)
     loader = context.images(val, np.arange(first, last))
@@ -101,8 +125,11 @@ def accuracies(
             modes.enter_context(eval_mode(network))
         for images, labels, _ in loader:
             images, labels = context.normalize(images), labels.to(world.device)
-            for row, network in enumerate(networks.values()):
-                hits[row] += topk_hits(network(images), labels)
+            for row, (name, network) in enumerate(networks.items()):
+                logits = network(images)
+                hits[row] += topk_hits(logits, labels)
+                if scores is not None:
+                    scores[name].add(logits.float().softmax(1), labels)
             hits[-1] += len(labels)
     if world.size > 1:
         torch.distributed.all_reduce(hits)
@@ -133,6 +160,7 @@ def record(
     config: FinetuneConfig,
     data: LabeledData,
     results: Results,
+    tables: Tables,
     facts: dict[str, Any],
     checkpoint: Path,
 ) -> None:
@@ -162,5 +190,6 @@ def record(
             f"{name}/{which}" if which else name,
             metrics,
             protocol | {"network": f"model_{which}" if which else network, "weights": weights},
+            per_class=lines_of(tables[which], data.val.classes),
             weights_file=checkpoint.name,
         )

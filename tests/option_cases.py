@@ -52,6 +52,8 @@ BASES: dict[str, dict[str, str]] = {
                   "image_size": "64"},
     "embed": {"dst": "new", "output_dir": "run", "num_workers": "0", "precision": "fp32",
               "device": "cpu", "examples": "2"},
+    "duplicates": {"dst": "new", "output_dir": "run", "num_workers": "0", "precision": "fp32",
+                   "device": "cpu", "examples": "2"},
     "watch": {"run": "run"},
     "report": {"runs": "run", "pictures": "false"},
     "report compare": {"runs": "tuned other"},
@@ -359,25 +361,45 @@ EVAL_TARGET: Cases = {
     "precision": [turn("bf16", **F), refused("fp16", by="needs a GPU")],
     "device": [NO_GPU],
 }
-KNN = EVAL_TARGET | {
-    "nb_knn": [turn("3", **A)],
-    "temperature": [turn("10", "0.001", shows="calls")],
-}
+LIMITED = {"labels_per_class": "4"}
+
+
+def few(**shown: Any) -> Cases:
+    """Few labels, in a command where the images are shown by this."""
+    return {
+        "labels_per_class": [turn("4", "6", **shown)],
+        "draws": [turn("2", **shown, given=LIMITED), refused("2", by="--draws")],
+        "draw_seed": [turn("1", **shown, given=LIMITED), refused("2", by="--draw_seed")],
+    }
+
+
+KNN = (
+    EVAL_TARGET
+    | few(shows="calls")
+    | {
+        "nb_knn": [turn("3", **A)],
+        "temperature": [turn("10", "0.001", shows="calls")],
+    }
+)
 DINO_PROBE = {"protocol": "dino", "batch_size_per_gpu": "8"}
-LINEAR = EVAL_TARGET | {
-    "protocol": [turn("dino", **A)],
-    "epochs": [turn("9", **A)],
-    "lrs": [turn("0.01", **A)],
-    "weight_decays": [turn("0.5", **A)],
-    "layers": [turn("cls+patch", "cls2+patch", "cls", "cls2", **A, given={"lrs": "0.01"})],
-    "probe_batch_size": [
-        turn("4", **A),
-        refused("4", by="--probe_batch_size", given={"protocol": "dino"}),
-    ],
-    "holdout": [turn("0.5", **A)],
-    "decoder": [refused("cuda", by="--decoder")],
-    "seed": [turn("1", **A), turn("1", **A, given=DINO_PROBE)],
-}
+LINEAR = (
+    EVAL_TARGET
+    | {
+        "protocol": [turn("dino", **A)],
+        "epochs": [turn("9", **A)],
+        "lrs": [turn("0.01", **A)],
+        "weight_decays": [turn("0.5", **A)],
+        "layers": [turn("cls+patch", "cls2+patch", "cls", "cls2", **A, given={"lrs": "0.01"})],
+        "probe_batch_size": [
+            turn("4", **A),
+            refused("4", by="--probe_batch_size", given={"protocol": "dino"}),
+        ],
+        "holdout": [turn("0.5", **A)],
+        "decoder": [refused("cuda", by="--decoder")],
+        "seed": [turn("1", **A), turn("1", **A, given=DINO_PROBE)],
+    }
+    | few(**A)
+)
 EVALUATE = EVAL_TARGET | {
     "output_dir": [turn("tuned2", **A)],
     "pretrained_weights": [turn("tuned2.pth", **A)],
@@ -409,6 +431,14 @@ EMBED = EVAL_TARGET | {
         refused("1 2", by="name three of", given=BANDS | {"bands": "1 2 3"}),
     ],
     "seed": [turn("1", **C)],
+}
+DUPLICATES = EVAL_TARGET | {
+    "dst": [turn("elsewhere", shows="files")],
+    "baselines": [refused("true", by="--baselines")],
+    "splits": [turn("val", "train", shows="files")],
+    "threshold": [],
+    "outliers": [turn("2", **C)],
+    "examples": [turn("1", "0", **C)],
 }
 ATTENTION: Cases = {
     "src": [turn("photo", shows="files")],
@@ -454,6 +484,7 @@ MAKE: Cases = {
     "boxes": [turn("boxes.json", **C, given={"src": "photo"}),
               refused("boxes.json", by="--boxes", given=MASKS)],
     "image_key": [refused("x", by="no Parquet or Arrow file")],
+    "exclude": [turn("gone.csv", **C), refused("two.csv", by="names none of the images")],
     "shard_size": [turn("3", shows="files")],
     "shard_bytes": [turn("1000", shows="files")],
     "resize": [turn("20", **C)],
@@ -562,6 +593,7 @@ CASES: dict[str, Cases] = {
     "distill": DISTILL,
     "attention": ATTENTION,
     "embed": EMBED,
+    "duplicates": DUPLICATES,
     "watch": WATCH,
     "report": REPORT,
     "report compare": COMPARE,
@@ -595,6 +627,7 @@ EXCEPTIONS = {
     "compile=auto": "on with a GPU, off without: one of the two others",
     "quickstart.output_dir": "test_quickstart.py: test_its_command_line_is_one_of_the_launcher",
     "quickstart.data_path": "test_quickstart.py: test_its_command_line_is_one_of_the_launcher",
+    "duplicates.threshold": "test_duplicates.py: test_a_higher_threshold_finds_fewer_pairs",
     "watch.once": "test_monitor.py: test_the_command_shows_once",
     "watch.every": "test_monitor.py: test_absurd_intervals_are_refused",
 }

@@ -153,6 +153,18 @@ PARSED = [
         "pretrain --local_crops_number 0 --local_crops_size 48",
         "pretrain --local_crops_number 0",
     ),
+    case(
+        "--baselines: near-duplicates are those of one network",
+        "duplicates --baselines true",
+        "duplicates",
+        "knn --baselines true",
+    ),
+    case(
+        "--labels_per_class: for --protocol cached only",
+        "linear --labels_per_class 5 --protocol dino",
+        "linear --labels_per_class 5",
+    ),
+    case("--splits: name train, val or both", "duplicates --splits val val", "duplicates"),
     case("--nb_knn: give one or more", "knn --nb_knn", "knn --nb_knn 5"),
     case("--{}: give at least one", "linear --lrs", "linear --lrs 0.1"),
     case(
@@ -842,6 +854,17 @@ ELSEWHERE = {
     "and this run has {} and {}": "a warning that a run begins with",
     "outputs of the network are NaN or infinite": "finite weights that overflow: test_features.py",
     # data that a test of its own makes
+    "--labels_per_class {}: the largest class has only {}": "test_metrics.py",
+    "--data_path {}: fewer than two images can be read": "damaged shards",
+    **dict.fromkeys(
+        [
+            "--exclude {}: {} is an image of {}; add a column called split",
+            "--exclude {}: names none of the images",
+            "--exclude {}: its column of splits holds",
+            "--exclude {}: names all images of a split",
+        ],
+        "a list of images to leave out: test_pack.py",
+    ),
     "--split {}: {} holds {}": "names what there is: test_pack.py",
     "continue from it with --init_from in another --output_dir": "test_forgetting.py follows it",
     "labels such as {} are quantities": "test_layouts.py, with such a list",

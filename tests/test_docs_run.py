@@ -37,6 +37,7 @@ SMALL = {
     "linear": f"{EVALUATION} --epochs 2 --batch_size_per_gpu 8",
     "evaluate": EVALUATION,
     "embed": EVALUATION,
+    "duplicates": EVALUATION,
     "attention": "--image_size 32 --device cpu",
     "pretrain": f"{TRAINING} --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "
     "--out_dim 32 --head_hidden_dim 16 --head_bottleneck_dim 8 --knn_every 1",

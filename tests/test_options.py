@@ -182,7 +182,8 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
     watch(xcit, "checkpointed", lambda *_: "")
     watch(torch.Tensor, "backward", lambda *_: "")
     watch(torch.nn.Module, "compile", lambda *_: "", instead=lambda *_, **__: None)
-    watch(knn, "vote_ranks", lambda s, labels, targets, ks, temperature, n: temperature)
+    watch(knn, "vote_ranks", lambda s, labels, targets, ks, temperature, n: (
+        temperature, float(s.sum())))  # fmt: skip
     watch(context.Context, "normalize", lambda own, images: (own.precision, images.sum().item(),
         own.inputs.window, own.inputs.mean, own.inputs.std))  # fmt: skip
 
@@ -241,6 +242,7 @@ def images(folder: Path) -> None:
     }
     (folder / "boxes.json").write_text(json.dumps(boxes))
     (folder / "labels.csv").write_text("name,label\na.png,0\nb.png,1\n")
+    (folder / "gone.csv").write_text("path,split\nant/1.jpg,train\n")
     (folder / "two.csv").write_text("image,kind,age\nphoto/a.png,3,30\nphoto/b.png,4,31\n")
     (folder / "deep").mkdir()
     deep = numbers.integers(0, 256, (40, 48)).astype(np.uint16)

@@ -71,6 +71,11 @@ COMMANDS = {
     "embed": Command(
         "eval.config:EmbedConfig", "eval.embed:run", "features of images, labeled or not"
     ),
+    "duplicates": Command(
+        "eval.retrieval.config:DuplicatesConfig",
+        "eval.retrieval.duplicates:run",
+        "near-duplicates, leaks between train and val, outliers",
+    ),
     "watch": Command(
         "slurm.tools.monitor:WatchConfig", "slurm.tools.monitor:run", "a run's progress, live"
     ),

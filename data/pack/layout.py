@@ -26,7 +26,7 @@ from xcit_dino.data.pack.labels import (
     read_label_map,
 )
 from xcit_dino.data.pack.listing import Listing
-from xcit_dino.data.pack.lists import UNLABELED
+from xcit_dino.data.pack.lists import UNLABELED, exclude
 from xcit_dino.data.pack.splits import NONE, Found, split_images, top_folders, unwrap
 from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.errors import InputError
@@ -74,7 +74,8 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
     parts = {s: numbered(s, part, known, classes, listing) for s, part in named.items()}
     if flat:
         _hint_at_labels(named, notes, listing, config)
-    return {split: _noted(part, notes[split]) for split, part in parts.items()}
+    parts = {split: _noted(part, notes[split]) for split, part in parts.items()}
+    return exclude(parts, config.exclude) if config.exclude else parts
 
 
 def _noted(part: Part, notes: list[str]) -> Part:

@@ -1,24 +1,29 @@
-"""Lists of path,label: the images of a source, or the labels of images that lie elsewhere."""
+"""Lists of path,label: the images of a source, the labels of images that lie elsewhere, or the
+images to leave out."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from xcit_dino.data.columns.arrow import cells
+from xcit_dino.data.pack.classes import Part
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.listing import Listing
-from xcit_dino.data.pack.tables import Table, read_table, read_text, table_of
+from xcit_dino.data.pack.tables import Table, read_names, read_table, read_text, table_of
 from xcit_dino.data.shards.split_names import split_of
 from xcit_dino.errors import InputError
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 FORMS = '{"NAME": label, ...}, [["NAME", label], ...] or [{"path": NAME, "label": label}, ...]'
 UNLABELED = ("", "nan")  # pandas writes nan for a gap
+Places = dict[str, dict[str, list[int]]]  # path -> split -> numbers of its images
 
 
 def list_images(path: Path, label_column: str | None = None) -> Listing:
@@ -163,3 +168,91 @@ def _spellings(name: str) -> Iterator[str]:
     with contextlib.suppress(UnicodeEncodeError):
         if not name.isascii():  # the bytes of an older system, Latin-1
             yield name.replace("\\", "/").encode("cp1252").decode("utf-8", "surrogateescape")
+
+
+# -- images to leave out ---------------------------------------------------------------------------
+
+
+def exclude(parts: dict[str, Part], path: Path) -> dict[str, Part]:
+    """The parts without the images that a list names, each with a note of how many were left out.
+
+    A row names an image by its path as it is packed (below its split), or by a path that ends with
+    it. A row without a split names an image of any split.
+
+    Raises:
+        InputError: the list names no image, or one that several splits have.
+    """
+    if path.suffix.lower() in (".jsonl", ".json", ".parquet"):
+        rows = [(name, split) for name, _, split in read_list(path).rows]
+    else:
+        rows = read_names(path)
+    splits = _splits_of({split for _, split in rows if split}, parts, path)
+    places: Places = defaultdict(lambda: defaultdict(list))
+    for split, part in parts.items():
+        for number, image in enumerate(part.images):
+            places[_composed(image.name)][split].append(number)
+    dropped: dict[str, set[int]] = {split: set() for split in parts}
+    unknown = []
+    for name, split in rows:
+        wanted = [splits[split]] if split else list(parts)
+        found = _place(_composed(name), places, wanted)
+        if len(found) > 1:
+            both = " and ".join(found)
+            raise InputError(
+                f"--exclude {path}: {name} is an image of {both}; add a column called split"
+            )
+        for own, numbers in found.items():
+            dropped[own].update(numbers)
+        if not found:
+            unknown.append(name)
+    if not any(dropped.values()):
+        first = next(image.name for part in parts.values() for image in part.images)
+        raise InputError(
+            f"--exclude {path}: names none of the images; the first one is {first}, "
+            f"the list's first is {rows[0][0] if rows else 'missing'}"
+        )
+    kept = {split: _without(part, dropped[split], path) for split, part in parts.items()}
+    if unknown:
+        note = f"{len(unknown):,} rows of {path.name} name no image (the first is {unknown[0]})"
+        next(iter(kept.values())).notes.append(note)
+    return kept
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./").strip("/")
+
+
+def _place(name: str, places: Places, splits: list[str]) -> dict[str, list[int]]:
+    """``{split: numbers}`` of the images that a path names: it, else its longest ending."""
+    while name:
+        found = {split: n for split, n in places.get(name, {}).items() if split in splits}
+        if found:
+            return found
+        name = name.partition("/")[2]
+    return {}
+
+
+def _splits_of(names: set[str], parts: dict[str, Part], path: Path) -> dict[str, str]:
+    """``{split as the list spells it: split that is packed}``; "" where it is not packed."""
+    known = {name: name if name in parts else split_of(name)[0] for name in names}
+    if strange := sorted(name for name, split in known.items() if not split):
+        raise InputError(
+            f"--exclude {path}: its column of splits holds {strange[0]!r}, which is none of train, "
+            "val and test; correct it, or rename the column"
+        )
+    only = {"train": ""} if "" in parts else {}  # a set without splits counts as train
+    only |= {"test": "val"} if "test" not in parts else {}
+    return {name: only.get(split or "", split or "") for name, split in known.items()}
+
+
+def _without(part: Part, dropped: set[int], path: Path) -> Part:
+    if len(dropped) == len(part.images):
+        raise InputError(f"--exclude {path}: names all images of a split; nothing would be left")
+    kept = [n for n in range(len(part.images)) if n not in dropped]
+    note = [f"left out: {len(dropped):,} images named in {path.name}"] if dropped else []
+    return dataclasses.replace(
+        part,
+        images=[part.images[n] for n in kept],
+        labels=[part.labels[n] for n in kept],
+        notes=[*part.notes, *note],
+    )

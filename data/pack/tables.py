@@ -124,6 +124,25 @@ def table_of(
     return table
 
 
+def read_names(path: Path) -> list[tuple[str, str | None]]:
+    """(name, split) of each row of a table of image names, whatever its other columns hold; a text
+    with a name a line is such a table.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    rows = _cells(path, read_text(path))
+    if not rows:
+        return []
+    columns = normalized(rows[0])
+    has_header = _is_header(rows, columns)
+    body = rows[1:] if has_header else rows
+    name = _name_column(columns, body, has_header)
+    split = next((n for n, c in enumerate(columns) if c in SPLIT_COLUMNS), None)
+    split = split if has_header and split != name else None
+    return [(row[name], _cell(row, split)) for row in body if len(row) > name and row[name]]
+
+
 def _cells(path: Path, text: str) -> list[list[str]]:
     first = next((line for line in text.splitlines() if line.strip()), "")
     outside = re.sub(r'"[^"]*"', "", first)

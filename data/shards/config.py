@@ -77,6 +77,9 @@ class MakeConfig:
     the convention."""
     boxes: tuple[Path, ...] = ()
     """Boxes of the images: COCO's JSON files, or folders of Pascal VOC's XML. For detection."""
+    exclude: Path | None = None
+    """Images to leave out: a list of their paths, with their split where a path occurs in several,
+    such as the duplicates.csv of `xcit-dino duplicates`, or a text with a path a line."""
     shard_size: int = 10_000
     """Images in a shard at most."""
     shard_bytes: float = 1e9

@@ -744,3 +744,76 @@ def test_packing_is_fast_enough(tmp_path: Path):
         packed(src, tmp_path / str(attempt))
         rates.append(900 / (time.process_time() - began))
     assert max(rates) > 1000
+
+
+# -- images to leave out ---------------------------------------------------------------------------
+
+
+def kept(folder: Path) -> dict[str, set[str]]:
+    """Split -> the files that were packed."""
+    found = {}
+    for split in ("train", "val"):
+        sources = set()
+        for shard in (folder / split).glob("*.tar"):
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.name.endswith(".json"):
+                        sources.add(json.loads(tar.extractfile(member).read())["source"])  # type: ignore[union-attr]
+        found[split] = sources
+    return found
+
+
+@pytest.fixture
+def two_splits(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("train/a/1", "train/a/2", "train/b/1", "val/a/1", "val/b/1")):
+        path = tmp_path / "photos" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(seed))
+    return tmp_path
+
+
+ALL = {"train": {"a/1.jpg", "a/2.jpg", "b/1.jpg"}, "val": {"a/1.jpg", "b/1.jpg"}}
+EXCLUDED = {  # a list -> what it takes away
+    "one.csv": ("path,split,cosine,of\na/1.jpg,train,0.99,a/2.jpg\n", [("train", "a/1.jpg")]),
+    "names.txt": ("a/2.jpg\n", [("train", "a/2.jpg")]),
+    "long.txt": ("photos/train/a/2.jpg\nnowhere/x.jpg\n", [("train", "a/2.jpg")]),
+    "rows.jsonl": ('{"path": "a/1.jpg", "split": "test"}\n', [("val", "a/1.jpg")]),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_images_that_a_list_names_are_left_out(name: str, two_splits: Path, capsys):
+    text, gone = EXCLUDED[name]
+    (two_splits / name).write_text(text)
+    src, dst = str(two_splits / "photos"), two_splits / "shards"
+    config = MakeConfig(src, dst, exclude=two_splits / name, num_workers=1)
+    assert make(config) == 0
+    assert kept(dst) == {split: all_ - {n for s, n in gone if s == split}
+                         for split, all_ in ALL.items()}  # fmt: skip
+    said = capsys.readouterr().out
+    assert f"left out: 1 images named in {name}" in said
+    assert ("1 rows of long.txt name no image (the first is nowhere/x.jpg)" in said) == (
+        name == "long.txt"
+    )
+    notes = json.loads((dst / gone[0][0] / "packing.json").read_text())["notes"]
+    assert f"left out: 1 images named in {name}" in notes
+    assert ShardIndex.load(dst / "train").classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a/1.jpg\n", "is an image of train and val; add a column called split"),
+        ("path,split\na/1.jpg,holiday\n", "column of splits holds 'holiday'"),
+        ("zebra.jpg\n", "names none of the images; the first one is a/1.jpg"),
+        ("path,split\na/1.jpg,val\nb/1.jpg,val\n", "names all images of a split"),
+    ],
+)
+def test_lists_that_leave_out_nothing_or_all_are_refused(text, message, two_splits: Path):
+    (two_splits / "list.csv").write_text(text)
+    config = MakeConfig(
+        str(two_splits / "photos"), two_splits / "shards", exclude=two_splits / "list.csv"
+    )
+    with pytest.raises(InputError, match=f"--exclude .*{message}"):
+        make(config)
+    assert not (two_splits / "shards").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import knn as bench
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval import knn
 from xcit_dino.eval.config import KnnConfig
@@ -19,6 +20,7 @@ from xcit_dino.report.compare import baseline
 from xcit_dino.train.distributed.dist import World
 from xcit_dino.train.run.reader import read_run
 
+OF_CLASSES = {"balanced_accuracy", "macro_f1", "auroc"}
 ONE = World(0, 1, torch.device("cpu"))
 
 
@@ -131,7 +133,8 @@ def test_the_default_ks_serve_a_small_bank(run_folder, capsys):
     knn.run(KnnConfig(run_folder.target()))
     result = json.loads((run_folder.path / "results.json").read_text())["knn"]
     assert result["protocol"]["nb_knn"] == [10, 20]
-    assert set(result["metrics"]) == {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+    accuracies = {"top1_k10", "top5_k10", "top1_k20", "top5_k20"}
+    assert set(result["metrics"]) == accuracies | OF_CLASSES
     assert capsys.readouterr().out.count("skipped") == 1
 
 
@@ -154,7 +157,11 @@ def test_run_writes_results_with_their_protocol(run_folder):
     knn.run(KnnConfig(run_folder.target(baselines=True), nb_knn=(1, 5)))
     results = json.loads((run_folder.path / "results.json").read_text())
     assert set(results) == {"knn", "knn/random", "knn/pixels"}
-    assert set(results["knn"]["metrics"]) == {"top1_k1", "top5_k1", "top1_k5", "top5_k5"}
+    accuracies = {"top1_k1", "top5_k1", "top1_k5", "top5_k5"}
+    assert set(results["knn"]["metrics"]) == accuracies | OF_CLASSES
+    assert len(results["knn"]["per_class"]) == 1 + len(
+        ShardIndex.load(run_folder.data / "val").classes
+    )
     protocol = results["knn"]["protocol"]
     assert protocol["temperature"] == 0.07 and protocol["nb_knn"] == [1, 5]
     assert protocol["resize"] == protocol["crop"] == 32 and protocol["network"] == "teacher"

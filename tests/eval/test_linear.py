@@ -102,7 +102,7 @@ def test_cached_training_learns():
     assert probe.choice == Choice("cls+patch", 0.1, 0.0)
     assert probe.chosen == best(probe.scores)
     assert torch.get_float32_matmul_precision() == "highest", "as before"
-    assert accuracy(val, probe.choice.layers, probe.weight, probe.bias)["top1"] > 90
+    assert accuracy(val, probe.choice.layers, probe.weight, probe.bias)[0]["top1"] > 90
 
 
 @pytest.mark.parametrize("labels_turned", ["held out", "others"])
@@ -136,7 +136,9 @@ def test_run_cached(run_folder):
     results = json.loads((run_folder.path / "results.json").read_text())
     assert set(results) == {"linear", "linear/random", "linear/pixels"}
     entry = results["linear"]
-    assert set(entry["metrics"]) == {"top1", "top5", "holdout_top1"}
+    assert set(entry["metrics"]) == {
+        "top1", "top5", "balanced_accuracy", "macro_f1", "auroc", "holdout_top1"
+    }  # fmt: skip
     assert len(entry["grid"]) == 3 * len(config.weight_decays) * len(config.layers)
     assert entry["chosen"] in [
         {k: point[k] for k in ("layers", "lr", "weight_decay")} for point in entry["grid"]

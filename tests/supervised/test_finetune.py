@@ -18,6 +18,7 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval import evaluate
 from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
+from xcit_dino.eval.scores.metrics import Scores, class_means, class_rows, lines_of
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.options import replace
 from xcit_dino.slurm.stages import launch_config
@@ -324,7 +325,11 @@ def test_results_are_those_of_the_last_checkpoint(demo_shards, uninterrupted):
     for name, network in (("finetune", "model"), ("finetune/ema", "model_ema")):
         model = create_model("xcit_pico_6_p8", num_classes=12)
         model.load_state_dict(state[network])
-        assert accuracies({"": model}, config, val, CPU)[""] == found[name]["metrics"]
+        scores = {"": Scores(val.num_samples, 12)}
+        again = accuracies({"": model}, config, val, CPU, scores)[""]
+        rows = class_rows(scores[""].gathered())
+        assert again | class_means(rows) == found[name]["metrics"]
+        assert lines_of(rows, val.classes) == found[name]["per_class"]
         protocol = found[name]["protocol"]
         assert protocol["network"] == network and protocol["start"] == "scratch"
         assert protocol["recipe"]["mixup"] == 0.8 and protocol["val_index"] == val.checksum

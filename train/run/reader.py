@@ -22,6 +22,9 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "finetune": "Finetuned",
     "distill": "Distilled",
     "evaluate": "Classifier",
+    "knn-few": "k-NN, few labels",
+    "linear-few": "Linear probe, few labels",
+    "duplicates": "Near-duplicates",
 }
 CONTINUED = ("finetune", "distill")  # folders inside a run that continue it
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
