@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def test_a_run_resumes_in_the_middle_to_the_bit(bands, tmp_path):
     settings = input_settings(files[0])
     assert settings is not None
     assert (settings.channels, settings.window) == (5, ((0.0,), (4095.0,)))
+
+
+def test_two_processes_learn_what_one_does(bands, tmp_path):
+    """The same images, crops and augmentation; sums in another order round differently."""
+    options = ON | {"max_steps": 2, "batch_size_per_gpu": 2, "drop_path_rate": 0.0}
+    alone = victims.start(tmp_path / "one", bands, **options | {"batch_size_per_gpu": 4})
+    port = 20_000 + os.getpid() % 20_000 + 2
+    ranks = [
+        victims.start(tmp_path / "two", bands, rank=f"{rank} of 2 at {port}", **options)
+        for rank in range(2)
+    ]
+    assert [victims.ended(process) for process in (alone, *ranks)] == [0, 0, 0]
+    files = [newest_checkpoint(tmp_path / name) for name in ("one", "two")]
+    one, two = (torch.load(file, weights_only=True)["student"] for file in files)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_one_channel_has_to_stay(tmp_path):

@@ -49,6 +49,16 @@ PRETRAINING = {  # name -> (dtype, micro-batches, options)
     "prototypes with lengths, no clipping": (
         torch.float32, 1, {"norm_last_layer": False, "clip_grad": 0.0}
     ),
+    "five bands of 12 bits, every augmentation": (torch.float32, 1, {
+        "mean": (0.5,) * 5, "std": (0.2,) * 5, "window": (0.0, 4095.0), "rot90_prob": 0.75,
+        "color_jitter": (0.4, 0.4, 0.0, 0.0), "channel_jitter": (0.2, 0.2), "noise_prob": 1.0,
+        "channel_drop_prob": 0.4, "flip_prob": 0.5, "blur_prob": (1.0, 1.0, 1.0),
+    }),
+    "RGB of 12 bits, every augmentation": (torch.float32, 1, {
+        "mean": (0.5,) * 3, "std": (0.2,) * 3, "window": (0, 4095, 1, 4000, 2, 4094),
+        "rot90_prob": 0.75, "channel_jitter": (0.2, 0.2), "noise_prob": 1.0,
+        "channel_drop_prob": 0.4, "gray_prob": 0.5, "solarize_prob": (0.5, 0.5, 0.5),
+    }),
 }  # fmt: skip
 KEPT: list[object] = []  # what a pretended GPU's process must not free
 SUPERVISED = {  # name -> options
@@ -69,6 +79,12 @@ def crops(number: int, size: int, device: torch.device) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
 
 
+def deep_crops(number: int, channels: int, size: int, device: torch.device) -> torch.Tensor:
+    """uint16 [number, 4, channels, size, size] of 12 bits."""
+    shape = (number, 4, channels, size, size)
+    return torch.randint(0, 4096, shape, dtype=torch.int16, device=device).view(torch.uint16)
+
+
 def pretraining_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
     """A step of pretraining, the augmentation with it, under the eye of ``watch``."""
     dtype, micros, options = PRETRAINING[case]
@@ -87,11 +103,17 @@ def pretraining_step(case: str, device: torch.device, watch: NeverWaits) -> dict
 def pretraining_batch(trainer: DinoTrainer, micro: int, device: torch.device) -> Batch:
     """A micro-batch as the loader gives it: crops, labels and recipes on the device."""
     numbers = np.arange(4) + 4 * micro
-    geometry = trainer.config.crops
+    geometry, augment = trainer.config.crops, trainer.config.augment
+
+    def some(number: int, size: int) -> torch.Tensor:
+        if augment.window is None:
+            return crops(number, size, device)
+        return deep_crops(number, augment.channels, size, device)
+
     batch = Batch(
         0, micro, 0, numbers, numbers, torch.zeros(4, device=device, dtype=torch.int64),
-        crops(geometry.global_crops_number, geometry.global_crops_size, device),
-        crops(geometry.local_crops_number, geometry.local_crops_size, device),
+        some(geometry.global_crops_number, geometry.global_crops_size),
+        some(geometry.local_crops_number, geometry.local_crops_size),
     )  # fmt: skip
     return replaced(batch, recipes=trainer.augment.recipes(batch)).to(device)
 
@@ -144,6 +166,7 @@ def test_no_operation_of_a_step_needs_the_host(case):
 TRACED = (
     "pretraining, fp16 with its scaler, two micro-batches",
     "pretraining, activations computed again",
+    "pretraining, five bands of 12 bits, every augmentation",
     "supervised, mixed by batch, distilled, no average",
 )
 
