@@ -27,7 +27,21 @@ import tifffile
 
 COMMAND = (sys.executable, "-m", "xcit_dino.cli")
 BANDS, RGB, SIZE = 13, (4, 3, 2), 32
-WAVELENGTHS = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)  # nm, Sentinel-2
+WAVELENGTHS = (
+    443,
+    490,
+    560,
+    665,
+    705,
+    740,
+    783,
+    842,
+    865,
+    945,
+    1375,
+    1610,
+    2190,
+)  # nm, as ESA's S2 has them
 TEXTURES = ("grain", "rows", "fields")
 VISIBLE = ((0.05, 0.09, 0.06), (0.11, 0.12, 0.17))  # blue, green, red of a pair of covers
 COVERS = {  # pair, and the other bands: coastal, red edge x 3, infrared x 4, shortwave x 2
@@ -222,14 +236,10 @@ def use(run: Path, log: Path) -> None:
 
 
 def export(run: Path, folder: Path, log: Path) -> None:
-    """safetensors, ONNX and a folder for timm; each is verified as it is written."""
-    for name, more in (
-        ("bands.safetensors", ()),
-        ("bands.onnx", ()),
-        ("timm", ("--format", "timm-hub")),
-    ):
+    """safetensors and ONNX; each is verified as it is written. (timm has no pico.)"""
+    for name in ("bands.safetensors", "bands.onnx"):
         if not (folder / name).exists():
-            call("weights", "export", run, "--output", folder / name, *more, log=log)
+            call("weights", "export", run, "--output", folder / name, log=log)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class PixelFormat:
         there are none.
 
         Raises:
-            InputError: 8-bit RGB images, or no such channel.
+            InputError: 8-bit RGB images, no such channel, or one twice.
         """
         if not bands:
             return self
@@ -108,6 +108,8 @@ class PixelFormat:
                 f"--bands {' '.join(map(str, bands))}: the images have channels 1 to "
                 f"{self.channels}"
             )
+        if len(set(bands)) < len(bands):
+            raise InputError(f"--bands {' '.join(map(str, bands))}: name each channel once")
         chosen = self.statistics.select(tuple(band - 1 for band in bands))
         return replace(self, channels=len(bands), statistics=chosen)
 

@@ -681,6 +681,11 @@ RUN = [
         f"{PRETRAIN} --data_path {{bands}} --bands 5",
     ),
     case(
+        "--bands {}: name each channel once",
+        f"{PRETRAIN} --data_path {{bands}} --bands 5 4 5",
+        f"{PRETRAIN} --data_path {{bands}} --bands 5 4",
+    ),
+    case(
         "have no saturation and hue; take --color_jitter",
         f"{PRETRAIN} --data_path {{bands}} --color_jitter 0.4 0.3 0.2 0.1",
         f"{PRETRAIN} --data_path {{bands}} --color_jitter 0.4 0.3 0 0",

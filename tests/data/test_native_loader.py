@@ -101,6 +101,8 @@ def test_bands_pick_and_order_channels(tmp_path):
     assert torch.equal(some.float(), whole.float()[:, :, [3, 2, 1]])
     with pytest.raises(InputError, match="channels 1 to 5"):
         loader_of(index, bands=(4, 6))
+    with pytest.raises(InputError, match="--bands 4 3 4: name each channel once"):
+        loader_of(index, bands=(4, 3, 4))
     with pytest.raises(InputError, match="8-bit RGB"):
         RGB8.select((1,))
     with pytest.raises(InputError, match="--decoder cuda: decodes 8-bit RGB only"):

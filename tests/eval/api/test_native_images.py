@@ -151,7 +151,7 @@ def test_window_and_bands_travel_with_exported_weights(tmp_path, capsys):
     shards = make_set(tmp_path / "set", 5, "uint16", train=20, val=8)
     run = tmp_path / "run"
     options = {
-        "bands": (4, 2, 1),
+        "bands": (4, 2, 1, 5),
         "arch": "xcit_nano_12_p8",
         "batch_size_per_gpu": 2,
         "epochs": 1,
@@ -162,24 +162,24 @@ def test_window_and_bands_travel_with_exported_weights(tmp_path, capsys):
     convert.export(ExportConfig(run, tmp_path / "hub", format="timm-hub"))
     values = image(3, 5, "uint16")
     model, transform = xcit_dino.load(run)
-    assert transform.inputs.bands == (4, 2, 1) and transform.inputs.high == (4095.0,)
+    assert transform.inputs.bands == (4, 2, 1, 5) and transform.inputs.high == (4095.0,)
     features = xcit_dino.embed(values, model, transform)
     for source in ("bands.safetensors", "hub"):
         other, prepared = xcit_dino.load(tmp_path / source)
-        assert prepared.inputs.bands == (4, 2, 1)
+        assert prepared.inputs.bands == (4, 2, 1, 5)
         assert torch.equal(prepared(values), transform(values))
         np.testing.assert_allclose(xcit_dino.embed(values, other, prepared), features, atol=1e-5)
     for card in ("bands.safetensors.md", "hub/README.md"):
         text = (tmp_path / card).read_text()
-        assert "bands 4, 2, 1 of the images, values 0 to 4095 scaled to [0, 1]" in text
+        assert "bands 4, 2, 1, 5 of the images, values 0 to 4095 scaled to [0, 1]" in text
 
     context = make_context(EvalTargetConfig(num_workers=0), transform.inputs, {}, shards, WORLD)
-    assert context.loader.bands == (4, 2, 1) and context.form.channels == 3
-    assert context.notes[0].startswith("bands 4 2 1 of the images are read, as the weights were")
-    three = make_set(tmp_path / "three", 3, "uint16", train=4, val=4)
-    context = make_context(EvalTargetConfig(num_workers=0), transform.inputs, {}, three, WORLD)
+    assert context.loader.bands == (4, 2, 1, 5) and context.form.channels == 4
+    assert context.notes[0].startswith("bands 4 2 1 5 of the images are read, as the weights were")
+    four = make_set(tmp_path / "four", 4, "uint16", train=4, val=4)
+    context = make_context(EvalTargetConfig(num_workers=0), transform.inputs, {}, four, WORLD)
     assert context.loader.bands == ()
     assert "the images are taken for these" in context.notes[0]
-    given = EvalTargetConfig(num_workers=0, bands=(1, 2, 3))
+    given = EvalTargetConfig(num_workers=0, bands=(1, 2, 3, 4))
     context = make_context(given, transform.inputs, {}, shards, WORLD)
-    assert context.loader.bands == (1, 2, 3)
+    assert context.loader.bands == (1, 2, 3, 4)
