@@ -1,4 +1,5 @@
-"""The DINO step written plainly, in the official order: the reference for tests and benchmarks.
+"""The DINO step written plainly, in the official order, and its label propagation: the reference
+for tests and benchmarks.
 
 Slow and obvious on purpose: eager, one loss term per pair of views, a loop over parameters for
 clipping and for the moving average, ``loss.item()`` every step. Semantics: dino
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -279,6 +281,56 @@ def plain_more(
             result[(c, *at)] = 0 if dropped[c] else (value - mean[c]) / std[c]
             place += 1
     return result
+
+
+def plain_label_propagation(
+    features: Sequence[Tensor],
+    first: Tensor,
+    frames: int,
+    window: int,
+    topk: int,
+    temperature: float = 0.1,
+) -> list[Tensor]:
+    """Labels [C, H, W] of every frame after the first, from features [H, W, D]: dino
+    ``eval_video_segmentation.py``, the whole matrix of affinities, patch by patch."""
+    C, H, W = first.shape
+    flat = [F.normalize(f.reshape(H * W, -1), dim=1) for f in features]
+    found = [first]
+    for now in range(1, len(features)):
+        context = [0, *range(max(1, now - frames), now)]
+        result = torch.zeros(C, H * W)
+        for y in range(H):
+            for x in range(W):
+                affinities, values = [], []
+                for source in context:
+                    for p in range(H):
+                        for q in range(W):
+                            near = abs(p - y) <= window and abs(q - x) <= window
+                            if near or not window:
+                                cosine = flat[now][y * W + x] @ flat[source][p * W + q]
+                                affinities.append(torch.exp(cosine / temperature))
+                                values.append(found[source][:, p, q])
+                affinity = torch.stack(affinities)
+                least = affinity.topk(min(topk, len(affinity))).values.min()
+                affinity[affinity < least] = 0
+                weight = affinity / affinity.sum()
+                result[:, y * W + x] = torch.stack(values, 1) @ weight
+        found.append(result.reshape(C, H, W))
+    return found[1:]
+
+
+def plain_mask(labels: Tensor, patch: int, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width] from labels [C, H, W]: ``norm_mask`` and what follows, as in dino."""
+    large = F.interpolate(
+        labels[None], scale_factor=patch, mode="bilinear", align_corners=False,
+        recompute_scale_factor=False,
+    )[0]  # fmt: skip
+    for channel in large:
+        if channel.max() > 0:
+            channel -= channel.min().clone()
+            channel /= channel.max().clone()
+    mask = torch.max(large, dim=0)[1].numpy().astype(np.uint8)
+    return np.array(Image.fromarray(mask).resize((width, height), 0))
 
 
 def plain_hash(x: int) -> int:

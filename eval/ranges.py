@@ -44,14 +44,19 @@ class OutputRange:
             torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
             torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
         nonfinite, rows = count.tolist()
-        if nonfinite:
-            raise InputError(
-                f"{nonfinite:.0f} outputs of the network are NaN or infinite: its weights are "
-                "damaged, or training diverged; name an earlier checkpoint with "
-                "--pretrained_weights (or, under fp16, add --precision fp32)"
-            )
+        refuse_nonfinite(nonfinite)
         largest = torch.maximum(low.abs(), high.abs()).max()
         return rows > 1 and bool((high - low).max() <= SAME * largest)
+
+
+def refuse_nonfinite(count: float) -> None:
+    """Raise InputError if there are non-finite outputs."""
+    if count:
+        raise InputError(
+            f"{count:.0f} outputs of the network are NaN or infinite: its weights are "
+            "damaged, or training diverged; name an earlier checkpoint with "
+            "--pretrained_weights (or, under fp16, add --precision fp32)"
+        )
 
 
 def warn_constant(what: str) -> None:

@@ -12,8 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import EvalTargetConfig
-from xcit_dino.eval.context import Context, known_settings, make_context, run_options
+from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
+from xcit_dino.eval.context import (
+    Context,
+    known_settings,
+    make_context,
+    resolve_input_settings,
+    run_options,
+)
+from xcit_dino.eval.video.config import PropagateConfig
 from xcit_dino.files import check_writable, file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import canonical_name, create_model
@@ -93,6 +100,35 @@ def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Co
         print(note, flush=True)
     target = EvalTarget(arch, weights, config.checkpoint_key, context.inputs.channels)
     return target, context
+
+
+def resolve_without_shards(
+    config: AttentionConfig | PropagateConfig, world: dist.World
+) -> tuple[EvalTarget, Context]:
+    """The network of a command that reads photos or videos, and its context; missing options are
+    taken from the run folder of the weights, else from the output folder.
+
+    Raises:
+        InputError: arch or weights are missing; names the option.
+    """
+    folder = config.pretrained_weights or config.output_dir
+    folder = folder if folder.is_dir() else config.output_dir
+    options = run_options(folder)
+    arch = config.arch or options.get("arch")
+    if not arch:
+        raise InputError(f"--arch: needed, as {folder} holds no config.yaml of a run")
+    arch = canonical_name(arch)
+    if config.pretrained_weights is not None:
+        weights = weights_file(config.pretrained_weights, "--pretrained_weights")
+    else:
+        weights = weights_file(config.output_dir, "--output_dir")
+    settings = resolve_input_settings(arch, weights, config.checkpoint_key, options)
+    given = EvalTargetConfig(
+        config.output_dir, window=config.window, mean=config.mean, std=config.std,
+        bands=tuple(options.get("bands") or ()) or None,
+    )  # fmt: skip
+    context = make_context(given, settings, {}, "", world)
+    return EvalTarget(arch, weights, config.checkpoint_key, settings.channels), context
 
 
 def elsewhere(config: EvalTargetConfig) -> str:

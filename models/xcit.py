@@ -12,7 +12,7 @@ d = D / h channels per head.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -308,6 +308,13 @@ class XCiT(nn.Module):
         tokens, _ = self._class_attention(self._patches(images))[-1]
         return self.norm(tokens)
 
+    def block_maps(self, images: Tensor, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """Outputs of some blocks, counted from 0, as maps (B, D, H, W)."""
+        maps: dict[int, Tensor] = {}
+        if blocks:
+            self._patches(images, maps, frozenset(blocks))
+        return maps
+
     def get_intermediate(self, images: Tensor, n: int = 1) -> list[tuple[Tensor, Tensor]]:
         """(class token, mean of patch tokens), each (B, D) after the norm, of the last n class
         attention layers, the last one last. n: 1 or 2."""
@@ -337,8 +344,11 @@ class XCiT(nn.Module):
         temperatures = {f"blocks.{i}.attn.temperature" for i in range(len(self.blocks))}
         return {"cls_token"} | temperatures
 
-    def _patches(self, images: Tensor) -> Tensor:
-        """(B, in_chans, rows, columns) -> (B, H, W, D), after all cross-covariance blocks."""
+    def _patches(
+        self, images: Tensor, maps: dict[int, Tensor] | None = None, wanted: Set[int] = frozenset()
+    ) -> Tensor:
+        """(B, in_chans, rows, columns) -> (B, H, W, D), after all cross-covariance blocks; the
+        outputs of those wanted go into ``maps``, which ends with the last of them."""
         rows, columns = images.shape[-2:]
         if rows % self.patch_size or columns % self.patch_size:
             raise InputError(
@@ -347,8 +357,12 @@ class XCiT(nn.Module):
             )
         x = self.patch_embed(images)
         x = x + self.pos_embeder(x.shape[1], x.shape[2])
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             x = checkpointed(block, x) if self.grad_checkpointing and self.training else block(x)
+            if maps is not None and number in wanted:
+                maps[number] = x.permute(0, 3, 1, 2)
+                if len(maps) == len(wanted):
+                    break
         return x
 
     def _class_attention(

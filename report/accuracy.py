@@ -13,6 +13,7 @@ from xcit_dino.report.page import Section, Table, tables, timestamp
 from xcit_dino.report.published import differences_from_published, published
 from xcit_dino.train.run.reader import (
     EVALUATIONS,
+    HEADLINES,
     NETWORKS,
     TRAINED,
     Run,
@@ -24,9 +25,10 @@ from xcit_dino.train.run.reader import (
     title_of,
 )
 
+WITH_BASELINES = ("knn", "linear", "linear-dino", "propagate")
 RANKED = (
-    "Top-1 accuracy. Runs are ranked only where their protocols are equal, field by field; "
-    "± is one standard error from the number of validation images."
+    "Top-1 accuracy, or what the first column names. Runs are ranked only where their protocols "
+    "are equal, field by field; ± is one standard error from the number of validation images."
 )
 
 
@@ -63,7 +65,7 @@ def newest_results(run: Run) -> list[tuple[str, dict[str, Any], float]]:
 
 def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> Headline:
     """A result beside the baselines and other networks that were measured by its protocol."""
-    networks = NETWORKS if evaluation in ("knn", "linear", "linear-dino") else TRAINED
+    networks = NETWORKS if evaluation in WITH_BASELINES else TRAINED
     averaged = networks is TRAINED and entry["protocol"].get("network") == "model_ema"
     own = networks["ema" if averaged else ""]
     bars, lifts, notes = {own: top1}, [], []
@@ -77,7 +79,7 @@ def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -
             notes.append(f"{title}: measured by another protocol ({fields})")
         elif (value := headline(same["metrics"])) is not None:
             bars[title] = value
-            if network in ("random", "pixels"):
+            if network in ("random", "pixels", "copy"):
                 lifts.append(f"{round(top1, 1) - round(value, 1):+.1f} over {title.lower()}")
     notes.append(protocol_summary(run, entry))
     return Headline(title_of(evaluation, entry["metrics"]), top1, bars, lifts, notes)
@@ -100,6 +102,9 @@ def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
         f"start {protocol['start']}" if "start" in protocol else None,
         f"resize {protocol.get('resize')}, crop {protocol['crop']}" if "crop" in protocol else None,
         f"{images:,} validation images" if images else None,
+        f"{protocol['videos']} videos, {protocol['objects']} objects"
+        if "videos" in protocol
+        else None,
         protocol.get("precision"),
     ]
     return "  ·  ".join(str(fact) for fact in facts if fact)
@@ -131,7 +136,8 @@ def beside_published(run: Run) -> Section:
     if not rows:
         sentence = f"No number was published for {arch or 'this model'} in these evaluations."
         return Section(title, "tables", sentence if run.results else "")
-    header = ["evaluation", "ours", "published", "of, on ImageNet-1k", "how ours differs"]
+    davis = " or as named" if any("DAVIS" in row[3] for row in rows) else ""
+    header = ["evaluation", "ours", "published", f"of, on ImageNet-1k{davis}", "how ours differs"]
     return tables(title, Table(header, rows, sortable=False, prose=True))
 
 
@@ -149,7 +155,9 @@ def all_results(run: Run) -> Section:
             timestamp(entry.get("time", "")),
             differences_from_newest(run, name),
         ])  # fmt: skip
-    header = ["result", "top-1, %", "top-5, %", "seconds", "weights", "time (UTC)", "differs in"]
+    only = all("j_and_f" not in entry["metrics"] for entry in run.results.values())
+    header = ["result", "top-1, %" if only else "top-1 or J&F, %", "top-5, %", "seconds", "weights"]
+    header += ["time (UTC)", "differs in"]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     about = "Click a column's name to sort by it."
@@ -233,7 +241,8 @@ def protocols(run: Run) -> Section:
         metrics = {m: number(entry["metrics"][m]) for m in by_number(entry["metrics"])}
         rest = {k: v for k, v in entry.items() if k not in ("metrics", "protocol", "grid")}
         top1 = headline(entry["metrics"])
-        title = name if top1 is None else f"{name}: top-1 {top1:.2f} %"
+        label = next((text for m, text in HEADLINES.items() if m in entry["metrics"]), "top-1")
+        title = name if top1 is None else f"{name}: {label} {top1:.2f} %"
         folds[title] = metrics | entry["protocol"] | rest
     about = "Everything that two accuracies must share to be comparable."
     return Section("Protocols", "protocols", folds, about)

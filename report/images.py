@@ -93,6 +93,11 @@ class Images:
         return classes[label] if classes and label < len(classes) else f"class {label}"
 
 
+def wide_tile(pixels: render.Pixels, caption: str) -> Tile:
+    """A tile that keeps the shape of a frame."""
+    return Tile(render.data_uri(pixels, render.WIDE), caption, "wide smooth")
+
+
 def tile(pixels: render.Pixels, caption: str, style: str = "") -> Tile:
     """A tile of the page; small images are enlarged pixel by pixel, photos smoothly."""
     smooth = " smooth" if len(pixels) > render.SMALL else ""

@@ -10,19 +10,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
 from xcit_dino.eval.pictures import render
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
-from xcit_dino.report.images import Images, tile
+from xcit_dino.report.images import Images, tile, wide_tile
 from xcit_dino.report.neighbors import confusions, feature_map, nearest
 from xcit_dino.report.page import Section
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.run.reader import Run
 from xcit_dino.train.state import newest_checkpoint
 
+VIDEOS = 6  # whose masks are shown
 CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
 
@@ -86,6 +90,26 @@ def attention(images: Images) -> dict[str, Any]:
     return one_card(rows, ["photo", *(f"head {h + 1}" for h in range(len(rows[0]) - 2)), "mean"])
 
 
+def propagated(images: Images) -> dict[str, Any]:
+    """Frames of a few videos with the masks that were propagated to them."""
+    run = images.run
+    entry = run.entry("propagate")
+    if entry is None:
+        return {}
+    folder = run.folder / entry["masks"] / "overlays"
+    scores = entry["j_and_f_by_video"]
+    names = [name for name in scores if (folder / name).is_dir()]
+    if not names:
+        raise InputError(f"{folder}: no overlays in it")
+    groups = {}
+    for number in neighbors.evenly_spaced(len(names), min(VIDEOS, len(names))).tolist():
+        name = names[number]
+        frames = sorted((folder / name).iterdir())
+        row = [wide_tile(np.asarray(Image.open(path)), path.stem) for path in frames]
+        groups[f"{name}: J&F {scores[name]:.1f} %"] = [row]
+    return {"summary": "", "groups": groups}
+
+
 def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -> dict[str, Any]:
     """Data of templates/tiles: rows of images under the same captions, large where they are few."""
     count = len(captions)
@@ -108,6 +132,13 @@ PARTS = (
         "tiles",
         attention,
         "Attention of the class token to the patches, one map per head of the last layer.",
+    ),
+    Section(
+        "Objects followed through videos",
+        "tiles",
+        propagated,
+        "Masks propagated from the first frame by the similarity of patches, in color. White lines "
+        "are contours of the true masks.",
     ),
     Section(
         "Nearest neighbors",

@@ -1,4 +1,5 @@
-"""Published top-1 accuracies on ImageNet-1k in percent, each with its source."""
+"""Published top-1 accuracies on ImageNet-1k, and J&F on DAVIS 2017, in percent, each with its
+source."""
 
 from __future__ import annotations
 
@@ -7,12 +8,14 @@ from typing import Any, NamedTuple
 IMAGENET_VAL = 50_000  # validation images of every number here
 DINO_SOURCE = "DINO README"
 XCIT_SOURCE = "XCiT README"
+DAVIS_SOURCE = "DINO, table 5"
 
 
 class Published(NamedTuple):
     """One number as its authors report it."""
 
     top1: float
+    """Or J&F."""
     what: str
     source: str
 
@@ -40,10 +43,25 @@ SUPERVISED = {  # arch -> (supervised at 224, distilled at 224, distilled at 384
     "xcit_large_24_p8": (84.4, 85.4, 86.0),
 }
 
+DAVIS = {  # backbone -> J&F, J, F on DAVIS 2017 val
+    "DINO, ViT-S/16": (61.8, 60.2, 63.4),
+    "DINO, ViT-B/16": (62.3, 60.7, 63.9),
+    "DINO, ViT-S/8": (69.9, 66.6, 73.1),
+    "DINO, ViT-B/8": (71.4, 67.9, 74.9),
+}
+DAVIS_SUPERVISED = ("supervised, ViT-S/8", 66.0)
+DAVIS_PROTOCOL = {
+    "videos": 30, "objects": 61, "image_size": 480, "n_last_frames": 7,
+    "size_mask_neighborhood": 12, "topk": 5, "temperature": 0.1,
+}  # fmt: skip
+
 
 def published(arch: str, evaluation: str) -> list[Published]:
     """The numbers of an architecture that compare with an evaluation (``knn``, ``linear`` ...)."""
     found = []
+    if evaluation == "propagate":
+        rows = [(what, values[0]) for what, values in DAVIS.items()] + [DAVIS_SUPERVISED]
+        return [Published(mean, f"{what}, on DAVIS 2017 val", DAVIS_SOURCE) for what, mean in rows]
     if arch in DINO and evaluation in ("knn", "linear", "linear-dino"):
         top1, what = DINO[arch][evaluation != "knn"], "linear, augmented crops"
         found.append(Published(top1, "k-NN" if evaluation == "knn" else what, DINO_SOURCE))
@@ -61,6 +79,9 @@ def differences_from_published(
     evaluation: str, protocol: dict[str, Any], val_images: int | None
 ) -> list[str]:
     """In which ways a result was measured differently from the published ones."""
+    if evaluation == "propagate":
+        pairs = [(name, protocol.get(name), value) for name, value in DAVIS_PROTOCOL.items()]
+        return ["another backbone"] + [f"{n} {a} instead of {b}" for n, a, b in pairs if a != b]
     found = []
     if val_images != IMAGENET_VAL:
         count = "unknown" if val_images is None else f"{val_images:,}"

@@ -13,7 +13,9 @@ from xcit_dino.slurm.config import Cluster, Launch, Stage
 from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run, holder
 
 DATA = ("data_path", "knn_data_path")
-FILES = ("init_from", "pretrained_weights", "teacher_path", "head", "shard_url")
+FILES = (
+    "init_from", "pretrained_weights", "teacher_path", "head", "shard_url", "videos", "masks",
+)  # fmt: skip
 
 
 def check_input(launch: Launch) -> None:
@@ -26,6 +28,8 @@ def check_input(launch: Launch) -> None:
 
     for stage in launch.stages:
         values = dict(options(stage.config))
+        if stage.name == "propagate":
+            check_videos(values["videos"])
         if stage.name != "pretrain":
             continue
         if values["data_path"] is None:
@@ -43,6 +47,15 @@ def check_input(launch: Launch) -> None:
     pretrains = any(stage.name == "pretrain" for stage in launch.stages)
     if not pretrains and not (launch.run / CONFIG_FILE).is_file():
         raise InputError(f"--output_dir {launch.run}: contains no run; add pretrain to --stages")
+
+
+def check_videos(folder: Path | None) -> None:
+    """Raise InputError where the videos are not named or are missing."""
+    if folder is None or not folder.is_dir():
+        missing = "is missing" if folder is None else f"{folder}: no such folder"
+        raise InputError(
+            f"--propagate.videos {missing}; name the folder of DAVIS 2017 or of frames"
+        )
 
 
 def global_batch(stage: Stage) -> int:

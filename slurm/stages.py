@@ -29,9 +29,9 @@ from xcit_dino.slurm.config import (
 )
 from xcit_dino.train.config import RunConfig
 
-STAGES = (
-    "pretrain", "embed", "duplicates", "knn", "linear", "evaluate", "finetune", "distill", "report",
-)  # fmt: skip
+STAGES = tuple(  # in the order in which they run
+    "pretrain embed duplicates knn linear evaluate propagate finetune distill report".split()
+)
 ENTRIES = {  # not the commands' `main`, which would replace the job's signal handlers
     "pretrain": "xcit_dino.ssl.pretrain:pretrain_with_knn",
     "finetune": "xcit_dino.supervised.finetune:finetune",

@@ -54,6 +54,10 @@ BASES: dict[str, dict[str, str]] = {
               "device": "cpu", "examples": "2"},
     "duplicates": {"dst": "new", "output_dir": "run", "num_workers": "0", "precision": "fp32",
                    "device": "cpu", "examples": "2"},
+    "propagate": {
+        "output_dir": "run", "videos": "video/davis", "device": "cpu", "image_size": "32",
+        "n_last_frames": "2", "size_mask_neighborhood": "1", "topk": "2",
+    },
     "watch": {"run": "run"},
     "report": {"runs": "run", "pictures": "false"},
     "report compare": {"runs": "tuned other"},
@@ -459,6 +463,36 @@ ATTENTION: Cases = {
     "threshold": [turn("0.3", **C)],
     "device": [NO_GPU],
 }
+PROPAGATE: Cases = {
+    "output_dir": [turn("other", shows="files")],
+    "videos": [turn("video/davis2", **C), refused("nowhere", by="--videos nowhere")],
+    "masks": [
+        refused("masks", by="--masks"),
+        turn(
+            "video/davis/Annotations/480p/a/0.png",
+            shows="accuracies",
+            given={
+                "videos": "video/davis/JPEGImages/480p/a",
+                "masks": "video/davis/Annotations/480p/a",
+            },
+        ),
+    ],
+    "pretrained_weights": [turn("other", **C)],
+    "checkpoint_key": [turn("student", **C), refused("model", "model_ema", by="contains no model")],
+    "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
+    "tap": [turn("0", "2", **C)],
+    "image_size": [turn("64", **C)],
+    "n_last_frames": [turn("0", **C)],
+    "size_mask_neighborhood": [turn("0", **C)],
+    "topk": [turn("1", **C)],
+    "temperature": [turn("1", **C)],
+    "window": [turn("0 200", **C)],
+    "mean": [turn("0.3 0.3 0.3", **C)],
+    "std": [turn("0.5 0.5 0.5", **C)],
+    "baselines": [turn("true", **C)],
+    "precision": [turn("bf16", **C), refused("fp16", by="needs a GPU")],
+    "device": [NO_GPU],
+}
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -594,6 +628,7 @@ CASES: dict[str, Cases] = {
     "attention": ATTENTION,
     "embed": EMBED,
     "duplicates": DUPLICATES,
+    "propagate": PROPAGATE,
     "watch": WATCH,
     "report": REPORT,
     "report compare": COMPARE,

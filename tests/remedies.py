@@ -769,6 +769,37 @@ ELSEWHERE = {
     "--logger {}: not everything was sent within": "a server that hangs: test_trackers.py",
     "--logger {}: does not answer": "a server that hangs: test_trackers.py",
     "--logger {}: {}; training continues without it": "a server that fails: test_trackers.py",
+    # videos and their masks: test_propagate.py
+    **dict.fromkeys(
+        [
+            "--arch {}: does not accept frames of {} x {} pixels",
+            "--masks {}: no such file or folder",
+            "holds several videos; name a folder with a folder of masks for each",
+            "--masks: name the frames with --videos too",
+            "--masks: needed, as {} is not DAVIS 2017",
+            "--masks: not beside DAVIS 2017, which has its own; leave it out",
+            "--propagate.videos {}; name the folder of DAVIS 2017 or of frames",
+            "--tap {}: {} has layers 0 to {}, and -1 for its output",
+            "--videos {}: holds no frames",
+            "--videos {}: no such folder",
+            "is missing; unpack DAVIS 2017 there",
+            "--videos {}: {} names no video",
+            "--videos {}: {} names {}, not a folder",
+            "=--videos {}: {}: {}{}",
+            "--videos: name the folder of DAVIS 2017, or a folder of frames",
+        ],
+        "test_propagate.py",
+    ),
+    # layers of a backbone
+    **dict.fromkeys(
+        [
+            "--arch: maps of stride {} do not fit a pyramid",
+            "--arch: {} gives no maps of its layers",
+            "--crop_size {}: {} does not accept it ({})",
+            "--taps {}: {} has layers 0 to {}, and -1 for its output",
+        ],
+        "test_dense.py",
+    ),
     # images that are not 8-bit RGB
     "--bands: the images are read as 8-bit RGB; pack them": "packs anew: test_native_loader.py",
     "--channel_drop_prob: the images have one channel": "such a set: test_native_runs.py",

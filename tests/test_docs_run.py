@@ -38,6 +38,7 @@ SMALL = {
     "evaluate": EVALUATION,
     "embed": EVALUATION,
     "duplicates": EVALUATION,
+    "propagate": "--image_size 32 --device cpu",
     "attention": "--image_size 32 --device cpu",
     "pretrain": f"{TRAINING} --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "
     "--out_dim 32 --head_hidden_dim 16 --head_bottleneck_dim 8 --knn_every 1",
@@ -137,6 +138,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with tarfile.open("photos-400.tar", "w") as tar:
             tar.add("photos", "photos")
         targets(folder)
+        videos(folder)
         (folder / "configs").symlink_to(ROOT / "configs")
         done("shards make photos shards/imagenet --num_workers 1".split())
         for part in ("train", "test"):
@@ -172,6 +174,24 @@ def targets(folder: Path) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             with (folder / path).open("a") as file:
                 file.write(text)
+
+
+def videos(folder: Path) -> None:
+    """``DAVIS``, a video as in DAVIS 2017; ``FRAMES`` and ``first_mask.png``, the same alone."""
+    for number in range(4):
+        mask = np.zeros((32, 64), np.uint8)
+        mask[8:24, 8 + number : 40 + number] = 1
+        pixels = np.repeat(mask[..., None] * 200, 3, 2)
+        for path, content in (
+            (f"DAVIS/JPEGImages/480p/a/{number}.jpg", pixels),
+            (f"DAVIS/Annotations/480p/a/{number}.png", mask),
+            (f"FRAMES/{number}.jpg", pixels),
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(folder / path)
+    shutil.copy(folder / "DAVIS/Annotations/480p/a/0.png", folder / "first_mask.png")
+    (folder / "DAVIS/ImageSets/2017").mkdir(parents=True)
+    (folder / "DAVIS/ImageSets/2017/val.txt").write_text("a\n")
 
 
 def trained(folder: Path) -> None:

@@ -207,6 +207,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             done(command.split())
         make_set(folder / "bands", 5, "uint16", train=26, size=32)
+        video(folder)
         foreign(folder)
         trained(folder)
         launched(folder)
@@ -253,6 +254,26 @@ def images(folder: Path) -> None:
     (folder / "classes.txt").write_text("cow\nant\n")
     (folder / "recipe.yaml").write_text(f"arch: {ARCH}\ndrop_path_rate: 0.3\n")
     (folder / "defaults.yaml").write_text("partition: mine\nshared_dir: /shared\n")
+
+
+def video(folder: Path) -> None:
+    """``video/davis``: a textured square that moves, as DAVIS 2017 lays it out."""
+    numbers = np.random.default_rng(2)
+    back, front = numbers.integers(0, 256, (2, 64, 96, 3), dtype=np.uint8)
+    for t in range(5):
+        mask = np.zeros((64, 96), np.uint8)
+        mask[16 + 4 * t :, 8 + 8 * t : 48 + 8 * t] = 1
+        pixels = np.where(mask[..., None], np.roll(front, (4 * t, 8 * t), (0, 1)), back)
+        for kind, ending, content in (("JPEGImages", "jpg", pixels), ("Annotations", "png", mask)):
+            path = folder / f"video/davis/{kind}/480p/a/{t}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(path)
+    listed = folder / "video/davis/ImageSets/2017/val.txt"
+    listed.parent.mkdir(parents=True)
+    listed.write_text("a\n")
+    shutil.copytree(folder / "video/davis", folder / "video/davis2")
+    (folder / "video/davis2/JPEGImages/480p/a/4.jpg").unlink()
+    (folder / "video/davis2/Annotations/480p/a/4.png").unlink()
 
 
 def foreign(folder: Path) -> None:

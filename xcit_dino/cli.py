@@ -53,6 +53,11 @@ COMMANDS = {
         "eval.evaluate:run",
         "top-1 and top-5 of a classifier, or of a backbone and a head",
     ),
+    "propagate": Command(
+        "eval.video.config:PropagateConfig",
+        "eval.video.propagate:run",
+        "video object segmentation by label propagation (DAVIS 2017)",
+    ),
     "finetune": Command(
         "supervised.config:finetune_config",
         "supervised.finetune:main",

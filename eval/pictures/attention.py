@@ -27,16 +27,16 @@ from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage, Scratch, decode, rea
 from xcit_dino.data.native.crops import resized_values
 from xcit_dino.data.native.single import values_of_file
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
-from xcit_dino.eval.context import Context, make_context, resolve_input_settings, run_options
+from xcit_dino.eval.config import AttentionConfig
+from xcit_dino.eval.context import Context
 from xcit_dino.eval.pictures import false_color
+from xcit_dino.eval.target import resolve_without_shards
 from xcit_dino.files import check_writable, unfinished_folder, write_atomic
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.xcit import XCiT
-from xcit_dino.models.zoo import canonical_name, create_model
+from xcit_dino.models.zoo import create_model
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.state import weights_file
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".npy",
@@ -151,29 +151,11 @@ def network(config: AttentionConfig, world: dist.World) -> tuple[XCiT, Context]:
     Raises:
         InputError: arch or weights are missing, or not an XCiT.
     """
-    folder = config.pretrained_weights or config.output_dir
-    folder = folder if folder.is_dir() else config.output_dir
-    options = run_options(folder)
-    arch = config.arch or options.get("arch")
-    if not arch:
-        raise InputError(f"--arch: needed, as {folder} holds no config.yaml of a run")
-    arch = canonical_name(arch)
-    model = create_model(arch, num_classes=0)
+    target, context = resolve_without_shards(config, world)
+    model = create_model(target.arch, num_classes=0, in_chans=target.channels)
     if not isinstance(model, XCiT):
-        raise InputError(f"--arch {arch}: only XCiT has class attention to show")
-    if config.pretrained_weights is not None:
-        weights = weights_file(config.pretrained_weights, "--pretrained_weights")
-    else:
-        weights = weights_file(config.output_dir, "--output_dir")
-    settings = resolve_input_settings(arch, weights, config.checkpoint_key, options)
-    model = create_model(arch, num_classes=0, in_chans=settings.channels)
-    assert isinstance(model, XCiT)
-    print(load_backbone(weights, model, config.checkpoint_key), flush=True)
-    given = EvalTargetConfig(
-        config.output_dir, window=config.window, mean=config.mean, std=config.std,
-        bands=tuple(options.get("bands") or ()) or None,
-    )  # fmt: skip
-    context = make_context(given, settings, {}, "", world)
+        raise InputError(f"--arch {target.arch}: only XCiT has class attention to show")
+    print(load_backbone(target.weights, model, target.checkpoint_key), flush=True)
     return model.to(world.device).eval(), context
 
 
@@ -267,14 +249,19 @@ def pictures_of(
 
 def resize_to_patches(pixels: Values, image_size: int, patch: int) -> Values:
     """Resize the shorter side to ``image_size`` (0: keep it), and both to whole patches."""
-    height, width = pixels.shape[:2]
-    factor = image_size / min(height, width) if image_size else 1.0
-    sides = [max(1, round(side * factor / patch)) * patch for side in (width, height)]
+    sides = pixels.shape[:2]
+    factor = image_size / min(sides) if image_size else 1.0
+    height, width = (max(1, round(side * factor / patch)) * patch for side in sides)
+    return resized(pixels, height, width)
+
+
+def resized(pixels: Values, height: int, width: int) -> Values:
+    """Resize an image [H, W, C], bicubic, antialiased."""
     if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
         photo = Image.fromarray(pixels.astype(np.uint8, copy=False))
-        return np.asarray(photo.resize((sides[0], sides[1]), Image.Resampling.BICUBIC))
+        return np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC))
     values = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
-    return resized_values(values, sides[::-1])[0].permute(1, 2, 0).numpy()
+    return resized_values(values, [height, width])[0].permute(1, 2, 0).numpy()
 
 
 @torch.no_grad()

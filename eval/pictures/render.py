@@ -31,6 +31,7 @@ from xcit_dino.models.xcit import XCiT
 
 SMALL = 64  # pictures up to this side keep their size, so that a browser shows their pixels
 SIDE = 128  # larger ones are downsized to it, small photos upsampled before maps are overlaid
+WIDE = 320  # frames of videos
 GAP = 4  # pixels between the tiles of a mosaic
 GOOD, BAD = (0, 112, 79), (198, 82, 0)  # frame colors, distinguishable for color-blind readers
 
@@ -162,12 +163,12 @@ def mosaic(rows: Sequence[Sequence[Pixels]], side: int = SIDE) -> Pixels:
     return canvas
 
 
-def data_uri(pixels: Pixels) -> str:
-    """Encode a picture as a data URI: small ones as PNG, others as JPEG of at most 128 px."""
+def data_uri(pixels: Pixels, side: int = SIDE) -> str:
+    """Encode a picture as a data URI: small ones as PNG, others as JPEG of at most ``side`` px."""
     file = io.BytesIO()
     image = Image.fromarray(pixels)
     kind = "png" if max(image.size) <= SMALL else "jpeg"
-    if max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
     image.save(file, kind, **({"quality": 88} if kind == "jpeg" else {"optimize": True}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

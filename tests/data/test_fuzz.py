@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from xcit_dino.data.shards.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvaluateConfig, KnnConfig, LinearConfig
+from xcit_dino.eval.video.config import PropagateConfig
 from xcit_dino.options import dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoSchedule
@@ -85,7 +86,7 @@ def test_absurd_options(name: str, value: Any) -> None:
 
 COMMANDS = (
     PretrainConfig, FinetuneConfig, DistillConfig, AttentionConfig, EvaluateConfig, KnnConfig,
-    LinearConfig, MakeConfig, CheckConfig, DemoConfig,
+    LinearConfig, MakeConfig, CheckConfig, DemoConfig, PropagateConfig,
 )  # fmt: skip
 
 

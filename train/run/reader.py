@@ -13,7 +13,12 @@ from xcit_dino.provenance import read_results
 from xcit_dino.train.run.metrics import Line, read_metrics, read_tries
 
 T = TypeVar("T")
-NETWORKS = {"": "Pretrained", "random": "Random weights", "pixels": "Raw pixels"}
+NETWORKS = {
+    "": "Pretrained",
+    "random": "Random weights",
+    "pixels": "Raw pixels",
+    "copy": "First mask repeated",
+}
 TRAINED = {"": "Last weights", "ema": "Averaged weights", "head": "Backbone and head"}
 EVALUATIONS = {  # results.json name -> title, in the order of the report
     "knn": "k-NN",
@@ -25,8 +30,10 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "knn-few": "k-NN, few labels",
     "linear-few": "Linear probe, few labels",
     "duplicates": "Near-duplicates",
+    "propagate": "Video propagation, J&F",
 }
 CONTINUED = ("finetune", "distill")  # folders inside a run that continue it
+HEADLINES = {"top1": "top-1", "j_and_f": "J&F"}  # metric of a headline -> its name
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 
@@ -166,9 +173,11 @@ def bare(key: str) -> str:
 
 
 def headline(metrics: dict[str, float]) -> float | None:
-    """Top-1 of a result; of a k-NN result that of k = 20, or of its smallest k."""
-    if "top1" in metrics:
-        return metrics["top1"]
+    """Top-1 of a result; of a k-NN result that of k = 20, or of its smallest k; J&F of a
+    propagation."""
+    for name in HEADLINES:
+        if name in metrics:
+            return metrics[name]
     ks = ks_of(metrics)
     return metrics[f"top1_k{headline_k(metrics)}"] if ks else None
 

@@ -1,0 +1,159 @@
+"""Dense features: a backbone's patch tokens or feature maps on a grid, of any layer and image size.
+
+A *tap* is a layer by its number: of XCiT and ViTs a block, counted from 0; of a convolutional
+network a stage; -1 is the output: of XCiT and ViTs the patch tokens after the last norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcit_dino.errors import InputError, one_line
+from xcit_dino.models.tokens import stride_of
+from xcit_dino.models.xcit import XCiT
+
+OUTPUT = -1
+SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # of the depth: XCiT's taps, 3 5 7 11 of 12 and 7 11 15 23 of 24
+
+
+def num_layers(backbone: nn.Module) -> int:
+    """Number of taps beside the output."""
+    if isinstance(backbone, XCiT):
+        return len(backbone.blocks)
+    info: Any = getattr(backbone, "feature_info", None) or ()
+    return len(info)
+
+
+def pyramid_taps(backbone: nn.Module) -> tuple[int, ...]:
+    """Four taps for pyramids: XCiT's published ones, and at the same depths of other networks of
+    one resolution; of convolutional networks the last four stages."""
+    info: Any = getattr(backbone, "feature_info", None) or ()
+    depth = num_layers(backbone)
+    if not isinstance(backbone, XCiT) and len({stage["reduction"] for stage in info}) > 1:
+        return tuple(range(max(0, depth - 4), depth))
+    return tuple(max(0, round(depth * share) - 1) for share in SHARES)
+
+
+def feature_maps(backbone: nn.Module, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
+    """Images (B, C, H, W), H and W divisible by the patch size -> a map (B, D, h, w) of each tap.
+
+    Raises:
+        InputError: no such layer, or a network that has no maps.
+    """
+    depth = num_layers(backbone)
+    for tap in taps:
+        if not OUTPUT <= tap < max(depth, 1):
+            raise InputError(
+                f"--taps {tap}: {type(backbone).__name__} has layers 0 to {depth - 1}, and -1 for "
+                "its output"
+            )
+    if isinstance(backbone, XCiT):
+        return _xcit_maps(backbone, images, taps)
+    if not hasattr(backbone, "forward_intermediates"):
+        raise InputError(f"--arch: {type(backbone).__name__} gives no maps of its layers")
+    wanted = sorted({tap % depth for tap in taps})
+    # the norm after the last layer belongs to the output alone
+    maps: dict[int, Tensor] = {}
+    for norm in {tap == OUTPUT for tap in taps}:
+        found: Any = backbone.forward_intermediates(  # type: ignore[operator]
+            images, indices=wanted, norm=norm, intermediates_only=True, output_fmt="NCHW"
+        )
+        chosen = zip(wanted, found, strict=True)
+        maps |= {OUTPUT: found[-1]} if norm else dict(chosen)
+    return [maps[tap] for tap in taps]
+
+
+def _xcit_maps(backbone: XCiT, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
+    maps = backbone.block_maps(images, [tap for tap in taps if tap != OUTPUT])
+    if OUTPUT in taps:
+        tokens = backbone.forward_features(images)[:, 1:]
+        columns = images.shape[-1] // backbone.patch_size
+        maps[OUTPUT] = tokens.unflatten(1, (-1, columns)).permute(0, 3, 1, 2)
+    return [maps[tap] for tap in taps]
+
+
+def padded_to(images: Tensor, multiple: int) -> Tensor:
+    """Images whose sides are whole multiples: the last rows and columns are repeated."""
+    height, width = images.shape[-2:]
+    extra = (0, -width % multiple, 0, -height % multiple)
+    return F.pad(images, extra, mode="replicate") if any(extra) else images
+
+
+def grid_features(backbone: nn.Module, images: Tensor, tap: int = OUTPUT) -> Tensor:
+    """Features of images of any size (B, C, H, W) on a grid: (B, h, w, D); a side that is no
+    multiple of the patch size is padded, so that h = ceil(H / patch)."""
+    (found,) = feature_maps(backbone, padded_to(images, stride_of(backbone)), [tap])
+    return found.permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def map_sizes(
+    backbone: nn.Module, taps: Sequence[int], size: int, channels: int
+) -> list[tuple[int, int]]:
+    """(D, stride in pixels) of each tap, found with black images of ``size`` pixels; the backbone
+    is left as it is.
+
+    Raises:
+        InputError: images of that size do not fit.
+    """
+    modes = [(module, module.training) for module in backbone.modules()]
+    weight = next(backbone.parameters())
+    try:
+        maps = feature_maps(backbone.eval(), weight.new_zeros(1, channels, size, size), taps)
+    except InputError:
+        raise
+    except Exception as error:  # networks raise different types
+        raise InputError(
+            f"--crop_size {size}: {type(backbone).__name__} does not accept it "
+            f"({one_line(error, 120)})"
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    return [(found.shape[1], size // found.shape[-1]) for found in maps]
+
+
+class Pyramid(nn.Module):
+    """Four maps of one resolution -> maps of strides 4, 8, 16 and 32 (XCiT's
+    ``detection/backbone/xcit.py``): upwards by transposed convolutions, downwards by max-pooling.
+
+    Names of the parameters are the official ones (fpn1 ... fpn4).
+
+    Args:
+        dim: channels of every map.
+        stride: of the maps in pixels, 4, 8, 16 or 32.
+    """
+
+    strides = (4, 8, 16, 32)
+
+    def __init__(self, dim: int, stride: int) -> None:
+        super().__init__()
+        for number, wanted in enumerate(self.strides, start=1):
+            self.add_module(f"fpn{number}", _rescaled(dim, stride / wanted))
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """(B, D, h, w) four times -> the same of strides 4, 8, 16, 32."""
+        return [level(x) for level, x in zip(self.children(), maps, strict=True)]
+
+
+def _rescaled(dim: int, factor: float) -> nn.Module:
+    """A module that makes a map larger by ``factor``, a power of 2."""
+    steps = round(math.log2(factor))
+    if 2.0**steps != factor:
+        raise InputError(f"--arch: maps of stride {4 * factor:g} do not fit a pyramid")
+    if steps == 0:
+        return nn.Identity()
+    if steps < 0:
+        return nn.MaxPool2d(2**-steps, 2**-steps)
+    layers: list[nn.Module] = []
+    for step in range(steps):
+        if step:
+            layers += [nn.BatchNorm2d(dim), nn.GELU()]
+        layers.append(nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2))
+    return nn.Sequential(*layers)
