@@ -12,6 +12,7 @@ import tyro
 
 from xcit_dino.errors import InputError, needs
 from xcit_dino.options import options
+from xcit_dino.paths import Location
 
 Cluster = Literal["slurm", "local", "debug"]
 RESUMES = frozenset({"pretrain", "finetune", "distill"})  # save a checkpoint on a stop signal
@@ -70,6 +71,10 @@ class LaunchConfig:
     """Folder visible to all nodes; a run without --output_dir goes to SHARED_DIR/ARCH."""
     setup: tuple[str, ...] = ()
     """Shell lines run at the start of each job ("module load cuda")."""
+    container: Location | None = None
+    """Image in which the processes run, with Python and what this project needs: a .sif file
+    (apptainer), or what pyxis takes (a .sqsh file, REGISTRY#IMAGE). Folders of run, shards and
+    weights are mounted."""
     max_requeues: int = 10
     """Maximum restarts after a failure. Restarts after preemption and time limits are unlimited."""
     signal_delay: int = 120

@@ -28,6 +28,11 @@ OFFICIAL_GPUS = 8  # per node, as in dino run_with_submitit.py, if SLURM cannot 
 def run(launch: Launch) -> int:
     """Launch the stages; returns the exit code (0 also if jobs are merely queued)."""
     cluster = choose_cluster(launch)
+    if launch.launch.container and cluster != "slurm":
+        raise InputError(
+            "--container: makes containers on SLURM only; leave it out and start this command "
+            "inside one, or give --cluster slurm"
+        )
     runs = [with_gpus(one, cluster) for one in (launch, *launch.others)]
     if launch.launch.dry_run:
         preview(runs[0], cluster)

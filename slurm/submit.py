@@ -12,7 +12,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from xcit_dino.errors import InputError
 from xcit_dino.progress import STATE_FILE
-from xcit_dino.slurm import attempts, scheduler
+from xcit_dino.slurm import attempts, container, scheduler
 from xcit_dino.slurm.config import Launch, Stage, slurm_option
 from xcit_dino.slurm.job import make_job
 
@@ -29,7 +29,8 @@ class Executor(SlurmExecutor):
 
 def executor(launch: Launch, stage: Stage, code: Path, after: str | None = None) -> Executor:
     """The executor that submits one stage; ``after`` is its dependency (``afterok:123``)."""
-    made = Executor(folder=attempts.job_folder(launch.run, "%j"), max_num_timeout=0)
+    folder, python = attempts.job_folder(launch.run, "%j"), container.python(launch, stage)
+    made = Executor(folder=folder, max_num_timeout=0, python=python)
     made.update_parameters(**parameters(launch, stage, code, after))
     return made
 
@@ -53,7 +54,11 @@ def parameters(launch: Launch, stage: Stage, code: Path, after: str | None) -> d
         "signal_delay_s": options.signal_delay,
         "dependency": after,
         # one dead rank ends all; since 22.05 srun does not inherit --cpus-per-task from sbatch
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={stage.cpus_per_task}"],
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            f"--cpus-per-task={stage.cpus_per_task}",
+            *container.srun_args(launch),
+        ],
         "setup": before_srun(launch, stage, code),
         "teardown": after_srun(launch, stage),
         "additional_parameters": extra,

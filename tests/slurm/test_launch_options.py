@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ SCRIPT = {  # option -> (words, what the submission script then has)
     "comment": (["--comment", "mine"], "#SBATCH --comment=mine"),
     "slurm": (["--slurm", "exclusive=true"], "#SBATCH --exclusive"),
     "setup": (["--setup", "module load cuda"], "module load cuda"),
+    "container": (["--container", "lab#xcit"], "--container-image=lab#xcit"),
     "job_name": (["--job_name", "fast"], "#SBATCH --job-name=fast-pretrain"),
     "signal_delay": (["--signal_delay", "33"], "#SBATCH --signal=USR2@33"),
     "shared_dir": (["--shared_dir", "/big"], "/big/xcit_nano_12_p16/launch"),
@@ -45,6 +47,7 @@ ELSEWHERE = {  # option -> the test below, or in another file, that turns it
     "dry_run": "tests/slurm/test_launch.py, test_dry_run_shows_what_follows",
 }
 HERE = {"nproc", "ngpus", "nodes", "cpus_per_task", "timeout", "setup", "shared_dir"}  # and locally
+REFUSED_HERE = {"container"}
 
 
 def script(words: list[str]) -> list[str]:
@@ -57,6 +60,40 @@ def test_every_option_is_turned() -> None:
     assert not set(SCRIPT) & set(ELSEWHERE)
 
 
+def test_processes_run_in_an_apptainer_image_and_the_jobs_script_on_the_host(tmp_path) -> None:
+    image = tmp_path / "my image.sif"
+    words = ["--container", str(image), "--ngpus", "2", "--output_dir", str(tmp_path / "run")]
+    words += ["--data_path", str(tmp_path / "shards")]
+    with pytest.raises(InputError, match="my image.sif: no such file; build it from apptainer.def"):
+        script(words)
+    image.touch()
+    lines = script(words)
+    begin, ranks = (next(i for i in lines if w in i) for w in ("slurm.job begin", "srun --unbuffered"))
+    assert sys.executable in begin and "apptainer" not in begin
+    binds = f"--bind {tmp_path}/run --bind {tmp_path}/shards '{image}' python -u -m submitit"
+    assert f"apptainer exec --nv {binds}" in ranks
+    assert "--nv" not in "".join(script([*words, "--ngpus", "0"]))
+
+
+def test_pyxis_makes_the_container_of_any_other_image(tmp_path) -> None:
+    weights = tmp_path / "weights" / "w.pth"
+    words = ["--container", "lab#xcit:1", "--output_dir", str(tmp_path / "runs" / "a")]
+    words += ["--data_path", str(tmp_path / "runs"), "--init_from", str(weights)]
+    (ranks,) = (line for line in script(words) if "srun --unbuffered" in line)
+    both = f"{tmp_path}/runs:{tmp_path}/runs,{tmp_path}/weights:{tmp_path}/weights"
+    assert f"--container-image=lab#xcit:1 --container-mounts={both} python -u" in ranks.replace(
+        "'", ""
+    )
+    with pytest.raises(InputError, match="cannot mount .*a:b, whose name has a colon"):
+        script([*words[:-1], str(tmp_path / "a:b" / "w.pth")])
+
+
+def test_a_container_without_slurm_is_refused(tmp_path) -> None:
+    plan = launch_config([*ARCH, "--container", "lab#xcit", "--cluster", "local"])
+    with pytest.raises(InputError, match="--container: makes containers on SLURM only"):
+        launch.run(plan)
+
+
 @pytest.mark.parametrize("option", SCRIPT)
 def test_the_script_has_it(option: str) -> None:
     words, expected = SCRIPT[option]
@@ -64,7 +101,9 @@ def test_the_script_has_it(option: str) -> None:
     assert not any(expected in line for line in script([]))
 
 
-@pytest.mark.parametrize("option", sorted(set(SCRIPT) - {"nodes", "ngpus", "nproc", "shared_dir"}))
+@pytest.mark.parametrize(
+    "option", sorted(set(SCRIPT) - {"nodes", "ngpus", "nproc", "shared_dir"} - REFUSED_HERE)
+)
 def test_what_one_machine_has_no_use_for_is_named(option: str) -> None:
     plan = launch_config([*ARCH, "--stages", "pretrain,knn", *SCRIPT[option][0]])
     said = " ".join(ineffective_options(plan, "local"))

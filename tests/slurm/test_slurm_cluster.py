@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -246,6 +247,39 @@ def test_two_nodes_two_tasks_equal_one_process(slurm: Cluster, place: Path, chai
     floats = [(ours[name], b) for name, b in theirs.items() if b.is_floating_point()]
     distance = sum(float((a - b).square().sum()) for a, b in floats) ** 0.5
     assert distance < 1e-3 * sum(float(b.square().sum()) for _, b in floats) ** 0.5
+
+
+APPTAINER = """#!/bin/bash
+# stands in for apptainer: notes its options, then runs the rest with the host's Python
+echo "$@" >> {log}
+while [ "$1" != {image} ]; do shift; done
+shift 2
+export IN_CONTAINER=1
+exec {python} "$@"
+"""
+
+
+def test_in_a_container(slurm: Cluster, place: Path, uninterrupted: Run) -> None:
+    """The ranks are started by the container's runtime, stopped and requeued as without one."""
+    programs, image = place / "programs", place / "image.sif"
+    programs.mkdir()
+    image.touch()
+    log = programs / "log"
+    text = APPTAINER.format(log=shlex.quote(str(log)), image=shlex.quote(str(image)),
+                            python=shlex.quote(sys.executable))  # fmt: skip
+    (programs / "apptainer").write_text(text)
+    (programs / "apptainer").chmod(0o755)
+    run = Run(slurm, place, "contained")
+    path = f"export PATH={shlex.quote(str(programs))}:$PATH"
+    job = run.submit("--container", str(image), "--setup", path)
+    run.hold(job)
+    slurm.run("scontrol", "requeue", job)
+    run.started_again(job, 2)
+    assert run.wait_for_end().state == "done", run.explain()
+    assert_same_end(run, uninterrupted)
+    seen = log.read_text().splitlines()
+    assert len(seen) == 4  # two ranks, two attempts
+    assert all(f"--bind {run.folder} --bind {place / 'shards'}" in line for line in seen)
 
 
 def test_a_failed_stage_cancels_the_later_ones(slurm: Cluster, place: Path) -> None:
