@@ -20,7 +20,7 @@ from xcit_dino.files import check_writable
 from xcit_dino.slurm import attempts, launched, scheduler
 from xcit_dino.slurm.checks import check_input, dump, needs, refuse_busy, unfinished
 from xcit_dino.slurm.config import Cluster, Launch, Stage
-from xcit_dino.slurm.dry_run import ineffective_options, preview
+from xcit_dino.slurm.tools.dry_run import ineffective_options, preview
 
 OFFICIAL_GPUS = 8  # per node, as in dino run_with_submitit.py, if SLURM cannot be queried
 

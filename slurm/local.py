@@ -28,8 +28,8 @@ from xcit_dino.errors import InputError
 from xcit_dino.progress import STATE_FILE
 from xcit_dino.slurm import attempts, launched, watch
 from xcit_dino.slurm.config import RESUMES, Launch, Stage
-from xcit_dino.slurm.dry_run import counted
 from xcit_dino.slurm.job import SIGNALS, make_job
+from xcit_dino.slurm.tools.dry_run import counted
 
 GRACE = 10.0  # seconds for the other ranks to report their errors, once one has failed
 FOREVER = 10**7  # minutes

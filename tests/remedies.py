@@ -57,6 +57,22 @@ PARSED = [
         "pretrain --color_jitter 2 0.4 0.2 0.1",
         "pretrain --color_jitter 1 0 1 0.5",
     ),
+    case(
+        "--koleo_weight: it compares the images of a micro-batch; take --batch_size_per_gpu 2",
+        "pretrain --koleo_weight 0.1 --batch_size_per_gpu 1",
+        "pretrain --koleo_weight 0.1 --batch_size_per_gpu 2",
+    ),
+    case(
+        "--stage_scales has {} values and --stage_shares {}; each stage needs one of both: "
+        "--stage_scales 0.5 1 --stage_shares 0.75 0.25",
+        "pretrain --stage_scales 0.5 1",
+        "pretrain --stage_scales 0.5 1 --stage_shares 0.75 0.25",
+    ),
+    case(
+        "--stage_shares: {} is not 1; take shares such as 0.75 0.25",
+        "pretrain --stage_scales 0.5 1 --stage_shares 0.75 0.5",
+        "pretrain --stage_scales 0.5 1 --stage_shares 0.75 0.25",
+    ),
     case("--blur_sigma must be", "pretrain --blur_sigma 3 1", "pretrain --blur_sigma 0.1 100"),
     case(
         "--{} must be two shares of the area",
@@ -726,6 +742,11 @@ RUN = [
 # -- not run here, and why -------------------------------------------------------------------------
 
 ELSEWHERE = {
+    "--container {}: no such file; build it from apptainer.def": "a container: "
+    "test_launch_options.py",
+    "--container: cannot mount {}, whose name has a colon or comma": "a container: "
+    "test_launch_options.py",
+    "--container: makes containers on SLURM only": "a container: test_launch_options.py",
     "--window {}: values lie between -1e9 and 1e9": "test_fuzz.py, with every number",
     "--boxes {}: no XML files in it": "masks and boxes: test_targets.py",
     "--boxes {}: no such file or folder": "masks and boxes: test_targets.py",

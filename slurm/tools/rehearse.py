@@ -27,9 +27,9 @@ from xcit_dino.options import read_yaml
 from xcit_dino.slurm import attempts, launched, scheduler, status
 from xcit_dino.slurm.checks import global_batch
 from xcit_dino.slurm.config import CancelConfig, Launch
-from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.launch import choose_cluster, with_gpus
 from xcit_dino.slurm.stages import launch_config, read_defaults
+from xcit_dino.slurm.tools.dry_run import preview
 from xcit_dino.slurm.watch import read_state
 from xcit_dino.train.config import CONFIGS
 

@@ -14,8 +14,8 @@ from xcit_dino.errors import InputError
 from xcit_dino.options import option_types, replace
 from xcit_dino.slurm import attempts, launch, launched, local, submit
 from xcit_dino.slurm.config import Launch, LaunchConfig
-from xcit_dino.slurm.dry_run import ineffective_options
 from xcit_dino.slurm.stages import ENTRIES, launch_config
+from xcit_dino.slurm.tools.dry_run import ineffective_options
 
 ARCH = ["--arch", "xcit_nano_12_p16", "--ngpus", "0"]
 SCRIPT = {  # option -> (words, what the submission script then has)
@@ -68,7 +68,9 @@ def test_processes_run_in_an_apptainer_image_and_the_jobs_script_on_the_host(tmp
         script(words)
     image.touch()
     lines = script(words)
-    begin, ranks = (next(i for i in lines if w in i) for w in ("slurm.job begin", "srun --unbuffered"))
+    begin, ranks = (
+        next(i for i in lines if w in i) for w in ("slurm.job begin", "srun --unbuffered")
+    )
     assert sys.executable in begin and "apptainer" not in begin
     binds = f"--bind {tmp_path}/run --bind {tmp_path}/shards '{image}' python -u -m submitit"
     assert f"apptainer exec --nv {binds}" in ranks

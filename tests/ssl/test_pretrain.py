@@ -18,8 +18,8 @@ from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval.target import run_options
 from xcit_dino.options import replace
-from xcit_dino.slurm.dry_run import preview
 from xcit_dino.slurm.stages import launch_config
+from xcit_dino.slurm.tools.dry_run import preview
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config
 from xcit_dino.ssl.pretrain import pretrain, student_backward, teacher_targets, train_step
 from xcit_dino.ssl.schedule import DinoHyperparameters

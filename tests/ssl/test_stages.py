@@ -10,7 +10,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.options import replace
 from xcit_dino.report.report import image_size
 from xcit_dino.slurm.config import ResourceConfig, Stage
-from xcit_dino.slurm.dry_run import training_facts
+from xcit_dino.slurm.tools.dry_run import training_facts
 from xcit_dino.ssl import pretrain as module
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain
