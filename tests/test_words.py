@@ -15,7 +15,7 @@ AVOIDED = re.compile(
     r"(?:normal|initial|synchron|optim|serial|organ|recogn|summar|visual|standard|random|general)is"
     r"(?:e|ed|er|es|ing|ation)\b"
     r"|colour|neighbour|behaviour|favour|licence|centred?\b|labelled|signalled|modelled|catalogue"
-    r"|\b(?:grey|anew|discs?|sick|sentinel|leave_word|retouch|with(?:out)? a word|no numbers"
+    r"|\b(?:grey|anew|discs?|sick|sentinel(?!-\d)|leave_word|retouch|with(?:out)? a word|no numbers"
     r"|(?:is|are) asked|takes? for alike|teacher's answers?|in spite of"
     r"|(?:one|once|images?|steps?|bytes|samples) an? (?:second|epoch|rank|core|line))\b",
     re.IGNORECASE,
