@@ -498,6 +498,7 @@ PROPAGATE: Cases = {
 # -- data ------------------------------------------------------------------------------------------
 
 MASKS = {"src": "photo", "masks": "masks", "mask_classes": "classes.txt"}
+SLIDES = {"src": "slides", "tile": "20", "min_foreground": "0.5"}
 MAKE: Cases = {
     "src": [turn("photos/train", **C)],
     "dst": [turn("elsewhere", shows="files")],
@@ -521,6 +522,12 @@ MAKE: Cases = {
     "exclude": [turn("gone.csv", **C), refused("two.csv", by="names none of the images")],
     "shard_size": [turn("3", shows="files")],
     "shard_bytes": [turn("1000", shows="files")],
+    "tile": [turn("20", "24", **C)],
+    "stride": [turn("10", **C, given={"tile": "20"}), refused("10", by="--stride")],
+    "min_foreground": [turn("0.5", **C, given={"src": "slides", "tile": "20"}),
+                       refused("0.5", by="--min_foreground")],
+    "background": [turn("slide", "nodata", **C, given=SLIDES),
+                   refused("slide", by="--background", given={"tile": "20"})],
     "resize": [turn("20", **C)],
     "quality": [turn("20", **C, given={"resize": "20"}), refused("20", by="--quality")],
     "shuffle": [turn("false", **C)],

@@ -137,6 +137,22 @@ PARSED = [
         "shards make a b --seed 1",
     ),
     case(
+        "--{}: nothing is cut into tiles without --tile",
+        "shards make a b --stride 16",
+        "shards make a b --stride 16 --tile 32",
+    ),
+    case(
+        "--background: no tile is left out without --min_foreground",
+        "shards make a b --tile 32 --background slide",
+        "shards make a b --tile 32 --background slide --min_foreground 0.1",
+    ),
+    case(
+        "--{}: is not available for tiles; leave it out, or --tile",
+        "shards make a b --tile 32 --bits 12",
+        "shards make a b --tile 32",
+        "shards make a b --bits 12",
+    ),
+    case(
         "--{}: is for the preflight; add --nodes or --gpus",
         "shards check a --batch_size_per_gpu 8",
         "shards check a --batch_size_per_gpu 8 --nodes 1",
@@ -361,6 +377,18 @@ RUN = [
         "shards make {kinds} {tmp}/new",
         "shards make {kinds} {tmp}/deep --pixels 1xuint16",
         "shards make {kinds} {tmp}/new --pixels rgb8",
+    ),
+    case(
+        "scenes of several kinds: {}; --pixels {} takes those alone",
+        "shards make {kinds} {tmp}/new --tile 16",
+        "shards make {kinds} {tmp}/deep --tile 16 --pixels 1xuint16",
+        "shards make {kinds} {tmp}/new --tile 16 --pixels rgb8",
+    ),
+    case(
+        "--pixels {}: the scenes are {}; leave it out, or name that one",
+        "shards make {flat} {tmp}/new --tile 16 --pixels 2xuint16",
+        "shards make {flat} {tmp}/new --tile 16",
+        "shards make {flat} {tmp}/named --tile 16 --pixels 3xuint8",
     ),
     case(
         "{}: these images are {}, those of {} {}; --pixels {} takes them as such",

@@ -251,6 +251,11 @@ def images(folder: Path) -> None:
         Image.fromarray(deep).save(folder / "deep/a.png"),
         Image.fromarray(deep).save(folder / "deep/b.png"),
     )
+    (folder / "slides").mkdir()
+    for name, ground in (("a", 240), ("b", 150)):  # much white, as on a slide, and none
+        glass = np.full((40, 48, 3), ground, np.uint8)
+        glass[:, :24] = (190, 90, 160)
+        Image.fromarray(glass).save(folder / f"slides/{name}.png")
     (folder / "classes.txt").write_text("cow\nant\n")
     (folder / "recipe.yaml").write_text(f"arch: {ARCH}\ndrop_path_rate: 0.3\n")
     (folder / "defaults.yaml").write_text("partition: mine\nshared_dir: /shared\n")

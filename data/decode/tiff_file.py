@@ -29,13 +29,13 @@ def read_header(raw: bytes, wanted: Wanted) -> NativeHeader:
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what it then raises
     # Formats that would open other files beside this one are plain TIFF here.
     file = tifffile.TiffFile(io.BytesIO(raw), is_ome=False, is_mmstack=False, is_ndtiff=False)
-    pages = _pages(file, wanted.page)
+    pages = pages_of(file, wanted.page)
     first = pages[0]
     stored = np.dtype(first.dtype) if first.dtype is not None else None
     if stored is None:
         raise BadImage(f"{first.bitspersample} bits a sample are not supported")
     kind = dtype_of(stored)
-    height, width, samples = _shape(first)
+    height, width, samples = shape_of(first)
     channels = samples * len(pages)
     check_size(height, width, channels, stored, wanted)
     _check_chunk(first, stored, wanted)
@@ -50,10 +50,10 @@ def read_header(raw: bytes, wanted: Wanted) -> NativeHeader:
             values = (most - values.astype(np.int64)).astype(stored)
         return values
 
-    return NativeHeader(height, width, channels, kind, load, _nodata(first), len(pages))
+    return NativeHeader(height, width, channels, kind, load, nodata_of(first), len(pages))
 
 
-def _pages(file: Any, page: int | None) -> list[Any]:
+def pages_of(file: Any, page: int | None) -> list[Any]:
     """The page that is wanted, or those that are stacked."""
     if page is not None:
         try:
@@ -71,7 +71,7 @@ def _pages(file: Any, page: int | None) -> list[Any]:
     return pages if same else pages[:1]
 
 
-def _shape(page: Any) -> tuple[int, int, int]:
+def shape_of(page: Any) -> tuple[int, int, int]:
     """(height, width, samples)."""
     if page.axes not in ("YX", "YXS", "SYX"):
         raise BadImage(f"a page of axes {page.axes}: volumes are no images")
@@ -94,7 +94,7 @@ def _upright(page: Any, values: Values) -> Values:
     return values if page.axes == "YXS" else values[..., None]
 
 
-def _nodata(page: Any) -> float | None:
+def nodata_of(page: Any) -> float | None:
     tag = page.tags.get(GDAL_NODATA)
     try:
         value = float(str(tag.value).strip(" \0")) if tag is not None else None

@@ -5,11 +5,27 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from functools import lru_cache
+from collections import OrderedDict
 from typing import NamedTuple
 
 from xcit_dino.data.decode.rgb import BadImage
-from xcit_dino.data.io.storage import MAX_BYTES
+from xcit_dino.data.io.storage import MAX_BYTES, MAX_OPEN
+
+
+class Place(NamedTuple):
+    """Where a tile lies in its scene, in the scene's pixels; stored in the tile's ``.json``."""
+
+    scene: str
+    """Name of the scene: its path inside the source."""
+    scene_width: int
+    scene_height: int
+    x: int
+    y: int
+    """Of the tile's left upper corner."""
+    tile: int
+    """Side of the tile."""
+    stride: int
+    """Between the corners of neighboring tiles."""
 
 
 class Image(NamedTuple):
@@ -35,6 +51,8 @@ class Image(NamedTuple):
     """Split, if a list stores it."""
     target: Image | bytes | None = None
     """Its mask, or its boxes as JSON (``targets/boxes.py``), if it has one."""
+    place: Place | None = None
+    """Of a tile, in its scene."""
 
 
 def read_image(image: Image) -> bytes:
@@ -59,9 +77,18 @@ def read_image(image: Image) -> bytes:
         raise BadImage(f"cannot be read: {error}") from None
 
 
-@lru_cache(maxsize=64)
+_opened: OrderedDict[str, int] = OrderedDict()  # of this process, the last used at the end
+
+
 def _descriptor(path: str) -> int:
-    return os.open(path, os.O_RDONLY)
+    """Of an open file; those not used for long are closed."""
+    if path in _opened:
+        _opened.move_to_end(path)
+        return _opened[path]
+    if len(_opened) >= MAX_OPEN:
+        os.close(_opened.popitem(last=False)[1])
+    _opened[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return _opened[path]
 
 
 def _part(path: str, offset: int, size: int) -> bytes:

@@ -47,6 +47,7 @@ from xcit_dino.data.pack.targets.attach import Targets, attach_targets
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
 from xcit_dino.data.pixels import RGB8, PixelFormat
+from xcit_dino.data.scenes.cut import cut_scenes
 from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
@@ -79,12 +80,21 @@ def make(config: MakeConfig) -> int:
                 config = dataclasses.replace(config, labels=Path(NO_LABELS))
             _without_arrays(listing, config)
             parts = arrange(listing, config, src)
+            unusable: list[dict[str, Any]] = []
+            if config.tile is not None:
+                parts, config, unusable = cut_scenes(parts, config, work)
             config, lines = _with_kind(config, parts)
         except InputError:
             shutil.rmtree(work, ignore_errors=True)
             raise
+        except OSError as error:  # such as a full disk, while tiles or tables are copied
+            why = error.strerror or error
+            raise InputError(f"{error.filename or config.dst}: {why}; {GOES_ON}") from None
+        except KeyboardInterrupt:
+            print(f"{config.dst}: {GOES_ON}", file=sys.stderr)
+            raise
         # Of the source as a whole: they go into the first split's list.
-        problems, notes = listing.bad, listing.finished().notes + lines
+        problems, notes = listing.bad + unusable, listing.finished().notes + lines
         notes += [f"skipped: {count:,} {what}" for what, count in listing.skipped.most_common()]
         for split, part in parts.items():
             part.notes[:0] = notes

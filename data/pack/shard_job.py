@@ -149,6 +149,8 @@ def fingerprint(shards: list[Shard]) -> str:
         if targets := [_identity(image.target) for image in shard.images if image.target]:
             text = repr((targets, shard.masks))
             digest.update(text.encode("utf-8", "backslashreplace"))
+        if places := [tuple(image.place) for image in shard.images if image.place]:
+            digest.update(repr(places).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
 
@@ -242,6 +244,8 @@ def _samples(shard: Shard, work: Work, advance: Advance) -> Iterator[Sample]:
             work.bad.append({"source": printable(image.name), "reason": str(error)})
         else:
             meta = {"source": printable(image.name), "height": height, "width": width}
+            if image.place is not None:
+                meta |= image.place._asdict() | {"scene": printable(image.place.scene)}
             work.largest = max(work.largest, height * width)
             if shard.classes and label >= 0:
                 meta["class"] = shard.classes[label]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,6 +32,23 @@ def _check_pixels(config: MakeConfig | CheckConfig) -> None:
     for name in ("page", "nodata"):
         if config.pixels == "rgb8" and getattr(config, name) is not None:
             raise InputError(f"--{name}: has no effect with --pixels rgb8")
+
+
+def _check_tiles(config: MakeConfig) -> None:
+    """The options on large images."""
+    within(config, 8, 8192, "tile")
+    within(config, 1, 1 << 20, "stride")
+    within(config, 0, 1, "min_foreground")
+    if config.tile is None:
+        for name, default in (("stride", None), ("min_foreground", 0.0), ("background", "auto")):
+            if getattr(config, name) != default:
+                raise InputError(f"--{name}: nothing is cut into tiles without --tile")
+        return
+    if config.background != "auto" and not config.min_foreground:
+        raise InputError("--background: no tile is left out without --min_foreground")
+    for name in ("bits", "masks", "boxes"):
+        if getattr(config, name):
+            raise InputError(f"--{name}: is not available for tiles; leave it out, or --tile")
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,20 @@ class MakeConfig:
     """Images in a shard at most."""
     shard_bytes: float = 1e9
     """Bytes of source images in a shard at most (1e9 = 1 GB)."""
+    tile: int | None = None
+    """Cut the images, which are large scenes or slides, into square tiles with sides of this many
+    pixels; each knows its place in its scene. Scenes are read in parts, in bounded memory."""
+    stride: int | None = None
+    """Pixels from one tile to the next (default: --tile, so that they do not overlap). The last
+    tile of a row or column ends at the edge."""
+    min_foreground: float = 0.0
+    """Share of a tile's pixels, from 0 to 1, that must be neither no-data nor background; other
+    tiles are left out and counted."""
+    background: Literal["auto", "slide", "nodata"] = "auto"
+    """What is background: slide: whatever has less saturation than Otsu's threshold of the scene,
+    such as glass; nodata: only no-data, transparent pixels, and 0 in all channels of unsigned
+    integers without a no-data value. auto: slide for files of slide scanners and 8-bit RGB with
+    much white, which is printed; nodata for others."""
     resize: int | None = None
     """Shrink images whose shorter side is longer than this to it (bicubic), as JPEG, or, of other
     kinds than 8-bit RGB, as .npy without loss; smaller images and all without this option stay as
@@ -141,6 +172,7 @@ class MakeConfig:
                 "leave it out (training and evaluation resize both)"
             )
         _check_pixels(self)
+        _check_tiles(self)
         if self.bits is not None and self.pixels not in ("auto", "rgb8"):
             raise InputError("--bits: makes 8-bit images; without it --pixels keeps all bits")
         if self.quality != 90 and self.pixels not in ("auto", "rgb8"):
