@@ -2,7 +2,8 @@
 
 ``DST/features.npy`` float32 [N, D], one class token per image (not normalized);
 ``DST/images.csv`` the image of each row; ``DST/neighbours.png`` some images, each followed by
-those most similar to it. With ``--baselines`` also features and picture of a randomly
+those most similar to it. Of tiles (``shards make --tile``) also ``DST/maps/``, a map of each scene
+(``eval/pictures/scene_map.py``). With ``--baselines`` also features and picture of a randomly
 initialized network and of raw pixels. Labels are not needed.
 """
 
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.io.storage import open_source, read_origin
+from xcit_dino.data.io.storage import open_source, read_facts
+from xcit_dino.data.pack.image_file import Place
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EmbedConfig
@@ -28,12 +30,14 @@ from xcit_dino.eval.features import cached_features
 from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.pictures.false_color import check_shown
 from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
+from xcit_dino.eval.pictures.scene_map import place_of, write_maps
 from xcit_dino.eval.target import networks, resolve
 from xcit_dino.files import check_writable, unfinished_folder
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
-WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv")
+WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv"
+                     r"|maps(-random|-pixels)?")  # fmt: skip
 NEIGHBORS = 8
 COPY_ROWS = 1 << 16
 GAP = 16  # pixels between an image and its neighbors
@@ -55,6 +59,7 @@ def run(config: EmbedConfig) -> None:
     dst = config.dst or config.target.output_dir / "embeddings" / config.split
     dst = Path(os.path.abspath(dst))
     dist.from_main(lambda: check_free(dst))
+    places: list[Place | None] = []
     with unfinished_folder(dst) if world.is_main else nullcontext(dst) as unfinished:
         for network in networks(config.target, target):
             cache = cached_features(network, index, config.split, context)
@@ -71,7 +76,9 @@ def run(config: EmbedConfig) -> None:
                 picture = neighbors(index, samples, features, context, config)
                 Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
             if not ending:
-                write_names(index, samples, unfinished / "images.csv", context.loader)
+                places = write_names(index, samples, unfinished / "images.csv", context.loader)
+            if count := write_maps(features, places, unfinished / f"maps{ending}"):
+                print(f"{network.name}: maps of {count:,} scenes in {dst / f'maps{ending}'}")
             print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
     if world.is_main:
         print(f"features: {dst}", flush=True)
@@ -107,19 +114,29 @@ def copy_rows(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:
     return result
 
 
-def write_names(index: ShardIndex, samples: np.ndarray, path: Path, loader: LoaderConfig) -> None:
-    """Write one line per image: row, sample number, shard, key, original file, label,
-    class."""
+def write_names(
+    index: ShardIndex, samples: np.ndarray, path: Path, loader: LoaderConfig
+) -> list[Place | None]:
+    """Write one line per image: row, sample number, shard, key, original file, label, class, and
+    of a tile its scene and corner. Returns the places of tiles, None of other images."""
+    places: list[Place | None] = []
     source = open_source(index, loader)
     classes = index.classes or []
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
-        writer.writerow(("row", "sample", "shard", "key", "source", "label", "class"))
+        writer.writerow(("row", "sample", "shard", "key", "source", "label", "class",
+                         "scene", "x", "y"))  # fmt: skip
         for row, sample in enumerate(track(samples.tolist(), "names", len(samples), "images")):
             shard, label = index.locate(sample)[0], int(index.labels[sample])
             known = (label, classes[label] if label < len(classes) else "") if label >= 0 else ""
-            origin = read_origin(source, index, sample)
-            writer.writerow((row, sample, index.shards[shard], *origin, *(known or ("", ""))))
+            key, facts = read_facts(source, index, sample)
+            places.append(place := place_of(facts))
+            origin = (key, str(facts.get("source", "")))
+            corner = (place.scene, place.x, place.y) if place else ("", "", "")
+            writer.writerow(
+                (row, sample, index.shards[shard], *origin, *(known or ("", "")), *corner)
+            )
+    return places
 
 
 def neighbors(

@@ -123,19 +123,25 @@ def read_key(source: Source, shard: int, offset: int) -> str:
 def read_origin(source: Source, index: ShardIndex, sample: int) -> tuple[str, str]:
     """A sample's key, and the file that it was packed from: the ``source`` in the ``.json`` beside
     its image; "" for what the shard lacks."""
+    key, facts = read_facts(source, index, sample)
+    return key, str(facts.get("source", ""))
+
+
+def read_facts(source: Source, index: ShardIndex, sample: int) -> tuple[str, dict[str, Any]]:
+    """A sample's key, and what the ``.json`` beside its image says, where there is one."""
     shard, offset, size = index.locate(sample)
     start, behind = max(offset - BLOCK - JSON_BYTES, 0), offset + -(-size // BLOCK) * BLOCK
     end = min(behind + JSON_BYTES, int(index.shard_bytes[shard]))
     places = [(shard, start, offset - start), (shard, behind, max(end - behind, 0))]
     before, after = source.read_many(places)
     if isinstance(before, Unreadable):
-        return "", ""
+        return "", {}
     name = f"{raw_key(before)}.json".encode("utf-8", "surrogateescape")
-    facts = {}
+    facts: dict[str, Any] = {}
     for data in (before, after):
         if not isinstance(data, Unreadable):
             facts |= _facts_in(data, name)
-    return key_of(before), str(facts.get("source", ""))
+    return key_of(before), facts
 
 
 def _facts_in(blocks: bytes, name: bytes) -> dict[str, Any]:
