@@ -147,7 +147,7 @@ def test_parts_that_a_file_leaves_out_are_no_data(tmp_path: Path):
     tags = [(42113, "s", 0, "7", True)]
     values = noise(64, 64, 1, dtype="uint16")
     path = write(tmp_path / "a.tif", values, tile=(32, 32), compression="zlib", extratags=tags)
-    with tifffile.TiffFile(path, mode="r+b") as file:
+    with tifffile.TiffFile(path, mode="r+") as file:
         counts = file.pages.first.tags[325]
         counts.overwrite((0, *counts.value[1:]))
     window = read(path, 0, 0, 64, 64)[..., 0]
