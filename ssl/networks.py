@@ -48,14 +48,17 @@ class MultiCropNet(nn.Module):
         assert self.head is not None
         return self.head.last_layer
 
-    def forward(self, crops: Sequence[Tensor]) -> Outputs:
+    def forward(self, crops: Sequence[Tensor], *, freeze_backbone: bool = False) -> Outputs:
         """Run on groups of crops, each of one size, (V_i*B, C, H_i, W_i).
 
         The backbone runs once per size, the head's MLP once for all. The prototypes are applied in
         the loss, a few of them at a time.
+
+        freeze_backbone: keep none of its activations; it gets no gradients.
         """
         patches = self.projector is not None and self.projector.patch is not None
-        tokens = [tokens_of(self.backbone, group, patches) for group in crops]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_backbone):
+            tokens = [tokens_of(self.backbone, group, patches) for group in crops]
         features = [each.pooled for each in tokens]
         return Outputs(
             features,

@@ -59,7 +59,12 @@ def train_step(
         targets, features = teacher_targets(trainer, views[0], now)
         last = micro == len(batches) - 1
         passed = student_backward(
-            trainer, views, targets, loss_weight=1 / len(batches), sync_gradients=last
+            trainer,
+            views,
+            targets,
+            freeze_backbone=now.freeze_backbone,
+            loss_weight=1 / len(batches),
+            sync_gradients=last,
         )
         features = passed.features if features is None else features
         main = passed.terms.get("dino_loss", passed.loss)
@@ -69,8 +74,6 @@ def train_step(
     norms = optim.clip_gradients(student.parameters(), config.optim.clip_grad)
     if isinstance(now, DinoHyperparameters) and now.freeze_last_layer:
         student.prototypes.zero_grad(set_to_none=True)
-    if now.freeze_backbone:
-        student.backbone.zero_grad(set_to_none=True)
     skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
     state.optimizer.zero_grad(set_to_none=True)
     if dino_loss is not None:
@@ -117,6 +120,7 @@ def student_backward(
     views: list[Tensor],
     targets: Tensor | None,
     *,
+    freeze_backbone: bool,
     loss_weight: float = 1.0,
     sync_gradients: bool,
 ) -> StudentPass:
@@ -125,19 +129,21 @@ def student_backward(
     With ``--group_backward`` the backward pass of the global views runs before the local views
     start, so that only the activations of one group are kept: losses and gradients add up.
 
-    targets: of DINO's teacher; loss_weight: weight of this micro-batch's loss in the step;
-    sync_gradients: average gradients over ranks in the last of these backward passes.
+    targets: of DINO's teacher; freeze_backbone: only what follows the backbone gets gradients;
+    loss_weight: weight of this micro-batch's loss in the step; sync_gradients: average gradients
+    over ranks in the last of these backward passes.
     """
     rows = sum(map(len, views))
     if len({group.shape[-1] for group in views}) == 1:
         views = [torch.cat(views)]  # one size, one pass: batch-norm sees all, as in main_dino.py
     groups = [[group] for group in views] if trainer.config.speed.group_backward else [views]
     losses, found, features = [], [], None
+    student = trainer.student if freeze_backbone and not trainer.sharded else trainer.parallel
     for number, group in enumerate(groups, start=1):
         with trainer.sync_gradients(sync_gradients and number == len(groups)):
             tokens = trainer.frozen_targets(group)
             with autocast(trainer.world.device, trainer.dtype):
-                outputs = trainer.parallel(group)
+                outputs = student(group, freeze_backbone=freeze_backbone)
                 terms = trainer.terms(outputs, targets, tokens, rows=rows, local=number > 1)
             loss = torch.stack([trainer.weights[name] * term for name, term in terms.items()]).sum()
             trainer.state.scaler.scale(loss * loss_weight).backward()
@@ -145,6 +151,8 @@ def student_backward(
         found.append({name: term.detach() for name, term in terms.items()})
         features = outputs.features[0].detach() if features is None else features
     assert features is not None
+    if sync_gradients and student is not trainer.parallel:  # DDP waits for the backbone's
+        optim.average_gradients(student.parameters())
     total = {  # the first group has every term
         name: torch.stack([each[name] for each in found if name in each]).sum() for name in found[0]
     }
@@ -340,6 +348,7 @@ def replay_step(
             trainer,
             views,
             targets,
+            freeze_backbone=now.freeze_backbone,
             loss_weight=1 / len(batches),
             # without shards, a non-finite gradient is to stay on its rank
             sync_gradients=trainer.sharded,

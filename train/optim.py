@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.errors import InputError
-from xcit_dino.train.distributed.dist import all_reduce_sum
+from xcit_dino.train.distributed.dist import all_reduce_sum, world_size
 from xcit_dino.train.distributed.fsdp import is_shard, local
 
 NO_DECAY = ("temperature", "cls_token")
@@ -102,6 +102,13 @@ def clip_gradients(
         factors = (limit / (size + 1e-6)).clamp_(max=1.0)
         torch._foreach_mul_(gradients, list(factors.unbind()))
     return norms
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of full parameters over ranks, in place, as DistributedDataParallel
+    does; all ranks call this, with gradients of the same parameters."""
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        all_reduce_sum(gradient.div_(world_size()))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,10 @@ Tree = dict[str, Any]
 MAX_ENTRIES, MAX_DEPTH = 10**6, 32  # of nested dicts; checkpoints have thousands, in five levels
 METADATA = "metadata"  # attribute of a .pth's state dict
 PADDLE_NAMES = "StructuredToParameterName@@"  # an index of names that paddle.save adds
+COMMAND_LINE = [  # of official checkpoints; run under submitit, it has a Path
+    argparse.Namespace,
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+]
 
 
 def read(path: Path) -> Tree:
@@ -83,7 +87,7 @@ def metadata_of(tree: Any) -> dict[str, str]:
 def skim(path: Path) -> Any:
     """As :func:`read`, with tensors that stay on the disk in a torch file of the kind that can."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(COMMAND_LINE):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the older format, or a file that read() refuses with the reason
         return read(path)
@@ -123,8 +127,7 @@ def write_checked(
 
 
 def _read_torch(path: Path) -> Any:
-    # Official checkpoints contain their command line as an argparse.Namespace.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals(COMMAND_LINE):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -244,5 +247,8 @@ def _write_paddle(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def _first_sentence(error: Exception) -> str:
-    """The first sentence only: torch then recommends loading the file without protection."""
+    """The first sentence only: torch then recommends loading the file without protection. Of a
+    refused class or function the name."""
+    if refused := re.search(r"(?:GLOBAL|function|type) ([\w.]*\.[\w.]*\w)", str(error)):
+        return f"refused {refused[1]}"
     return re.split(r"\n|\. ", str(error).strip())[0] or "no message"

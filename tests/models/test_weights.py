@@ -30,7 +30,11 @@ from xcit_dino.models.weights.load import (
     load_backbone,
     load_linear,
 )
-from xcit_dino.models.weights.pretraining import find_pretraining, load_pretraining
+from xcit_dino.models.weights.pretraining import (
+    find_pretraining,
+    holds_pretraining,
+    load_pretraining,
+)
 from xcit_dino.models.zoo import create_model
 
 State = dict[str, Tensor]
@@ -232,9 +236,11 @@ def test_pretraining_goes_on_from_an_official_checkpoint(tmp_path: Path) -> None
         "teacher": b.state_dict(),
         "dino_loss": {"center": center},
         "epoch": 300,
-        "args": argparse.Namespace(arch="xcit_pico_6_p8"),
+        # run_with_submitit.py sets a Path
+        "args": argparse.Namespace(arch="xcit_pico_6_p8", output_dir=Path("/checkpoint/me/7")),
     }
     path = save(tmp_path / "checkpoint.pth", official)
+    assert holds_pretraining(path)
     student, teacher, ours = whole(3), whole(4), torch.zeros(16)
     taken = load_pretraining(path, student, teacher, ours)
     assert identical(student.state_dict(), a.state_dict())

@@ -1,6 +1,7 @@
 """Distillation without labels: targets and loss against plain ones, whole runs, refusals."""
 
 import copy
+import dataclasses
 import os
 
 import numpy as np
@@ -156,19 +157,21 @@ class Views:
 
 
 def stepped(world, options):
-    """Loss, student and teacher after two steps of four images, split over the ranks."""
+    """Loss, student and teacher after three steps of four images, split over the ranks; in the
+    first the backbone is frozen."""
     trainer = set_up(replace(PretrainConfig(), RANKS | options), world, torch.float32, "", 4)
     trainer.augment = Views()
     nothing, images = np.zeros(0, np.int64), slice(world.rank, None, world.size)
     losses = []
-    for number in range(2):
+    for number in range(3):
         generator = torch.Generator().manual_seed(number)
         crops = [
             torch.randn(n, 4, 3, side, side, generator=generator)[:, images]
             for n, side in ((2, 16), (3, 8))
         ]
         batch = Batch(number, 0, 0, nothing, nothing, torch.zeros(0), *crops)
-        metrics = train_step(trainer, [batch], NOW)
+        now = dataclasses.replace(NOW, freeze_backbone=number == 0)
+        metrics = train_step(trainer, [batch], now)
         losses.append(dist.all_reduce_mean(metrics["loss"]))
     state = fsdp.full_tensors(trainer.state.state_dict(), everywhere=True)
     return torch.stack(losses), copy.deepcopy((state["student"], state["teacher"]))

@@ -1,6 +1,7 @@
 """The real step against the plain one; interrupted runs against uninterrupted ones."""
 
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -174,11 +175,30 @@ def learned(trainer, batches, now):
         views = trainer.views(batch)
         targets, _ = teacher_targets(trainer, views[0], now)
         weight = 1 / len(batches)
-        losses.append(
-            student_backward(trainer, views, targets, loss_weight=weight, sync_gradients=False).loss
-        )
+        passed = student_backward(
+            trainer, views, targets, freeze_backbone=now.freeze_backbone, loss_weight=weight,
+            sync_gradients=False,
+        )  # fmt: skip
+        losses.append(passed.loss)
     gradients = {n: p.grad for n, p in trainer.student.named_parameters() if p.requires_grad}
     return torch.stack(losses), gradients, dict(trainer.student.named_buffers())
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_a_frozen_backbone_gets_no_backward_pass_and_the_head_the_same_gradients(groups):
+    """To the bit, with drop-path and batch-norm in training mode."""
+    options = TINY | {"drop_path_rate": 0.3, "norm_last_layer": False, "group_backward": groups}
+    now = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, False)
+    batches = [micro_batch(seed) for seed in range(2)]
+    trainers = [trainer_for(replace(PretrainConfig(), options), torch.float64) for _ in range(2)]
+    loss, want, _ = learned(trainers[0], batches, now)
+    got_loss, got, _ = learned(trainers[1], batches, dataclasses.replace(now, freeze_backbone=True))
+    assert torch.equal(got_loss, loss)
+    for name, gradient in got.items():
+        if name.startswith("backbone."):
+            assert gradient is None and want[name].abs().sum() > 0
+        else:
+            assert torch.equal(gradient, want[name]) and gradient.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize(
