@@ -139,6 +139,20 @@ def plain_koleo(views: list[Tensor], eps: float = 1e-8) -> Tensor:
     return total
 
 
+def plain_cross_covariance_attention(qkv: Tensor, temperature: Tensor) -> Tensor:
+    """Queries, keys and values (B, N, 3 h d) and (h, 1, 1) -> (B, N, h d), one head of one image
+    at a time."""
+    images = []
+    for image in qkv:
+        queries, keys, values = (x.chunk(len(temperature), dim=-1) for x in image.chunk(3, dim=-1))
+        heads = []
+        for q, k, v, scale in zip(queries, keys, values, temperature, strict=True):
+            cosine = F.normalize(q, dim=0).T @ F.normalize(k, dim=0)
+            heads.append(v @ F.softmax(cosine * scale, dim=-1).T)
+        images.append(torch.cat(heads, dim=-1))
+    return torch.stack(images)
+
+
 def parameter_groups(model: nn.Module) -> list[dict]:
     """No weight decay on biases, 1-D tensors, ``temperature`` and ``cls_token``."""
     decayed, plain = [], []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xcit_dino.errors import InputError
+from xcit_dino.models.cross_covariance import cross_covariance_attention
 
 LAYER_NORM_EPS = 1e-6
 CLASS_ATTENTION_LAYERS = 2
@@ -126,28 +127,8 @@ class CrossCovarianceAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
-        B, H, W, D = x_BHWD.shape
-        qkv = self.qkv(x_BHWD).view(B, H * W, 3, self.num_heads, D // self.num_heads)
-        # One copy puts tokens last: all norms and products reduce over them, in backward too.
-        q_BhdN, k_BhdN, v_BhdN = qkv.permute(2, 0, 3, 4, 1).contiguous().unbind(0)
-        x_BhdN = self._attention(q_BhdN, k_BhdN).to(v_BhdN.dtype) @ v_BhdN
-        return self.proj(x_BhdN.flatten(1, 2).transpose(1, 2).reshape(B, H, W, D))
-
-    def _attention(self, q_BhdN: Tensor, k_BhdN: Tensor) -> Tensor:
-        """(B, h, d, d) in float32; divides the small matrix by the norms instead of q and k."""
-        if q_BhdN.dtype == torch.float16:
-            # a sum over N tokens can exceed 65504; cosines do not depend on scale
-            shrink = q_BhdN.shape[-1] ** -0.5
-            q_BhdN, k_BhdN = q_BhdN * shrink, k_BhdN * shrink
-        norms = _channel_norms(q_BhdN).unsqueeze(-1) * _channel_norms(k_BhdN).unsqueeze(-2)
-        cosine = (q_BhdN @ k_BhdN.transpose(-2, -1)).to(norms.dtype) / norms
-        return (cosine * self.temperature).softmax(dim=-1)
-
-
-def _channel_norms(x_BhdN: Tensor) -> Tensor:
-    """(B, h, d): the norm of each channel over the tokens, accumulated in at least float32."""
-    dtype = torch.promote_types(x_BhdN.dtype, torch.float32)
-    return torch.linalg.vector_norm(x_BhdN, dim=-1, dtype=dtype).clamp_min(1e-12)
+        qkv_BNE = self.qkv(x_BHWD).flatten(1, 2)
+        return self.proj(cross_covariance_attention(qkv_BNE, self.temperature)).view(x_BHWD.shape)
 
 
 class XCABlock(nn.Module):
@@ -213,14 +194,20 @@ class ClassAttention(nn.Module):
         """tokens: (B, 1 + N, D), class token first. Returns its update (B, 1, D) and the
         attention (B, h, 1, 1 + N), whose rows sum to 1."""
         B, _, D = tokens.shape
-        weight_q, weight_kv = self.qkv.weight.split((D, 2 * D))
-        bias_q, bias_kv = self.qkv.bias.split((D, 2 * D))
-        q = F.linear(tokens[:, :1], weight_q, bias_q).view(B, 1, self.num_heads, -1).transpose(1, 2)
-        kv = F.linear(tokens, weight_kv, bias_kv).view(B, -1, 2, self.num_heads, q.shape[-1])
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        update = (attention.to(v.dtype) @ v).transpose(1, 2).reshape(B, 1, D)
-        return self.proj(update), attention
+        weight_q, weight_k, weight_v = self.qkv.weight.chunk(3)
+        bias_q, bias_k, bias_v = self.qkv.bias.chunk(3)
+        heads = (self.num_heads, D // self.num_heads)
+        q_Bhd = F.linear(tokens[:, 0], weight_q, bias_q).unflatten(1, heads) * heads[1] ** -0.5
+        # q . (W_k x + b) = (W_k^T q) . x + q . b, and the weights of the mean of W_v x sum to 1:
+        # one product for each head with the tokens themselves, none that makes keys and values
+        q_hBd, tokens = q_Bhd.transpose(0, 1), tokens.to(q_Bhd.dtype)
+        asked_BhD = (q_hBd @ weight_k.unflatten(0, heads)).transpose(0, 1)
+        constant_Bh1 = (q_hBd @ bias_k.view(*heads, 1)).transpose(0, 1)
+        attention = (asked_BhD @ tokens.transpose(1, 2) + constant_Bh1).softmax(dim=-1)
+        mean_BhD = attention.to(asked_BhD.dtype) @ tokens
+        update_hBd = mean_BhD.transpose(0, 1) @ weight_v.unflatten(0, heads).transpose(1, 2)
+        update = update_hBd.transpose(0, 1).flatten(1) + bias_v
+        return self.proj(update.unsqueeze(1)), attention.unsqueeze(2)
 
 
 class ClassAttentionBlock(nn.Module):

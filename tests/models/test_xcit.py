@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.reference import plain_cross_covariance_attention
 from xcit_dino.errors import InputError
+from xcit_dino.models.cross_covariance import cross_covariance_attention
 from xcit_dino.models.xcit import XCiT, residual
 from xcit_dino.models.zoo import create_model
 
@@ -180,10 +182,40 @@ def test_cross_covariance_attention_under_bfloat16_autocast() -> None:
 
 
 def test_attention_survives_float16_sums_and_empty_channels() -> None:
-    attention = create_model("xcit_pico_6_p4").blocks[0].attn
-    large = torch.full((1, 4, 20, 900), 12.0, dtype=torch.float16)  # 12 * 12 * 900 > 65504
-    assert attention._attention(large, large).isfinite().all()
-    assert attention._attention(large * 0, large).isfinite().all()
+    qkv = torch.full((1, 900, 3 * 80), 12.0, dtype=torch.float16)  # 12 * 12 * 900 > 65504
+    qkv[..., :5] = 0
+    qkv.requires_grad_()
+    attended = cross_covariance_attention(qkv, torch.ones(4, 1, 1))
+    assert attended.isfinite().all()
+    attended.sum().backward()
+    assert qkv.grad is not None and qkv.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_attention_equals_the_plain_twin_with_its_gradients(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, tokens, 3 * 10, dtype=torch.float64, generator=generator)
+    temperature = torch.rand(2, 1, 1, dtype=torch.float64, generator=generator) + 0.5
+    weight = torch.randn(3, tokens, 10, dtype=torch.float64, generator=generator)
+    found = []
+    for attend in (cross_covariance_attention, plain_cross_covariance_attention):
+        leaves = [x.clone().requires_grad_() for x in (qkv, temperature)]
+        attended = attend(*leaves)
+        found.append((attended, *torch.autograd.grad((attended * weight).sum(), leaves)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(cross_covariance_attention(qkv, temperature), found[1][0])
+
+
+def test_a_compiled_block_has_the_gradients_of_an_eager_one() -> None:
+    block = create_model("xcit_pico_6_p4").blocks[0].train()
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)
+    tokens, found = torch.randn(2, 3, 3, 80), []
+    for each in (block, compiled):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            each(tokens).square().mean().backward()
+        found.append({name: p.grad for name, p in block.named_parameters()})
+    torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=1e-4)
 
 
 def test_drop_path_skips_images_and_keeps_the_mean() -> None:
