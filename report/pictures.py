@@ -15,6 +15,7 @@ from PIL import Image
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
+from xcit_dino.eval.dense.colors import class_colors, painted
 from xcit_dino.eval.pictures import render
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
@@ -23,10 +24,12 @@ from xcit_dino.report.images import Images, tile, wide_tile
 from xcit_dino.report.neighbors import confusions, feature_map, nearest
 from xcit_dino.report.page import Section
 from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.supervised.segment.predict import predicted_masks
 from xcit_dino.train.run.reader import Run
 from xcit_dino.train.state import newest_checkpoint
 
 VIDEOS = 6  # whose masks are shown
+MASK_PHOTOS = 6  # whose masks are shown
 CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
 
@@ -44,6 +47,8 @@ def sections_of(
     images = Images(run, show_channels)
     shown, reasons = [], dict[str, list[str]]()
     for part in parts:
+        if part.data is segmentation and run.kind != "segment":
+            continue
         try:
             shown.append(dataclasses.replace(part, data=part.data(images)))
         except Exception as reason:  # damaged files never prevent a report
@@ -110,6 +115,18 @@ def propagated(images: Images) -> dict[str, Any]:
     return {"summary": "", "groups": groups}
 
 
+def segmentation(images: Images) -> dict[str, Any]:
+    """Validation photos, their masks and the predicted ones."""
+    run = images.run
+    shown, names = predicted_masks(run.folder, images.options, MASK_PHOTOS)
+    colors = class_colors(len(names))
+    rows = [[p, painted(p, mask, colors), painted(p, guess, colors)] for p, mask, guess in shown]
+    data = one_card(rows, ["photo", "mask", "predicted"])
+    legend = (f"{name} #{r:02x}{g:02x}{b:02x}" for name, (r, g, b) in zip(names, colors.tolist(),
+                                                                        strict=True))  # fmt: skip
+    return data | {"summary": "Classes: " + ", ".join(list(legend)[:30])}
+
+
 def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -> dict[str, Any]:
     """Data of templates/tiles: rows of images under the same captions, large where they are few."""
     count = len(captions)
@@ -120,6 +137,13 @@ def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -
 
 
 PARTS = (
+    Section(
+        "Predicted masks",
+        "tiles",
+        segmentation,
+        "Validation images, the classes of their pixels and the predicted ones; pixels that do not "
+        "count are not colored.",
+    ),
     Section(
         "What the network sees",
         "tiles",

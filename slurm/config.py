@@ -15,7 +15,9 @@ from xcit_dino.options import options
 from xcit_dino.paths import Location
 
 Cluster = Literal["slurm", "local", "debug"]
-RESUMES = frozenset({"pretrain", "finetune", "distill"})  # save a checkpoint on a stop signal
+RESUMES = frozenset(  # save a checkpoint on a stop signal
+    {"pretrain", "finetune", "distill", "segment"}
+)
 
 
 @dataclass(frozen=True)

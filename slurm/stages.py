@@ -30,12 +30,13 @@ from xcit_dino.slurm.config import (
 from xcit_dino.train.config import RunConfig
 
 STAGES = tuple(  # in the order in which they run
-    "pretrain embed duplicates knn linear evaluate propagate finetune distill report".split()
+    "pretrain embed duplicates knn linear evaluate propagate finetune distill segment report".split()
 )
 ENTRIES = {  # not the commands' `main`, which would replace the job's signal handlers
     "pretrain": "xcit_dino.ssl.pretrain:pretrain_with_knn",
     "finetune": "xcit_dino.supervised.finetune:finetune",
     "distill": "xcit_dino.supervised.distill:distill",
+    "segment": "xcit_dino.supervised.segment.train:segment",
 }
 
 

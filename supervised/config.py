@@ -306,7 +306,7 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
     """Defaults, overridden by the run folder to start from, then the recipe, then the flags."""
     file, argv = pop_path(argv, "config")
     folder = pop_path(argv, "pretrained_weights")[0]
-    known = _run_options(folder)
+    known = passed_on(folder)
     arch = pop_option(argv, "arch")[0] or known.get("arch") or base.model.arch
     path = file or recipe_path(kind, arch)
     config = replace(base, known, source=f"{folder}/config.yaml")
@@ -345,9 +345,9 @@ def refuse_pillow(before: Config, config: Config) -> None:
         )
 
 
-def _run_options(folder: Path | None) -> dict[str, Any]:
+def passed_on(folder: Path | None) -> dict[str, Any]:
     """What a run folder passes on to its continuation: the arch and the location of the data."""
     path = folder / "config.yaml" if folder else None
     options = read_yaml(path) if path and path.is_file() else {}
-    passed_on = ("arch", "data_path", "shard_url", "bands")
-    return {name: options[name] for name in passed_on if options.get(name)}
+    names = ("arch", "data_path", "shard_url", "bands")
+    return {name: options[name] for name in names if options.get(name)}

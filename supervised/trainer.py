@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.data.native.scaling import resolve_scaling
+from xcit_dino.data.native.scaling import Given, resolve_scaling
 from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.eval.context import resolve_input_settings, run_options
 from xcit_dino.files import file_checksum
@@ -113,11 +113,25 @@ def say_average(decay: float, steps: int) -> None:
 
 
 def with_input_settings(config: Config, form: PixelFormat) -> Config:
-    """The options with ``--window``, ``--mean`` and ``--std`` filled in: those of the run being
-    resumed, else of the weights to start from, else of the data, which of 8-bit RGB are ImageNet's;
-    see ``data/native/scaling.py``.
+    """The options with ``--window``, ``--mean`` and ``--std`` filled in; see
+    :func:`resolved_scaling`."""
+    if dist.is_main() and not form.is_rgb8 and config.regularization.uses_pillow:
+        print(
+            f"--aa, --color_jitter: off, as timm's operations are for 8-bit RGB, and the images "
+            f"are {form.name}",
+            flush=True,
+        )
+    return replace(config, resolved_scaling(config, config.regularization, form))
 
-    form: of the images, once ``--bands`` are picked.
+
+def resolved_scaling(config: Any, given: Given, form: PixelFormat) -> dict[str, Any]:
+    """The options ``window``, ``mean`` and ``std``: as given, else those of the run being resumed,
+    else of the weights to start from, else of the data, which of 8-bit RGB are ImageNet's; see
+    ``data/native/scaling.py``.
+
+    Args:
+        config: with the sections ``run``, ``model`` and ``start``.
+        form: of the images, once ``--bands`` are picked.
 
     Raises:
         InputError: another number of values than the images have channels.
@@ -129,19 +143,13 @@ def with_input_settings(config: Config, form: PixelFormat) -> Config:
     elif start.pretrained_weights is not None:
         path = weights_file(start.pretrained_weights, "--pretrained_weights")
         settings = resolve_input_settings(arch, path, start.checkpoint_key)
-    scaling = resolve_scaling(config.regularization, form, settings, same_data=resumed)
+    scaling = resolve_scaling(given, form, settings, same_data=resumed)
     if dist.is_main():
         for line in scaling.lines:
             print(line, flush=True)
         if scaling.mean != IMAGENET_MEAN:
             print(f"images are normalized by mean {scaling.mean}, std {scaling.std}", flush=True)
-        if not form.is_rgb8 and config.regularization.uses_pillow:
-            print(
-                f"--aa, --color_jitter: off, as timm's operations are for 8-bit RGB, and the "
-                f"images are {form.name}",
-                flush=True,
-            )
-    return replace(config, scaling.options)
+    return scaling.options
 
 
 def build_model(

@@ -74,6 +74,13 @@ BASES["distill"] = BASES["finetune"] | {
 }  # fmt: skip
 
 
+BASES["segment"] = {
+    "output_dir": "new", "data_path": "masked", "arch": ARCH, "epochs": "2",
+    "batch_size_per_gpu": "4", "warmup_epochs": "1", "crop_size": "32", "num_workers": "0",
+    "precision": "fp32", "device": "cpu", "log_every": "1", "shuffle_window": "2",
+}  # fmt: skip
+
+
 # -- what befalls a command ------------------------------------------------------------------------
 
 
@@ -331,6 +338,67 @@ DISTILL: Cases = FINETUNE | {
         turn("3", **W, given={"distillation_type": "symmetric"}),
         refused("3", by="--distillation_tau"),
     ],
+}  # fmt: skip
+
+ONE_RATE = {"lrs": "0.01"}
+TUNED = {"finetune": "true"} | ONE_RATE
+FPN = {"head": "fpn"}
+MASKED_URL = "file://{here}/masked/train"
+MASKED_BANDS = {"data_path": "masked5"}
+MASKED_CACHE = {"shard_url": MASKED_URL, "cache_dir": "copies"}
+SEGMENT: Cases = {
+    name: turns
+    for name, turns in RUN.items()
+    if name not in ("warmup_lr", "weight_decay_end", "layer_decay")
+} | {
+    "batch_size_per_gpu": [turn("2", **W)],
+    "fsdp": [refused("true", by="--fsdp")],
+    "arch": [turn("xcit_pico_6_p8", **W)],
+    "drop_path_rate": [turn("0.5", **W, given=TUNED), refused("0.5", by="--drop_path_rate")],
+    "lr": [turn("0.02", **W, given=FPN), refused("0.02", by="--lr")],
+    "may_change": [turn("lrs", shows="code", before={"lrs": "0.02"}, given=ONE_RATE)],
+    "last_batch": [turn("wrap", shows="metrics", given={"batch_size_per_gpu": "3"})],
+    "bands": [
+        turn("4 3 2", "2 3 4", "1", **W, given=MASKED_BANDS),
+        refused("4 6", by="channels 1 to 5", given=MASKED_BANDS),
+        refused("1", by="8-bit RGB"),
+    ],
+    "window": [
+        turn("0 200", **W),
+        refused("9 3", by="must be below"),
+        turn("0 p90", "p10 p90", "0 9 0 9 0 9 0 9 0 90", **W, given=MASKED_BANDS),
+    ],
+    "config": [turn("recipe.yaml", **W, given=TUNED)],
+    "max_bad_fraction": [turn("1", shows="code", given={"data_path": "masked3"})],
+    "data_path": [turn("masked2", **W), refused("data", by="neither masks nor boxes")],
+    "shard_url": [refused("file://{here}/masked/train-x", by="--max_bad_fraction")],
+    "cache_dir": [turn("copies", shows="files", given={"shard_url": MASKED_URL})],
+    "cache_gb": [
+        turn("6e-5", shows="files", given=MASKED_CACHE | {"shuffle_window": "1"}),
+        refused("1e-6", by="--cache_gb", given=MASKED_CACHE),
+    ],
+    "pretrained_weights": [turn("run", "other", **W)],
+    "checkpoint_key": [
+        turn("student", **W, given={"pretrained_weights": "run"}),
+        refused("model", "model_ema", by="contains no model", given={"pretrained_weights": "run"}),
+    ],
+    "lrs": [turn("0.02", "0.01 0.02", **W), refused("0.02", by="--lrs", given=FPN)],
+    "power": [turn("2", **W)],
+    "head": [turn("fpn", "upernet", **W)],
+    "finetune": [turn("true", **W, given=ONE_RATE), refused("true", by="--finetune")],
+    "taps": [turn("3", "2 3", **W), refused("9", by="--taps 9")],
+    "crop_size": [turn("48", **W)],
+    "resize_size": [turn("40", **W)],
+    "scale": [turn("1 1", **W)],
+    "cat_max_ratio": [turn("0.01", **W)],
+    "hflip": [turn("0", **W)],
+    "color_jitter": [turn("0 0.5 0.5", "0.125 0 0.5", "0.125 0.5 0", **W)],
+    "auxiliary_weight": [turn("3", **W, given={"head": "upernet"}),
+                         refused("3", by="--auxiliary_weight")],
+    "stride": [turn("0.3", shows="calls")],
+    "eval_every": [turn("1", shows="metrics")],
+    "mean": [turn("0.5 0.5 0.5", **W)],
+    "std": [turn("0.5 0.5 0.5", **W)],
 }  # fmt: skip
 
 
@@ -632,6 +700,7 @@ CASES: dict[str, Cases] = {
     "evaluate": EVALUATE,
     "finetune": FINETUNE,
     "distill": DISTILL,
+    "segment": SEGMENT,
     "attention": ATTENTION,
     "embed": EMBED,
     "duplicates": DUPLICATES,

@@ -44,6 +44,7 @@ SMALL = {
     "--out_dim 32 --head_hidden_dim 16 --head_bottleneck_dim 8 --knn_every 1",
     "finetune": FINETUNE,
     "distill": FINETUNE,
+    "segment": f"{TRAINING} --crop_size 32",
     "launch": "--dry_run true",
     "shards": "--num_workers 1",
 }
@@ -139,6 +140,10 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tar.add("photos", "photos")
         targets(folder)
         videos(folder)
+        done(
+            "shards make camvid shards/street --masks masks --mask_classes camvid "
+            "--num_workers 1".split()
+        )
         (folder / "configs").symlink_to(ROOT / "configs")
         done("shards make photos shards/imagenet --num_workers 1".split())
         for part in ("train", "test"):

@@ -27,6 +27,7 @@ from tests.option_cases import (
     EVALUATE,
     EXCEPTIONS,
     FINETUNE,
+    RUN,
 )
 from tests.turning import Outcome, Turn, done, fresh, run, words_of
 from xcit_dino.cli import COMMANDS, load
@@ -35,10 +36,10 @@ from xcit_dino.slurm.config import LaunchConfig
 
 POSITIONAL = ("src", "checkpoint", "runs", "run", "dst")
 ELSEWHERE = {"launch": "test_launch_options.py"}  # turns every option of that command
-RECIPES = ("pretrain", "finetune", "distill")  # take --config
+RECIPES = ("pretrain", "finetune", "distill", "segment")  # take --config
 # Turned by make faults only: options whose code another command shares, and what takes minutes.
 REPEATED = {"finetune": FINETUNE, "distill": DISTILL, "evaluate": EVALUATE}
-REPEATED |= {"linear": EVAL_TARGET, "embed": EVAL_TARGET}
+REPEATED |= {"segment": RUN, "linear": EVAL_TARGET, "embed": EVAL_TARGET}
 
 
 def options_of(command: str) -> dict[str, Any]:
@@ -163,8 +164,10 @@ def outcomes(things: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
     """Note calls whose arguments change how a thing is computed, and not what comes out."""
     from xcit_dino.data import loader, parallel
+    from xcit_dino.data.targets import loader as targets
     from xcit_dino.eval import context, knn
     from xcit_dino.models import xcit
+    from xcit_dino.supervised.segment import evaluation
 
     def watch(owner: Any, name: str, facts: Any, instead: Any = None) -> None:
         inner = getattr(owner, name)
@@ -178,6 +181,9 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
     watch(loader, "run_tasks", lambda work, tasks, config, ring: (
         config.num_workers, config.prefetch_factor, [tuple(view.shape) for view in ring.views(0)],
         getattr(work, "resize", 0)))  # fmt: skip
+    watch(targets, "run_tasks", lambda work, tasks, config, ring: (
+        config.num_workers, config.prefetch_factor))  # fmt: skip
+    watch(evaluation, "window_starts", lambda *sides: sides)
     watch(parallel, "ProcessPoolExecutor", lambda workers, *_: workers)
     watch(xcit, "checkpointed", lambda *_: "")
     watch(torch.Tensor, "backward", lambda *_: "")
@@ -208,6 +214,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done(command.split())
         make_set(folder / "bands", 5, "uint16", train=26, size=32)
         video(folder)
+        scenes(folder)
         foreign(folder)
         trained(folder)
         launched(folder)
@@ -279,6 +286,36 @@ def video(folder: Path) -> None:
     shutil.copytree(folder / "video/davis", folder / "video/davis2")
     (folder / "video/davis2/JPEGImages/480p/a/4.jpg").unlink()
     (folder / "video/davis2/Annotations/480p/a/4.png").unlink()
+
+
+def scenes(folder: Path) -> None:
+    """Images whose left half, or in ``masked2`` upper half, is of another class; two of ``masked3``
+    cannot be read, those of ``masked5`` have five channels of 12 bits."""
+    numbers = np.random.default_rng(1)
+    for name in ("masked", "masked2", "masked3", "masked5"):
+        for n in range(12):
+            split = "train" if n < 8 else "val"
+            half = np.s_[: 16 + n] if name == "masked2" else np.s_[:, : 20 + n]
+            mask = np.zeros((40, 48), np.uint8)
+            mask[half] = 1
+            for kind in ("images", "masks"):
+                (folder / f"{name}-src/{kind}/{split}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(folder / f"{name}-src/masks/{split}/{n}.png")
+            path = folder / f"{name}-src/images/{split}/{n}.png"
+            if name == "masked5":
+                deep = numbers.integers(0, 3000, (40, 48, 5), dtype=np.uint16)
+                deep[half] += 1000
+                np.save(path.with_suffix(".npy"), deep)
+                continue
+            pixels = numbers.integers(0, 140, (40, 48, 3), dtype=np.uint8)
+            pixels[half] += 90
+            Image.fromarray(pixels).save(path)
+            if name == "masked3" and n < 2:
+                path.write_bytes(path.read_bytes()[:1200])
+        done(
+            f"shards make {name}-src {name} --masks masks --mask_classes classes.txt "
+            "--shard_size 2 --verify false --num_workers 1".split()
+        )
 
 
 def foreign(folder: Path) -> None:

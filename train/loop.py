@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.errors import Stopped, warn
 from xcit_dino.options import absolute, dump_yaml
 from xcit_dino.train import memory, signals
@@ -30,7 +29,7 @@ from xcit_dino.train.run.rollback import RollBack, roll_back
 from xcit_dino.train.schedules import Schedule
 from xcit_dino.train.state import Checkpoints, TrainState, load_checkpoint
 from xcit_dino.train.watchdog import Watchdog
-from xcit_dino.train.worker_restart import restarting_workers
+from xcit_dino.train.worker_restart import StepLoader, restarting_workers
 
 
 class Diagnostics(Protocol):
@@ -54,11 +53,11 @@ class Training:
     config: Any
     """Of the whole run, with a section ``run``."""
     state: TrainState
-    loader: CropLoader
+    loader: StepLoader
     schedule: Schedule
-    train_step: Callable[[Sequence[Batch], Any], dict[str, Tensor]]
+    train_step: Callable[[Sequence[Any], Any], dict[str, Tensor]]
     """(this rank's micro-batches, the step's hyperparameters) -> scalars on the device."""
-    replay_step: Callable[[int, Sequence[Batch]], Tensor]
+    replay_step: Callable[[int, Sequence[Any]], Tensor]
     """Repeat forward and backward passes of a finished step, counted from 1; returns its loss."""
     smaller_options: str
     """Options that reduce the memory per image, for the out-of-memory message."""

@@ -13,14 +13,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.io.storage import open_source, read_key
-from xcit_dino.data.loader import Batch
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import RunError, warn
 from xcit_dino.train.async_copy import first_nonfinite
@@ -29,6 +30,15 @@ from xcit_dino.train.distributed.fsdp import local
 from xcit_dino.train.run.rollback import RollBack
 
 ADVICE = "try --precision bf16 or fp32, a lower --lr, or a smaller --clip_grad"
+
+
+class Batch(Protocol):
+    """A micro-batch of any method."""
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """The samples that were read."""
+        ...
 
 
 class Flag(NamedTuple):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
+from typing import Any, Protocol
 
-from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.shards.index import ShardIndex, is_url
 from xcit_dino.errors import RunError, warn
 from xcit_dino.train.state import TrainState
@@ -15,7 +15,19 @@ from xcit_dino.train.state import TrainState
 MAX_DEATHS = 3
 
 
-def restarting_workers(loader: CropLoader, state: TrainState) -> Iterator[list[Batch]]:
+class StepLoader(Protocol):
+    """A loader of a training: iterates over the optimizer steps from ``start_step`` on."""
+
+    index: ShardIndex
+    start_step: int
+    wait_seconds: float
+
+    def __iter__(self) -> Generator[list[Any]]:
+        """This rank's micro-batches of each step."""
+        ...
+
+
+def restarting_workers(loader: StepLoader, state: TrainState) -> Iterator[list[Any]]:
     """Yield the loader's steps from ``state.step`` on; if a worker process dies, restart the
     workers.
 

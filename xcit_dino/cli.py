@@ -68,6 +68,11 @@ COMMANDS = {
         "supervised.distill:main",
         "train a classifier with a teacher",
     ),
+    "segment": Command(
+        "supervised.segment.config:segment_config",
+        "supervised.segment.train:main",
+        "semantic segmentation: linear probe, Semantic FPN or UperNet on a backbone",
+    ),
     "attention": Command(
         "eval.config:AttentionConfig",
         "eval.pictures.attention:run",

@@ -95,8 +95,8 @@ class InputSettings:
     def from_run(options: Mapping[str, Any]) -> InputSettings | None:
         """Settings of the network trained with these options; None if they are not the options of
         a training."""
-        size = options.get("input_size") or options.get("global_crops_size")
-        if size is None:
+        sides = map(options.get, ("input_size", "global_crops_size", "crop_size"))
+        if (size := next(filter(None, sides), None)) is None:
             return None
         mean = tuple(options.get("mean") or IMAGENET_MEAN)
         low, high = window_bounds(options.get("window"))

@@ -14,12 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.crops import RESIZES, center_geometry
-from xcit_dino.data.decode.native import (
-    NativeHeader,
-    Values,
-    decode_native,
-    read_native_header,
-)
+from xcit_dino.data.decode.native import NativeHeader, Values, decode_native, read_native_header
 from xcit_dino.data.pixels import PixelFormat
 
 
@@ -39,16 +34,22 @@ class NativeImages:
         """Raises BadImage: damaged, or not of the set's kind."""
         return read_native_header(raw, self.form)
 
+    def pixels(self, raw: bytes, header: NativeHeader) -> Values:
+        """[H, W, C] in the set's own type.
+
+        Raises:
+            BadImage: damaged.
+        """
+        pixels = decode_native(raw, header, self.form)
+        return pixels[..., self.channels] if self.channels else pixels
+
     def values(self, raw: bytes, header: NativeHeader) -> Tensor:
         """float32 [1, C, H, W], in the data's own units.
 
         Raises:
             BadImage: damaged.
         """
-        pixels = decode_native(raw, header, self.form)
-        if self.channels:
-            pixels = pixels[..., self.channels]
-        return as_tensor(pixels)
+        return as_tensor(self.pixels(raw, header))
 
     def cut_crops(
         self, raw: bytes, header: NativeHeader, boxes: NDArray[np.int64], outputs: list[Tensor]

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.decode.rgb import BadImage, Pixels, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import BadImage, Scratch, decode, read_header
 from xcit_dino.data.io.remote import Unreadable
 from xcit_dino.data.io.storage import Source, open_source, read_key
+from xcit_dino.data.native.crops import NativeImages
 from xcit_dino.data.plan import Plan, rank_slice
 from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
@@ -40,8 +41,10 @@ class Key(NamedTuple):
     sample: int
 
 
+Pixels = NDArray[Any]
+"""[H, W, C]: uint8, or the set's own type (``data/pixels.py``)."""
 Transform = Callable[[Pixels, Mask | Boxes, Key], Any]
-"""(uint8 pixels [H, W, C], target, key) -> what the method needs of a sample, as numpy arrays."""
+"""(the pixels, target, key) -> what the method needs of a sample, as numpy arrays."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,18 @@ class TargetWork:
     """Reads and transforms the samples of a task, in a worker."""
 
     def __init__(
-        self, index: ShardIndex, source: Source, transform: Transform, seed: int, substitute: bool
+        self,
+        index: ShardIndex,
+        source: Source,
+        transform: Transform,
+        seed: int,
+        substitute: bool,
+        bands: Sequence[int] = (),
     ) -> None:
         self.index, self.source, self.transform = index, source, transform
         self.seed, self.substitute = seed, substitute
         self.scratch = Scratch()
+        self.native = None if index.pixels.is_rgb8 else NativeImages(index.pixels, bands)
         self.classes = len(index.target_classes) if index.target_classes else None
 
     def __getitem__(self, task: Task) -> _Done:
@@ -108,13 +118,18 @@ class TargetWork:
                     raise part
             if not target:
                 raise BadImage(f"no {self.index.targets or 'target'}")
-            pixels = decode(image, read_header(image), self.scratch)
+            pixels = self._pixels(image)
             assert self.index.targets is not None
             decoded = decode_target(self.index.targets, target)
             check_target(decoded, pixels.shape[0], pixels.shape[1], self.classes)
             return self.transform(pixels, decoded, key), ""
         except (Unreadable, BadImage) as reason:
             return None, str(reason)
+
+    def _pixels(self, image: bytes) -> Pixels:
+        if self.native is None:
+            return decode(image, read_header(image), self.scratch)
+        return self.native.pixels(image, self.native.header(image))
 
     def _bad(self, sample: int, reason: str) -> tuple[int, str, str]:
         shard, offset, _ = self.index.locate(sample)
@@ -175,7 +190,9 @@ class TargetLoader:
 
     def __iter__(self) -> Generator[list[TargetBatch]]:
         source = open_source(self.index, self.config)
-        work = TargetWork(self.index, source, self.transform, self.plan.seed, substitute=True)
+        work = TargetWork(
+            self.index, source, self.transform, self.plan.seed, True, self.config.bands
+        )
         with closing(_results(work, self._tasks(), self.config)) as results:
             while True:
                 begin = time.perf_counter()
@@ -222,7 +239,7 @@ def one_pass(
     quarantine = Quarantine(
         run_folder, rank=0, num_samples=index.num_samples, max_bad_fraction=config.max_bad_fraction
     )
-    work = TargetWork(index, open_source(index, config), transform, 0, substitute=False)
+    work = TargetWork(index, open_source(index, config), transform, 0, False, config.bands)
     tasks = (Task(0, np.array([sample], np.int64)) for sample in samples)
     with closing(_results(work, tasks, config)) as results:
         for done in results:

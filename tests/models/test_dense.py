@@ -14,7 +14,7 @@ from xcit_dino.models.zoo import create_model
 def hooked(module: nn.Module) -> list[torch.Tensor]:
     """Collects what a module returns."""
     seen: list[torch.Tensor] = []
-    module.register_forward_hook(lambda _, __, out: seen.append(out))
+    module.register_forward_hook(lambda _, __, out: seen.append(out))  # pyright: ignore
     return seen
 
 

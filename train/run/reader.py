@@ -27,13 +27,18 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "finetune": "Finetuned",
     "distill": "Distilled",
     "evaluate": "Classifier",
+    "segment": "Segmentation, mean IoU",
     "knn-few": "k-NN, few labels",
     "linear-few": "Linear probe, few labels",
     "duplicates": "Near-duplicates",
     "propagate": "Video propagation, J&F",
 }
-CONTINUED = ("finetune", "distill")  # folders inside a run that continue it
-HEADLINES = {"top1": "top-1", "j_and_f": "J&F"}  # metric of a headline -> its name
+CONTINUED = ("finetune", "distill", "segment")  # folders inside a run that continue it
+HEADLINES = {
+    "top1": "top-1",
+    "j_and_f": "J&F",
+    "miou": "mean IoU",
+}  # metric of a headline -> its name
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 
@@ -59,7 +64,9 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """``pretrain``, ``finetune`` or ``distill``: whose options these are."""
+        """``pretrain``, ``finetune``, ``distill`` or ``segment``: whose options these are."""
+        if "cat_max_ratio" in self.config:
+            return "segment"
         if "distillation_type" in self.config:
             return "distill"
         return "finetune" if "input_size" in self.config else "pretrain"
@@ -174,7 +181,7 @@ def bare(key: str) -> str:
 
 def headline(metrics: dict[str, float]) -> float | None:
     """Top-1 of a result; of a k-NN result that of k = 20, or of its smallest k; J&F of a
-    propagation."""
+    propagation, the mean IoU of a segmentation."""
     for name in HEADLINES:
         if name in metrics:
             return metrics[name]
