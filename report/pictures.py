@@ -47,8 +47,6 @@ def sections_of(
     images = Images(run, show_channels)
     shown, reasons = [], dict[str, list[str]]()
     for part in parts:
-        if part.data is segmentation and run.kind != "segment":
-            continue
         try:
             shown.append(dataclasses.replace(part, data=part.data(images)))
         except Exception as reason:  # damaged files never prevent a report
@@ -118,6 +116,8 @@ def propagated(images: Images) -> dict[str, Any]:
 def segmentation(images: Images) -> dict[str, Any]:
     """Validation photos, their masks and the predicted ones."""
     run = images.run
+    if run.kind != "segment":
+        return {}
     shown, names = predicted_masks(run.folder, images.options, MASK_PHOTOS)
     colors = class_colors(len(names))
     rows = [[p, painted(p, mask, colors), painted(p, guess, colors)] for p, mask, guess in shown]

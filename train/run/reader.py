@@ -34,11 +34,8 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "propagate": "Video propagation, J&F",
 }
 CONTINUED = ("finetune", "distill", "segment")  # folders inside a run that continue it
-HEADLINES = {
-    "top1": "top-1",
-    "j_and_f": "J&F",
-    "miou": "mean IoU",
-}  # metric of a headline -> its name
+# metric of a headline -> its name
+HEADLINES = {"top1": "top-1", "j_and_f": "J&F", "miou": "mean IoU"}
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 
