@@ -90,9 +90,9 @@ class Validation:
         results = accuracies(networks, trainer.config, val, trainer.world, scores)
         if scores is None or tables is None:
             return results
-        for name, own in scores.items():
-            tables[name] = class_rows(own.gathered())
-            results[name] |= class_means(tables[name])
+        for name, metrics in results.items():
+            tables[name] = class_rows(scores[name].gathered())
+            metrics |= class_means(tables[name])
         return results
 
 

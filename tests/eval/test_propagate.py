@@ -262,6 +262,31 @@ def test_bad_folders_are_named(run_folder, tmp_path: Path, capsys) -> None:
     assert "val.txt is missing" in refused("--videos", root)
 
 
+def test_the_launcher_refuses_missing_videos(tmp_path: Path, capsys) -> None:
+    stage = ["launch", "--cluster", "local", "--ngpus", "0", "--stages", "propagate"]
+    stage += ["--propagate.output_dir", str(tmp_path / "run")]
+    assert main(stage) == 2
+    assert "--propagate.videos is missing" in capsys.readouterr().err
+    assert main([*stage, "--propagate.videos", str(tmp_path / "none")]) == 2
+    assert "no such folder; name the folder of DAVIS 2017" in capsys.readouterr().err
+    assert main([*stage, "--dry_run"]) == 0
+    assert "--propagate.videos is missing" in capsys.readouterr().out
+
+
+def test_masks_without_frames(run_folder, tmp_path: Path, capsys) -> None:
+    assert main(command(run_folder, "--masks", tmp_path)) == 2
+    assert "--masks: name the frames with --videos too" in capsys.readouterr().err
+
+
+def test_a_network_of_one_image_size(run_folder, tmp_path: Path, capsys, monkeypatch) -> None:
+    def grid_features(*_: object, **__: object) -> None:
+        raise AssertionError("Input height (64) doesn't match model (224).")
+
+    monkeypatch.setattr("xcit_dino.eval.video.methods.grid_features", grid_features)
+    assert main(command(run_folder, "--videos", davis(tmp_path / "davis"))) == 2
+    assert f"--arch {ARCH}: does not accept frames of" in capsys.readouterr().err
+
+
 def test_gaps_in_numbered_frames() -> None:
     assert videos.gaps(["00000", "00005", "00015", "00020"]) == ["00010"]
     assert videos.gaps(["f9", "f10", "f11", "f13"]) == ["f12"]
