@@ -68,6 +68,9 @@ OTHERS = {  # commands that are not here, and why
     "shards make": "knows no run folder",
     "shards check": "knows no run folder",
     "shards demo": "knows no run folder",
+    "duplicates": "reads a run as embed does; test_duplicates.py",
+    "propagate": "reads a run as embed does; test_propagate.py",
+    "segment": "a training of its own folder, as finetune; test_segment.py",
     "launch rehearse": "makes a run folder of its own, on a cluster",
 }
 

@@ -64,12 +64,13 @@ def show(folder: Path) -> None:
 
     run = read_run(folder)
     images = run.results["knn"]["protocol"]["val_images"]
+    shown = {name: NETWORKS[name] for name in ("", "random", "pixels")}
     table = Table(title=f"Top-1 accuracy on {images:,} validation images, %")
-    for title in ("", *NETWORKS.values(), "Lift"):
+    for title in ("", *shown.values(), "Lift"):
         table.add_column(title, justify="right" if title else "left")
     for evaluation in ("knn", "linear"):
         entry = run.results[evaluation]
-        found = [baseline(run, entry, f"{evaluation}/{network}") for network in NETWORKS if network]
+        found = [baseline(run, entry, f"{evaluation}/{network}") for network in shown if network]
         ours, *baselines = (headline(e["metrics"]) or 0.0 if e else 0.0 for e in (entry, *found))
         others = [f"{value:.1f}" for value in baselines]
         lift = f"{ours - max(baselines):+.1f}"

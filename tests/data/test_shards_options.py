@@ -25,6 +25,7 @@ MAKE = {  # changed: other files; same: the same by intention; a text: refused w
     "--label_column x": "there is no list of labels",
     "--image_key x": "no Parquet or Arrow file with columns",
     "--label_map {}/map.txt": "changed",
+    "--exclude {}/gone.csv": "changed",
     "--masks {}/masks": "0, 7, 255",
     "--mask_classes voc": "there are no --masks",
     "--masks {}/masks --mask_classes {}/map.txt --mask_ignore 7": "changed",
@@ -102,6 +103,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_options_of_make(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     src, expected = source(tmp_path / "src"), MAKE[option]
     (tmp_path / "map.txt").write_text("b\na\n")
+    (tmp_path / "gone.csv").write_text("image\na/0.jpg\n")
     (tmp_path / "masks").mkdir()
     mask = np.zeros((40, 40), np.uint8)
     mask[0], mask[1] = 7, 255

@@ -105,7 +105,9 @@ def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch
     (queries, others) = shown
     pixels = {int(n): row[0].tobytes() for n, row in zip(order, queries, strict=True)}
     for n, row in zip(order.tolist(), others, strict=True):
-        assert len(row) == embed.NEIGHBORS and row[0].tobytes() == pixels[int(nearest[n])]
+        assert len(row) == embed.NEIGHBORS
+        equal = np.flatnonzero(similar[n] >= similar[n, nearest[n]] - 1e-6)  # up to rounding
+        assert row[0].tobytes() in {pixels[int(other)] for other in equal}
 
 
 def test_another_folder_is_not_replaced(run_folder, tmp_path):

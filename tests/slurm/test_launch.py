@@ -26,7 +26,6 @@ from xcit_dino.options import option_types
 from xcit_dino.slurm import (
     attempts,
     checks,
-    dry_run,
     launch,
     launched,
     local,
@@ -45,7 +44,7 @@ from xcit_dino.slurm.config import (
     StatusConfig,
 )
 from xcit_dino.slurm.stages import launch_config, split_args
-from xcit_dino.slurm.tools import monitor
+from xcit_dino.slurm.tools import dry_run, monitor
 from xcit_dino.slurm.tools.monitor import WatchConfig
 from xcit_dino.slurm.tools.rehearse import rehearse_config
 from xcit_dino.slurm.tools.rehearse import resolve as rehearsal

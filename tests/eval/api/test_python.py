@@ -121,7 +121,7 @@ def test_the_linear_probe_equals_the_command(commands, run_folder):
     probe = linear.train_cached(
         bank, choices_for(config, network), classes, config, torch.device("cpu")
     )
-    expected = accuracy(queries, "cls", probe.weight, probe.bias)["top1"]
+    expected = accuracy(queries, "cls", probe.weight, probe.bias)[0]["top1"]
     mine = xcit_dino.LinearProbe(epochs=3, lrs=(0.1, 1.0))
     mine.fit(bank.blocks["cls"], bank.labels)
     assert mine.lr_ == probe.choice.lr
