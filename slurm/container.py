@@ -10,7 +10,6 @@ import os
 import shlex
 from pathlib import Path
 
-from xcit_dino.data.shards.index import is_url
 from xcit_dino.errors import InputError
 from xcit_dino.options import options
 from xcit_dino.paths import NOT_PATHS
@@ -42,6 +41,8 @@ def mounts(launch: Launch) -> list[str]:
     Raises:
         InputError: one with a colon or comma, which both runtimes take for a separator.
     """
+    from xcit_dino.data.shards.index import is_url  # with numpy, which a dry run does not import
+
     found = {str(launch.run)}
     for stage in launch.stages:
         values = dict(options(stage.config))
