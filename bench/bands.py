@@ -27,21 +27,8 @@ import tifffile
 
 COMMAND = (sys.executable, "-m", "xcit_dino.cli")
 BANDS, RGB, SIZE = 13, (4, 3, 2), 32
-WAVELENGTHS = (
-    443,
-    490,
-    560,
-    665,
-    705,
-    740,
-    783,
-    842,
-    865,
-    945,
-    1375,
-    1610,
-    2190,
-)  # nm, as ESA's S2 has them
+WAVELENGTHS = (443, 490, 560, 665, 705, 740, 783, 842, 865, 945, 1375, 1610, 2190)
+"""In nm, as ESA's S2 has them."""
 TEXTURES = ("grain", "rows", "fields")
 VISIBLE = ((0.05, 0.09, 0.06), (0.11, 0.12, 0.17))  # blue, green, red of a pair of covers
 COVERS = {  # pair, and the other bands: coastal, red edge x 3, infrared x 4, shortwave x 2

@@ -32,7 +32,7 @@ from xcit_dino.eval.pictures.false_color import check_shown
 from xcit_dino.eval.pictures.render import Pixels, mosaic, photos
 from xcit_dino.eval.pictures.scene_map import place_of, write_maps
 from xcit_dino.eval.target import networks, resolve
-from xcit_dino.files import check_writable, unfinished_folder
+from xcit_dino.files import check_own_folder, unfinished_folder
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
@@ -86,20 +86,14 @@ def run(config: EmbedConfig) -> None:
 
 
 def check_free(dst: Path) -> None:
-    """Check that the target is free, or contains only files written by this command.
+    """Check that the target is free, or holds what an earlier call wrote.
 
     Raises:
         InputError: it contains something else, or cannot be written.
     """
-    check_writable(dst.parent, "choose another folder", f"DST {dst}")
-    try:
-        existing = {path.name for path in dst.iterdir()} if dst.exists() else set()
-    except OSError as error:
-        raise InputError(f"{dst}: {error.strerror}; choose another folder") from error
-    other = sorted(name for name in existing if not WRITTEN.fullmatch(name))
-    if other or (existing and "features.npy" not in existing):
-        named = (*other, *sorted(existing))[0]
-        raise InputError(f"{dst}: holds {named}, not of embed; choose a folder of its own")
+    check_own_folder(dst, "embed", lambda name: bool(WRITTEN.fullmatch(name)))
+    # somebody's own files may have these names
+    check_own_folder(dst, "embed", lambda _: (dst / "features.npy").exists())
 
 
 def copy_rows(source: Path, rows: np.ndarray, target: Path) -> np.ndarray:

@@ -112,16 +112,8 @@ def head_accuracy(
     features = load_features(network, val, "val", context)
     check_head(head, layers, weight, network, features.blocks, num_classes)
     metrics, rows = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
-    return (
-        metrics,
-        rows,
-        network.facts
-        | {
-            "head": checksum,
-            "layers": layers,
-            "val_images": len(features),
-        },
-    )
+    facts = {"head": checksum, "layers": layers, "val_images": len(features)}
+    return metrics, rows, network.facts | facts
 
 
 def read_head(path: Path) -> tuple[str, str, Tensor, Tensor]:

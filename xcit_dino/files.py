@@ -8,7 +8,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +30,25 @@ def check_writable(folder: Path, remedy: str, named: str = "") -> None:
         place = place.parent
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise InputError(f"{named or f'--output_dir {folder}'}: cannot be written to; {remedy}")
+
+
+def check_own_folder(folder: Path, command: str, is_own: Callable[[str], bool]) -> None:
+    """Refuse, before any work, to replace a folder that holds anything but what a command writes.
+
+    is_own: whether the command writes a file or folder of that name.
+
+    Raises:
+        InputError: names what it holds, or the folder if it cannot be written to.
+    """
+    check_writable(folder.parent, "choose another folder", f"DST {folder}")
+    try:
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; choose another folder") from error
+    if other := sorted(name for name in names if not is_own(name)):
+        raise InputError(
+            f"{folder}: holds {other[0]}, not of {command}; choose a folder of its own"
+        )
 
 
 @contextmanager

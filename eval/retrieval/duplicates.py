@@ -33,7 +33,7 @@ from xcit_dino.eval.retrieval import near
 from xcit_dino.eval.retrieval.config import DuplicatesConfig
 from xcit_dino.eval.retrieval.near import Neighborhood, Pair
 from xcit_dino.eval.target import Network, networks, resolve
-from xcit_dino.files import check_writable, unfinished_folder
+from xcit_dino.files import check_own_folder, unfinished_folder
 from xcit_dino.progress import progress
 from xcit_dino.train.distributed import dist
 
@@ -73,7 +73,7 @@ def run(config: DuplicatesConfig) -> None:
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     dst = Path(os.path.abspath(config.dst or config.target.output_dir / "duplicates"))
-    dist.from_main(lambda: check_free(dst))
+    dist.from_main(lambda: check_own_folder(dst, "duplicates", WRITTEN.__contains__))
     indexes = indexes_of(config, context)
     network = next(networks(config.target, target))
     caches = {
@@ -100,23 +100,6 @@ def run(config: DuplicatesConfig) -> None:
         protocol(config, context, network, indexes, len(images.samples)),
         written=str(dst), shown=shown, weights_file=target.weights.name, wall_seconds=seconds,
     )  # fmt: skip
-
-
-def check_free(dst: Path) -> None:
-    """Check that the target is free, or contains only files written by this command.
-
-    Raises:
-        InputError: it contains something else, or cannot be written.
-    """
-    check_writable(dst.parent, "choose another folder", f"DST {dst}")
-    try:
-        existing = {path.name for path in dst.iterdir()} if dst.exists() else set()
-    except OSError as error:
-        raise InputError(f"{dst}: {error.strerror}; choose another folder") from error
-    if existing - WRITTEN:
-        raise InputError(
-            f"{dst}: holds {min(existing - WRITTEN)}, not of duplicates; choose a folder of its own"
-        )
 
 
 def indexes_of(config: DuplicatesConfig, context: Context) -> dict[str, ShardIndex]:

@@ -192,7 +192,7 @@ class SegmentConfig:
 
 def segment_config(argv: Sequence[str], prog: str = "xcit-dino segment") -> SegmentConfig:
     """Recipe (``--config FILE``) plus command-line overrides; a run folder to start from passes on
-    its arch and, where it has masks, nothing else.
+    its arch and the location of its data, as in finetuning.
 
     Raises:
         InputError: unknown model, file, option or value, in one line.

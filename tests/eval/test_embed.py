@@ -96,7 +96,7 @@ def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch
     shown = []
     monkeypatch.setattr(embed, "mosaic", lambda rows: (shown.append(rows), rows[0][0])[1])
     embed.run(EmbedConfig(tmp_path / "out", run_folder.target(), split="val", examples=48))
-    table = np.load(tmp_path / "out" / "features.npy")
+    table = np.load(tmp_path / "out" / "features.npy").astype(np.float64)
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     similar = unit @ unit.T
     np.fill_diagonal(similar, -1)
@@ -106,7 +106,7 @@ def test_the_nearest_of_a_copy_is_its_original(run_folder, tmp_path, monkeypatch
     pixels = {int(n): row[0].tobytes() for n, row in zip(order, queries, strict=True)}
     for n, row in zip(order.tolist(), others, strict=True):
         assert len(row) == embed.NEIGHBORS
-        equal = np.flatnonzero(similar[n] >= similar[n, nearest[n]] - 1e-6)  # up to rounding
+        equal = np.flatnonzero(similar[n] >= similar[n, nearest[n]] - 5e-7)  # a tie in float32
         assert row[0].tobytes() in {pixels[int(other)] for other in equal}
 
 
