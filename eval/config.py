@@ -304,6 +304,9 @@ class AttentionConfig:
     image_size: int = 480
     """Shorter side to which an image is resized (DINO: 480), before its sides are rounded to whole
     patches; 0 keeps its size."""
+    tile: int | None = None
+    """Read images as large scenes or slides: in parts (TIFF, .npy), tile by tile of this many
+    pixels, at their own size. The maps, one pixel a patch, cover the scene."""
     window: tuple[float | str, ...] | None = None
     """Values that become 0 and 1, LOW HIGH or such a pair for each channel: numbers, or percentiles
     of the data (p0.1 p99.9). Default: the network's own, else by the data."""
@@ -329,3 +332,8 @@ class AttentionConfig:
         within(self, 1e-3, 1e3, "std")
         check_window(self.window)
         within(self, 0, 8192, "image_size")
+        within(self, 4, 8192, "tile")
+
+    def ineffective(self) -> dict[str, str]:
+        """Options that do nothing beside the others."""
+        return needs(self.tile is None, "with --tile: tiles keep their size", "image_size")

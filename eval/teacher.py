@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.context import known_settings, timm_input_settings
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import BYTES, InputSettings
@@ -146,6 +146,8 @@ def load_teacher(
         same = dataclasses.replace(ours, size=None, crop_ratio=None)
         settings = InputSettings() if channels == 3 else same
     check_teacher_channels(option, settings.channels, channels)
+    if dist.is_main() and (line := settings.other_bands(ours)):
+        warn(f"{option}: {line}")
     settings = dataclasses.replace(settings, size=options.teacher_size or settings.size)
     facts |= {"teacher_size": settings.size or 0, "teacher_input": settings.dump()}
     return Loaded(network, settings, facts)

@@ -7,16 +7,19 @@ Several runs are shown side by side, in curves over one another and in tables wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import ReportConfig
+from xcit_dino.eval.pictures.false_color import check_shown
 from xcit_dino.files import check_writable, write_atomic
 from xcit_dino.options import replace as replace_options
 from xcit_dino.provenance import now
 from xcit_dino.report import accuracy, provenance, training
+from xcit_dino.report.images import Images
 from xcit_dino.report.page import Section, document
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.train.run.reader import Run, read_runs
@@ -29,6 +32,8 @@ def run(config: ReportConfig) -> None:
         InputError: a folder holds no run, or the page cannot be written.
     """
     runs = read_runs(config.folders)
+    if config.show_channels:
+        check_channels(runs, config.show_channels)
     output = config.output or config.folders[0] / "report.html"
     remedy = "name another file: --output FILE.html"
     check_writable(output.parent, remedy, f"--output {output}")
@@ -37,6 +42,20 @@ def run(config: ReportConfig) -> None:
     except OSError as error:
         raise InputError(f"--output {output}: {error.strerror}") from error
     print(f"report: {output}", flush=True)
+
+
+def check_channels(runs: Sequence[Run], shown: tuple[int, ...]) -> None:
+    """Raise InputError where ``--show_channels`` fits the images of none of the runs."""
+    reasons = []
+    for run in runs:
+        with suppress(InputError, OSError, ValueError):  # the page says what is missing
+            context = Images(run).context
+            try:
+                return check_shown(shown, context)
+            except InputError as reason:
+                reasons.append(reason)
+    if reasons:
+        raise reasons[0]
 
 
 def page(runs: Sequence[Run], pictures: bool = True, show_channels: tuple[int, ...] = ()) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from xcit_dino.command_line import parse, pop_option, pop_path
+from xcit_dino.command_line import named, parse, pop_option, pop_path
 from xcit_dino.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
-from xcit_dino.options import differing, read_yaml, replace
+from xcit_dino.options import read_yaml, replace
 from xcit_dino.paths import Location, expand
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
@@ -387,14 +387,14 @@ def pretrain_config(argv: Sequence[str], prog: str = "xcit-dino pretrain") -> Pr
     about = f"Pretrain a backbone with DINO. Defaults below: {path} (another with --config FILE)."
     config = parse(recipe, argv, prog, about)
     config.objective.check_teacher()
-    refuse_without_meaning(recipe, config)
+    refuse_without_meaning(named(argv, PretrainConfig), config)
     return replace(config, {"arch": canonical_name(config.model.arch)})
 
 
-def refuse_without_meaning(recipe: PretrainConfig, config: PretrainConfig) -> None:
+def refuse_without_meaning(given: set[str], config: PretrainConfig) -> None:
     """Raise InputError where the command line asks for augmentations that the images cannot have;
     those of a recipe are off without it."""
-    names = {each.name for each in fields(AugmentConfig)} & differing(recipe, config).keys()
+    names = {each.name for each in fields(AugmentConfig)} & given
     if not names:
         return
     from xcit_dino.data.native.scaling import form_of  # reads the index: only where it is needed

@@ -17,7 +17,7 @@ from xcit_dino.inputs import IMAGENET_MEAN, InputSettings
 from xcit_dino.models.weights.load import find_network, found_in, input_settings
 from xcit_dino.models.weights.pretraining import load_backbones, load_start
 from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
-from xcit_dino.options import replace
+from xcit_dino.options import options, replace
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.trainer import DinoTrainer
 from xcit_dino.train.distributed import dist
@@ -109,10 +109,13 @@ def initialize_by_name(trainer: DinoTrainer, source: str) -> tuple[str, dict[str
 
 
 def warn_of_other_settings(config: PretrainConfig, before: InputSettings | None) -> None:
-    """Warn if the run's mean or std differ from those that the weights were trained with."""
+    """Warn if the run's bands, mean or std differ from those that the weights were trained with."""
     now = config.augment
     if before is None or before.channels != now.channels or not (now.mean and now.std):
         return
+    ours = InputSettings.from_run(dict(options(config)))
+    if ours is not None and (line := before.other_bands(ours)):
+        warn(f"--init_from {config.start.init_from}: {line}")
     if (before.mean, before.std) != (now.mean, now.std):
         warn(
             f"--init_from {config.start.init_from}: was trained with --mean {spaced(before.mean)} "

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from xcit_dino.command_line import parse, pop_option, pop_path
+from xcit_dino.command_line import named, parse, pop_option, pop_path
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.eval.config import NetworkName
 from xcit_dino.inputs import Scaled, check_window
 from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
-from xcit_dino.options import differing, read_yaml, replace
+from xcit_dino.options import read_yaml, replace
 from xcit_dino.train.config import CONFIGS, OptimConfig, RunConfig
 
 Config = TypeVar("Config", bound="FinetuneConfig")
@@ -133,7 +133,13 @@ class RegularizationConfig(Scaled):
     @property
     def uses_pillow(self) -> bool:
         """Whether images go through timm's operations, which are Pillow's."""
-        return self.aa not in ("", "none") or self.color_jitter > 0
+        return bool(self.pillow_options)
+
+    @property
+    def pillow_options(self) -> list[str]:
+        """The options that ask for them."""
+        asked = {"aa": self.aa not in ("", "none"), "color_jitter": self.color_jitter > 0}
+        return [name for name, is_on in asked.items() if is_on]
 
     @property
     def mixes(self) -> bool:
@@ -315,9 +321,8 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
     else:
         config = replace(config, read_yaml(path), source=str(path))
     origin = f"Defaults below: {path or 'those of the supervised XCiT recipe'}"
-    before = config
     config = parse(config, argv, prog, f"{about} {origin} (another with --config FILE).")
-    refuse_pillow(before, config)
+    refuse_pillow(named(argv, type(base)), config)
     name = canonical_name(config.model.arch)
     values: dict[str, Any] = {"arch": name}
     if config.run.output_dir == RunConfig.output_dir:
@@ -326,14 +331,11 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
     return replace(config, values)
 
 
-def refuse_pillow(before: Config, config: Config) -> None:
-    """Raise InputError where the command line asks for operations of 8-bit RGB on other images;
-    those of a recipe are off without it.
-
-    before: the options without the command line.
-    """
-    asked = [name for name in ("aa", "color_jitter") if name in differing(before, config)]
-    if not asked or not config.regularization.uses_pillow:
+def refuse_pillow(given: set[str], config: Config) -> None:
+    """Raise InputError where the command line, which gives these options, asks for operations of
+    8-bit RGB on other images; those of a recipe are off without it."""
+    asked = [name for name in config.regularization.pillow_options if name in given]
+    if not asked:
         return
     from xcit_dino.data.native.scaling import form_of  # reads the index: only where it is needed
 

@@ -266,7 +266,8 @@ PRETRAIN: Cases = RUN | {
     "channel_drop_prob": [turn("0.5", **W)],
     "color_jitter": [turn("0 0 0 0", "0.4 0.4 0.2 0", "0.4 0.4 0 0.1", "0.4 0 0.2 0.1", **W)],
     "color_jitter_prob": [turn("0", **W)],
-    "gray_prob": [turn("1", **W), refused("1", by="have no gray", given=BANDS)],
+    "gray_prob": [turn("1", **W), refused("1", by="have no gray", given=BANDS),
+                  refused("0.2", by="have no gray", given=BANDS)],  # the recipe's own value
     "blur_prob": [turn("0 0.1 0.5", "1 1 0.5", "1 0.1 0", **W)],
     "blur_sigma": [turn("2 2", **W)],
     "solarize_prob": [turn("1 0.2 0", "0 1 0", "0 0.2 1", **W)],
@@ -519,7 +520,12 @@ ATTENTION: Cases = {
     "pretrained_weights": [turn("other", **C)],
     "checkpoint_key": [turn("student", **C), refused("model", "model_ema", by="contains no model")],
     "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
-    "image_size": [turn("96", "0", **C)],
+    "image_size": [turn("96", "0", **C), refused("96", by="with --tile", given={"tile": "32"})],
+    "tile": [
+        turn("32", shows="files"),
+        refused("30", by="multiple of the patch size"),
+        refused("4096", by="fits"),
+    ],
     "window": [turn("0 200", **C)],
     "show_channels": [
         refused("1 2", by="shown as they are"),

@@ -13,11 +13,12 @@ import torch
 from tests import victims
 from tests.native_sets import make_set
 from xcit_dino.errors import InputError
-from xcit_dino.eval.config import EvalTargetConfig
+from xcit_dino.eval.config import EvalTargetConfig, ReportConfig
 from xcit_dino.eval.context import make_context
 from xcit_dino.eval.pictures.false_color import of_channels, of_components
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights.load import input_settings
+from xcit_dino.report import report
 from xcit_dino.ssl.pretrain import pretrain
 from xcit_dino.train.distributed.dist import World
 from xcit_dino.train.state import newest_checkpoint
@@ -93,3 +94,27 @@ def test_channels_as_colors():
     assert two is not None and not two(unit[..., :2])[..., 2].any()
     colors = of_components(unit.reshape(-1, 6))
     assert colors(unit).shape == (4, 5, 3) and colors(unit).std() > 20
+
+
+def test_the_report_refuses_channels_that_no_run_has(bands, tmp_path):
+    pretrain(victims.config(bands, tmp_path / "run", max_steps=1))
+    wrong = ReportConfig((tmp_path / "run",), show_channels=(4, 3, 99))
+    with pytest.raises(InputError, match=r"--show_channels 4 3 99: name three .* 1 to 5"):
+        report.run(wrong)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_weights_of_other_bands_are_a_warning(bands, tmp_path, capsys):
+    pretrain(victims.config(bands, tmp_path / "start", bands=(4, 3, 2), max_steps=1))
+    line = "was trained with --bands 4 3 2 of its images, and is given --bands 1 2 3 of these"
+    given = {"bands": (1, 2, 3), "max_steps": 1}
+    capsys.readouterr()
+    start = {"init_from": str(tmp_path / "start")}
+    pretrain(victims.config(bands, tmp_path / "continued", **given, **start))
+    assert f"--init_from {tmp_path / 'start'}: {line}" in "".join(capsys.readouterr())
+    teacher = {"objective": "distill", "teacher_path": tmp_path / "start"}
+    pretrain(victims.config(bands, tmp_path / "taught", teacher_model="xcit_pico_6_p8", **given,
+                            **teacher))  # fmt: skip
+    assert f"--teacher_model xcit_pico_6_p8: {line}" in "".join(capsys.readouterr())
+    pretrain(victims.config(bands, tmp_path / "same", **given | {"bands": (4, 3, 2)}, **start))
+    assert "was trained with --bands" not in "".join(capsys.readouterr())

@@ -57,6 +57,11 @@ def parse(default: Config, argv: Sequence[str], prog: str, description: str = ""
     return config
 
 
+def named(argv: Sequence[str], config: type) -> set[str]:
+    """The options that a command line gives, whatever their values; it was parsed before."""
+    return {name for name, _ in _split(argv, option_types(config))}
+
+
 def _print_help(default: Any, prog: str, description: str) -> NoReturn:
     """Every option with its type, default and docstring, section by section."""
     tyro.cli(

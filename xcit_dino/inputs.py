@@ -111,6 +111,15 @@ class InputSettings:
             bands=tuple(options.get("bands") or ()),
         )
 
+    def other_bands(self, ours: InputSettings) -> str | None:
+        """A line on bands, where a network with these settings was trained on others than those of
+        ``ours``; None where they are the same, or unknown (as for published weights)."""
+        if not self.bands or self.bands == ours.bands or self.channels != ours.channels:
+            return None
+        theirs = " ".join(map(str, self.bands))
+        given = f"--bands {' '.join(map(str, ours.bands))}" if ours.bands else "all bands"
+        return f"was trained with --bands {theirs} of its images, and is given {given} of these"
+
     def dump(self) -> str:
         """Serialize as JSON, for the metadata of a file."""
         return json.dumps(asdict(self))

@@ -33,6 +33,8 @@ class Part:
     classes: list[str] | None
     notes: list[str] = field(default_factory=list)
     """What was renamed or skipped in this split, a line each."""
+    scenes: str | None = None
+    """Digest of the scenes that its images are tiles of, and of the options."""
 
 
 def check_names(named: dict[str, list[Image]], config: MakeConfig) -> None:

@@ -47,7 +47,7 @@ from xcit_dino.data.pack.targets.attach import Targets, attach_targets
 from xcit_dino.data.pack.torchvision_sets import list_torchvision, torchvision_names
 from xcit_dino.data.parallel import map_processes
 from xcit_dino.data.pixels import RGB8, PixelFormat
-from xcit_dino.data.scenes.cut import cut_scenes
+from xcit_dino.data.scenes.cut import cut_scenes, digest_of_scenes
 from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import INDEX, ShardIndex
 from xcit_dino.data.shards.index_writer import ShardPart, write_index
@@ -82,7 +82,15 @@ def make(config: MakeConfig) -> int:
             parts = arrange(listing, config, src)
             unusable: list[dict[str, Any]] = []
             if config.tile is not None:
+                digest = digest_of_scenes(parts, config)
+                if all(_has_tiles_of(config.dst / split, digest) for split in parts):
+                    for split in parts:
+                        _say_packed(config.dst / split)
+                    return 0
                 parts, config, unusable = cut_scenes(parts, config, work)
+                parts = {
+                    name: dataclasses.replace(part, scenes=digest) for name, part in parts.items()
+                }
             config, lines = _with_kind(config, parts)
         except InputError:
             shutil.rmtree(work, ignore_errors=True)
@@ -159,11 +167,21 @@ def _is_begun(config: MakeConfig, parts: dict[str, Part]) -> bool:
     return bool(plans) and all(plans)
 
 
-def _planned(folder: Path) -> str | None:
+def _planned(folder: Path, what: str = "fingerprint") -> str | None:
     try:
-        return json.loads((folder / PLAN).read_bytes())["fingerprint"]
+        return json.loads((folder / PLAN).read_bytes())[what]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _has_tiles_of(folder: Path, scenes: str) -> bool:
+    """Whether the folder holds the finished shards of these scenes, cut with the same options."""
+    return _planned(folder, "scenes") == scenes and (folder / INDEX).exists()
+
+
+def _say_packed(folder: Path) -> None:
+    count = ShardIndex.load(folder).num_samples
+    print(f"{folder}: {count:,} images are packed already; nothing to do")
 
 
 @contextmanager
@@ -252,9 +270,11 @@ def _pack(
 ) -> None:
     """Write the shards of one split that are not there yet, then the index."""
     shards = cut(part, folder, config, targets and targets.coding)
-    if not _begin(folder, fingerprint(shards), part.notes):
-        index = ShardIndex.load(folder)
-        print(f"{folder}: {index.num_samples:,} images are packed already; nothing to do")
+    plan = {"fingerprint": fingerprint(shards), "notes": part.notes}
+    if part.scenes is not None:
+        plan["scenes"] = part.scenes
+    if not _begin(folder, plan):
+        _say_packed(folder)
         return
     work = folder / WORK
     work.mkdir(exist_ok=True)
@@ -276,8 +296,7 @@ def _pack(
     bad = problems + [item for p in parts for item in p.damage]
     changed = _changed(parts, targets)
     if changed:  # for shards check, which prints it again
-        plan = {"fingerprint": fingerprint(shards), "notes": part.notes + changed}
-        write_atomic(folder / PLAN, json.dumps(plan))
+        write_atomic(folder / PLAN, json.dumps(plan | {"notes": part.notes + changed}))
     _finish(
         folder, parts, part.classes, bad, lambda: _measured(shards, parts),
         targets and targets.classes,
@@ -311,7 +330,7 @@ def _measured(shards: list[Shard], parts: list[ShardPart]) -> PixelFormat:
     return with_limit(dataclasses.replace(how.form, statistics=statistics), largest)
 
 
-def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
+def _begin(folder: Path, plan: dict[str, Any]) -> bool:
     """Prepare the folder; False if it holds the finished shards of the same plan.
 
     What was skipped or renamed is stored for ``shards check``, which prints it again.
@@ -321,14 +340,14 @@ def _begin(folder: Path, digest: str, notes: list[str]) -> bool:
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _planned(folder)
-    if before == digest:
+    if before == plan["fingerprint"]:
         return not (folder / INDEX).exists()
     if before is not None or any(folder.glob("*.tar")) or (folder / INDEX).exists():
         raise InputError(
             f"{folder} holds shards of another source or of other options; "
             "delete them or give another DST"
         )
-    write_atomic(folder / PLAN, json.dumps({"fingerprint": digest, "notes": notes}))
+    write_atomic(folder / PLAN, json.dumps(plan))
     return True
 
 

@@ -101,6 +101,17 @@ def cut_scenes(
     return result, dataclasses.replace(config, pixels=kind, page=None, nodata=nodata), bad
 
 
+def digest_of_scenes(parts: dict[str, Part], config: MakeConfig) -> str:
+    """Of all that the shards depend on, known before a scene is opened."""
+    anywhere = {"src": "", "dst": Path(), "root": None, "num_workers": None}
+    digest = hashlib.sha256(repr(dataclasses.replace(config, **anywhere)).encode())
+    for split, part in parts.items():
+        scenes = [(i.name, i.size, Path(i.path).stat().st_mtime_ns) for i in part.images]
+        text = repr((split, scenes, part.labels, part.classes))
+        digest.update(text.encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------------------- looking at scenes
 
 

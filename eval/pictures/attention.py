@@ -3,7 +3,8 @@
 
 For ``photo.jpg``: ``DST/photo/head-0.png`` ..., ``mean.png`` and ``all.png``, the photo and every
 map side by side (``DST/photo.jpg/`` if there is also a ``photo.png``). For an animated GIF or
-WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a video: ``DST/video.mp4``.
+WebP: ``DST/clip.gif``, ``all.png`` of every frame; for a video: ``DST/video.mp4``. With ``--tile``
+images are large scenes, read in parts; see ``scene_attention.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from xcit_dino.data.native.single import values_of_file
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.pictures import false_color
+from xcit_dino.eval.pictures import false_color, scene_attention
 from xcit_dino.eval.target import resolve_without_shards
 from xcit_dino.files import check_writable, unfinished_folder, write_atomic
 from xcit_dino.models.weights.load import load_backbone
@@ -44,7 +45,7 @@ SUFFIXES = (
 )  # fmt: skip
 ANIMATED = (".gif", ".webp")
 ENDINGS = ("", ".gif", ".mp4")  # of outputs: a folder, an animation, a video
-WRITTEN = re.compile(r"(head-\d+|mean|all)\.png")  # in the folder
+WRITTEN = re.compile(r"(head-\d+|mean|all)\.png|attention\.npy")  # in the folder
 COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white (like "inferno")
     [(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (246, 215, 70), (252, 255, 164)]
 )
@@ -64,10 +65,12 @@ def run(config: AttentionConfig) -> None:
     check_writable(config.dst, "name another folder for the maps", f"DST {config.dst}")
     world = dist.init(config.device)
     model, context = network(config, world)
+    if config.tile:
+        scene_attention.check_whole(config.tile, model.patch_size)
     false_color.check_shown(config.show_channels, context)
     context = replace(context, show_channels=config.show_channels)
     if needs_components(context):
-        context = replace(context, colors=components(files, context))
+        context = replace(context, colors=components(files, config.tile, context))
     bad = []
     for path in track(files, "attention", len(files), "images"):
         try:
@@ -167,6 +170,9 @@ def write_maps(
     Raises:
         BadImage: it cannot be read.
     """
+    if config.tile:
+        write_scene(model, path, config.dst / name, config, context)
+        return
     if path.suffix.lower() in video.SUFFIXES:
         with (
             video.reading(path) as frames,
@@ -185,6 +191,27 @@ def write_maps(
     else:
         every = [picture["all"] for picture in pictures]
         save(config.dst / f"{name}.gif", every, duration=list(durations), loop=0)
+
+
+def write_scene(
+    model: XCiT, path: Path, folder: Path, config: AttentionConfig, context: Context
+) -> None:
+    """Write the maps of one scene, read in tiles.
+
+    Raises:
+        BadImage: it cannot be read.
+    """
+    assert config.tile is not None
+    with scene_attention.open_for(path, context, config.tile) as scene:
+        maps = scene_attention.SceneMaps(scene, config.tile, model.patch_size, model.num_heads)
+        for y, x in track(maps.corners, path.name, len(maps.corners), "tiles"):
+            values = scene_attention.read_tile(scene, y, x, config.tile, context)
+            photo = false_color.picture(values, context)
+            maps.add(y, x, photo, head_maps(model, values, config, context))
+    with unfinished_folder(folder) as unfinished:
+        np.save(unfinished / "attention.npy", maps.heat)
+        for part, picture in maps.pictures(overlay).items():
+            save(unfinished / f"{part}.png", [picture])
 
 
 def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
@@ -222,15 +249,22 @@ def needs_components(context: Context) -> bool:
     )
 
 
-def components(files: list[Path], context: Context) -> false_color.FalseColor | None:
-    """The principal components of evenly spaced files, for all of them; None where none can be
-    read."""
+def components(
+    files: list[Path], tile: int | None, context: Context
+) -> false_color.FalseColor | None:
+    """The principal components of evenly spaced files, or tiles of them, for all; None where none
+    can be read."""
     chosen = np.unique(np.linspace(0, len(files) - 1, false_color.SAMPLE_IMAGES).astype(int))
     pixels = []
     for number in chosen:
         with suppress(BadImage):
-            for values, _ in read_values(files[number], context):
-                pixels.append(false_color.some_pixels(values[None], context))
+            path = files[number]
+            found = (
+                scene_attention.some_tiles(path, tile, context)
+                if tile
+                else (values for values, _ in read_values(path, context))
+            )
+            pixels += [false_color.some_pixels(values[None], context) for values in found]
     return false_color.of_components(np.concatenate(pixels)) if pixels else None
 
 

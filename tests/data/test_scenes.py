@@ -333,6 +333,25 @@ def test_an_interrupted_cut_goes_on_with_the_rows_that_are_missing(
     assert not (tmp_path / "d" / ".packing").exists()
 
 
+def test_what_is_packed_is_not_cut_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+):
+    for name in ("train/a.tif", "val/b.tif"):
+        write(tmp_path / "src" / name, noise(64, 64, 3))
+    assert make(tmp_path / "src", tmp_path / "d") == 0
+    before = file_sha256(tmp_path / "d/train/index.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(cut, "_cut_rows", lambda *_: pytest.fail("it was cut again"))
+        capsys.readouterr()
+        assert make(tmp_path / "src", tmp_path / "d") == 0
+        assert capsys.readouterr().out.count("4 images are packed already; nothing to do") == 2
+    assert make(tmp_path / "src", tmp_path / "d", "--seed", "1") == 2
+    assert "of another source or of other options" in capsys.readouterr().err
+    assert file_sha256(tmp_path / "d/train/index.json") == before
+    write(tmp_path / "src/train/a.tif", noise(64, 64, 3, most=20))  # a file of the same size
+    assert make(tmp_path / "src", tmp_path / "d") == 2
+
+
 def test_memory_is_bounded_by_the_panel_not_by_the_scene(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

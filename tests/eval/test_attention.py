@@ -2,10 +2,12 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -13,7 +15,7 @@ from xcit_dino.data import video
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import make_context
-from xcit_dino.eval.pictures import attention
+from xcit_dino.eval.pictures import attention, scene_attention
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed.dist import World
@@ -165,3 +167,57 @@ def test_maps_of_a_network_with_fewer_heads_leave_none_of_the_others(run_folder,
     names = {path.name for path in (tmp_path / "maps" / "a").iterdir()}
     assert "all.png" in names and "head-99.png" not in names
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("ending", [".tif", ".npy", ".png"])
+def test_a_scene_is_the_maps_of_its_tiles(run_folder, tmp_path, ending):
+    scene = np.random.default_rng(2).integers(0, 256, (75, 110, 3), dtype=np.uint8)
+    path = tmp_path / f"north{ending}"
+    if ending == ".npy":
+        np.save(path, scene)
+    elif ending == ".tif":
+        tifffile.imwrite(path, scene, tile=(16, 16), photometric="rgb")
+    else:
+        Image.fromarray(scene).save(path)
+    config = AttentionConfig(
+        path, tmp_path / "maps", run_folder.path, run_folder.weights, tile=32, device="cpu"
+    )
+    attention.run(config)
+    folder = tmp_path / "maps" / "north"
+    maps = np.load(folder / "attention.npy")
+    assert maps.shape == (4, 9, 13) and maps.dtype == np.float16
+    model, context = attention.network(config, World(0, 1, CPU))
+    # 72 and 104 pixels of whole patches; the last tile of a row or column ends there and counts.
+    for y, x, rows, columns in ((0, 0, 4, 4), (0, 64, 4, 1), (40, 72, 4, 4)):
+        alone = attention.head_maps(model, scene[y : y + 32, x : x + 32], config, context)
+        there = maps[:, y // 8 : y // 8 + rows, x // 8 : x // 8 + columns]
+        np.testing.assert_allclose(there, 16 * alone[:, :rows, :columns], rtol=2e-3)
+    assert abs(maps.mean() - 1) < 0.1
+    names = sorted(file.name for file in folder.glob("*.png"))
+    assert names == ["all.png", *(f"head-{n}.png" for n in range(4)), "mean.png"]
+    for name, width in (("mean", 13), ("all", 6 * 13)):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.size == (width, 9)
+
+
+def test_a_scene_that_a_tile_does_not_fit_is_named(run_folder, tmp_path, capsys):
+    Image.new("RGB", (100, 60)).save(tmp_path / "small.png")
+    config = AttentionConfig(
+        tmp_path / "small.png",
+        tmp_path / "maps",
+        run_folder.path,
+        run_folder.weights,
+        tile=64,
+        device="cpu",
+    )
+    with pytest.raises(InputError, match="no readable image"):
+        attention.run(config)
+    assert "--tile 64 is larger than its 100 x 60 pixels; at most 60" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"--tile 60: .* the patch, 8; take 64"):
+        attention.run(replace(config, tile=60))
+
+
+def test_large_maps_are_averaged_in_pictures():
+    cells = np.arange(24, dtype=np.float32).reshape(4, 6)
+    assert scene_attention.reduced(cells, 2).tolist() == [[3.5, 5.5, 7.5], [15.5, 17.5, 19.5]]
+    assert scene_attention.reduced(cells[:3, :5], 2).tolist() == [[3.5, 5.5]]
