@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORES ?= 2
 
-.PHONY: install quickstart test test-slurm faults lint typecheck docs release clean
+.PHONY: install quickstart test test-slow test-slurm faults lint typecheck docs release clean
 
 install: $(STAMP)
 
@@ -20,7 +20,11 @@ quickstart: $(STAMP)
 	$(BIN)/xcit-dino quickstart
 
 test: $(STAMP) lint typecheck
-	$(BIN)/python -m pytest -q -n $(CORES) --dist loadscope -m "not slurm and not faults"
+	$(BIN)/python -m pytest -q -n $(CORES) --dist loadscope -m "not slow and not slurm and not faults"
+
+# What turns every option, runs every command of the docs, or takes more than ten seconds.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(CORES) --dist loadscope -m "slow and not slurm and not faults"
 
 # The launcher on a real SLURM that the tests start on this machine (needs slurm-wlm and munge).
 test-slurm: $(STAMP)

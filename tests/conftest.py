@@ -39,11 +39,29 @@ DEPEND_ON_THE_MACHINE = {
 as "rerun". A test anywhere else fails at once."""
 
 
+SLOW = {
+    "test_options": "turns every option of every command",
+    "test_docs_run": "runs every command of the docs",
+    "test_remedies": "follows the advice of every message",
+    "test_readonly": "every command on a run folder that cannot be written",
+    "test_together": "every two commands at once",
+    "test_faults": "kills processes at many points",
+    "test_faults_inside": "kills processes at many points",
+    "test_sharding": "two ranks with sharded weights",
+    "test_fsdp": "two ranks with sharded weights",
+    "test_syncbn": "two ranks",
+}
+"""Modules for `make test-slow`, which CI runs too, with the reason. Single tests of more than
+ten seconds are marked as slow where they are."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that depend on the load of the machine."""
+    """Mark the tests that depend on the load of the machine, and the slow ones."""
     for item in items:
         if item.path.stem in DEPEND_ON_THE_MACHINE:
             item.add_marker(pytest.mark.flaky(reruns=1))
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)

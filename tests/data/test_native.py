@@ -418,6 +418,7 @@ def test_eight_bits_of_a_tiff_that_pillow_cannot_decompress():
         np.testing.assert_array_equal(found, values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", [1000, pytest.param(50_000, marks=pytest.mark.faults)])
 def test_mutated_images_of_every_kind_are_decoded_or_refused(cases: int):
     """In 512 MiB and without a crash of the interpreter: see fuzz_native.py."""

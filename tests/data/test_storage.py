@@ -361,6 +361,7 @@ def in_processes(*arguments: tuple) -> None:
         assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_processes_share_one_copy_of_each_shard(tmp_path):
     log = tmp_path / "log"
     in_processes(*((tmp_path / "cache", log, 100, seed) for seed in range(3)))

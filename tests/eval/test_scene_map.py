@@ -24,6 +24,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_embed_puts_every_tile_into_its_place(run_folder, tmp_path: Path):
     src = tmp_path / "src"
     (src / "north").mkdir(parents=True)

@@ -110,6 +110,7 @@ def test_accuracies_of_this_very_network_with_k_head_and_protocol(tmp_path):
     assert len(json.loads(facts["results"])) == 2
 
 
+@pytest.mark.slow
 def test_the_card_of_one_file_is_not_that_of_another(checkpoint, tmp_path):
     pytest.importorskip("onnx")
     for ending in ("safetensors", "onnx"):

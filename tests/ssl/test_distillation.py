@@ -205,6 +205,7 @@ def on_two_ranks(teacher_file, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @BOTH
 def test_two_ranks_learn_what_one_does(objective, on_two_ranks, teacher_file):
     """With all tokens' gradients averaged, synchronized batch-norm, and in shards."""

@@ -165,6 +165,7 @@ def alarms_of(images, folder, steps, changes, seed=0):
     return {name for line in lines for name in line if name.startswith("alarm_") and line[name]}
 
 
+@pytest.mark.slow
 def test_a_run_without_sharpening_rings(images, tmp_path):
     changes = collapse.UNHEALTHY["no sharpening"]
     assert alarms_of(images, tmp_path, 130, changes) == {"alarm_uniform"}

@@ -67,6 +67,7 @@ def test_each_step_trains_on_crops_of_its_stage_in_the_order_of_the_plan(
     assert staged == [samples for _, samples in seen]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_around_its_stages_resumes_bit_for_bit(shards, tmp_path, capsys):
     for folder, stops in (("whole", [0]), ("cut", [9, 10, 11, 15, 0])):
         for stop in stops:

@@ -104,6 +104,7 @@ def worker(rank, port, folder):
     dist.shutdown()
 
 
+@pytest.mark.slow
 def test_two_processes_from_a_backbone_equal_one(tmp_path):
     """Up to rounding in float64; timm resamples the positions of a ViT in float32."""
     torch.manual_seed(7)

@@ -369,6 +369,7 @@ def test_jitter_is_torchvisions_in_the_window(dtype: str, low: Any, high: Any):
     assert wrong < {"uint8": 0.6 / 255, "uint16": 0.6 / 4095, "float32": 1e-5}[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fpn", "upernet"])
 def test_stopped_and_resumed_is_the_same(squares: Path, tmp_path: Path, head: str):
     options = {"head": head, "finetune": True, "drop_path_rate": 0.1, "color_jitter": (0.1,) * 3}

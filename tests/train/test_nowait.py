@@ -188,6 +188,7 @@ def on_a_pretended_gpu(case: str, file: str) -> None:
         os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRACED)
 def test_no_tensor_of_a_step_is_left_on_the_host(case, tmp_path):
     """Nor is there any other copy: all that a step computes lies on the device it is given."""

@@ -229,6 +229,7 @@ def photos(val_images, run_folder, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["find_duplicates", "few_labels", "search_by_image"])
 def test_the_examples_run(name, run_folder, photos, tmp_path):
     file = tmp_path / "mine.safetensors"
@@ -252,6 +253,7 @@ def test_the_examples_run(name, run_folder, photos, tmp_path):
         assert done.stdout.startswith("1.000")
 
 
+@pytest.mark.slow
 def test_the_page_runs(trained, photos, run_folder, tmp_path, monkeypatch):
     """The code of docs/python.md, in order, in one program; its pretraining made small."""
     page = (ROOT / "docs" / "python.md").read_text()
