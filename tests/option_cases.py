@@ -522,9 +522,9 @@ ATTENTION: Cases = {
     "arch": [refused("xcit_pico_6_p8", by="xcit_pico_6_p8")],
     "image_size": [turn("96", "0", **C), refused("96", by="with --tile", given={"tile": "32"})],
     "tile": [
-        turn("32", shows="files"),
-        refused("30", by="multiple of the patch size"),
-        refused("4096", by="fits"),
+        turn("32", shows="files", given={"image_size": "480"}),
+        refused("30", by="multiple of the patch", given={"image_size": "480"}),
+        refused("4096", by="no readable image", given={"image_size": "480"}),
     ],
     "window": [turn("0 200", **C)],
     "show_channels": [

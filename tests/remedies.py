@@ -518,6 +518,13 @@ RUN = [
         "--device cpu --image_size 32",
     ),
     case(
+        "--tile {}: must be a multiple of the patch, {}; take {}",
+        "attention {flat} {tmp}/maps --arch xcit_pico_6_p8 --pretrained_weights {weights} "
+        "--device cpu --tile 20",
+        "attention {flat} {tmp}/maps --arch xcit_pico_6_p8 --pretrained_weights {weights} "
+        "--device cpu --tile 16",
+    ),
+    case(
         "is missing: the folder that xcit-dino shards make wrote",
         PRETRAIN,
         f"{PRETRAIN} --data_path {{shards}}",
@@ -891,6 +898,7 @@ ELSEWHERE = {
     "no image can be read in place of an unreadable one": "damaged shards: test_loader.py",
     "and had {} when it was indexed (xcit-dino shards check": "truncated shards: test_storage.py",
     "--data_path {}: not one image can be read": "needs a validation set of damaged images",
+    "=--init_from {}: {}": "a warning of a run: test_native_runs.py",
     "videos need PyAV": "needs PyAV to be missing: test_attention.py",
     "no alarms for collapse: --batch_size_per_gpu {}": "a warning of a run: test_sentinel.py",
     "--grad_checkpointing: this backbone does not support it": "no such backbone: test_compiler.py",
