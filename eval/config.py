@@ -213,13 +213,22 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class EmbedConfig:
     """Features of all images of a split, labeled or not, for search, clustering, deduplication:
-    features.npy, images.csv and a picture of nearest neighbors."""
+    features.npy, images.csv and a picture of nearest neighbors; those of every patch too with
+    --patches true."""
 
     dst: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DST]")] = None
     """Folder to write. Default: embeddings/SPLIT in the run folder."""
     target: EvalTargetConfig = field(default_factory=EvalTargetConfig)
     split: Literal["train", "val"] = "train"
     """Shards of --data_path to use; a set of shards without train/ and val/ counts as train."""
+    patches: bool = False
+    """Also write the features of every patch of the whole images, on grids of any size (float16),
+    and pictures of their principal components."""
+    tap: int = -1
+    """Layer of the patch features: a block or stage, counted from 0; -1: the network's output."""
+    image_size: int = -1
+    """Shorter side to which whole images are resized for their patches, before both sides are
+    rounded to whole patches; 0 keeps their size, -1: --resize_size."""
     examples: int = 8
     """Images shown with their nearest neighbors; 0: no picture."""
     show_channels: tuple[int, ...] = ()
@@ -232,11 +241,16 @@ class EmbedConfig:
         within(self, 1, 512, "show_channels")
         within(self, 0, 100, "examples")
         within(self, 0, 2**31, "seed")
+        within(self, -1, 1000, "tap")
+        within(self, -1, 8192, "image_size")
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
         why = "with --examples 0: nothing is shown"
-        return needs(self.examples, why, "seed", "show_channels")
+        return {
+            **needs(self.examples, why, "seed", "show_channels"),
+            **needs(self.patches, "without --patches", "tap", "image_size"),
+        }
 
 
 @dataclass(frozen=True)
@@ -286,7 +300,8 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Class-attention maps of an XCiT, one per head, overlaid on photos."""
+    """Class-attention maps of an XCiT, one per head, overlaid on photos; or the patch features of
+    any network as colors."""
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")] = tyro.MISSING
     """A photo, an animated GIF or WebP, a video (needs PyAV: pip install av), or a folder of
@@ -301,6 +316,9 @@ class AttentionConfig:
     """Network of a checkpoint. Default: the teacher of a DINO checkpoint, else the only one."""
     arch: str | None = None
     """Model name. Default: the run's."""
+    draw: Literal["attention", "patches"] = "attention"
+    """attention: a map per head. patches: the first three principal components of the patch
+    features as colors, of all patches and of the foreground."""
     image_size: int = 480
     """Shorter side to which an image is resized (DINO: 480), before its sides are rounded to whole
     patches; 0 keeps its size."""
@@ -323,6 +341,8 @@ class AttentionConfig:
     threshold: float = 0.0
     """Show only the strongest patches that make up this fraction of a head's attention (DINO: 0.6);
     0 shows all."""
+    tap: int = -1
+    """Layer of the patch features: a block or stage, counted from 0; -1: the network's output."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda if available."""
 
@@ -333,7 +353,14 @@ class AttentionConfig:
         check_window(self.window)
         within(self, 0, 8192, "image_size")
         within(self, 4, 8192, "tile")
+        within(self, -1, 1000, "tap")
 
     def ineffective(self) -> dict[str, str]:
-        """Options that do nothing beside the others."""
-        return needs(self.tile is None, "with --tile: tiles keep their size", "image_size")
+        """See :func:`xcit_dino.options.ineffective`."""
+        attention, patches = self.draw == "attention", "with --draw patches"
+        free = self.tile is None or not attention
+        return {
+            **needs(free, "with --tile: tiles keep their size", "image_size"),
+            **needs(attention, patches, "layer", "threshold", "tile"),
+            **needs(not attention, "without --draw patches", "tap"),
+        }

@@ -3,8 +3,9 @@
 ``DST/features.npy`` float32 [N, D], one class token per image (not normalized);
 ``DST/images.csv`` the image of each row; ``DST/neighbours.png`` some images, each followed by
 those most similar to it. Of tiles (``shards make --tile``) also ``DST/maps/``, a map of each scene
-(``eval/pictures/scene_map.py``). With ``--baselines`` also features and picture of a randomly
-initialized network and of raw pixels. Labels are not needed.
+(``eval/pictures/scene_map.py``). With ``--patches true`` the features of every patch too
+(``eval/dense/patches.py``). With ``--baselines`` also those of a randomly initialized network and
+of raw pixels. Labels are not needed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.context import Context
+from xcit_dino.eval.dense.patches import draw_patches, grid_features_of, write_patches
 from xcit_dino.eval.features import cached_features
 from xcit_dino.eval.neighbors import nearest_others
 from xcit_dino.eval.pictures.false_color import check_shown
@@ -37,7 +39,7 @@ from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
 WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv"
-                     r"|maps(-random|-pixels)?")  # fmt: skip
+                     r"|maps(-random|-pixels)?|patches(-random)?(\.png)?")  # fmt: skip
 NEIGHBORS = 8
 COPY_ROWS = 1 << 16
 GAP = 16  # pixels between an image and its neighbors
@@ -60,15 +62,20 @@ def run(config: EmbedConfig) -> None:
     dst = Path(os.path.abspath(dst))
     dist.from_main(lambda: check_free(dst))
     places: list[Place | None] = []
-    with unfinished_folder(dst) if world.is_main else nullcontext(dst) as unfinished:
+    with unfinished_folder(dst) if world.is_main else nullcontext(dst) as own:
+        unfinished = dist.from_main(lambda: own)
         for network in networks(config.target, target):
             cache = cached_features(network, index, config.split, context)
             samples = np.flatnonzero(np.load(cache.path / "seen.npy"))
             if not len(samples):
                 raise InputError(f"--data_path {index.root}: none of the images can be read")
+            ending = network.suffix.replace("/", "-")
+            grids = unfinished / f"patches{ending}"
+            dense = grid_features_of(network, config, context)
+            if dense is not None:
+                write_patches(dense, index, samples, grids)
             if not world.is_main:
                 continue
-            ending = network.suffix.replace("/", "-")
             features = copy_rows(
                 cache.path / "cls.npy", samples, unfinished / f"features{ending}.npy"
             )
@@ -79,6 +86,10 @@ def run(config: EmbedConfig) -> None:
                 places = write_names(index, samples, unfinished / "images.csv", context.loader)
             if count := write_maps(features, places, unfinished / f"maps{ending}"):
                 print(f"{network.name}: maps of {count:,} scenes in {dst / f'maps{ending}'}")
+            if dense is not None:
+                chosen = examples_of(config, samples)
+                shown = dict(zip(chosen.tolist(), samples[chosen].tolist(), strict=True))
+                draw_patches(dense, index, shown, grids, places)
             print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
     if world.is_main:
         print(f"features: {dst}", flush=True)
@@ -133,6 +144,12 @@ def write_names(
     return places
 
 
+def examples_of(config: EmbedConfig, samples: np.ndarray) -> np.ndarray:
+    """Rows of the images that are shown."""
+    count = min(config.examples, len(samples))
+    return np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
+
+
 def neighbors(
     index: ShardIndex,
     samples: np.ndarray,
@@ -141,8 +158,7 @@ def neighbors(
     config: EmbedConfig,
 ) -> Pixels:
     """A mosaic: each row is a query image, followed by the most similar others, nearest first."""
-    count = min(config.examples, len(samples))
-    chosen = np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
+    chosen = examples_of(config, samples)
     nearest, _ = nearest_others(features, chosen, NEIGHBORS)
     numbers = samples[np.column_stack((chosen, nearest))]
     pixels = photos(index, numbers.ravel().tolist(), context)

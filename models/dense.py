@@ -93,6 +93,29 @@ def grid_features(backbone: nn.Module, images: Tensor, tap: int = OUTPUT) -> Ten
 
 
 @torch.no_grad()
+def probe_grid(backbone: nn.Module, tap: int, arch: str, images: Tensor) -> tuple[int, int]:
+    """(Stride in pixels, D) of :func:`grid_features`, found with images whose sides are whole
+    patches.
+
+    Raises:
+        InputError: no such layer, or a network that does not accept images of that size.
+    """
+    if not OUTPUT <= tap < max(depth := num_layers(backbone), 1):
+        raise InputError(f"--tap {tap}: {arch} has layers 0 to {depth - 1}, and -1 for its output")
+    height, width = images.shape[-2:]
+    try:
+        found = grid_features(backbone, images, tap)
+    except InputError:
+        raise
+    except Exception as error:  # networks raise different types
+        raise InputError(
+            f"--arch {arch}: does not accept images of {width} x {height} pixels "
+            f"({one_line(error, 120)}); take another --arch"
+        ) from error
+    return height // found.shape[1], found.shape[-1]
+
+
+@torch.no_grad()
 def map_sizes(
     backbone: nn.Module, taps: Sequence[int], size: int, channels: int
 ) -> list[tuple[int, int]]:

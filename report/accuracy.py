@@ -25,7 +25,8 @@ from xcit_dino.train.run.reader import (
     title_of,
 )
 
-WITH_BASELINES = ("knn", "linear", "linear-dino", "propagate")
+WITH_BASELINES = ("knn", "linear", "linear-dino", "masks", "propagate")
+HELD_OUT = "held-out training images"
 RANKED = (
     "Top-1 accuracy, or what the first column names. Runs are ranked only where their protocols "
     "are equal, field by field; ± is one standard error from the number of validation images."
@@ -96,7 +97,7 @@ def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
         else None,
         f"T = {protocol['temperature']}" if "temperature" in protocol else None,
         f"{protocol['epochs']} epochs" if "epochs" in protocol else None,
-        f"lr {entry['chosen']['lr']:g} chosen on held-out training images"
+        f"lr {entry['chosen']['lr']:g} chosen on {protocol.get('chosen_on', HELD_OUT)}"
         if "chosen" in entry
         else None,
         f"start {protocol['start']}" if "start" in protocol else None,
@@ -136,7 +137,7 @@ def beside_published(run: Run) -> Section:
     if not rows:
         sentence = f"No number was published for {arch or 'this model'} in these evaluations."
         return Section(title, "tables", sentence if run.results else "")
-    davis = " or as named" if any("DAVIS" in row[3] for row in rows) else ""
+    davis = " or as named" if any(", on " in row[3] for row in rows) else ""
     header = ["evaluation", "ours", "published", f"of, on ImageNet-1k{davis}", "how ours differs"]
     return tables(title, Table(header, rows, sortable=False, prose=True))
 

@@ -11,12 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
 from xcit_dino.eval.dense.colors import class_colors, painted
+from xcit_dino.eval.dense.components import fit_colors
 from xcit_dino.eval.pictures import render
+from xcit_dino.eval.pictures.false_color import picture
+from xcit_dino.eval.pictures.patches import GridFeatures
+from xcit_dino.models.dense import OUTPUT
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
@@ -32,6 +38,8 @@ VIDEOS = 6  # whose masks are shown
 MASK_PHOTOS = 6  # whose masks are shown
 CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
+PATCH_PHOTOS = 6  # in the colors of their patches
+SCENES = 6
 
 
 def sections_of(
@@ -74,23 +82,69 @@ def crops(images: Images) -> dict[str, Any]:
 
 def attention(images: Images) -> dict[str, Any]:
     """Class-attention maps of every head over validation (else training) photos."""
+    rows = render.attention_rows(network(images), some_views(images), images.context)
+    return one_card(rows, ["photo", *(f"head {h + 1}" for h in range(len(rows[0]) - 2)), "mean"])
+
+
+def patches(images: Images) -> dict[str, Any]:
+    """The patch features of validation (else training) photos as colors."""
+    features = GridFeatures(network(images), OUTPUT, 0, images.context)
+    views = [features.resized(view) for view in some_views(images, PATCH_PHOTOS)]
+    grids = features.of(views)
+    colors = fit_colors(grids)
+    if colors is None:
+        raise InputError("the photos have a single patch")
+    rows = []
+    for view, grid in zip(views, grids, strict=True):
+        photo = render.resize_square(picture(view, images.context), render.SIDE)
+        rows.append([photo, *colors(grid)])
+    return one_card(rows, ["photo", "patches", "foreground"])
+
+
+def scenes(images: Images) -> dict[str, Any]:
+    """Scenes in the colors of their patches, of the newest ``embed --patches true`` in the run."""
+    folders = images.run.folder.glob("embeddings/*/maps")
+    found = [path for folder in sorted(folders) for path in sorted(folder.glob("*-patches.png"))]
+    groups = {}
+    for path in found[:SCENES]:
+        name = path.name.removesuffix("-patches.png")
+        shown = {"patches": path, "foreground": path.with_name(f"{name}-foreground.png")}
+        row = [wide_tile(np.asarray(Image.open(p)), what) for what, p in shown.items()]
+        groups[f"{name} ({path.parent.parent.name})"] = [row]
+    return {"summary": "", "groups": groups} if groups else {}
+
+
+def network(images: Images) -> nn.Module:
+    """The run's newest network, in evaluation mode.
+
+    Raises:
+        InputError: no checkpoint.
+    """
     weights = newest_checkpoint(images.run.folder)
     if weights is None:
         raise InputError("no whole checkpoint in the run folder")
     channels = images.context.inputs.channels
     model = create_model(images.options["arch"], num_classes=0, in_chans=channels)
     load_backbone(weights, model)
+    return model.eval()
+
+
+def some_views(images: Images, count: int = ATTENTION_PHOTOS) -> list[NDArray[np.generic]]:
+    """Center crops [H, W, C] of evenly spaced validation (else training) photos.
+
+    Raises:
+        InputError: none of them can be read.
+    """
     index = images.train
     try:
         index = images.val
     except InputError:
         pass
-    samples = neighbors.evenly_spaced(index.num_samples, ATTENTION_PHOTOS + 2)[1:-1].tolist()
+    samples = neighbors.evenly_spaced(index.num_samples, count + 2)[1:-1].tolist()
     photos = list(images.views(index, samples).values())
     if not photos:
         raise InputError("none of the photos could be read")
-    rows = render.attention_rows(model.eval(), photos, images.context)
-    return one_card(rows, ["photo", *(f"head {h + 1}" for h in range(len(rows[0]) - 2)), "mean"])
+    return photos
 
 
 def propagated(images: Images) -> dict[str, Any]:
@@ -158,6 +212,20 @@ PARTS = (
         "Attention of the class token to the patches, one map per head of the last layer.",
     ),
     Section(
+        "Patch features",
+        "tiles",
+        patches,
+        "The first three principal components of the patch features as red, green and blue: "
+        "similar colors, similar features. Foreground: the patches on one side of the first "
+        "component, in colors of their own.",
+    ),
+    Section(
+        "Scenes",
+        "tiles",
+        scenes,
+        "Tiles back in their places, in the colors of their patches, the same in all scenes.",
+    ),
+    Section(
         "Objects followed through videos",
         "tiles",
         propagated,
@@ -179,4 +247,4 @@ PARTS = (
         "Classes that overlap in this plane may be apart in the other dimensions.",
     ),
 )
-IN_COMPARISON = tuple(part for part in PARTS if part.data in (attention, feature_map))
+IN_COMPARISON = tuple(part for part in PARTS if part.data in (attention, patches, feature_map))

@@ -1,5 +1,5 @@
-"""Published top-1 accuracies on ImageNet-1k, and J&F on DAVIS 2017, in percent, each with its
-source."""
+"""Published top-1 accuracies on ImageNet-1k, J&F on DAVIS 2017, and Jaccard on Pascal VOC 2012, in
+percent, each with its source."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ IMAGENET_VAL = 50_000  # validation images of every number here
 DINO_SOURCE = "DINO README"
 XCIT_SOURCE = "XCiT README"
 DAVIS_SOURCE = "DINO, table 5"
+VOC_SOURCE = "DINO, figure 4"
 
 
 class Published(NamedTuple):
     """One number as its authors report it."""
 
     top1: float
-    """Or J&F."""
+    """Or J&F, or the Jaccard index."""
     what: str
     source: str
 
@@ -54,6 +55,15 @@ DAVIS_PROTOCOL = {
     "videos": 30, "objects": 61, "image_size": 480, "n_last_frames": 7,
     "size_mask_neighborhood": 12, "topk": 5, "temperature": 0.1,
 }  # fmt: skip
+VOC = {  # backbone -> Jaccard of attention masks, Pascal VOC 2012 val
+    "random weights, ViT-S/16": 22.0,
+    "supervised, ViT-S/16": 27.3,
+    "DINO, ViT-S/16": 45.9,
+    "random weights, ViT-S/8": 21.8,
+    "supervised, ViT-S/8": 23.7,
+    "DINO, ViT-S/8": 44.7,
+}
+VOC_PROTOCOL = {"val_images": 1449, "threshold": 0.6, "background": [0]}
 
 
 def published(arch: str, evaluation: str) -> list[Published]:
@@ -62,6 +72,10 @@ def published(arch: str, evaluation: str) -> list[Published]:
     if evaluation == "propagate":
         rows = [(what, values[0]) for what, values in DAVIS.items()] + [DAVIS_SUPERVISED]
         return [Published(mean, f"{what}, on DAVIS 2017 val", DAVIS_SOURCE) for what, mean in rows]
+    if evaluation == "masks":
+        return [
+            Published(mean, f"{what}, on VOC 2012 val", VOC_SOURCE) for what, mean in VOC.items()
+        ]
     if arch in DINO and evaluation in ("knn", "linear", "linear-dino"):
         top1, what = DINO[arch][evaluation != "knn"], "linear, augmented crops"
         found.append(Published(top1, "k-NN" if evaluation == "knn" else what, DINO_SOURCE))
@@ -79,8 +93,9 @@ def differences_from_published(
     evaluation: str, protocol: dict[str, Any], val_images: int | None
 ) -> list[str]:
     """In which ways a result was measured differently from the published ones."""
-    if evaluation == "propagate":
-        pairs = [(name, protocol.get(name), value) for name, value in DAVIS_PROTOCOL.items()]
+    others = {"propagate": DAVIS_PROTOCOL, "masks": VOC_PROTOCOL}
+    if evaluation in others:
+        pairs = [(name, protocol.get(name), value) for name, value in others[evaluation].items()]
         return ["another backbone"] + [f"{n} {a} instead of {b}" for n, a, b in pairs if a != b]
     found = []
     if val_images != IMAGENET_VAL:

@@ -69,6 +69,7 @@ OTHERS = {  # commands that are not here, and why
     "shards check": "knows no run folder",
     "shards demo": "knows no run folder",
     "duplicates": "reads a run as embed does; test_duplicates.py",
+    "masks": "reads a run as knn does; test_masks.py",
     "propagate": "reads a run as embed does; test_propagate.py",
     "segment": "a training of its own folder, as finetune; test_segment.py",
     "launch rehearse": "makes a run folder of its own, on a cluster",

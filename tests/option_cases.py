@@ -54,6 +54,8 @@ BASES: dict[str, dict[str, str]] = {
               "device": "cpu", "examples": "2"},
     "duplicates": {"dst": "new", "output_dir": "run", "num_workers": "0", "precision": "fp32",
                    "device": "cpu", "examples": "2"},
+    "masks": {"output_dir": "run", "data_path": "masked", "num_workers": "0", "precision": "fp32",
+              "device": "cpu", "image_size": "320"},
     "propagate": {
         "output_dir": "run", "videos": "video/davis", "device": "cpu", "image_size": "32",
         "n_last_frames": "2", "size_mask_neighborhood": "1", "topk": "2",
@@ -497,6 +499,12 @@ EVALUATE = EVAL_TARGET | {
 EMBED = EVAL_TARGET | {
     "dst": [turn("elsewhere", shows="files")],
     "split": [turn("val", **C)],
+    "patches": [turn("true", **C)],
+    "tap": [turn("0", "3", **C, given={"patches": "true"}), refused("0", by="--tap")],
+    "image_size": [
+        turn("0", "64", **C, given={"patches": "true"}),
+        refused("64", by="--image_size"),
+    ],
     "examples": [turn("1", "0", **C)],
     "show_channels": [
         turn("3 2 1", "1 1 2", **C, given=BANDS | {"bands": "1 2 3"}),
@@ -525,6 +533,7 @@ ATTENTION: Cases = {
         turn("32", shows="files", given={"image_size": "480"}),
         refused("30", by="multiple of the patch", given={"image_size": "480"}),
         refused("4096", by="no readable image", given={"image_size": "480"}),
+        refused("32", by="--tile", given={"draw": "patches"}),
     ],
     "window": [turn("0 200", **C)],
     "show_channels": [
@@ -533,9 +542,41 @@ ATTENTION: Cases = {
     ],
     "mean": [turn("0.5 0.5 0.5", **C)],
     "std": [turn("0.5 0.5 0.5", **C)],
-    "layer": [turn("1", **C)],
+    "layer": [turn("1", **C), refused("1", by="--layer", given={"draw": "patches"})],
     "threshold": [turn("0.3", **C)],
+    "draw": [turn("patches", **C)],
+    "tap": [turn("0", **C, given={"draw": "patches"}), refused("0", by="--tap")],
     "device": [NO_GPU],
+}
+MASKS_COPIED = {"data_path": "file://{here}/masked", "cache_dir": "copies"}
+ATTENTION_MASKS = EVAL_TARGET | {
+    "output_dir": [turn("other", **A)],
+    "pretrained_weights": [turn("other", **A)],
+    "checkpoint_key": [turn("student", **A), refused("model", "model_ema", by="contains no model")],
+    "data_path": [turn("masked2", **A), refused("data", by="neither masks nor boxes")],
+    "cache_dir": [turn("copies", shows="files", given={"data_path": "file://{here}/masked"})],
+    "shard_url": [refused("file://{here}/masked/{split}x", by="--max_bad_fraction")],
+    "cache_gb": [refused("1e-6", by="--cache_gb", given=MASKS_COPIED)],
+    "max_bad_fraction": [turn("1", shows="code", given={"data_path": "masked3", "split": "train"})],
+    "bands": [
+        turn("3 2 1", "5 4 3", **A, given=MASKED_BANDS | {"bands": "1 2 3"}),
+        refused("1", by="takes 3 channels", given=MASKED_BANDS),
+        refused("1", by="8-bit RGB"),
+    ],
+    "interpolation": [refused("bilinear", by="--interpolation")],
+    "window": [turn("0 200", **A)],
+    "mean": [turn("0.5 0.5 0.5", **A)],
+    "std": [turn("0.5 0.5 0.5", **A)],
+    "crop_size": [refused("48", by="--crop_size")],
+    "resize_size": [refused("64", by="--resize_size")],
+    "baselines": [turn("true", **A)],
+    "batch_size_per_gpu": [refused("4", by="--batch_size_per_gpu")],
+    "precision": [turn("bf16", **A), refused("fp16", by="needs a GPU")],
+    "split": [turn("train", **A)],
+    "background": [turn("1", **A), refused("2", by="no such class")],
+    "image_size": [turn("64", "0", **A)],
+    "layer": [turn("1", **A)],
+    "threshold": [turn("0.3", **A)],
 }
 PROPAGATE: Cases = {
     "output_dir": [turn("other", shows="files")],
@@ -710,6 +751,7 @@ CASES: dict[str, Cases] = {
     "attention": ATTENTION,
     "embed": EMBED,
     "duplicates": DUPLICATES,
+    "masks": ATTENTION_MASKS,
     "propagate": PROPAGATE,
     "watch": WATCH,
     "report": REPORT,

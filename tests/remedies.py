@@ -828,7 +828,7 @@ ELSEWHERE = {
     # videos and their masks: test_propagate.py
     **dict.fromkeys(
         [
-            "--arch {}: does not accept frames of {} x {} pixels",
+            "--arch {}: does not accept images of {} x {} pixels",
             "--masks {}: no such file or folder",
             "holds several videos; name a folder with a folder of masks for each",
             "--masks: name the frames with --videos too",
@@ -846,6 +846,10 @@ ELSEWHERE = {
         ],
         "test_propagate.py",
     ),
+    # patches and attention masks
+    "--patches true: about {} GB, and {} has {} GB free; choose": "a full disk: test_patches.py",
+    "--background {}: no such class; there are {}": "shards with masks: test_masks.py",
+    "no mask has a class besides --background {}": "shards with masks: test_masks.py",
     # layers of a backbone
     **dict.fromkeys(
         [

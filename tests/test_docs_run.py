@@ -38,6 +38,7 @@ SMALL = {
     "evaluate": EVALUATION,
     "embed": EVALUATION,
     "duplicates": EVALUATION,
+    "masks": f"{CPU} --image_size 32",
     "propagate": "--image_size 32 --device cpu",
     "attention": "--image_size 32 --device cpu",
     "pretrain": f"{TRAINING} --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "

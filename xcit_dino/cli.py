@@ -76,7 +76,12 @@ COMMANDS = {
     "attention": Command(
         "eval.config:AttentionConfig",
         "eval.pictures.attention:run",
-        "class-attention maps over photos",
+        "class-attention maps over photos, or patch features as colors",
+    ),
+    "masks": Command(
+        "eval.dense.config:MasksConfig",
+        "eval.dense.masks:run",
+        "class attention as masks of objects, against true masks (Jaccard)",
     ),
     "embed": Command(
         "eval.config:EmbedConfig", "eval.embed:run", "features of images, labeled or not"

@@ -1,9 +1,9 @@
 """Images with their targets (masks, boxes): read together, transformed together, by the plan.
 
-For trainings and evaluations with masks or boxes, whose transforms change both. What
-``data/loader.py`` is for crops: order and substitutes of unreadable samples depend on (seed, epoch,
-sample) alone, so that a run resumes exactly on any number of workers and ranks. Samples come from
-the workers as numpy arrays of any size; the method collates them.
+For trainings and evaluations with masks or boxes, whose transforms change both, and for evaluations
+of whole images. What ``data/loader.py`` is for crops: order and substitutes of unreadable samples
+depend on (seed, epoch, sample) alone, so that a run resumes exactly on any number of workers and
+ranks. Samples come from the workers as numpy arrays of any size; the method collates them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex
-from xcit_dino.data.targets.formats import Boxes, Mask, check_target, decode_target
+from xcit_dino.data.targets.formats import check_target, decode_target
 from xcit_dino.data.workers import SUBSTITUTE_STREAM, SUBSTITUTES, Task, run_tasks
 from xcit_dino.errors import InputError
 
@@ -43,8 +43,9 @@ class Key(NamedTuple):
 
 Pixels = NDArray[Any]
 """[H, W, C]: uint8, or the set's own type (``data/pixels.py``)."""
-Transform = Callable[[Pixels, Mask | Boxes, Key], Any]
-"""(the pixels, target, key) -> what the method needs of a sample, as numpy arrays."""
+Transform = Callable[[Pixels, Any, Key], Any]
+"""(the pixels, target, key) -> what the method needs of a sample, as numpy arrays; the target is a
+:class:`Mask` or :class:`Boxes`, or None where none is read."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ class TargetWork:
         seed: int,
         substitute: bool,
         bands: Sequence[int] = (),
+        targets: bool = True,
     ) -> None:
         self.index, self.source, self.transform = index, source, transform
-        self.seed, self.substitute = seed, substitute
+        self.seed, self.substitute, self.targets = seed, substitute, targets
         self.scratch = Scratch()
         self.native = None if index.pixels.is_rgb8 else NativeImages(index.pixels, bands)
         self.classes = len(index.target_classes) if index.target_classes else None
@@ -105,6 +107,8 @@ class TargetWork:
     def _many(self, samples: NDArray[np.int64]) -> list[tuple[Any, Any]]:
         """(image, target) of each, bytes or the reason why there are none."""
         places = [self.index.locate(int(s)) for s in samples]
+        if not self.targets:
+            return [(image, None) for image in self.source.read_many(places)]
         places += [self.index.locate_target(int(s)) for s in samples]
         found = self.source.read_many(places)
         return list(zip(found[: len(samples)], found[len(samples) :], strict=True))
@@ -116,6 +120,8 @@ class TargetWork:
             for part in (image, target):
                 if isinstance(part, Unreadable):
                     raise part
+            if not self.targets:
+                return self.transform(self._pixels(image), None, key), ""
             if not target:
                 raise BadImage(f"no {self.index.targets or 'target'}")
             pixels = self._pixels(image)
@@ -228,18 +234,23 @@ def one_pass(
     transform: Transform,
     samples: Sequence[int] | NDArray[np.int64],
     run_folder: Path | None = None,
+    targets: bool = True,
 ) -> Iterator[tuple[int, Any]]:
     """(sample number, transformed sample) of some samples in their order, for evaluations; those
     that are unreadable or have no target are quarantined and skipped.
 
+    targets: read them; without, images of any shards alone.
+
     Raises:
         InputError: no targets in the shards, or too many bad samples.
     """
-    require_targets(index)
+    if targets:
+        require_targets(index)
     quarantine = Quarantine(
         run_folder, rank=0, num_samples=index.num_samples, max_bad_fraction=config.max_bad_fraction
     )
-    work = TargetWork(index, open_source(index, config), transform, 0, False, config.bands)
+    source = open_source(index, config)
+    work = TargetWork(index, source, transform, 0, False, config.bands, targets)
     tasks = (Task(0, np.array([sample], np.int64)) for sample in samples)
     with closing(_results(work, tasks, config)) as results:
         for done in results:

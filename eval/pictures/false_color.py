@@ -58,13 +58,19 @@ def of_components(unit: NDArray[np.float32]) -> FalseColor:
     """The first three principal components of pixels [n, C] with values in [0, 1]; each is brighter
     where most channels are."""
     mean = unit.mean(0)
-    covariance = np.cov(unit - mean, rowvar=False)
-    axes = np.linalg.eigh(covariance)[1][:, ::-1][:, :3]  # the largest first
-    axes = axes * np.where(axes.sum(0) < 0, -1, 1)
+    axes = principal_axes(unit, 3)
     low, high = np.percentile((unit - mean) @ axes, STRETCH, axis=0)
     weights = axes / np.maximum(high - low, 1e-6)
     offset = -(mean @ weights) - low / np.maximum(high - low, 1e-6)
     return FalseColor(weights.astype(np.float32), offset.astype(np.float32))
+
+
+def principal_axes(rows: NDArray[np.float32], count: int) -> NDArray[np.float64]:
+    """[C, count]: unit vectors of the largest variance of rows [n, C], n >= 2, the largest first;
+    none has a negative sum."""
+    covariance = np.atleast_2d(np.cov(rows - rows.mean(0), rowvar=False))
+    axes = np.linalg.eigh(covariance)[1][:, ::-1][:, :count]
+    return axes * np.where(axes.sum(0) < 0, -1, 1)
 
 
 def check_shown(shown: tuple[int, ...], context: Context) -> None:

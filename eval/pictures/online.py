@@ -13,7 +13,7 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.knn import unit_rows
 from xcit_dino.eval.neighbors import evenly_spaced
-from xcit_dino.eval.pictures.attention import Pixels
+from xcit_dino.eval.pictures.media import Pixels
 from xcit_dino.eval.pictures.render import (
     TrainingCrops,
     attention_rows,

@@ -25,8 +25,9 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.workers import CropWork, Task
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.pictures.attention import Pixels, overlay
+from xcit_dino.eval.pictures.attention import overlay
 from xcit_dino.eval.pictures.false_color import colors_of, is_plain, picture
+from xcit_dino.eval.pictures.media import Pixels
 from xcit_dino.models.xcit import XCiT
 
 SMALL = 64  # pictures up to this side keep their size, so that a browser shows their pixels

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcit_dino.errors import InputError, one_line
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.target import EvalTarget, pretrained, random_network
 from xcit_dino.eval.video.config import PropagateConfig
-from xcit_dino.models.dense import OUTPUT, grid_features, num_layers
+from xcit_dino.models.dense import grid_features, probe_grid
 from xcit_dino.models.tokens import stride_of
 
 LONGER = 64  # the longer side of a frame becomes a multiple of it (DINO)
@@ -52,7 +51,10 @@ def methods(config: PropagateConfig, target: EvalTarget, context: Context) -> It
     """
     network = pretrained(target)
     multiple = stride_of(network.model)
-    stride, width = probed(config, network.model.to(context.device), target.arch, context)
+    height, width = network_size(USUAL_FRAME, config.image_size, multiple)
+    frame = torch.zeros(1, context.inputs.channels, height, width, device=context.device)
+    model = network.model.to(context.device)
+    stride, width = probe_grid(model, config.tap, target.arch, frame)
 
     def of_network(name: str, model: nn.Module, facts: dict[str, Any]) -> Method:
         features = partial(grid_features, model.to(context.device), tap=config.tap)
@@ -66,29 +68,6 @@ def methods(config: PropagateConfig, target: EvalTarget, context: Context) -> It
         facts = {"network": "pixels", "side": stride}
         yield Method("pixels", facts, pixels, target.channels * stride**2, multiple)
         yield Method("copy", {"network": "copy"}, None, 1, multiple)
-
-
-@torch.no_grad()
-def probed(
-    config: PropagateConfig, model: nn.Module, arch: str, context: Context
-) -> tuple[int, int]:
-    """(Stride in pixels, D) of the features, found with a black frame."""
-    if not OUTPUT <= config.tap < (depth := num_layers(model)):
-        raise InputError(
-            f"--tap {config.tap}: {arch} has layers 0 to {depth - 1}, and -1 for its output"
-        )
-    height, width = network_size(USUAL_FRAME, config.image_size, stride_of(model))
-    images = torch.zeros(1, context.inputs.channels, height, width, device=context.device)
-    try:
-        found = grid_features(model, images, config.tap)
-    except InputError:
-        raise
-    except Exception as error:  # networks raise different types
-        raise InputError(
-            f"--arch {arch}: does not accept frames of {width} x {height} pixels "
-            f"({one_line(error, 120)}); take another --arch"
-        ) from error
-    return height // found.shape[1], found.shape[-1]
 
 
 def network_size(size: tuple[int, int], image_size: int, multiple: int) -> tuple[int, int]:

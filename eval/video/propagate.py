@@ -24,8 +24,8 @@ from torch import Tensor
 
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.pictures.attention import resized
 from xcit_dino.eval.pictures.false_color import picture
+from xcit_dino.eval.pictures.media import resized
 from xcit_dino.eval.ranges import OutputRange, refuse_nonfinite, warn_constant
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.target import resolve_without_shards

@@ -21,8 +21,8 @@ from PIL import Image
 from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.errors import InputError, one_line
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.pictures.attention import SUFFIXES, read_frames, read_values
 from xcit_dino.eval.pictures.false_color import is_plain
+from xcit_dino.eval.pictures.media import SUFFIXES, read_frames, read_values
 
 DAVIS_FRAMES, DAVIS_MASKS = "JPEGImages/480p", "Annotations/480p"
 DAVIS_LIST = "ImageSets/2017/val.txt"

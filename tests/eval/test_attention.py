@@ -16,6 +16,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvalTargetConfig
 from xcit_dino.eval.context import make_context
 from xcit_dino.eval.pictures import attention, scene_attention
+from xcit_dino.eval.pictures.media import resize_to_patches
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed.dist import World
@@ -35,10 +36,10 @@ def config_for(run_folder, src, dst, **options):
 
 
 def test_sides_become_whole_patches(photo):
-    assert attention.resize_to_patches(photo, 0, 8).shape == (48, 72, 3)
-    assert attention.resize_to_patches(photo, 32, 8).shape == (32, 48, 3)
+    assert resize_to_patches(photo, 0, 8).shape == (48, 72, 3)
+    assert resize_to_patches(photo, 32, 8).shape == (32, 48, 3)
     whole = photo[:40, :64]
-    assert np.array_equal(attention.resize_to_patches(whole, 0, 8), whole)
+    assert np.array_equal(resize_to_patches(whole, 0, 8), whole)
 
 
 def test_maps_are_those_of_the_class_attention(photo):
@@ -48,12 +49,11 @@ def test_maps_are_those_of_the_class_attention(photo):
     caught = []
     for block in model.cls_attn_blocks:
         block.attn.register_forward_hook(lambda _m, _i, out: caught.append(out[1]))
-    image = attention.resize_to_patches(photo, 0, 8)
+    image = resize_to_patches(photo, 0, 8)
     context = make_context(EvalTargetConfig(), InputSettings(), {}, "", World(0, 1, CPU))
     model(context.normalize(torch.tensor(image).permute(2, 0, 1)[None]))
     for layer in (1, 2):
-        config = AttentionConfig(photo, layer=layer)
-        maps = attention.head_maps(model, image, config, context)
+        maps = attention.head_maps(model, image, layer, 0.0, context)
         expected = caught[layer - 1][0, :, 0, 1:].reshape(4, 6, 9)
         np.testing.assert_allclose(maps, expected.detach().numpy(), rtol=1e-5)
 
@@ -189,7 +189,8 @@ def test_a_scene_is_the_maps_of_its_tiles(run_folder, tmp_path, ending):
     model, context = attention.network(config, World(0, 1, CPU))
     # 72 and 104 pixels of whole patches; the last tile of a row or column ends there and counts.
     for y, x, rows, columns in ((0, 0, 4, 4), (0, 64, 4, 1), (40, 72, 4, 4)):
-        alone = attention.head_maps(model, scene[y : y + 32, x : x + 32], config, context)
+        part = scene[y : y + 32, x : x + 32]
+        alone = attention.head_maps(model, part, 2, 0.0, context)
         there = maps[:, y // 8 : y // 8 + rows, x // 8 : x // 8 + columns]
         np.testing.assert_allclose(there, 16 * alone[:, :rows, :columns], rtol=2e-3)
     assert abs(maps.mean() - 1) < 0.1

@@ -282,9 +282,9 @@ def test_a_network_of_one_image_size(run_folder, tmp_path: Path, capsys, monkeyp
     def grid_features(*_: object, **__: object) -> None:
         raise AssertionError("Input height (64) doesn't match model (224).")
 
-    monkeypatch.setattr("xcit_dino.eval.video.methods.grid_features", grid_features)
+    monkeypatch.setattr("xcit_dino.models.dense.grid_features", grid_features)
     assert main(command(run_folder, "--videos", davis(tmp_path / "davis"))) == 2
-    assert f"--arch {ARCH}: does not accept frames of" in capsys.readouterr().err
+    assert f"--arch {ARCH}: does not accept images of" in capsys.readouterr().err
 
 
 def test_gaps_in_numbered_frames() -> None:

@@ -25,6 +25,7 @@ from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.targets.loader import Key, one_pass
 from xcit_dino.errors import InputError
+from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
 from xcit_dino.report.report import page
 from xcit_dino.supervised.segment import heads
@@ -44,6 +45,7 @@ from xcit_dino.supervised.segment.evaluation import (
     window_starts,
 )
 from xcit_dino.supervised.segment.heads import FPN, LinearHead, SemanticFPN, UperNet
+from xcit_dino.supervised.segment.network import build_segmenter
 from xcit_dino.supervised.segment.train import PolySchedule, pixel_loss, segment
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.reader import read_runs
@@ -165,25 +167,61 @@ def module_of(inputs: int, outputs: int, kernel: int) -> list[tuple[int, ...]]:
     return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
 
 
-@pytest.mark.parametrize("width", [192, 384, 512])
-def test_semantic_fpn_has_the_official_layers(width: int):
-    """``sem_fpn_xcit_p8.py``: FPN neck of the backbone's width, feature_strides 4 8 16 32."""
+OFFICIAL = {  # semantic_segmentation/configs/xcit: embed_dim, depth, out_indices
+    "tiny_12": (192, 12, (3, 5, 7, 11)),
+    "small_12": (384, 12, (3, 5, 7, 11)),
+    "small_24": (384, 24, (7, 11, 15, 23)),
+    "medium_24": (512, 24, (7, 11, 15, 23)),
+}
+COUNTED = {  # parameters of mmsegmentation's neck and FPNHead, UPerHead and FCNHead, 150 classes
+    192: (2_824_342, 28_095_788), 384: (8_134_294, 30_111_020), 512: (13_312_662, 31_454_508),
+}  # fmt: skip
+
+
+def official_pyramid(width: int, patch: int) -> list[tuple[int, ...]]:
+    """``backbone/xcit.py``: fpn1 and fpn2 with SyncBN between two transposed convolutions."""
+    up = [(width, width, 2, 2), (width,)]
+    return [*up, *up, *up, (width,), (width,)] if patch == 16 else up
+
+
+def official_fpn(width: int) -> list[tuple[int, ...]]:
+    """``sem_fpn_xcit_p*.py``: FPN neck with out_channels = embed_dim, num_outs 4; FPNHead with
+    channels 128, feature_strides 4 8 16 32."""
     expected: list[tuple[int, ...]] = []
     for _ in range(4):
         expected += [(width, width, 1, 1), (width,), (width, width, 3, 3), (width,)]
     for convs in (1, 1, 2, 3):
         expected += module_of(width, 128, 3) + (convs - 1) * module_of(128, 128, 3)
-    expected += [(150, 128, 1, 1), (150,)]
-    assert shapes(SemanticFPN([width] * 4, 150)) == sorted(expected)
+    return [*expected, (150, 128, 1, 1), (150,)]
 
 
-def test_upernet_has_the_official_layers():
-    """``upernet_xcit_p8.py``: channels 512, pool_scales 1 2 3 6, auxiliary FCNHead of 256."""
-    expected = 4 * module_of(384, 512, 1) + module_of(384 + 4 * 512, 512, 3)
-    expected += 3 * (module_of(384, 512, 1) + module_of(512, 512, 3))
+def official_upernet(width: int) -> list[tuple[int, ...]]:
+    """``upernet_xcit_p*.py``: UPerHead with channels 512, pool_scales 1 2 3 6; auxiliary FCNHead
+    with channels 256, num_convs 1."""
+    expected = 4 * module_of(width, 512, 1) + module_of(width + 4 * 512, 512, 3)
+    expected += 3 * (module_of(width, 512, 1) + module_of(512, 512, 3))
     expected += module_of(4 * 512, 512, 3) + [(150, 512, 1, 1), (150,)]
-    expected += [*module_of(384, 256, 3), (150, 256, 1, 1), (150,)]
-    assert shapes(UperNet([384] * 4, 150)) == sorted(expected)
+    return [*expected, *module_of(width, 256, 3), (150, 256, 1, 1), (150,)]
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_heads_are_those_of_the_official_configs(name: str, patch: int):
+    """Layers, their shapes and the number of parameters, for every size that was published."""
+    width, depth, taps = OFFICIAL[name]
+    arch = f"xcit_{name}_p{patch}"
+    for number, (head, layers) in enumerate(
+        {"fpn": official_fpn, "upernet": official_upernet}.items()
+    ):
+        config = replace(SegmentConfig(), {"arch": arch, "head": head, "crop_size": 32})
+        with torch.device("meta"):
+            backbone = create_model(arch, num_classes=0)
+            network = build_segmenter(config, backbone, 150)
+        assert network.taps == taps and len(backbone.blocks) == depth  # type: ignore[arg-type]
+        assert shapes(network.head) == sorted(layers(width))
+        assert shapes(network.pyramid) == sorted(official_pyramid(width, patch))
+        count = sum(p.numel() for p in network.head.parameters())
+        assert count == COUNTED[width][number]
 
 
 def test_fpn_is_torchvisions():
@@ -467,3 +505,23 @@ def test_recipes_and_run_folders(tmp_path: Path):
     config = segment_config(["--pretrained_weights", str(tmp_path), "--head", "fpn"])
     assert config.model.arch == "xcit_pico_6_p8"
     assert config.run.output_dir == tmp_path / "segment"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit's own
+def test_a_stage_of_the_launcher(squares: Path, tmp_path: Path, capsys: Any):
+    """After pretraining, from its checkpoint; the dry run names it and writes nothing."""
+    run = tmp_path / "run"
+    words = ["launch", "--stages", "pretrain,segment,report", "--cluster", "debug"]
+    pretraining = victims.TINY | {"data_path": squares, "output_dir": run, "batch_size_per_gpu": 4}
+    words += [word for name, value in pretraining.items() for word in (f"--{name}", str(value))]
+    options = {"epochs": 2, "batch_size_per_gpu": 4, "crop_size": 32, "num_workers": 0}
+    options |= {"warmup_epochs": 0, "precision": "fp32", "log_every": 1}
+    words += [f"--segment.{name}={value}" for name, value in options.items()]
+    assert main([*words, "--dry_run", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "== segment" in shown and f"pretrained_weights: {run}\n" in shown
+    assert not run.exists()
+    assert main(words) == 0
+    found = result(run / "segment")
+    assert found["metrics"]["miou"] > 0 and found["protocol"]["start"] == "teacher"
+    assert "Segmentation, mean IoU" in (run / "report.html").read_text()

@@ -31,11 +31,12 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "knn-few": "k-NN, few labels",
     "linear-few": "Linear probe, few labels",
     "duplicates": "Near-duplicates",
+    "masks": "Attention masks, Jaccard",
     "propagate": "Video propagation, J&F",
 }
 CONTINUED = ("finetune", "distill", "segment")  # folders inside a run that continue it
 # metric of a headline -> its name
-HEADLINES = {"top1": "top-1", "j_and_f": "J&F", "miou": "mean IoU"}
+HEADLINES = {"top1": "top-1", "j_and_f": "J&F", "miou": "mean IoU", "jaccard": "Jaccard"}
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 
