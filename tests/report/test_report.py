@@ -286,7 +286,8 @@ def test_pictures_of_a_real_run(run_folder):
     write_atomic(run_folder.path / "metrics.jsonl", '{"step": 1, "loss": 3.0}\n')
     knn.run(KnnConfig(target=run_folder.target(), nb_knn=(20,)))
     text, page = written(run_folder.path, pictures=True)
-    assert "attention maps, patch features: no whole checkpoint" in page.text  # and the others are shown
+    missing = "attention maps, patch features: no whole checkpoint"
+    assert missing in page.text  # and the others are shown
     assert "not readable" not in page.text
     for part in ("global 2", "local 8", "Class found", "classified as", "principal component"):
         assert part in page.text, part
