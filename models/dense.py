@@ -6,9 +6,10 @@ network a stage; -1 is the output: of XCiT and ViTs the patch tokens after the l
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,7 @@ def map_sizes(
         raise
     except Exception as error:  # networks raise different types
         raise InputError(
-            f"--crop_size {size}: {type(backbone).__name__} does not accept it "
+            f"--arch: {type(backbone).__name__} does not accept images of {size} x {size} pixels "
             f"({one_line(error, 120)})"
         ) from error
     finally:
@@ -163,6 +164,74 @@ class Pyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """(B, D, h, w) four times -> the same of strides 4, 8, 16, 32."""
         return [level(x) for level, x in zip(self.children(), maps, strict=True)]
+
+
+def pyramid_of(sizes: Sequence[tuple[int, int]]) -> nn.Module:
+    """What makes a pyramid of four maps with these (D, stride): nothing where their strides already
+    go from fine to coarse.
+
+    Raises:
+        InputError: they do not, or are not four.
+    """
+    strides = [stride for _, stride in sizes]
+    if len(sizes) != len(Pyramid.strides):
+        raise InputError(f"--taps: a pyramid takes four layers, not {len(sizes)}")
+    if len(set(sizes)) == 1:
+        return Pyramid(*sizes[0])
+    if strides != sorted(strides):
+        raise InputError(f"--taps: strides {strides} do not go from fine to coarse")
+    return nn.Identity()
+
+
+class TappedBackbone(nn.Module):
+    """A backbone that supplies maps; networks for dense tasks add what uses them.
+
+    Args:
+        taps: layers, see the module's docstring.
+        frozen: the backbone is not trained; its batch-norms keep their statistics and drop-path is
+            off.
+        pyramid: what the maps go through: a :class:`Pyramid`, or nothing.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, taps: Sequence[int], frozen: bool, pyramid: nn.Module
+    ) -> None:
+        super().__init__()
+        self.backbone, self.pyramid = backbone, pyramid
+        self.taps, self.frozen = tuple(taps), frozen
+        if frozen:
+            backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) -> (B, D, h, w) of every tap."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            maps = feature_maps(self.backbone, images, self.taps)
+        return self.pyramid(maps)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two or more dimensions exempt from weight decay."""
+        spared = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in spared}
+
+
+def freeze_unused(network: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    """Exclude parameters from training that a loss does not depend on, such as those of the class
+    token and of the last norm: processes would wait for their gradients.
+
+    loss: of a copy of the network, whose statistics it may change.
+    """
+    trial = copy.deepcopy(network).train()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        loss(trial).backward()
+    used = {name for name, p in trial.named_parameters() if p.grad is not None}
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in used)
 
 
 def _rescaled(dim: int, factor: float) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
-from xcit_dino.eval.dense.colors import class_colors, painted
+from xcit_dino.eval.dense.colors import boxed, class_colors, painted
 from xcit_dino.eval.dense.components import fit_colors
 from xcit_dino.eval.pictures import render
 from xcit_dino.eval.pictures.false_color import picture
@@ -30,12 +30,14 @@ from xcit_dino.report.images import Images, tile, wide_tile
 from xcit_dino.report.neighbors import confusions, feature_map, nearest
 from xcit_dino.report.page import Section
 from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.supervised.detect.predict import predicted_boxes
 from xcit_dino.supervised.segment.predict import predicted_masks
 from xcit_dino.train.run.reader import Run
 from xcit_dino.train.state import newest_checkpoint
 
 VIDEOS = 6  # whose masks are shown
 MASK_PHOTOS = 6  # whose masks are shown
+BOX_PHOTOS = 6  # whose boxes are shown
 CROP_SAMPLES = 3  # images whose crops are shown
 ATTENTION_PHOTOS = 4
 PATCH_PHOTOS = 6  # in the colors of their patches
@@ -174,11 +176,34 @@ def segmentation(images: Images) -> dict[str, Any]:
         return {}
     shown, names = predicted_masks(run.folder, images.options, MASK_PHOTOS)
     colors = class_colors(len(names))
-    rows = [[p, painted(p, mask, colors), painted(p, guess, colors)] for p, mask, guess in shown]
-    data = one_card(rows, ["photo", "mask", "predicted"])
-    legend = (f"{name} #{r:02x}{g:02x}{b:02x}" for name, (r, g, b) in zip(names, colors.tolist(),
-                                                                        strict=True))  # fmt: skip
-    return data | {"summary": "Classes: " + ", ".join(list(legend)[:30])}
+    photos = [(picture(image, images.context), *masks) for image, *masks in shown]
+    rows = [[p, painted(p, mask, colors), painted(p, guess, colors)] for p, mask, guess in photos]
+    return one_card(rows, ["photo", "mask", "predicted"]) | {"summary": legend(names, colors)}
+
+
+def detection(images: Images) -> dict[str, Any]:
+    """Validation photos with their boxes and with the predicted ones."""
+    run = images.run
+    if run.kind != "detect":
+        return {}
+    shown, names = predicted_boxes(run.folder, images.options, BOX_PHOTOS)
+    colors = np.minimum(2 * class_colors(len(names) + 1)[1:].astype(int), 255).astype(np.uint8)
+    rows = []
+    for image, *both in shown:
+        photo = picture(image, images.context)
+        pictures = [
+            boxed(photo if m is None else painted(photo, m, colors), boxes, labels, colors)
+            for boxes, labels, m in both
+        ]
+        captions = f"{len(both[0].boxes)} objects", f"{len(both[1].boxes)} predicted"
+        rows.append([wide_tile(*each) for each in zip(pictures, captions, strict=True)])
+    return {"summary": legend(names, colors), "groups": {"": rows}}
+
+
+def legend(names: Sequence[str], colors: render.Pixels) -> str:
+    """The colors of the first 30 classes, in words."""
+    pairs = list(zip(names, colors.tolist(), strict=True))[:30]
+    return "Classes: " + ", ".join(f"{n} #{r:02x}{g:02x}{b:02x}" for n, (r, g, b) in pairs)
 
 
 def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -> dict[str, Any]:
@@ -197,6 +222,13 @@ PARTS = (
         segmentation,
         "Validation images, the classes of their pixels and the predicted ones; pixels that do not "
         "count are not colored.",
+    ),
+    Section(
+        "Predicted boxes",
+        "tiles",
+        detection,
+        "Validation images with their objects, and with the predicted ones of a score of 0.5 and "
+        "more.",
     ),
     Section(
         "What the network sees",

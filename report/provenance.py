@@ -13,13 +13,14 @@ from xcit_dino.report.page import Section, Table, plain, tables, timestamp
 from xcit_dino.report.training import attempts, starts
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
+from xcit_dino.supervised.detect.config import DetectConfig
 from xcit_dino.supervised.segment.config import SegmentConfig
 from xcit_dino.train.config import CONFIGS
 from xcit_dino.train.run.folder import FREE
 from xcit_dino.train.run.reader import Run
 
 KINDS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig,
-         "segment": SegmentConfig}  # fmt: skip
+         "segment": SegmentConfig, "detect": DetectConfig}  # fmt: skip
 
 
 def provenance(run: Run) -> Section:

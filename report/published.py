@@ -1,5 +1,5 @@
-"""Published top-1 accuracies on ImageNet-1k, J&F on DAVIS 2017, and Jaccard on Pascal VOC 2012, in
-percent, each with its source."""
+"""Published top-1 accuracies on ImageNet-1k, J&F on DAVIS 2017, Jaccard on Pascal VOC 2012, box AP on
+COCO, in percent, each with its source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Published(NamedTuple):
     """One number as its authors report it."""
 
     top1: float
-    """Or J&F, or the Jaccard index."""
+    """Or J&F, the Jaccard index, or box AP."""
     what: str
     source: str
 
@@ -50,6 +50,18 @@ DAVIS = {  # backbone -> J&F, J, F on DAVIS 2017 val
     "DINO, ViT-S/8": (69.9, 66.6, 73.1),
     "DINO, ViT-B/8": (71.4, 67.9, 74.9),
 }
+COCO = {  # arch -> box AP on COCO val, Mask R-CNN, 36 epochs, from supervised weights
+    "xcit_tiny_12_p16": 42.7,
+    "xcit_small_12_p16": 45.3,
+    "xcit_small_24_p16": 46.5,
+    "xcit_medium_24_p16": 46.7,
+    "xcit_tiny_12_p8": 44.5,
+    "xcit_small_12_p8": 47.0,
+    "xcit_small_24_p8": 48.1,
+    "xcit_medium_24_p8": 48.5,
+}
+COCO_SOURCE = "XCiT detection/README"
+COCO_VAL = 5_000
 DAVIS_SUPERVISED = ("supervised, ViT-S/8", 66.0)
 DAVIS_PROTOCOL = {
     "videos": 30, "objects": 61, "image_size": 480, "n_last_frames": 7,
@@ -76,6 +88,9 @@ def published(arch: str, evaluation: str) -> list[Published]:
         return [
             Published(mean, f"{what}, on VOC 2012 val", VOC_SOURCE) for what, mean in VOC.items()
         ]
+    if evaluation == "detect" and arch in COCO:
+        what = "Mask R-CNN from supervised weights, on COCO val"
+        return [Published(COCO[arch], what, COCO_SOURCE)]
     if arch in DINO and evaluation in ("knn", "linear", "linear-dino"):
         top1, what = DINO[arch][evaluation != "knn"], "linear, augmented crops"
         found.append(Published(top1, "k-NN" if evaluation == "knn" else what, DINO_SOURCE))
@@ -97,6 +112,14 @@ def differences_from_published(
     if evaluation in others:
         pairs = [(name, protocol.get(name), value) for name, value in others[evaluation].items()]
         return ["another backbone"] + [f"{n} {a} instead of {b}" for n, a, b in pairs if a != b]
+    if evaluation == "detect":
+        masked = protocol.get("detector") == "Mask R-CNN"
+        found = [] if masked else ["Faster R-CNN, which learns no masks"]
+        if val_images != COCO_VAL:
+            found.append(f"validation images {val_images} instead of COCO's {COCO_VAL:,}")
+        if protocol.get("resize") != 800:
+            found.append(f"shorter side {protocol.get('resize')} instead of 800")
+        return found
     found = []
     if val_images != IMAGENET_VAL:
         count = "unknown" if val_images is None else f"{val_images:,}"

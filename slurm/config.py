@@ -16,7 +16,7 @@ from xcit_dino.paths import Location
 
 Cluster = Literal["slurm", "local", "debug"]
 RESUMES = frozenset(  # save a checkpoint on a stop signal
-    {"pretrain", "finetune", "distill", "segment"}
+    {"pretrain", "finetune", "distill", "segment", "detect"}
 )
 
 

@@ -31,13 +31,14 @@ from xcit_dino.train.config import RunConfig
 
 STAGES = (  # in the order in which they run
     "pretrain", "embed", "duplicates", "knn", "linear", "evaluate", "masks", "propagate",
-    "finetune", "distill", "segment", "report",
+    "finetune", "distill", "segment", "detect", "report",
 )  # fmt: skip
 ENTRIES = {  # not the commands' `main`, which would replace the job's signal handlers
     "pretrain": "xcit_dino.ssl.pretrain:pretrain_with_knn",
     "finetune": "xcit_dino.supervised.finetune:finetune",
     "distill": "xcit_dino.supervised.distill:distill",
     "segment": "xcit_dino.supervised.segment.train:segment",
+    "detect": "xcit_dino.supervised.detect.train:detect",
 }
 
 

@@ -72,6 +72,7 @@ OTHERS = {  # commands that are not here, and why
     "masks": "reads a run as knn does; test_masks.py",
     "propagate": "reads a run as embed does; test_propagate.py",
     "segment": "a training of its own folder, as finetune; test_segment.py",
+    "detect": "a training of its own folder, as finetune; test_detect.py",
     "launch rehearse": "makes a run folder of its own, on a cluster",
 }
 

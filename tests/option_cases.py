@@ -83,6 +83,15 @@ BASES["segment"] = {
 }  # fmt: skip
 
 
+BASES["detect"] = {
+    "output_dir": "new", "data_path": "boxed", "arch": ARCH, "epochs": "2",
+    "batch_size_per_gpu": "4", "warmup_epochs": "1", "long_side": "48",
+    "eval_side": "32", "fpn_dim": "8", "roi_samples": "16", "anchor_sizes": "8 16 24 32 48",
+    "num_workers": "0", "precision": "fp32", "device": "cpu", "log_every": "1",
+    "shuffle_window": "2",
+}  # fmt: skip
+
+
 # -- what befalls a command ------------------------------------------------------------------------
 
 
@@ -402,6 +411,55 @@ SEGMENT: Cases = {
     "eval_every": [turn("1", shows="metrics")],
     "mean": [turn("0.5 0.5 0.5", **W)],
     "std": [turn("0.5 0.5 0.5", **W)],
+}  # fmt: skip
+
+
+CROPS = {"crop_size": "32"}
+BOXED_URL = "file://{here}/boxed/train"
+BOXED_BANDS = {"data_path": "boxed5"}
+BOXED_CACHE = {"shard_url": BOXED_URL, "cache_dir": "copies"}
+DETECT: Cases = {
+    name: turns
+    for name, turns in SEGMENT.items()
+    if name not in ("lrs", "power", "min_lr", "head", "resize_size", "cat_max_ratio",
+                    "color_jitter", "auxiliary_weight", "stride")
+} | {
+    "drop_path_rate": [
+        turn("0.5", **W), refused("0.5", by="--drop_path_rate", given={"finetune": "false"}),
+    ],
+    "lr": [turn("0.02", **W)],
+    "lr_drops": [turn("0.5", **W)],
+    "may_change": [turn("lr", shows="code", before={"lr": "0.02"})],
+    "bands": [
+        turn("4 3 2", "2 3 4", "1", **W, given=BOXED_BANDS),
+        refused("4 6", by="channels 1 to 5", given=BOXED_BANDS),
+        refused("1", by="8-bit RGB"),
+    ],
+    "window": [
+        turn("0 200", **W),
+        refused("9 3", by="must be below"),
+        turn("0 p90", "p10 p90", "0 9 0 9 0 9 0 9 0 90", **W, given=BOXED_BANDS),
+    ],
+    "config": [turn("recipe.yaml", **W)],
+    "max_bad_fraction": [turn("1", shows="code", given={"data_path": "boxed3"})],
+    "data_path": [turn("boxed2", **W), refused("data", by="neither masks nor boxes")],
+    "shard_url": [refused("file://{here}/boxed/train-x", by="--max_bad_fraction")],
+    "cache_dir": [turn("copies", shows="files", given={"shard_url": BOXED_URL})],
+    "cache_gb": [
+        turn("6e-5", shows="files", given=BOXED_CACHE | {"shuffle_window": "1"}),
+        refused("1e-6", by="--cache_gb", given=BOXED_CACHE),
+    ],
+    "masks": [turn("true", **W), refused("true", by="leave out --masks", given=BOXED_BANDS)],
+    "finetune": [turn("false", **W)],
+    "taps": [turn("0 1 2 3", **W), refused("0 1 2 9", by="--taps 9")],
+    "short_sides": [turn("32", **W), refused("32", by="--short_sides", given=CROPS)],
+    "long_side": [turn("40", **W)],
+    "eval_side": [turn("48", shows="metrics")],
+    "crop_size": [turn("32", **W)],
+    "scale": [turn("1 1", **W, given=CROPS), refused("1 1", by="--scale")],
+    "fpn_dim": [turn("16", **W)],
+    "anchor_sizes": [turn("8 16 20 32 48", **W)],
+    "roi_samples": [turn("4", **W)],
 }  # fmt: skip
 
 
@@ -748,6 +806,7 @@ CASES: dict[str, Cases] = {
     "finetune": FINETUNE,
     "distill": DISTILL,
     "segment": SEGMENT,
+    "detect": DETECT,
     "attention": ATTENTION,
     "embed": EMBED,
     "duplicates": DUPLICATES,

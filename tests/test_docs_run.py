@@ -46,6 +46,7 @@ SMALL = {
     "finetune": FINETUNE,
     "distill": FINETUNE,
     "segment": f"{TRAINING} --crop_size 32",
+    "detect": f"{TRAINING} --crop_size 32 --eval_side 32 --fpn_dim 8 --roi_samples 8",
     "launch": "--dry_run true",
     "shards": "--num_workers 1",
 }
@@ -146,6 +147,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--num_workers 1".split()
         )
         (folder / "configs").symlink_to(ROOT / "configs")
+        splits = "train=ImageSets/Main/train.txt val=ImageSets/Main/val.txt"
+        words = f"bccd shards/bccd --boxes bccd/Annotations --splits {splits} --num_workers 1"
+        done(f"shards make {words}".split())
         done("shards make photos shards/imagenet --num_workers 1".split())
         for part in ("train", "test"):
             done(f"shards make cifar10-{part}.tar.gz shards/cifar10 --num_workers 1".split())

@@ -36,10 +36,10 @@ from xcit_dino.slurm.config import LaunchConfig
 
 POSITIONAL = ("src", "checkpoint", "runs", "run", "dst")
 ELSEWHERE = {"launch": "test_launch_options.py"}  # turns every option of that command
-RECIPES = ("pretrain", "finetune", "distill", "segment")  # take --config
+RECIPES = ("pretrain", "finetune", "distill", "segment", "detect")  # take --config
 # Turned by make faults only: options whose code another command shares, and what takes minutes.
 REPEATED = {"finetune": FINETUNE, "distill": DISTILL, "evaluate": EVALUATE}
-REPEATED |= {"segment": RUN, "linear": EVAL_TARGET, "embed": EVAL_TARGET}
+REPEATED |= {"segment": RUN, "detect": RUN, "linear": EVAL_TARGET, "embed": EVAL_TARGET}
 
 
 def options_of(command: str) -> dict[str, Any]:
@@ -215,6 +215,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_set(folder / "bands", 5, "uint16", train=26, size=32)
         video(folder)
         scenes(folder)
+        objects(folder)
         foreign(folder)
         trained(folder)
         launched(folder)
@@ -314,6 +315,42 @@ def scenes(folder: Path) -> None:
                 path.write_bytes(path.read_bytes()[:1200])
         done(
             f"shards make {name}-src {name} --masks masks --mask_classes classes.txt "
+            "--shard_size 2 --verify false --num_workers 1".split()
+        )
+
+
+def objects(folder: Path) -> None:
+    """Images with a bright rectangle each, of class 0 or 1; two of ``boxed3`` cannot be read, those
+    of ``boxed5`` have five channels of 12 bits, the rectangles of ``boxed2`` lie elsewhere."""
+    numbers = np.random.default_rng(4)
+    for name in ("boxed", "boxed2", "boxed3", "boxed5"):
+        images, annotations = [], []
+        for n in range(12):
+            split = "train" if n < 8 else "val"
+            ending = "npy" if name == "boxed5" else "png"
+            path = folder / f"{name}-src/{split}/{n}.{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            x, y = (n, 4) if name == "boxed2" else (4, n)
+            images.append({"id": n, "file_name": f"{split}/{n}.{ending}"})
+            item: dict[str, Any] = {"image_id": n, "category_id": n % 2, "bbox": [x, y, 28, 24]}
+            if name == "boxed":
+                item["segmentation"] = [[x, y, x + 28, y, x + 28, y + 24]]
+            annotations.append(item)
+            pixels = numbers.integers(0, 140, (40, 48, 3), dtype=np.uint8)
+            pixels[y : y + 24, x : x + 28] += 90
+            if name == "boxed5":
+                deep = numbers.integers(0, 3000, (40, 48, 5), dtype=np.uint16)
+                deep[y : y + 24, x : x + 28] += 1000
+                np.save(path, deep)
+                continue
+            Image.fromarray(pixels).save(path)
+            if name == "boxed3" and n < 2:
+                path.write_bytes(path.read_bytes()[:1200])
+        categories = [{"id": 0, "name": "cell"}, {"id": 1, "name": "plate"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+        done(
+            f"shards make {name}-src {name} --boxes {name}.json "
             "--shard_size 2 --verify false --num_workers 1".split()
         )
 

@@ -98,7 +98,16 @@ class Outcome:
         newest = max((self.folder / "new/checkpoints").glob("*.pth"), key=lambda path: path.name)
         state = torch.load(newest, weights_only=True)
         found = hashlib.sha256()
-        for name in ("student", "teacher", "loss", "model", "Student", "model_ema", "segmenter"):
+        for name in (
+            "student",
+            "teacher",
+            "loss",
+            "model",
+            "Student",
+            "model_ema",
+            "segmenter",
+            "detector",
+        ):
             for key, value in state.get(name, {}).items():
                 found.update(f"{key} {tuple(value.shape)}".encode() + value.numpy().tobytes())
         return found.hexdigest()

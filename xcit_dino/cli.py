@@ -73,6 +73,11 @@ COMMANDS = {
         "supervised.segment.train:main",
         "semantic segmentation: linear probe, Semantic FPN or UperNet on a backbone",
     ),
+    "detect": Command(
+        "supervised.detect.config:detect_config",
+        "supervised.detect.train:main",
+        "object detection: Faster R-CNN on a backbone",
+    ),
     "attention": Command(
         "eval.config:AttentionConfig",
         "eval.pictures.attention:run",

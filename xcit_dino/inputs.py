@@ -95,7 +95,7 @@ class InputSettings:
     def from_run(options: Mapping[str, Any]) -> InputSettings | None:
         """Settings of the network trained with these options; None if they are not the options of
         a training."""
-        sides = map(options.get, ("input_size", "global_crops_size", "crop_size"))
+        sides = map(options.get, ("input_size", "global_crops_size", "crop_size", "eval_side"))
         if (size := next(filter(None, sides), None)) is None:
             return None
         mean = tuple(options.get("mean") or IMAGENET_MEAN)

@@ -1,9 +1,13 @@
-"""Colors for dense predictions: masks over photos."""
+"""Colors for dense predictions: masks and boxes over photos."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torchvision.utils import draw_bounding_boxes
 
 from xcit_dino.data.pack.targets.conventions import voc_colors
 from xcit_dino.data.rng import random_bits
@@ -27,3 +31,15 @@ def painted(photo: Pixels, mask: NDArray[np.integer], colors: Pixels) -> Pixels:
     paint = colors[np.where(known, mask, 0)].astype(np.float32)
     mixed = OPACITY * paint + (1 - OPACITY) * photo
     return np.where(known[..., None], np.rint(mixed), photo).astype(np.uint8)
+
+
+def boxed(
+    photo: Pixels, boxes: NDArray[np.floating], labels: NDArray[np.integer], colors: Pixels
+) -> Pixels:
+    """A photo [H, W, 3] with boxes [n, 4] (x0, y0, x1, y1) in the colors of their classes."""
+    if not len(boxes):
+        return photo
+    image = torch.from_numpy(photo.copy()).permute(2, 0, 1)
+    paint: Any = [tuple(color) for color in colors[labels].tolist()]
+    drawn = draw_bounding_boxes(image, torch.from_numpy(boxes.copy()), colors=paint, width=2)
+    return drawn.permute(1, 2, 0).numpy()

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from xcit_dino.command_line import parse, pop_option, pop_path
 from xcit_dino.data.config import LoaderConfig
 from xcit_dino.errors import InputError, needs, within
-from xcit_dino.eval.config import NetworkName
-from xcit_dino.inputs import Scaled, check_window
-from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, canonical_name, model_spec
-from xcit_dino.options import read_yaml, replace
-from xcit_dino.supervised.config import passed_on
+from xcit_dino.models.zoo import TIMM_PREFIX, ModelConfig, model_spec
+from xcit_dino.supervised.target_config import (
+    BackboneStartConfig,
+    TaskConfig,
+    check_scale,
+    never_falls,
+    refuse_unsupported,
+    task_config,
+)
 from xcit_dino.train.config import RunConfig
-
-
-@dataclass(frozen=True)
-class SegmentStartConfig:
-    """The backbone's weights."""
-
-    pretrained_weights: Path | None = None
-    """A run folder (its newest checkpoint, arch and data), or a file of any kind that `weights`
-    reads. Left out: random weights."""
-    checkpoint_key: NetworkName | None = None
-    """Network of a checkpoint. Default: the teacher of a DINO checkpoint, else the only one."""
-
-    def ineffective(self) -> dict[str, str]:
-        """See :func:`xcit_dino.options.ineffective`."""
-        return needs(self.pretrained_weights, "without --pretrained_weights", "checkpoint_key")
 
 
 @dataclass(frozen=True)
@@ -63,16 +50,11 @@ class SegmentOptimConfig:
 
     def remarks(self, epochs: int) -> list[str]:
         """What the options do together that one would not expect, a line each."""
-        if self.warmup_epochs < epochs:
-            return []
-        return [
-            f"--warmup_epochs {self.warmup_epochs:g} with --epochs {epochs}: the learning rate "
-            "never falls"
-        ]
+        return never_falls(self.warmup_epochs, epochs)
 
 
 @dataclass(frozen=True)
-class SegmentationConfig(Scaled):
+class SegmentationConfig(TaskConfig):
     """The head, and what images and masks go through."""
 
     head: Literal["linear", "fpn", "upernet"] = "linear"
@@ -91,8 +73,6 @@ class SegmentationConfig(Scaled):
     """Range of the factor by which training images are resized further."""
     cat_max_ratio: float = 0.75
     """A crop of which one class covers more than this share is drawn again, up to ten times."""
-    hflip: float = 0.5
-    """Probability of a left-right flip."""
     color_jitter: tuple[float, float, float] = (0.125, 0.5, 0.5)
     """Brightness (+- a share of the window), contrast and saturation (factors from 1-s to 1+s),
     each with probability 1/2; 0 0 0 switches them off."""
@@ -100,30 +80,15 @@ class SegmentationConfig(Scaled):
     """Weight of UperNet's auxiliary loss."""
     stride: float = 2 / 3
     """Step of the evaluation's sliding window, as a share of crop_size."""
-    eval_every: int = 0
-    """Epochs between evaluations; 0: at the end only."""
-    window: tuple[float | str, ...] | None = None
-    """Values that become 0 and 1, LOW HIGH or such a pair for each channel; others are clipped. A
-    number, or a percentile of each channel in the data (p0.1 p99.9). By default as the weights to
-    start from were trained, else by the data: 0 255 of 8 bits, 0 4095 where 12 bits are used."""
-    mean: tuple[float, ...] | None = None
-    """Of each channel (values in [0, 1]), subtracted; by default as the weights to start from were
-    trained, else that of the data, and ImageNet's of 8-bit RGB."""
-    std: tuple[float, ...] | None = None
-    """The channels are divided by it; by default as for mean."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         within(self, 8, 8192, "crop_size")
         within(self, 0, 16384, "resize_size")
-        within(self, 0, 1, "hflip", "color_jitter", "mean")
+        within(self, 0, 1, "color_jitter")
         within(self, 0.01, 1, "cat_max_ratio", "stride")
-        within(self, 1e-3, 1e3, "std")
-        check_window(self.window)
-        within(self, 0, 1e6, "eval_every")
         within(self, 0, 100, "auxiliary_weight")
-        low, high = self.scale
-        if not 0.01 <= low <= high <= 100:
-            raise InputError("--scale must be two factors, 0.01 <= from <= to <= 100")
+        check_scale(*self.scale)
         if self.head != "linear" and len(self.taps) not in (0, 4):
             raise InputError(f"--taps: --head {self.head} takes four layers")
 
@@ -143,17 +108,14 @@ class SegmentConfig:
 
     run: RunConfig = field(default_factory=lambda: RunConfig(epochs=32, batch_size_per_gpu=16))
     model: ModelConfig = field(default_factory=ModelConfig)
-    start: SegmentStartConfig = field(default_factory=SegmentStartConfig)
+    start: BackboneStartConfig = field(default_factory=BackboneStartConfig)
     optim: SegmentOptimConfig = field(default_factory=SegmentOptimConfig)
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
         task = self.segmentation
-        if self.loader.decoder != "host":
-            raise InputError("--decoder cuda: masks are read on the host; use --decoder host")
-        if self.run.fsdp:
-            raise InputError("--fsdp: segment keeps all weights in each process; leave it out")
+        refuse_unsupported(self.run, self.loader, "segment", "masks")
         if task.finetune and task.head == "linear" and len(self.optim.lrs) > 1:
             raise InputError(
                 "--finetune: a grid of learning rates shares one backbone; give one with --lrs "
@@ -191,26 +153,6 @@ class SegmentConfig:
 
 
 def segment_config(argv: Sequence[str], prog: str = "xcit-dino segment") -> SegmentConfig:
-    """Recipe (``--config FILE``) plus command-line overrides; a run folder to start from passes on
-    its arch and the location of its data, as in finetuning.
-
-    Raises:
-        InputError: unknown model, file, option or value, in one line.
-    """
-    file, argv = pop_path(argv, "config")
-    folder = pop_path(argv, "pretrained_weights")[0]
-    known = passed_on(folder)
-    config = replace(SegmentConfig(), known, source=f"{folder}/config.yaml")
-    if file is not None:
-        recipe = read_yaml(file)
-        if pop_option(argv, "arch")[0] or known.get("arch"):
-            recipe.pop("arch", None)
-        config = replace(config, recipe, source=str(file))
+    """The command line; see :func:`task_config`."""
     about = "Train and evaluate semantic segmentation on a backbone (a recipe with --config FILE)."
-    config = parse(config, argv, prog, about)
-    name = canonical_name(config.model.arch)
-    values: dict[str, Any] = {"arch": name}
-    if config.run.output_dir == RunConfig.output_dir:
-        runs = folder if folder and known else Path("runs") / name.replace("/", "_")
-        values["output_dir"] = runs / "segment"
-    return replace(config, values)
+    return task_config(SegmentConfig(), "segment", argv, prog, about)

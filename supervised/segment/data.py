@@ -16,19 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xcit_dino.data.config import LoaderConfig
-from xcit_dino.data.crops import resize_into
-from xcit_dino.data.native.crops import resize_values
-from xcit_dino.data.native.scaling import check_same_form
-from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.data.rng import random_uniforms
-from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.targets.formats import Boxes, Mask, ignored_value
-from xcit_dino.data.targets.loader import Key, Pixels, require_targets
-from xcit_dino.errors import InputError
+from xcit_dino.data.targets.loader import Key, Pixels
+from xcit_dino.data.targets.transforms import nearest, resized
 from xcit_dino.inputs import Channels
 from xcit_dino.supervised.segment.config import SegmentationConfig
-from xcit_dino.train.distributed import dist
 
 IGNORED = 65_535  # in training masks, whatever the type that is stored
 TRIES = 10  # crops that are drawn (mmsegmentation: cat_max_ratio)
@@ -52,45 +45,6 @@ class Scene(NamedTuple):
     """[H, W, C], the shorter side as in training."""
     mask: NDArray[np.uint16]
     """[H', W'], of the original size."""
-
-
-@dataclass(frozen=True)
-class MaskedData:
-    """Training and validation images with masks of the same classes."""
-
-    train: ShardIndex
-    val: ShardIndex
-    classes: list[str]
-    form: PixelFormat
-    """What the images are, once ``--bands`` are picked."""
-
-
-def open_masks(loader: LoaderConfig) -> MaskedData:
-    """The two splits of ``--data_path``.
-
-    Raises:
-        InputError: a split is missing, has no masks, or other classes or kinds of images than the
-            other one.
-    """
-    path = loader.data_path
-    if path is None:
-        raise InputError("--data_path is missing: the folder that xcit-dino shards make wrote")
-    train, val = (ShardIndex.load(resolve_split(path, split)) for split in ("train", "val"))
-    for index in (train, val):
-        require_targets(index, "mask")
-        if not index.target_classes:
-            raise InputError(
-                f"--data_path {index.root}: the classes of the masks have no names; write them to "
-                f"{index.root}/target_classes.txt, one per line, and run: xcit-dino shards check "
-                f"{index.root} --rebuild"
-            )
-    if train.target_classes != val.target_classes:
-        raise InputError(f"--data_path {path}: train and val have masks of different classes")
-    dist.refuse_other_data(train.checksum + val.checksum, path)
-    check_same_form(train, val)
-    return MaskedData(
-        train, val, list(train.target_classes or ()), train.pixels.select(loader.bands)
-    )
 
 
 @dataclass(frozen=True)
@@ -145,33 +99,6 @@ def as_uint16(mask: Mask) -> NDArray[np.uint16]:
     wide = mask.astype(np.uint16)
     wide[mask == ignored_value(mask)] = IGNORED
     return wide
-
-
-def resized(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Antialiased bicubic, in the images' own type."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    source = np.require(pixels, requirements=("C", "W"))
-    image = torch.from_numpy(source).permute(2, 0, 1)[None]
-    shape = (1, height, width, pixels.shape[2])
-    out = torch.empty(shape, dtype=image.dtype).permute(0, 3, 1, 2)
-    if image.dtype == torch.uint8:
-        resize_into(image, out)
-    else:
-        resize_values(image.float(), out)
-    return out[0].permute(1, 2, 0).numpy()
-
-
-def nearest(
-    mask: NDArray[np.uint16], height: int, width: int, top: int, left: int, size: int
-) -> NDArray[np.uint16]:
-    """A crop of the mask resized to (height, width), by nearest neighbors; smaller where the
-    resized mask ends."""
-    rows = np.arange(top, min(top + size, height)) + 0.5
-    columns = np.arange(left, min(left + size, width)) + 0.5
-    y = (rows * mask.shape[0] / height).astype(np.int64)
-    x = (columns * mask.shape[1] / width).astype(np.int64)
-    return mask[y[:, None], x]
 
 
 def _largest_share(mask: NDArray[np.uint16]) -> float:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.augment import normalize
-from xcit_dino.data.targets.loader import one_pass
 from xcit_dino.errors import InputError
 from xcit_dino.eval.features import eval_mode
 from xcit_dino.eval.results import write_result
-from xcit_dino.files import file_checksum
-from xcit_dino.options import options
-from xcit_dino.provenance import read_results
 from xcit_dino.supervised.segment.config import SegmentConfig
-from xcit_dino.supervised.segment.data import IGNORED, MaskedData, Scene, SceneTransform
+from xcit_dino.supervised.segment.data import IGNORED, Scene, SceneTransform
 from xcit_dino.supervised.segment.heads import resized
 from xcit_dino.supervised.segment.network import Segmenter
-from xcit_dino.supervised.validation import OF_THE_MACHINE
+from xcit_dino.supervised.targets import TaskEvaluation
 from xcit_dino.train.distributed import dist
-from xcit_dino.train.run.log import RunLog
-from xcit_dino.train.state import Checkpoints
 
 CHUNK = 8  # windows in a forward pass
 
@@ -134,35 +127,24 @@ class Predictor:
 
 
 @dataclass(frozen=True)
-class SegmentEvaluation:
-    """The evaluations of a training: between steps, and at its end."""
+class SegmentEvaluation(TaskEvaluation):
+    """Sliding windows over the validation images."""
 
     config: SegmentConfig
     model: Segmenter
-    data: MaskedData
-    schedule: Any
-    world: dist.World
 
-    def __call__(self, step: int = 0) -> dict[str, float]:
-        """Metrics of the best head, for the log."""
-        scores = self.measure()
-        best = scores[best_of(scores)]
-        return {f"val_{name}": value for name, value in best.metrics.items()}
-
-    def due(self, step: int) -> bool:
-        """Whether an epoch to be evaluated ends with this step, other than the last one."""
-        every, epochs = self.config.segmentation.eval_every, self.config.run.epochs
-        epoch, into_epoch = divmod(step, self.schedule.steps_per_epoch)
-        return into_epoch == 0 and 0 < epoch < epochs and every > 0 and epoch % every == 0
+    def metrics(self, scores: list[Scores]) -> dict[str, float]:
+        """Of the best head."""
+        return scores[best_of(scores)].metrics
 
     def measure(self) -> list[Scores]:
         """Scores of every head of the grid over the validation images, on all ranks together."""
-        classes = len(self.data.classes)
-        heads = len(self.config.optim.lrs) if self.config.segmentation.head == "linear" else 1
+        classes, task = len(self.data.classes), self.config.segmentation
+        heads = len(self.config.optim.lrs) if task.head == "linear" else 1
         totals = torch.zeros(heads, classes, classes, dtype=torch.int64)
         predict = Predictor(self.model, self.config, self.world.device)
         with dist.together(), eval_mode(self.model), torch.inference_mode():
-            for scene in self._scenes():
+            for _, scene in self.views(SceneTransform(task)):
                 mask = torch.from_numpy(scene.mask.astype(np.int64)).to(self.world.device)
                 for total, predicted in zip(totals, predict(scene), strict=True):
                     total += confusion_of(mask, predicted, classes).cpu()
@@ -173,77 +155,35 @@ class SegmentEvaluation:
             raise InputError(f"--data_path {self.data.val.root}: no pixel of it counts")
         return [scores_of(total) for total in totals.cpu().numpy()]
 
-    def _scenes(self) -> Iterator[Scene]:
-        val, world = self.data.val, self.world
-        first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
-        transform = SceneTransform(self.config.segmentation)
-        for _, scene in one_pass(val, self.config.loader, transform, np.arange(first, last)):
-            yield scene
-
-    def recorded(self) -> bool:
-        """Whether ``results.json`` has this training's results."""
-        return dist.from_main(lambda: "segment" in read_results(self.config.run.output_dir))
-
-    def finish(self, log: RunLog, checkpoints: Checkpoints, facts: dict[str, Any]) -> None:
-        """Log the final scores and write them to ``results.json``, once."""
-        if self.recorded():  # by an earlier attempt
-            return
-        scores = self.measure()
-        best = scores[best_of(scores)]
-        log.write(self.schedule.total_steps, {f"val_{name}": v for name, v in best.metrics.items()})
-        newest = checkpoints.newest()
-        if self.world.is_main:
-            assert newest is not None
-            record(self.config, self.data, scores, facts, newest)
+    def record(self, scores: list[Scores], facts: dict[str, Any], checkpoint: Path) -> None:
+        """Print the scores and write ``segment`` to ``results.json``."""
+        task, best = self.config.segmentation, best_of(scores)
+        protocol = self.protocol(facts, checkpoint) | {
+            "head": task.head,
+            "backbone": "finetuned" if task.finetune else "frozen",
+            "resize": task.short_side,
+            "crop": task.crop_size,
+            "stride": task.stride,
+        }
+        more: dict[str, Any] = {}
+        if task.head == "linear":
+            protocol["chosen_on"] = "the validation images, as in DINOv2"
+            rates = zip(self.config.optim.lrs, scores, strict=True)
+            more["grid"] = [{"lr": lr, **found.metrics} for lr, found in rates]
+            more["chosen"] = {"lr": self.config.optim.lrs[best], "head": best}
+        found = scores[best]
+        named = zip(self.data.classes, found.iou.tolist(), strict=True)
+        more["iou"] = {name: round(iou, 4) for name, iou in named if iou == iou}
+        shown = "  ".join(f"{key} {value:.2f}" for key, value in found.metrics.items())
+        print(f"segment: {shown}", flush=True)
+        for name, iou in more["iou"].items():
+            print(f"  {name:<24} {iou:6.2f}", flush=True)
+        write_result(
+            self.config.run.output_dir, "segment", found.metrics, protocol,
+            weights_file=checkpoint.name, **more,
+        )  # fmt: skip
 
 
 def best_of(scores: list[Scores]) -> int:
     """The head of the highest mean IoU, the first of equals."""
     return max(range(len(scores)), key=lambda number: (scores[number].miou, -number))
-
-
-def record(
-    config: SegmentConfig,
-    data: MaskedData,
-    scores: list[Scores],
-    facts: dict[str, Any],
-    checkpoint: Path,
-) -> None:
-    """Print the scores and write ``segment`` to ``results.json``."""
-    task, best = config.segmentation, best_of(scores)
-    recipe = {key: value for key, value in options(config) if key not in OF_THE_MACHINE}
-    protocol = facts | {
-        "evaluation": "segment",
-        "arch": config.model.arch,
-        "head": task.head,
-        "backbone": "finetuned" if task.finetune else "frozen",
-        "resize": task.short_side,
-        "crop": task.crop_size,
-        "stride": task.stride,
-        "mean": list(task.normalization[0]),
-        "std": list(task.normalization[1]),
-        "precision": "fp32",
-        "num_classes": len(data.classes),
-        "train_index": data.train.checksum,
-        "val_index": data.val.checksum,
-        "val_images": data.val.num_samples,
-        "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
-        "weights": file_checksum(checkpoint),
-    }
-    more: dict[str, Any] = {}
-    if task.head == "linear":
-        protocol["chosen_on"] = "the validation images, as in DINOv2"
-        rates = zip(config.optim.lrs, scores, strict=True)
-        more["grid"] = [{"lr": lr, **found.metrics} for lr, found in rates]
-        more["chosen"] = {"lr": config.optim.lrs[best], "head": best}
-    found = scores[best]
-    named = zip(data.classes, found.iou.tolist(), strict=True)
-    more["iou"] = {name: round(iou, 4) for name, iou in named if iou == iou}
-    shown = "  ".join(f"{key} {value:.2f}" for key, value in found.metrics.items())
-    print(f"segment: {shown}", flush=True)
-    for name, iou in more["iou"].items():
-        print(f"  {name:<24} {iou:6.2f}", flush=True)
-    write_result(
-        config.run.output_dir, "segment", found.metrics, protocol, weights_file=checkpoint.name,
-        **more,
-    )  # fmt: skip

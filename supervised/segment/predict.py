@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 
 from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.targets.loader import one_pass
+from xcit_dino.data.targets.transforms import resized
 from xcit_dino.errors import InputError
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import option_types, replace
 from xcit_dino.provenance import read_results
 from xcit_dino.supervised.segment.config import SegmentConfig
-from xcit_dino.supervised.segment.data import SceneTransform, open_masks, resized
+from xcit_dino.supervised.segment.data import SceneTransform
 from xcit_dino.supervised.segment.evaluation import Predictor
 from xcit_dino.supervised.segment.network import build_segmenter
+from xcit_dino.supervised.targets import open_targets
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
 Shown = tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]
@@ -43,7 +45,7 @@ def predicted_masks(
     known = option_types(SegmentConfig)
     config = replace(SegmentConfig(), {k: v for k, v in run.items() if k in known})
     channels = config.segmentation.channels
-    data = open_masks(config.loader)
+    data = open_targets(config.loader, "mask")
     backbone = create_model(config.model.arch, num_classes=0, in_chans=channels)
     network = build_segmenter(config, backbone, len(data.classes))
     network.load_state_dict(load_checkpoint(newest)["segmenter"])

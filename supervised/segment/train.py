@@ -1,12 +1,12 @@
 """``xcit-dino segment``: semantic segmentation on a frozen or finetuned backbone.
 
-``train_step`` is the method, ``segment`` sets a run up; what happens between two steps is in
-``train/loop.py``, what an evaluation is in ``evaluation.py``.
+``forward_backward`` is the method, ``segment`` sets a run up; the optimizer's step is in
+``supervised/targets.py``, what happens between two steps in ``train/loop.py``, what an evaluation
+is in ``evaluation.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,43 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xcit_dino.data.augment import normalize
-from xcit_dino.data.plan import Plan
-from xcit_dino.data.targets.loader import TargetBatch, TargetLoader
-from xcit_dino.files import file_checksum
-from xcit_dino.models.weights.load import load_backbone
-from xcit_dino.models.zoo import create_model
+from xcit_dino.data.targets.loader import TargetBatch
 from xcit_dino.options import replace
 from xcit_dino.supervised.segment.config import SegmentConfig
-from xcit_dino.supervised.segment.data import (
-    IGNORED,
-    MaskedData,
-    TrainTransform,
-    collated,
-    open_masks,
-)
+from xcit_dino.supervised.segment.data import IGNORED, TrainTransform, collated
 from xcit_dino.supervised.segment.evaluation import SegmentEvaluation
 from xcit_dino.supervised.segment.heads import resized
-from xcit_dino.supervised.segment.network import Segmenter, build_segmenter
+from xcit_dino.supervised.segment.network import build_segmenter
+from xcit_dino.supervised.targets import (
+    LR_IMAGES,
+    TaskTrainer,
+    build_backbone,
+    open_targets,
+    parameter_groups,
+    set_up,
+    target_loader,
+    task_training,
+)
 from xcit_dino.supervised.trainer import resolved_scaling
-from xcit_dino.train import loop, optim
-from xcit_dino.train.amp import autocast, resolve_precision
-from xcit_dino.train.distributed import dist, sync_batchnorm
-from xcit_dino.train.loop import Training
+from xcit_dino.train import loop
+from xcit_dino.train.amp import autocast
+from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import check_output
 from xcit_dino.train.schedules import Hyperparameters, Schedule, linear
 from xcit_dino.train.seeding import seed_drop_path
-from xcit_dino.train.state import TrainState, has_checkpoint, weights_file
-from xcit_dino.train.trainer import Trainer, data_parallel, images_per_step
-
-LR_IMAGES = 16  # images per step that --lr is for (XCiT: 8 GPUs x 2)
-
-
-@dataclass
-class SegmentTrainer(Trainer):
-    """What a step works with."""
-
-    config: SegmentConfig
-    model: Segmenter
 
 
 @dataclass(frozen=True)
@@ -74,36 +61,10 @@ class PolySchedule(Schedule):
         return Hyperparameters(lr * 0.5**halvings, options.weight_decay)
 
 
-def train_step(
-    trainer: SegmentTrainer, batches: Sequence[TargetBatch], now: Hyperparameters
-) -> dict[str, Tensor]:
-    """One optimizer step over this rank's micro-batches; returns scalars on the device."""
-    state = trainer.state
-    optim.set_hyperparameters(state.optimizer, now.lr, now.weight_decay)
-    losses = []
-
-    for micro, batch in enumerate(batches):
-        last = micro == len(batches) - 1
-        loss = forward_backward(trainer, batch, state.step, len(batches), sync_gradients=last)
-        losses.append({"loss": loss})
-
-    state.scaler.unscale_(state.optimizer)
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    norms = optim.clip_gradients(trained, trainer.config.optim.clip_grad, together=True)
-    skipped = optim.step_unless_nonfinite(state.optimizer, state.scaler, norms)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    return optim.mean_of(losses) | {"grad_norm": norms.norm(), "skipped": skipped}
-
-
 def forward_backward(
-    trainer: SegmentTrainer, batch: TargetBatch, step: int, num_micro: int, *, sync_gradients: bool
-) -> Tensor:
-    """Network, loss and backward pass of one of ``num_micro`` micro-batches; returns the loss, the
-    mean over the grid of learning rates where there is one.
-
-    step: optimizer steps before this one; sync_gradients: average gradients over ranks.
-    """
+    trainer: TaskTrainer, batch: TargetBatch, step: int, num_micro: int, *, sync_gradients: bool
+) -> dict[str, Tensor]:
+    """See :data:`xcit_dino.supervised.targets.Pass`; of a grid of learning rates the mean loss."""
     config, world = trainer.config, trainer.world
     task = config.segmentation
     images, masks = collated(batch.items, world.device)
@@ -118,7 +79,7 @@ def forward_backward(
         else:  # the heads of a grid share nothing that is trained
             loss, shown = torch.stack(losses).sum(), torch.stack(losses).mean()
         trainer.state.scaler.scale(loss / num_micro).backward()
-    return shown.detach()
+    return {"loss": shown.detach()}
 
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -128,12 +89,6 @@ def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
     logits = resized(logits.float(), masks.shape[-2:])
     total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
     return total / masks.numel()
-
-
-def replay_step(trainer: SegmentTrainer, step: int, batches: Sequence[TargetBatch]) -> Tensor:
-    """The forward and backward passes of a finished step again; the sum of its losses."""
-    replay = partial(forward_backward, trainer, sync_gradients=False)
-    return torch.stack([replay(batch, step - 1, len(batches)) for batch in batches]).sum()
 
 
 # ---------------------------------------------------------------------------- a run
@@ -153,88 +108,28 @@ def segment(config: SegmentConfig) -> None:
     """
     world = dist.init(config.run.device)
     dist.from_main(lambda: check_output(config.run))
-    data = open_masks(config.loader)
+    data = open_targets(config.loader, "mask")
     scaling = resolved_scaling(config, config.segmentation, data.form)
     config = replace(config, scaling)
-    run = config.run
-    plan = Plan.of(data.train, config.loader, seed=run.seed, batch_size=images_per_step(run, world))
-    schedule = PolySchedule(config, plan.steps_per_epoch, plan.batch_size)
-    loader = TargetLoader(
-        data.train, plan, config.loader, TrainTransform(config.segmentation), rank=world.rank,
-        world_size=world.size, accum=run.accum_iter, run_folder=run.output_dir,
-    )  # fmt: skip
+    loader = target_loader(config, data, TrainTransform(config.segmentation), world)
+    schedule = PolySchedule(config, loader.plan.steps_per_epoch, loader.plan.batch_size)
     loop.check(config)
-    model, facts = build(config, len(data.classes))
-    trainer = set_up(config, model, data, world)
-    evaluation = SegmentEvaluation(config, trainer.model, data, schedule, world)
-    training = Training(
-        "segment",
-        config,
-        trainer.state,
-        loader,
-        schedule,
-        train_step=partial(train_step, trainer),
-        replay_step=partial(replay_step, trainer),
-        smaller_options="--crop_size",
-        evaluate=evaluation,
-        evaluation_due=evaluation.due,
-        finish=evaluation.finish,
-        facts=facts,
+    backbone, facts = build_backbone(config, config.segmentation, config.segmentation.finetune)
+    model = build_segmenter(config, backbone, len(data.classes))
+    trainer = set_up(config, "segmenter", model, partial(adamw, config), data, world)
+    evaluation = SegmentEvaluation(
+        "segment", config, config.segmentation, model, data, schedule, world
     )
-    loop.train(training)
-
-
-def build(config: SegmentConfig, classes: int) -> tuple[Segmenter, dict[str, Any]]:
-    """The network with its initial weights, and where those come from.
-
-    Raises:
-        InputError: no such weights, or of another architecture.
-    """
-    torch.manual_seed(config.run.seed)
-    rate = config.model.drop_path_rate if config.segmentation.finetune else 0.0
-    backbone = create_model(
-        config.model.arch,
-        num_classes=0,
-        drop_path_rate=rate,
-        in_chans=config.segmentation.channels,
+    loop.train(
+        task_training(trainer, loader, schedule, forward_backward, evaluation, facts, "--crop_size")
     )
-    facts: dict[str, Any] = {"start": "random weights"}
-    path = config.start.pretrained_weights
-    if path is not None and not has_checkpoint(config.run.output_dir):
-        file = weights_file(path, "--pretrained_weights")
-        report = load_backbone(file, backbone, config.start.checkpoint_key, adapt=True)
-        if dist.is_main():
-            print(report, flush=True)
-        facts = {"start": report.network, "start_weights": file_checksum(file)}
-    torch.manual_seed(config.run.seed + 1)  # the head's, whatever the backbone drew
-    return build_segmenter(config, backbone, classes), facts
 
 
-def set_up(
-    config: SegmentConfig, model: Segmenter, data: MaskedData, world: dist.World
-) -> SegmentTrainer:
-    """The network on its device, the optimizer, and the state of both."""
-    dtype = resolve_precision(config.run.precision, world.device)
-    if world.size > 1:
-        sync_batchnorm.convert(model)
-    model.to(world.device).train()
-    state = TrainState(
-        {"segmenter": model},
-        adamw(model, config),
-        torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
-        data=data.train.checksum,
-        global_batch=images_per_step(config.run, world),
-    )
-    return SegmentTrainer(config, world, dtype, state, data_parallel(model, world), model)
-
-
-def adamw(model: Segmenter, config: SegmentConfig) -> torch.optim.AdamW:
-    """AdamW without decay on 1-D tensors and what the backbone exempts; the heads of a grid have
-    their shares of the learning rate."""
-    spared, scales = model.no_weight_decay(), dict[str, float]()
+def adamw(config: SegmentConfig, model: Any) -> torch.optim.AdamW:
+    """AdamW; the heads of a grid have their shares of the learning rate."""
+    scales = dict[str, float]()
     if config.segmentation.head == "linear":
         for number, lr in enumerate(config.optim.lrs):
             for name, _ in model.head.get_submodule(f"heads.{number}").named_parameters():
                 scales[f"head.heads.{number}.{name}"] = lr / max(config.optim.lrs)
-    groups = optim.grouped(model, lambda name, p: p.ndim > 1 and name not in spared, scales)
-    return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, scales), lr=0.0, weight_decay=0.0, fused=True)

@@ -30,6 +30,8 @@ from xcit_dino.options import dump_yaml, option_types, options, read_yaml, repla
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.schedule import DinoSchedule
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
+from xcit_dino.supervised.detect.config import DetectConfig
+from xcit_dino.supervised.segment.config import SegmentConfig
 from xcit_dino.train.state import FORMAT, load_checkpoint
 
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -86,7 +88,8 @@ def test_absurd_options(name: str, value: Any) -> None:
 
 COMMANDS = (
     PretrainConfig, FinetuneConfig, DistillConfig, AttentionConfig, EvaluateConfig, KnnConfig,
-    LinearConfig, MakeConfig, CheckConfig, DemoConfig, PropagateConfig,
+    LinearConfig, MakeConfig, CheckConfig, DemoConfig, PropagateConfig, SegmentConfig,
+    DetectConfig,
 )  # fmt: skip
 
 

@@ -28,15 +28,22 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "distill": "Distilled",
     "evaluate": "Classifier",
     "segment": "Segmentation, mean IoU",
+    "detect": "Detection, box AP",
     "knn-few": "k-NN, few labels",
     "linear-few": "Linear probe, few labels",
     "duplicates": "Near-duplicates",
     "masks": "Attention masks, Jaccard",
     "propagate": "Video propagation, J&F",
 }
-CONTINUED = ("finetune", "distill", "segment")  # folders inside a run that continue it
+CONTINUED = ("finetune", "distill", "segment", "detect")  # folders inside a run that continue it
 # metric of a headline -> its name
-HEADLINES = {"top1": "top-1", "j_and_f": "J&F", "miou": "mean IoU", "jaccard": "Jaccard"}
+HEADLINES = {
+    "top1": "top-1",
+    "j_and_f": "J&F",
+    "miou": "mean IoU",
+    "jaccard": "Jaccard",
+    "ap": "box AP",
+}
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 
@@ -62,9 +69,12 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """``pretrain``, ``finetune``, ``distill`` or ``segment``: whose options these are."""
+        """``pretrain``, ``finetune``, ``distill``, ``segment`` or ``detect``: whose options these
+        are."""
         if "cat_max_ratio" in self.config:
             return "segment"
+        if "anchor_sizes" in self.config:
+            return "detect"
         if "distillation_type" in self.config:
             return "distill"
         return "finetune" if "input_size" in self.config else "pretrain"
@@ -179,7 +189,7 @@ def bare(key: str) -> str:
 
 def headline(metrics: dict[str, float]) -> float | None:
     """Top-1 of a result; of a k-NN result that of k = 20, or of its smallest k; J&F of a
-    propagation, the mean IoU of a segmentation."""
+    propagation, the mean IoU of a segmentation, the AP of a detection."""
     for name in HEADLINES:
         if name in metrics:
             return metrics[name]
