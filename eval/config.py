@@ -343,6 +343,9 @@ class AttentionConfig:
     0 shows all."""
     tap: int = -1
     """Layer of the patch features: a block or stage, counted from 0; -1: the network's output."""
+    shared_colors: bool = False
+    """Find the components in all files together, so that a color means the same in each of them:
+    frames of a video, photos of one kind of thing. By default each file has its own."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: cuda if available."""
 
@@ -362,5 +365,5 @@ class AttentionConfig:
         return {
             **needs(free, "with --tile: tiles keep their size", "image_size"),
             **needs(attention, patches, "layer", "threshold", "tile"),
-            **needs(not attention, "without --draw patches", "tap"),
+            **needs(not attention, "without --draw patches", "tap", "shared_colors"),
         }

@@ -92,12 +92,11 @@ def patches(images: Images) -> dict[str, Any]:
     """The patch features of validation (else training) photos as colors."""
     features = GridFeatures(network(images), OUTPUT, 0, images.context)
     views = [features.resized(view) for view in some_views(images, PATCH_PHOTOS)]
-    grids = features.of(views)
-    colors = fit_colors(grids)
-    if colors is None:
-        raise InputError("the photos have a single patch")
     rows = []
-    for view, grid in zip(views, grids, strict=True):
+    for view, grid in zip(views, features.of(views), strict=True):
+        colors = fit_colors([grid])
+        if colors is None:
+            raise InputError("the photos have a single patch")
         photo = render.resize_square(picture(view, images.context), render.SIDE)
         rows.append([photo, *colors(grid)])
     return one_card(rows, ["photo", "patches", "foreground"])
@@ -248,8 +247,8 @@ PARTS = (
         "tiles",
         patches,
         "The first three principal components of the patch features as red, green and blue: "
-        "similar colors, similar features. Foreground: the patches on one side of the first "
-        "component, in colors of their own.",
+        "similar colors within a photo, similar features. Foreground: the patches on one side of "
+        "the first component, in colors of their own.",
     ),
     Section(
         "Scenes",

@@ -603,6 +603,10 @@ ATTENTION: Cases = {
     "layer": [turn("1", **C), refused("1", by="--layer", given={"draw": "patches"})],
     "threshold": [turn("0.3", **C)],
     "draw": [turn("patches", **C)],
+    "shared_colors": [
+        turn("true", **C, given={"draw": "patches", "src": "photo"}),
+        refused("true", by="--shared_colors"),
+    ],
     "tap": [turn("0", **C, given={"draw": "patches"}), refused("0", by="--tap")],
     "device": [NO_GPU],
 }

@@ -1,8 +1,9 @@
 """``xcit-dino embed --patches true``: the features of every patch, and pictures of them.
 
 Whole images of any size, a few at a time; the files are those of ``eval/dense/grids.py``. Pictures:
-``patches.png``, a few images, their patches and their foreground in the colors of the first three
-principal components; of tiles also their scenes (``eval/dense/scenes.py``), in the same colors.
+``patches.png``, a few images, their patches and their foreground, each in the colors of its own
+first three principal components; of tiles also their scenes (``eval/dense/scenes.py``), in the same
+colors.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from xcit_dino.data.targets.loader import Key, Pixels, one_pass
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import EmbedConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.dense.components import SAMPLE_IMAGES, PatchColors, fit_colors
+from xcit_dino.eval.dense.components import SAMPLE_IMAGES, fit_colors
 from xcit_dino.eval.dense.grids import GridFile, Grids, Place, write_table
 from xcit_dino.eval.dense.scenes import write_scenes
 from xcit_dino.eval.pictures import false_color
@@ -170,28 +171,25 @@ def draw_patches(
         places: of each row, None where it is no tile.
     """
     grids = Grids(folder)
-    rows = sorted(grids)
-    chosen = np.unique(np.linspace(0, len(rows) - 1, SAMPLE_IMAGES).astype(int))
-    colors = fit_colors(grids[rows[number]] for number in chosen)
     sizes = sum(place.rows * place.columns for place in grids.places.values())
-    print(f"patches: {sizes:,} of {len(rows):,} images, {grids.width} features each")
-    if colors is None:
-        print("patches: no picture, as there is a single patch; a larger --image_size gives more")
-        return
-    if shown:
-        picture = picture_of(features, index, shown, grids, colors)
-        Image.fromarray(picture).save(folder.with_name(f"{folder.name}.png"))
-    write_scenes(grids, colors, places, folder.with_name(folder.name.replace("patches", "maps")))
+    print(f"patches: {sizes:,} of {len(grids):,} images, {grids.width} features each")
+    lines = picture_lines(features, index, shown, grids)
+    if lines:
+        Image.fromarray(_stacked(lines)).save(folder.with_name(f"{folder.name}.png"))
+    tiles = [row for row, place in enumerate(places) if place is not None and row in grids]
+    if tiles:
+        chosen = np.unique(np.linspace(0, len(tiles) - 1, SAMPLE_IMAGES).astype(int))
+        colors = fit_colors(grids[tiles[number]] for number in chosen)
+        maps = folder.with_name(folder.name.replace("patches", "maps"))
+        if colors is not None:
+            write_scenes(grids, colors, places, maps)
 
 
-def picture_of(
-    features: GridFeatures,
-    index: ShardIndex,
-    shown: Mapping[int, int],
-    grids: Grids,
-    colors: PatchColors,
-) -> np.ndarray:
-    """A line for each image: the photo, its patches, its foreground; uint8 [H, W, 3].
+def picture_lines(
+    features: GridFeatures, index: ShardIndex, shown: Mapping[int, int], grids: Grids
+) -> list[list[np.ndarray]]:
+    """Of each image the photo, its patches and its foreground, uint8 [HEIGHT, W, 3]; of those that
+    have a single patch nothing.
 
     shown: row of the features -> sample number.
     """
@@ -199,12 +197,14 @@ def picture_of(
     loader = features.context.loader
     lines = []
     for sample, image in one_pass(index, loader, WholeImage(features), list(rows), targets=False):
+        colors = fit_colors([grid := grids[rows[sample]]])
+        if colors is None:
+            continue
         photo = false_color.picture(image, features.context)
         width = max(1, round(HEIGHT * photo.shape[1] / photo.shape[0]))
         small = Image.fromarray(photo).resize((width, HEIGHT), Image.Resampling.BICUBIC)
-        found = colors(grids[rows[sample]]).enlarged(HEIGHT, width)
-        lines.append([np.asarray(small), *found])
-    return _stacked(lines)
+        lines.append([np.asarray(small), *colors(grid).enlarged(HEIGHT, width)])
+    return lines
 
 
 def _stacked(lines: list[list[np.ndarray]]) -> np.ndarray:

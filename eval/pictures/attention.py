@@ -27,7 +27,7 @@ from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.pictures import false_color, scene_attention
+from xcit_dino.eval.pictures import false_color, patches, scene_attention
 from xcit_dino.eval.pictures.media import (
     Drawing,
     Pixels,
@@ -39,7 +39,6 @@ from xcit_dino.eval.pictures.media import (
     resize_to_patches,
     save,
 )
-from xcit_dino.eval.pictures.patches import GridFeatures, patch_drawing
 from xcit_dino.eval.target import resolve_without_shards
 from xcit_dino.files import check_writable, unfinished_folder
 from xcit_dino.models.dense import probe_grid
@@ -115,8 +114,11 @@ def writer(
 ) -> Callable[[Path, Path], None]:
     """What draws a file and writes its pictures under a name without ending."""
     if config.draw == "patches":
-        features = GridFeatures(model, config.tap, config.image_size, context)
-        return partial(write_pictures, patch_drawing(features, files), context)
+        features = patches.GridFeatures(model, config.tap, config.image_size, context)
+        if not config.shared_colors:
+            return partial(write_patches, features)
+        draw = partial(patches.pictures_of, features, patches.shared_colors(features, files))
+        return partial(write_pictures, draw, context)
     assert isinstance(model, XCiT)
     if config.tile:
         scene_attention.check_whole(config.tile, model.patch_size)
@@ -150,6 +152,11 @@ def write_pictures(draw: Drawing, context: Context, path: Path, target: Path) ->
     else:
         every = [picture["all"] for picture in pictures]
         save(folder / f"{name}.gif", every, duration=list(durations), loop=0)
+
+
+def write_patches(features: patches.GridFeatures, path: Path, target: Path) -> None:
+    """Write the patches of one file in its own colors."""
+    write_pictures(patches.patch_drawing(features, path), features.context, path, target)
 
 
 def write_scene(

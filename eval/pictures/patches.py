@@ -1,5 +1,9 @@
 """Pictures of patch features: photo, patches and foreground side by side, in the colors of the
-first three principal components (``eval/dense/components.py``), the same in all images of a call.
+first three principal components (``eval/dense/components.py``).
+
+Each photo has its own components: of unlike photos together the first ones separate the photos, and
+not their foreground. An animation or a video has the same in all frames, and with
+``--shared_colors true`` all files have.
 
 For ``photo.jpg``: ``DST/photo/patches.png``, ``foreground.png`` and ``all.png``.
 """
@@ -23,7 +27,14 @@ from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.dense.components import SAMPLE_IMAGES, PatchColors, fit_colors
 from xcit_dino.eval.pictures import false_color
-from xcit_dino.eval.pictures.media import Drawing, Pixels, Values, read_image, resize_to_patches
+from xcit_dino.eval.pictures.media import (
+    ANIMATED,
+    Drawing,
+    Pixels,
+    Values,
+    read_image,
+    resize_to_patches,
+)
 from xcit_dino.models.dense import grid_features
 from xcit_dino.models.tokens import stride_of
 
@@ -52,11 +63,16 @@ class GridFeatures:
         )
 
 
-def patch_drawing(features: GridFeatures, files: Sequence[Path]) -> Drawing:
-    """Draws patches in the colors that are found in evenly spaced files and frames."""
+def shared_colors(features: GridFeatures, files: Sequence[Path]) -> PatchColors | None:
+    """Colors found in evenly spaced files and frames."""
     frames = some_frames(files, features.context)
-    grids = (features.of([features.resized(frame)])[0] for frame in frames)
-    return partial(pictures_of, features, fit_colors(grids))
+    return fit_colors(features.of([features.resized(frame)])[0] for frame in frames)
+
+
+def patch_drawing(features: GridFeatures, path: Path) -> Drawing:
+    """Draws the patches of a file in colors of its own."""
+    moves = path.suffix.lower() in ANIMATED + video.SUFFIXES
+    return partial(pictures_of, features, shared_colors(features, [path]) if moves else None)
 
 
 def some_frames(files: Sequence[Path], context: Context) -> Iterator[Values]:
@@ -80,12 +96,16 @@ def pictures_of(
 ) -> dict[str, Pixels]:
     """``patches``, ``foreground`` and ``all`` of one image, [H, W, 3] each but the last.
 
+    colors: None: the image's own.
+
     Raises:
-        BadImage: no image has two patches.
+        BadImage: it has a single patch.
     """
-    if colors is None:
-        raise BadImage("has a single patch; take a larger --image_size")
     image = features.resized(pixels)
     photo = false_color.picture(image, features.context)
-    found = colors(features.of([image])[0]).enlarged(*photo.shape[:2])
+    (grid,) = features.of([image])
+    colors = colors or fit_colors([grid])
+    if colors is None:
+        raise BadImage("has a single patch; take a larger --image_size")
+    found = colors(grid).enlarged(*photo.shape[:2])
     return found._asdict() | {"all": np.concatenate([photo, *found], 1)}

@@ -263,8 +263,10 @@ def config_for(run_folder: Any, src: Path, dst: Path, **options: Any) -> Attenti
     return AttentionConfig(src, dst, run_folder.path, run_folder.weights, **options)
 
 
-def test_photos_and_animations_in_the_same_colors(run_folder: Any, tmp_path: Path):
-    """The photo is the animation's first frame: its picture is the animation's first one."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_photos_and_animations(run_folder: Any, tmp_path: Path, shared: bool):
+    """In shared colors the photo, the animation's first frame, looks like it; in its own colors it
+    looks as if it were alone."""
     src, dst = tmp_path / "src", tmp_path / "out"
     src.mkdir()
     photo = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
@@ -272,16 +274,19 @@ def test_photos_and_animations_in_the_same_colors(run_folder: Any, tmp_path: Pat
     frames[0].convert("RGB").save(src / "photo.png")
     frames[0].save(src / "clip.gif", save_all=True, append_images=frames[1:])
     (src / "broken.jpg").write_bytes(b"no image")
-    attention.run(config_for(run_folder, src, dst))
+    attention.run(config_for(run_folder, src, dst, shared_colors=shared))
     names = {path.name for path in (dst / "photo").iterdir()}
     assert names == {"patches.png", "foreground.png", "all.png"}
     with Image.open(dst / "photo/all.png") as row, Image.open(dst / "clip.gif") as clip:
         assert row.size == clip.size == (3 * 48, 32)
         assert getattr(clip, "n_frames", 1) == 3
         one, two = np.asarray(row.convert("RGB")), np.asarray(clip.convert("RGB"))
-    assert np.abs(one.astype(int) - two).mean() < 25  # a GIF has 256 colors
-    attention.run(config_for(run_folder, src / "photo.png", tmp_path / "maps", draw="attention"))
-    attention.run(config_for(run_folder, src / "photo.png", tmp_path / "maps"))  # takes its place
+    assert not shared or np.abs(one.astype(int) - two).mean() < 25  # a GIF has 256 colors
+    attention.run(config_for(run_folder, src / "photo.png", tmp_path / "alone"))
+    alone = (tmp_path / "alone/photo/all.png").read_bytes()
+    assert (alone == (dst / "photo/all.png").read_bytes()) is not shared
+    attention.run(config_for(run_folder, src / "photo.png", dst, draw="attention"))  # its place
+    assert "patches.png" not in {path.name for path in (dst / "photo").iterdir()}
 
 
 def test_a_network_without_class_attention_and_a_single_patch(run_folder: Any, tmp_path: Path):
