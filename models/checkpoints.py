@@ -19,22 +19,30 @@ from xcit_dino.errors import InputError, warn
 from xcit_dino.files import file_checksum
 
 FOLDER = "checkpoints"
+HUB_WEIGHTS = "model.safetensors"  # in a folder for timm and the hub
 NAME = re.compile(r"checkpoint-(\d{8})\.pth")
 MOST_RESERVED = 8  # a long-lived process reads one run after the other
 _reserved: dict[Path, int] = {}  # folder -> open file of its checkpoint being read
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The path itself if it is a file; for a run folder, its newest intact checkpoint. Read-only.
+    """The path itself if it is a file; for a folder, see :func:`weights_in`. Read-only.
 
     Raises:
         InputError: a folder without an intact checkpoint.
     """
     if not path.is_dir():
         return path
-    if (file := newest_intact(path)) is None:
+    if (file := weights_in(path)) is None:
         raise InputError(f"{path}: no checkpoint in this folder; name a run folder or a file")
     return file
+
+
+def weights_in(folder: Path) -> Path | None:
+    """The newest intact checkpoint of a run folder, or the weights of a folder for timm and the
+    hub (``weights export --format timm-hub``); None where it has neither."""
+    exported = folder / HUB_WEIGHTS
+    return newest_intact(folder) or (exported if exported.is_file() else None)
 
 
 def newest_intact(run_folder: Path) -> Path | None:

@@ -27,8 +27,9 @@ class ExtractConfig:
     """Checkpoint with several networks, or a run folder (its newest checkpoint)."""
     output: Path = tyro.MISSING
     """File to write: .pth, .safetensors or .pdparams."""
-    prefix: str = "Student"
-    """Prefix of the names to extract: Student, Teacher, teacher.backbone, ..."""
+    prefix: str | None = None
+    """Prefix of the names to extract: Student, Teacher, teacher.backbone, ... Default: Student, or
+    student."""
     remove_prefix: bool = False
     """Remove the prefix from the names, as in a bare network."""
 

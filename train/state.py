@@ -27,6 +27,7 @@ from xcit_dino.models.checkpoints import (
     read_metadata,
     remove_unless_in_use,
     step_of,
+    weights_in,
 )
 from xcit_dino.provenance import now
 from xcit_dino.train.async_copy import Hashed, HostCopy, first_nonfinite, sync_folder
@@ -279,7 +280,7 @@ def has_checkpoint(run_folder: Path) -> bool:
 
 
 def weights_file(path: Path, option: str) -> Path:
-    """A weights file, or the newest checkpoint of a run folder; rank 0 looks, for all of them.
+    """A weights file, or that of a folder; rank 0 looks, for all of them.
 
     Raises:
         InputError: neither.
@@ -288,7 +289,7 @@ def weights_file(path: Path, option: str) -> Path:
 
 
 def _weights_file(path: Path, option: str) -> Path:
-    found = newest_intact(path) if path.is_dir() else path
+    found = weights_in(path) if path.is_dir() else path
     if found is None:
         raise InputError(f"{option} {path}: no checkpoint in this folder; train first")
     if not found.is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -51,13 +52,14 @@ def extract(config: ExtractConfig) -> None:
     check_output(config.output)
     config = replace(config, checkpoint=resolve_checkpoint(config.checkpoint))
     tree = layouts.flatten(formats.read(config.checkpoint))
-    prefix = f"{config.prefix.rstrip('.')}."
-    for root in ("", "model.", "state_dict."):  # common prefixes of training loops
+    named = ("Student", "student") if config.prefix is None else (config.prefix.rstrip("."),)
+    for root, name in product(("", "model.", "state_dict."), named):  # of training loops
+        prefix = f"{name}."
         if state := layouts.select_prefix(tree, root + prefix):
             break
     else:
         raise InputError(
-            f"--prefix {config.prefix}: no such names in {config.checkpoint}; its names begin "
+            f"--prefix {' or '.join(named)}: no such names in {config.checkpoint}; its names begin "
             f"with {name_list(name.split('.')[0] for name in tree)}"
         )
     check_finite(config.checkpoint, state)
@@ -70,8 +72,8 @@ def extract(config: ExtractConfig) -> None:
         if not same:
             raise RunError(f"{path}: differs when read back")
 
-    which = "teacher" if config.prefix.lower().startswith("teacher") else None
-    facts = {"network": config.prefix, "source": config.checkpoint.name}
+    which = "teacher" if prefix.lower().startswith("teacher") else None
+    facts = {"network": prefix.rstrip("."), "source": config.checkpoint.name}
     facts |= settings_metadata(config.checkpoint, which, config.output)
     formats.write_checked(config.output, lambda path: formats.write(path, state, facts), check)
     print(f"{config.output}: {len(state)} tensors of {config.checkpoint.name} under {prefix!r}")

@@ -18,6 +18,7 @@ from torch import nn
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.files import unfinished_folder
 from xcit_dino.inputs import KEY, WHOLE, InputSettings
+from xcit_dino.models.checkpoints import HUB_WEIGHTS
 from xcit_dino.models.config import ExportConfig
 from xcit_dino.models.tokens import first_layer
 from xcit_dino.models.weights import card, formats, layouts
@@ -30,7 +31,7 @@ from xcit_dino.models.weights.load import (
 )
 from xcit_dino.models.zoo import TIMM_PREFIX, create_model, list_models
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # as timm looks for them
+CONFIG, CARD = "config.json", "README.md"  # as timm looks for them, beside HUB_WEIGHTS
 TOLERANCE = 1e-5  # largest difference between two outputs, relative to the largest value
 CROP_RATIO = 224 / 256  # of the published protocols
 
@@ -51,10 +52,11 @@ def export(config: ExportConfig) -> None:
     settings = resolved(own, model)
     about = description(model, settings) | ({KEY: asdict(own)} if own else {})
     with torch.no_grad(), unfinished_folder(output) as folder:
-        formats.write(folder / WEIGHTS, dict(model.state_dict()), {"format": "pt"})
+        facts = {"format": "pt", KEY: settings.dump()}  # for those who take the file alone
+        formats.write(folder / HUB_WEIGHTS, dict(model.state_dict()), facts)
         (folder / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
         text = card.text(
-            folder / WEIGHTS, config.checkpoint, arch, found.network, model, config.results,
+            folder / HUB_WEIGHTS, config.checkpoint, arch, found.network, model, config.results,
             settings, name=output.name, hub=True,
         )  # fmt: skip
         (folder / CARD).write_text(text)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import nn
 
@@ -37,14 +40,42 @@ def pretrained(name: str, option: str, **arguments: Any) -> nn.Module:
         raise InputError(f"{option}: timm has no weights of this model; name a file instead")
     if cached := cached_file(known):  # a hub's file is not in the form that custom_load is for
         arguments["pretrained_cfg_overlay"] = {"file": str(cached), "custom_load": False}
+    elif known.hf_hub_id:
+        check_network(f"{option}: timm's weights are not on this machine, and", name, known)
     try:
         return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the download raises many kinds
         reason = one_line(error, 120)
         raise InputError(
             f"{option}: timm's weights are not on this machine and could not be fetched "
-            f"({reason}); where there is a network, {command(known)}, and name that file instead"
+            f"({reason}); {remedy(option, name, known)}"
         ) from error
+
+
+def check_network(what: str, name: str, known: Any) -> None:
+    """Raise InputError at once where the hub's name is not known here, as on nodes without a
+    network; the hub's client would try ten times, for a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    host = urlsplit(ENDPOINT).hostname
+    if host is None or getproxies():  # a proxy knows the names
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise InputError(
+            f"{what} {host} is not known here, without a network; {remedy(what, name, known)}"
+        ) from None
+
+
+def remedy(option: str, name: str, known: Any) -> str:
+    """How to fetch the weights elsewhere, and the option that takes their file."""
+    takes = {
+        "--init_from": f"--init_from FILE --arch timm/{name}",
+        "--teacher_model": f"{option.partition(':')[0]} --teacher_path FILE",
+    }
+    named = takes.get(option.split()[0], "that file instead")
+    return f"where there is a network, {command(known)}, then name {named}"
 
 
 def cached_file(known: Any) -> Path | None:

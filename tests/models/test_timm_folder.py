@@ -11,14 +11,17 @@ from timm.data import resolve_model_data_config
 from tests.models.test_weights import prefixed
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError
+from xcit_dino.models import checkpoints
 from xcit_dino.models.config import ExportConfig
 from xcit_dino.models.weights.convert import export
+from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import create_model
+from xcit_dino.train.state import weights_file
 
 MEAN, STD = (0.25, 0.5, 0.75), (0.1, 0.2, 0.3)
 
 
-def resolve_checkpoint(arch, path, num_classes=0, size=64):
+def write_checkpoint(arch, path, num_classes=0, size=64):
     """A run's checkpoint, and its network in evaluation mode."""
     torch.manual_seed(1)
     model = create_model(arch, num_classes=num_classes)
@@ -48,7 +51,7 @@ def resolve_checkpoint(arch, path, num_classes=0, size=64):
 )
 @torch.no_grad()
 def test_timm_computes_the_same_from_the_folder(arch, num_classes, size, tmp_path, capsys):
-    model = resolve_checkpoint(arch, tmp_path / "run.pth", num_classes, size)
+    model = write_checkpoint(arch, tmp_path / "run.pth", num_classes, size)
     folder = tmp_path / "folder"
     words = ["--output", str(folder), "--format", "timm-hub"]
     assert main(["weights", "export", str(tmp_path / "run.pth"), *words]) == 0
@@ -68,6 +71,11 @@ def test_timm_computes_the_same_from_the_folder(arch, num_classes, size, tmp_pat
         tuple(settings["input_size"]) == (3, size, size) and settings["interpolation"] == "bicubic"
     )
     assert (tuple(settings["mean"]), tuple(settings["std"])) == (MEAN, STD)
+    # Our commands take the folder, and whoever takes its file alone has the normalization, too.
+    file = checkpoints.resolve_checkpoint(folder)
+    assert file == weights_file(folder, "--init_from") == folder / "model.safetensors"
+    own = input_settings(file)
+    assert own is not None and (own.mean, own.std, own.size) == (MEAN, STD, size)
     features = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     assert features(images).shape == (2, model.embed_dim)
     card = (folder / "README.md").read_text()
@@ -90,7 +98,7 @@ def test_a_file_that_says_nothing_is_named_by_arch_and_gets_timms_settings(tmp_p
 
 @pytest.mark.parametrize("arch", ["xcit_pico_6_p8", "xcit_nano_12_p4"])
 def test_what_timm_does_not_have_is_refused(arch, tmp_path):
-    resolve_checkpoint(arch, tmp_path / "run.pth")
+    write_checkpoint(arch, tmp_path / "run.pth")
     with pytest.raises(InputError, match=f"--format timm-hub: timm has no {arch}"):
         export(ExportConfig(tmp_path / "run.pth", tmp_path / "folder", "timm-hub"))
     assert not (tmp_path / "folder").exists()

@@ -529,6 +529,12 @@ def test_extract_takes_the_student_out(tmp_path: Path) -> None:
     source, output = save(tmp_path / "c.pth", {"model": tree}), tmp_path / "student.pth"
     convert.extract(ExtractConfig(source, output, prefix="Student", remove_prefix=True))
     assert identical(formats.read(output), dict(student))
+    ours = save(tmp_path / "ours.pth", {"student": student, "teacher": {"w": torch.ones(2)}})
+    for file in (source, ours):  # the student, however it is spelled
+        convert.extract(ExtractConfig(file, output, remove_prefix=True))
+        assert identical(formats.read(output), dict(student))
+    with pytest.raises(InputError, match="--prefix Student or student: .* begin with weight"):
+        convert.extract(ExtractConfig(save(tmp_path / "d.pth", {"weight": torch.ones(2)}), output))
     convert.extract(ExtractConfig(source, tmp_path / "kept.safetensors", prefix="Student"))
     assert identical(formats.read(tmp_path / "kept.safetensors"), prefixed("Student.", student))
     with pytest.raises(InputError, match="--prefix Pupil.*model"):

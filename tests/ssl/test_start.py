@@ -1,6 +1,7 @@
 """Pretraining from existing weights: every layout a start can have, and files that are refused."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -233,13 +234,33 @@ def refused_starts(tmp_path):
         (
             {"init_from": "timm/test_vit", **vit},
             "--init_from timm/test_vit: .* could not be fetched .*no network.*; where there is a "
-            "network, 'hf download timm/test_vit.r160_in1k model.safetensors --local-dir FOLDER'",
+            "network, 'hf download timm/test_vit.r160_in1k model.safetensors --local-dir FOLDER', "
+            "then name --init_from FILE --arch timm/test_vit",
         ),
         (
             {"init_from": "timm/coatnet_0_224", "arch": "timm/coatnet_0_224", "drop_path_rate": 0},
             "timm has no weights of this model",
         ),
     ]
+
+
+def test_a_node_without_a_network_is_told_at_once(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(timm_hub.socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(timm_hub, "getproxies", dict)
+    monkeypatch.setattr(timm_hub, "cached_file", lambda known: None)
+    for option, takes in (
+        ("--init_from timm/test_vit", "--init_from FILE --arch timm/test_vit"),
+        ("--teacher_model test_vit", "--teacher_model test_vit --teacher_path FILE"),
+    ):
+        with pytest.raises(InputError) as refusal:
+            timm_hub.pretrained("test_vit", option)
+        line = str(refusal.value)
+        assert line.startswith(f"{option}: timm's weights are not on this machine, and ")
+        assert "'hf download timm/test_vit.r160_in1k model.safetensors --local-dir FOLDER'" in line
+        assert line.endswith(f"then name {takes}")
 
 
 def test_refused_starts_write_nothing(shards, tmp_path, monkeypatch):
@@ -252,6 +273,7 @@ def test_refused_starts_write_nothing(shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     monkeypatch.setattr(timm_hub, "cached_file", lambda known: None)
+    monkeypatch.setattr(timm_hub.socket, "getaddrinfo", lambda *_: [])
     for changes, words in refused_starts(tmp_path):
         if not changes["init_from"].startswith("timm/"):
             changes = changes | {"init_from": tmp_path / changes["init_from"]}
