@@ -127,7 +127,7 @@ def facts(run: Run) -> dict[str, Any]:
     found = {
         "model": options.get("arch"),
         "epochs": options.get("epochs"),
-        "steps": f"{run.metrics[-1]['step']:,}" if run.metrics else None,
+        "steps": f"{steps:,}" if (steps := training.last_step(run)) else None,
         "image size": image_size(options),
         "data": Path(str(options["data_path"])).name if options.get("data_path") else None,
         "seed": options.get("seed"),

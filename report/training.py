@@ -14,6 +14,9 @@ from xcit_dino.progress import clock
 from xcit_dino.report.charts import line_chart, number
 from xcit_dino.report.compare import aligned
 from xcit_dino.report.page import Section, Table, tables
+from xcit_dino.ssl.config import HealthConfig
+from xcit_dino.ssl.diagnostics import KINDS
+from xcit_dino.ssl.forgetting import ADVICE, KEPT, KNN_OTHER, OTHER, Judge
 from xcit_dino.train.run.metrics import Line
 from xcit_dino.train.run.reader import Run
 
@@ -47,6 +50,7 @@ PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
         ("Memory", "GiB", ("memory_gib",)),
     ),
 }
+MEASURED = {KEPT, KEPT + OTHER, KNN_OTHER}  # of forgetting
 NO_CURVES = {"step", "epoch", "time", "freeze_last_layer", "freeze_backbone"}
 TITLES = {
     "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of the mean",
@@ -67,7 +71,11 @@ def curves(runs: Sequence[Run]) -> Section:
         if name not in NO_CURVES | grouped and not name.startswith("alarm")
     ]
     data = {
-        "alarms": [sentence for run in runs for sentence in alarms(run)],
+        "alarms": [
+            f"{run.name}, {sentence}" if len(runs) > 1 else sentence
+            for run in runs
+            for sentence in (*collapses(run), *forgotten(run))
+        ],
         "groups": {title: found for title, found in groups.items() if found},
         "other_curves": charts(runs, others),
     }
@@ -76,14 +84,36 @@ def curves(runs: Sequence[Run]) -> Section:
     return Section("Training", "training", data if any(data.values()) else {}, about)
 
 
-def alarms(run: Run) -> list[str]:
-    """Collapse alarms that were logged during training."""
-    return [
-        f"{run.name}, step {line['step']:,}: {alarm} collapse{'' if on else ' is over'}"
-        for line in run.metrics
-        for name, on in line.items()
-        if name.startswith("alarm_") and (alarm := name.removeprefix("alarm_").replace("_", " "))
-    ]
+def collapses(run: Run) -> list[str]:
+    """Alarms that were logged during training, and what to change."""
+    found = []
+    for line in run.metrics:
+        for kind in KINDS:
+            if (on := line.get(f"alarm_{kind.name.replace(' ', '_')}")) is not None:
+                text = f"step {line['step']:,}: {kind.name} collapse"
+                found.append(f"{text}. Change: {kind.advice}" if on else f"{text} is over")
+    return found
+
+
+def forgotten(run: Run) -> list[str]:
+    """When less of the starting weights was preserved than ``--forgetting_threshold``, and what to
+    change."""
+    threshold = run.config.get("forgetting_threshold", HealthConfig.forgetting_threshold)
+    judge = Judge("warn", threshold)
+    found, before = [], ""
+    for line in run.metrics:
+        if not MEASURED & line.keys():
+            continue
+        lost = judge.lost(line["step"], line)
+        if lost and not before:
+            text = "the starting weights are being forgotten"
+            found.append(f"step {line['step']:,}: {text}: {lost}. {ADVICE.capitalize()}")
+        elif before and not lost:
+            found.append(
+                f"step {line['step']:,}: enough of the starting weights is preserved again"
+            )
+        before = lost
+    return found
 
 
 def charts(runs: Sequence[Run], panels: Iterable[Panel]) -> list[Markup]:
@@ -160,6 +190,12 @@ def attempts(run: Run) -> list[Attempt]:
     return found
 
 
+def last_step(run: Run) -> int:
+    """The last step that was logged, or at which an attempt ended."""
+    logged = run.metrics[-1]["step"] if run.metrics else 0
+    return max([logged, *(attempt.end.get("step", 0) for attempt in attempts(run))])
+
+
 def cost(run: Run) -> dict[str, str]:
     """Name -> value; empty where nothing was logged."""
     facts = {}
@@ -169,12 +205,11 @@ def cost(run: Run) -> dict[str, str]:
         facts["time waiting for data"] = f"{100 * statistics.fmean(waits):.1f} %" if waits else ""
     if memory := [line["memory_gib"] for line in run.metrics if "memory_gib" in line]:
         facts["memory, peak"] = f"{max(memory):.1f} GiB"
-    if run.metrics:
-        facts["steps"] = f"{run.metrics[-1]['step']:,}"
+    if steps := last_step(run):
+        facts["steps"] = f"{steps:,}"
     if found := attempts(run):
-        batch = found[-1].start.get("global_batch")
-        if batch and run.metrics:
-            facts["images seen"] = f"{batch * run.metrics[-1]['step']:,}"
+        if batch := found[-1].start.get("global_batch"):
+            facts["images seen"] = f"{batch * steps:,}"
         on_gpus = bool(found[-1].start.get("hardware", {}).get("gpus"))
         facts["training time"] = clock(sum(attempt.seconds for attempt in found))
         hours = sum(attempt.process_hours for attempt in found)

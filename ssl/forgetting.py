@@ -163,7 +163,7 @@ class Judge:
 
     def __post_init__(self) -> None:
         for line in self.metrics:
-            self._look(line["step"], line)
+            self.lost(line["step"], line)
 
     def __call__(self, step: int, found: dict[str, Any], rollbacks: int = 0) -> int:
         """Judge the measurements of a step, after a number of roll-backs; returns the last good
@@ -172,7 +172,7 @@ class Judge:
         Raises:
             RollBack, RunError: too little is preserved, and ``action`` is not ``warn``.
         """
-        lost = self._look(step, found)
+        lost = self.lost(step, found)
         if not lost:
             return self.good
         text = f"step {step}: the starting weights are being forgotten: {lost}"
@@ -189,8 +189,9 @@ class Judge:
         self.warned = True
         return self.good
 
-    def _look(self, step: int, found: dict[str, Any]) -> str:
-        """What is below its threshold, in words; "" if nothing is or nothing was measured."""
+    def lost(self, step: int, found: dict[str, Any]) -> str:
+        """What is below its threshold in the measurements of a step, in words; "" if nothing is, or
+        nothing was measured."""
         if step == 0:
             self.knn_start = found.get(KNN_OTHER, self.knn_start)
         lost = []

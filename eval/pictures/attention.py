@@ -54,6 +54,7 @@ COLORS = np.array(  # dark to bright: black, violet, red, orange, yellow, white 
 )
 OPACITY = 0.65
 PROBE = 4  # patches to a side of an image that shows whether a network takes it
+FOCUSED = 3  # times the mean: attention that has the brightest color at the earliest
 
 
 def run(config: AttentionConfig) -> None:
@@ -241,10 +242,16 @@ def strongest(heat: NDArray[np.float32], share: float) -> NDArray[np.float32]:
 
 
 def overlay(photo: Pixels, heat: NDArray[np.float32]) -> Pixels:
-    """Overlay a map [H, W] on the photo: color-coded from 0 to its maximum, upsampled
-    bilinearly."""
+    """Overlay a map [H, W] on the photo, color-coded and upsampled bilinearly.
+
+    0 is black. The brightest color is for the map's 99th percentile, so that one bright patch does
+    not darken the rest, but at least for ``FOCUSED`` times the mean of what is not above it, so
+    that an even map looks even.
+    """
     height, width = photo.shape[:2]
-    level = Image.fromarray((heat / max(float(heat.max()), 1e-12)).astype(np.float32))
+    top = max(float(np.percentile(heat, 99)), 1e-12)
+    brightest = max(top, FOCUSED * float(np.minimum(heat, top).mean()))
+    level = Image.fromarray(np.minimum(heat / brightest, 1).astype(np.float32))
     smooth = np.asarray(level.resize((width, height), Image.Resampling.BILINEAR))
     at = np.linspace(0, 1, len(COLORS))
     colors = np.stack([np.interp(smooth, at, channel) for channel in COLORS.T], -1)

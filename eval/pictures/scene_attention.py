@@ -27,7 +27,6 @@ from xcit_dino.eval.pictures import false_color
 
 MAX_SIDE = 4096  # of a picture
 SOME = 4  # tiles of a scene whose colors are looked at
-STRONGEST = 99.5  # percentile of a scene's attention that has the brightest color
 
 Values = NDArray[Any]
 
@@ -59,11 +58,11 @@ class SceneMaps:
 
     def pictures(self, overlay: Any) -> dict[str, NDArray[np.uint8]]:
         """``head-0`` ..., ``mean`` and ``all``, side by side with the scene; ``overlay`` puts a map
-        whose maximum is 1 on a picture."""
+        on a picture."""
         photo = reduced(self.photo, self.block).round().astype(np.uint8)
         maps = [reduced(heat.astype(np.float32), self.block) for heat in self.heat]
         named = {f"head-{n}": heat for n, heat in enumerate(maps)} | {"mean": np.mean(maps, 0)}
-        shown = {name: overlay(photo, clipped(heat)) for name, heat in named.items()}
+        shown = {name: overlay(photo, heat) for name, heat in named.items()}
         return shown | {"all": np.concatenate([photo, *shown.values()], 1)}
 
 
@@ -72,12 +71,6 @@ def reduced(cells: Values, block: int) -> NDArray[np.float32]:
     rows, columns = (side // block for side in cells.shape[:2])
     whole = cells[: rows * block, : columns * block].astype(np.float32)
     return whole.reshape(rows, block, columns, block, *cells.shape[2:]).mean((1, 3))
-
-
-def clipped(heat: NDArray[np.float32]) -> NDArray[np.float32]:
-    """By its strongest parts, so that one bright patch does not darken the scene."""
-    top = float(np.percentile(heat, STRONGEST))
-    return np.minimum(heat / top, 1) if top > 0 else heat
 
 
 def open_for(path: Path, context: Context, tile: int) -> Scene:

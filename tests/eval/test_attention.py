@@ -80,6 +80,20 @@ def test_colors_follow_the_map():
     assert bright.tolist() == expected[0].tolist() and dark.tolist() == expected[1].tolist()
 
 
+def test_an_even_map_looks_even_and_one_bright_patch_darkens_nothing():
+    gray = np.full((80, 80, 3), 128, np.uint8)
+    even = attention.overlay(gray, np.full((10, 10), 0.01, np.float32)).astype(int)
+    third = [np.interp(1 / 3, np.linspace(0, 1, 6), channel) for channel in attention.COLORS.T]
+    assert np.abs(even - np.rint(0.65 * np.array(third) + 0.35 * 128)).max() <= 1
+    heat = np.full((20, 20), 1.0, np.float32)
+    heat[:, :10] = 4
+    spot = heat.copy()
+    spot[15, 15] = 1000
+    far = (slice(0, 40), slice(0, 80))  # of the bright patch
+    pictures = [attention.overlay(gray, each)[far].astype(int) for each in (heat, spot)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
 def test_a_folder_with_a_photo_an_animation_and_a_broken_file(run_folder, photo, tmp_path, capsys):
     src, dst = tmp_path / "src", tmp_path / "maps"
     src.mkdir()

@@ -27,7 +27,7 @@ from xcit_dino.report.images import Images
 from xcit_dino.report.page import SCRIPT, TEMPLATES, render
 from xcit_dino.report.provenance import nearest_recipe
 from xcit_dino.report.published import differences_from_published, published
-from xcit_dino.report.training import attempts, cost
+from xcit_dino.report.training import attempts, cost, forgotten
 from xcit_dino.train.config import CONFIGS
 from xcit_dino.train.run.reader import headline, read_run, title_of
 
@@ -267,8 +267,35 @@ def test_alarms_are_shown(tmp_path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 31, "alarm_uniform": 1.0}\n{"step": 40, "alarm_uniform": 0.0}\n')
     _, page = written(run)
-    assert "step 31: uniform collapse" in page.text and "collapse is over" in page.text
+    assert "step 31: uniform collapse. Change: sharpen: a lower --teacher_temp" in page.text
+    assert "step 40: uniform collapse is over" in page.text
     assert page.count("polyline") == 5  # they are no curves
+
+
+def test_forgetting_is_shown_as_the_terminal_says_it(tmp_path):
+    """Once when it begins, by the run's own threshold, and when it is over."""
+    run = make_run(tmp_path / "run", forgetting_threshold=0.6)
+    kept = {0: 1.0, 10: 0.7, 20: 0.55, 30: 0.4, 40: 0.8}
+    with open(run / "metrics.jsonl", "w") as file:
+        file.writelines(f'{{"step": {n}, "neighbors_kept": {k}}}\n' for n, k in kept.items())
+    sentences = forgotten(read_run(run))
+    assert len(sentences) == 2 and "--freeze_batchnorm true" in sentences[0]
+    assert sentences[0].startswith(
+        "step 20: the starting weights are being forgotten: 55% of each image's nearest neighbors "
+        "are still the same. Change: a lower --lr"
+    )
+    assert sentences[1] == "step 40: enough of the starting weights is preserved again"
+    assert sentences[0] in written(run)[1].text
+
+
+def test_steps_between_two_lines_of_the_log_count(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text("")
+    lines = ({"event": "start", "step": 0, "global_batch": 8, "time": "2026-01-01T00:00:00+00:00"},
+             {"event": "end", "step": 4, "time": "2026-01-01T00:01:00+00:00"})  # fmt: skip
+    (run / "tries.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = cost(read_run(run))
+    assert (found["steps"], found["images seen"]) == ("4", "32")
 
 
 def test_headlines():
