@@ -331,7 +331,7 @@ def _config(base: Config, kind: str, argv: Sequence[str], prog: str, about: str)
     return replace(config, values)
 
 
-def refuse_pillow(given: set[str], config: Config) -> None:
+def refuse_pillow(given: set[str], config: FinetuneConfig) -> None:
     """Raise InputError where the command line, which gives these options, asks for operations of
     8-bit RGB on other images; those of a recipe are off without it."""
     asked = [name for name in config.regularization.pillow_options if name in given]
