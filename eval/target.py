@@ -20,6 +20,7 @@ from xcit_dino.eval.context import (
     resolve_input_settings,
     run_options,
 )
+from xcit_dino.eval.retrieval.config import RetrieveConfig
 from xcit_dino.eval.video.config import PropagateConfig
 from xcit_dino.files import check_writable, file_checksum
 from xcit_dino.models.weights.load import load_backbone
@@ -103,10 +104,10 @@ def resolve(config: EvalTargetConfig, world: dist.World) -> tuple[EvalTarget, Co
 
 
 def resolve_without_shards(
-    config: AttentionConfig | PropagateConfig, world: dist.World
+    config: AttentionConfig | PropagateConfig | RetrieveConfig, world: dist.World
 ) -> tuple[EvalTarget, Context]:
-    """The network of a command that reads photos or videos, and its context; missing options are
-    taken from the run folder of the weights, else from the output folder.
+    """The network of a command that reads images or videos in no shard, and its context; missing
+    options are taken from the run folder of the weights, else from the output folder.
 
     Raises:
         InputError: arch or weights are missing; names the option.
@@ -143,7 +144,7 @@ def elsewhere(config: EvalTargetConfig) -> str:
     return " ".join(words)
 
 
-def networks(config: EvalTargetConfig, target: EvalTarget) -> Iterator[Network]:
+def networks(config: EvalTargetConfig | RetrieveConfig, target: EvalTarget) -> Iterator[Network]:
     """Yield the pretrained network and, with ``--baselines``, a randomly initialized one and raw
     nearest-neighbor interpolation."""
     yield pretrained(target)

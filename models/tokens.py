@@ -42,18 +42,48 @@ def tokens_of(backbone: nn.Module, images: Tensor, patches: bool = True) -> Toke
     return Tokens(backbone.forward_head(found), _grid(backbone, found))  # type: ignore[operator]
 
 
+def pooled_and_patches(backbone: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) of any sides that the backbone accepts -> its features (B, D) and its
+    patch tokens (B, N, P), or the cells of its last feature map, without their grid.
+
+    Raises:
+        InputError: a backbone in which none can be found.
+    """
+    if isinstance(backbone, XCiT):
+        tokens = backbone.forward_features(images)
+        return tokens[:, 0], tokens[:, 1:]
+    if not (hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")):
+        raise InputError(f"{type(backbone).__name__} gives no patch tokens")
+    found = backbone.forward_features(images)  # type: ignore[operator]
+    patches = _patches(backbone, found)
+    return backbone.forward_head(found), patches.flatten(1, -2)  # type: ignore[operator]
+
+
 def _grid(backbone: nn.Module, found: object) -> Tensor:
     """timm's features before pooling as (B, H, W, P)."""
+    patches = _patches(backbone, found)
+    if patches.ndim == 4:
+        return patches
+    side = isqrt(patches.shape[1])
+    if side * side == patches.shape[1]:
+        return patches.unflatten(1, (side, side))
+    raise _no_patches(backbone, found)
+
+
+def _patches(backbone: nn.Module, found: object) -> Tensor:
+    """timm's features before pooling as (B, H, W, P), or (B, N, P) without class token and
+    registers."""
     if isinstance(found, Tensor) and found.ndim == 4:
         channels_last = found.shape[-1] == backbone.num_features != found.shape[1]
         return found if channels_last else found.permute(0, 2, 3, 1)
     if isinstance(found, Tensor) and found.ndim == 3:
-        tokens = found[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]  # class, registers
-        side = isqrt(tokens.shape[1])
-        if side * side == tokens.shape[1]:
-            return tokens.unflatten(1, (side, side))
+        return found[:, int(getattr(backbone, "num_prefix_tokens", 0)) :]
+    raise _no_patches(backbone, found)
+
+
+def _no_patches(backbone: nn.Module, found: object) -> InputError:
     shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    raise InputError(f"{type(backbone).__name__} gives no grid of patch tokens ({shape})")
+    return InputError(f"{type(backbone).__name__} gives no grid of patch tokens ({shape})")
 
 
 def first_layer(backbone: nn.Module) -> str | None:

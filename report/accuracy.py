@@ -25,7 +25,7 @@ from xcit_dino.train.run.reader import (
     title_of,
 )
 
-WITH_BASELINES = ("knn", "linear", "linear-dino", "masks", "propagate")
+WITH_BASELINES = ("knn", "linear", "linear-dino", "masks", "retrieve", "propagate")
 HELD_OUT = "held-out training images"
 RANKED = (
     "Top-1 accuracy, or what the first column names. Runs are ranked only where their protocols "
@@ -132,13 +132,13 @@ def beside_published(run: Run) -> Section:
                 title_of(evaluation, entry["metrics"]), f"{top1:.1f}", f"{other.top1:.1f}",
                 f"{other.what} ({other.source})", "; ".join(fields) or "same as published",
             ]
-            for other in published(arch, evaluation)
+            for other in published(arch, evaluation, protocol.get("collection", ""))
         ]  # fmt: skip
     if not rows:
         sentence = f"No number was published for {arch or 'this model'} in these evaluations."
         return Section(title, "tables", sentence if run.results else "")
-    davis = " or as named" if any(", on " in row[3] for row in rows) else ""
-    header = ["evaluation", "ours", "published", f"of, on ImageNet-1k{davis}", "how ours differs"]
+    named = " or as named" if any(", on " in row[3] for row in rows) else ""
+    header = ["evaluation", "ours", "published", f"of, on ImageNet-1k{named}", "how ours differs"]
     return tables(title, Table(header, rows, sortable=False, prose=True))
 
 
@@ -156,8 +156,8 @@ def all_results(run: Run) -> Section:
             timestamp(entry.get("time", "")),
             differences_from_newest(run, name),
         ])  # fmt: skip
-    only = all("j_and_f" not in entry["metrics"] for entry in run.results.values())
-    header = ["result", "top-1, %" if only else "top-1 or J&F, %", "top-5, %", "seconds", "weights"]
+    measures = dict.fromkeys(headline_name(entry["metrics"]) for entry in run.results.values())
+    header = ["result", f"{' or '.join(measures)}, %", "top-5, %", "seconds", "weights"]
     header += ["time (UTC)", "differs in"]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
@@ -242,11 +242,16 @@ def protocols(run: Run) -> Section:
         metrics = {m: number(entry["metrics"][m]) for m in by_number(entry["metrics"])}
         rest = {k: v for k, v in entry.items() if k not in ("metrics", "protocol", "grid")}
         top1 = headline(entry["metrics"])
-        label = next((text for m, text in HEADLINES.items() if m in entry["metrics"]), "top-1")
+        label = headline_name(entry["metrics"])
         title = name if top1 is None else f"{name}: {label} {top1:.2f} %"
         folds[title] = metrics | entry["protocol"] | rest
     about = "Everything that two accuracies must share to be comparable."
     return Section("Protocols", "protocols", folds, about)
+
+
+def headline_name(metrics: dict[str, float]) -> str:
+    """What the headline of a result is called."""
+    return next((text for name, text in HEADLINES.items() if name in metrics), "top-1")
 
 
 def by_number(names: Iterable[str]) -> list[str]:

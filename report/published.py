@@ -1,5 +1,5 @@
-"""Published top-1 on ImageNet-1k, J&F on DAVIS 2017, Jaccard on Pascal VOC 2012, box AP on COCO; in
-percent, each with its source."""
+"""Published top-1 on ImageNet-1k, J&F on DAVIS 2017, Jaccard on Pascal VOC 2012, box AP on COCO, mAP
+of retrieval; in percent, each with its source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Published(NamedTuple):
     """One number as its authors report it."""
 
     top1: float
-    """Or J&F, the Jaccard index, or box AP."""
+    """Or J&F, the Jaccard index, box AP, or mAP."""
     what: str
     source: str
 
@@ -77,10 +77,33 @@ VOC = {  # backbone -> Jaccard of attention masks, Pascal VOC 2012 val
 }
 VOC_PROTOCOL = {"val_images": 1449, "threshold": 0.6, "background": [0]}
 
+RETRIEVAL = {  # collection -> what is measured there, source, rows
+    "roxford5k": ("ROxford, Medium", "DINO, table 3", {
+        "supervised, ViT-S/16": 33.5, "DINO, ResNet-50": 35.4, "DINO, ViT-S/16": 41.8,
+        "DINO, ViT-S/16 pretrained on GLDv2": 51.5,
+    }),
+    "rparis6k": ("RParis, Medium", "DINO, table 3", {
+        "supervised, ViT-S/16": 63.0, "DINO, ResNet-50": 55.9, "DINO, ViT-S/16": 63.1,
+        "DINO, ViT-S/16 pretrained on GLDv2": 75.3,
+    }),
+    "copydays": ("Copydays, strong", "DINO, table 4", {
+        "supervised, ViT-B/16": 76.4, "DINO, ViT-B/16 at 224": 81.7, "DINO, ViT-B/8 at 320": 85.5,
+    }),
+}  # fmt: skip
+RETRIEVAL_PROTOCOL = {
+    "roxford5k": {"queries": 70, "bank": 4993, "image_size": 224, "multiscale": False},
+    "rparis6k": {"queries": 70, "bank": 6322, "image_size": 512, "multiscale": True},
+    "copydays": {"distractors": 10_000, "whitening_images": 20_000, "resize": "square"},
+}
 
-def published(arch: str, evaluation: str) -> list[Published]:
-    """The numbers of an architecture that compare with an evaluation (``knn``, ``linear`` ...)."""
+
+def published(arch: str, evaluation: str, collection: str = "") -> list[Published]:
+    """The numbers of an architecture that compare with an evaluation (``knn``, ``linear`` ...), of
+    a retrieval those of its collection."""
     found = []
+    if evaluation == "retrieve" and collection in RETRIEVAL:
+        where, source, means = RETRIEVAL[collection]
+        return [Published(mean, f"{what}, on {where}", source) for what, mean in means.items()]
     if evaluation == "propagate":
         rows = [(what, values[0]) for what, values in DAVIS.items()] + [DAVIS_SUPERVISED]
         return [Published(mean, f"{what}, on DAVIS 2017 val", DAVIS_SOURCE) for what, mean in rows]
@@ -120,6 +143,10 @@ def differences_from_published(
         if protocol.get("resize") != 800:
             found.append(f"shorter side {protocol.get('resize')} instead of 800")
         return found
+    if evaluation == "retrieve":
+        theirs = RETRIEVAL_PROTOCOL.get(protocol.get("collection", ""), {})
+        pairs = [(name, protocol.get(name), value) for name, value in theirs.items()]
+        return ["another backbone"] + [f"{n} {a} instead of {b}" for n, a, b in pairs if a != b]
     found = []
     if val_images != IMAGENET_VAL:
         count = "unknown" if val_images is None else f"{val_images:,}"

@@ -15,6 +15,7 @@ from xcit_dino.train.run.folder import CONFIG_FILE, FREE, check_run, holder
 DATA = ("data_path", "knn_data_path")
 FILES = (
     "init_from", "pretrained_weights", "teacher_path", "head", "shard_url", "videos", "masks",
+    "bank", "queries", "relevant", "distractors", "whitening",
 )  # fmt: skip
 
 
@@ -29,7 +30,9 @@ def check_input(launch: Launch) -> None:
     for stage in launch.stages:
         values = dict(options(stage.config))
         if stage.name == "propagate":
-            check_videos(values["videos"])
+            check_folder("propagate.videos", values["videos"], "of DAVIS 2017 or of frames")
+        if stage.name == "retrieve":
+            check_folder("retrieve.bank", values["bank"], "of the images to search")
         if stage.name != "pretrain":
             continue
         if values["data_path"] is None:
@@ -49,13 +52,11 @@ def check_input(launch: Launch) -> None:
         raise InputError(f"--output_dir {launch.run}: contains no run; add pretrain to --stages")
 
 
-def check_videos(folder: Path | None) -> None:
-    """Raise InputError where the videos are not named or are missing."""
+def check_folder(option: str, folder: Path | None, what: str) -> None:
+    """Raise InputError where a stage's folder is not named or is missing."""
     if folder is None or not folder.is_dir():
         missing = "is missing" if folder is None else f"{folder}: no such folder"
-        raise InputError(
-            f"--propagate.videos {missing}; name the folder of DAVIS 2017 or of frames"
-        )
+        raise InputError(f"--{option} {missing}; name the folder {what}")
 
 
 def global_batch(stage: Stage) -> int:

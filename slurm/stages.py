@@ -30,8 +30,8 @@ from xcit_dino.slurm.config import (
 from xcit_dino.train.config import RunConfig
 
 STAGES = (  # in the order in which they run
-    "pretrain", "embed", "duplicates", "knn", "linear", "evaluate", "masks", "propagate",
-    "finetune", "distill", "segment", "detect", "report",
+    "pretrain", "embed", "duplicates", "knn", "linear", "evaluate", "masks", "retrieve",
+    "propagate", "finetune", "distill", "segment", "detect", "report",
 )  # fmt: skip
 ENTRIES = {  # not the commands' `main`, which would replace the job's signal handlers
     "pretrain": "xcit_dino.ssl.pretrain:pretrain_with_knn",

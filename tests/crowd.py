@@ -70,6 +70,7 @@ OTHERS = {  # commands that are not here, and why
     "shards demo": "knows no run folder",
     "duplicates": "reads a run as embed does; test_duplicates.py",
     "masks": "reads a run as knn does; test_masks.py",
+    "retrieve": "reads a run as embed does; test_retrieve.py",
     "propagate": "reads a run as embed does; test_propagate.py",
     "segment": "a training of its own folder, as finetune; test_segment.py",
     "detect": "a training of its own folder, as finetune; test_detect.py",

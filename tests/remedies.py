@@ -834,7 +834,6 @@ ELSEWHERE = {
             "--masks: name the frames with --videos too",
             "--masks: needed, as {} is not DAVIS 2017",
             "--masks: not beside DAVIS 2017, which has its own; leave it out",
-            "--propagate.videos {}; name the folder of DAVIS 2017 or of frames",
             "--tap {}: {} has layers 0 to {}, and -1 for its output",
             "--videos {}: holds no frames",
             "--videos {}: no such folder",
@@ -850,6 +849,36 @@ ELSEWHERE = {
     "--patches true: about {} GB, and {} has {} GB free; choose": "a full disk: test_patches.py",
     "--background {}: no such class; there are {}": "shards with masks: test_masks.py",
     "no mask has a class besides --background {}": "shards with masks: test_masks.py",
+    # a validation set from a source without one
+    **dict.fromkeys(
+        [
+            "--group_column {}: needs a list with columns",
+            "--group_column {}: there is nothing to divide; add --val_fraction 0.2",
+            "--group_column {}: {} images have no value in {}",
+            "--val_fraction {}: leaves {} without images",
+            "--val_fraction: with --split {} there is one split only",
+            "--val_fraction: {} has {} already",
+        ],
+        "test_groups.py",
+    ),
+    # images to search
+    **dict.fromkeys(
+        [
+            "--arch {}: does not accept images of {} x {} pixels",
+            "--bank: name the folder of the images to search",
+            "--bank {}: no copy of an image in {} is in the other folders",
+            "--bank {}: {} of its images are missing, among them {}; unpack them there",
+            "--relevant {}: cannot be read ({})",
+            "--relevant {}: has no column {}",
+            "--relevant {}: {} of its names are not among the images",
+            "=--{} {}: holds no images",
+            "=--{} {}: no such folder",
+            "--{}: name the images to search with --bank too",
+            "--{}: not beside {}, which has its own; leave it out",
+        ],
+        "test_retrieve.py",
+    ),
+    "=--{} {}; name the folder {}": "folders of stages: test_retrieve.py",
     # layers of a backbone
     **dict.fromkeys(
         [

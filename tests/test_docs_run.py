@@ -7,6 +7,7 @@ command to be typed as it stands (SRC, RUN, FILE) or needs another machine is le
 
 from __future__ import annotations
 
+import pickle
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ SMALL = {
     "embed": EVALUATION,
     "duplicates": EVALUATION,
     "masks": f"{CPU} --image_size 32",
+    "retrieve": "--image_size 32 --device cpu",
     "propagate": "--image_size 32 --device cpu",
     "attention": "--image_size 32 --device cpu",
     "pretrain": f"{TRAINING} --global_crops_size 32 --local_crops_size 16 --local_crops_number 2 "
@@ -142,6 +144,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tar.add("photos", "photos")
         targets(folder)
         videos(folder)
+        oxford(folder / "roxford5k"), oxford(folder / "rparis6k")
+        for name in ("copydays/original", "copydays/strong", "yfcc20k", "yfcc10k"):
+            shutil.copytree("photos/val/red", name)
         done(
             "shards make camvid shards/street --masks masks --mask_classes camvid "
             "--num_workers 1".split()
@@ -202,6 +207,14 @@ def videos(folder: Path) -> None:
     shutil.copy(folder / "DAVIS/Annotations/480p/a/0.png", folder / "first_mask.png")
     (folder / "DAVIS/ImageSets/2017").mkdir(parents=True)
     (folder / "DAVIS/ImageSets/2017/val.txt").write_text("a\n")
+
+
+def oxford(folder: Path) -> None:
+    """Oxford revisited with one query."""
+    shutil.copytree("photos/val/red", folder / "jpg")
+    truth = {"gnd": [{"easy": [0], "hard": [1], "junk": []}], "imlist": ["0", "1"]}
+    with (folder / "gnd_roxford5k.pkl").open("wb") as file:
+        pickle.dump(truth | {"qimlist": ["2"]}, file)
 
 
 def trained(folder: Path) -> None:

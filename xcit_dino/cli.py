@@ -53,6 +53,11 @@ COMMANDS = {
         "eval.evaluate:run",
         "top-1 and top-5 of a classifier, or of a backbone and a head",
     ),
+    "retrieve": Command(
+        "eval.retrieval.config:RetrieveConfig",
+        "eval.retrieval.retrieve:run",
+        "image retrieval (Oxford, Paris, own folders) and copy detection (Copydays)",
+    ),
     "propagate": Command(
         "eval.video.config:PropagateConfig",
         "eval.video.propagate:run",

@@ -138,13 +138,7 @@ def _read_safetensors(path: Path) -> Tree:
 
 
 def _read_paddle(path: Path) -> Any:
-    names, array_type = _paddle_stand_ins()
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) not in names:
-                raise pickle.UnpicklingError(f"refused {module}.{name}: only arrays are allowed")
-            return names[module, name]
+    tree, array_type = read_pickle(path)
 
     def tensors(value: Any) -> Any:
         if isinstance(value, array_type):
@@ -153,12 +147,30 @@ def _read_paddle(path: Path) -> Any:
             return {k: tensors(v) for k, v in value.items() if k != PADDLE_NAMES}
         return value
 
+    return tensors(tree)
+
+
+def read_pickle(path: Path) -> tuple[Any, Any]:
+    """Read a pickle of plain data and numpy arrays; returns it, and the type of the stand-ins for
+    arrays in it, whose ``array()`` gives the values.
+
+    Raises:
+        Exception: of many kinds, where it is damaged or holds anything else.
+    """
+    names, array_type = _array_stand_ins()
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if (module, name) not in names:
+                raise pickle.UnpicklingError(f"refused {module}.{name}: only arrays are allowed")
+            return names[module, name]
+
     # From memory, so that a wrong length in the file cannot allocate gigabytes.
     content = path.read_bytes()
     _check_memo(content)
     tree = Unpickler(io.BytesIO(content)).load()
     _check_nesting(tree)
-    return tensors(tree)
+    return tree, array_type
 
 
 def _check_memo(content: bytes) -> None:
@@ -183,7 +195,7 @@ def _check_nesting(tree: Any) -> None:
         dicts = [value for inner in dicts for value in inner.values()]
 
 
-def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
+def _array_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
     """Stand-ins for the names in a pickle of numpy arrays, and the type of its arrays.
 
     numpy's own classes are not used: their ``__setstate__`` trusts the file. The stand-ins are
@@ -220,6 +232,9 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
         array.state = (1, shape, dtype, order == "F", content)
         return array
 
+    def scalar(dtype: DType, content: bytes) -> Any:
+        return np.frombuffer(content, dtype.dtype())[0].item()
+
     def encode(text: str, encoding: str) -> bytes:
         return text.encode("latin1")  # how protocol 2 encodes bytes
 
@@ -229,6 +244,7 @@ def _paddle_stand_ins() -> tuple[dict[tuple[str, str], Any], Any]:
     names: dict[tuple[str, str], Any] = {("numpy", "ndarray"): None, ("numpy", "dtype"): DType}
     for core in ("numpy.core", "numpy._core"):  # numpy 1, numpy 2
         names[f"{core}.multiarray", "_reconstruct"] = Array
+        names[f"{core}.multiarray", "scalar"] = scalar
         names[f"{core}.numeric", "_frombuffer"] = from_buffer
     names["_codecs", "encode"] = encode
     names["__builtin__", "bytes"] = no_bytes

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from xcit_dino.data.shards.config import CheckConfig, DemoConfig, MakeConfig
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import AttentionConfig, EvaluateConfig, KnnConfig, LinearConfig
+from xcit_dino.eval.retrieval.config import DuplicatesConfig, RetrieveConfig
 from xcit_dino.eval.video.config import PropagateConfig
 from xcit_dino.options import dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig
@@ -89,7 +90,7 @@ def test_absurd_options(name: str, value: Any) -> None:
 COMMANDS = (
     PretrainConfig, FinetuneConfig, DistillConfig, AttentionConfig, EvaluateConfig, KnnConfig,
     LinearConfig, MakeConfig, CheckConfig, DemoConfig, PropagateConfig, SegmentConfig,
-    DetectConfig,
+    DetectConfig, DuplicatesConfig, RetrieveConfig,
 )  # fmt: skip
 
 

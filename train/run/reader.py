@@ -33,6 +33,7 @@ EVALUATIONS = {  # results.json name -> title, in the order of the report
     "linear-few": "Linear probe, few labels",
     "duplicates": "Near-duplicates",
     "masks": "Attention masks, Jaccard",
+    "retrieve": "Retrieval",
     "propagate": "Video propagation, J&F",
 }
 CONTINUED = ("finetune", "distill", "segment", "detect")  # folders inside a run that continue it
@@ -43,6 +44,9 @@ HEADLINES = {
     "miou": "mean IoU",
     "jaccard": "Jaccard",
     "ap": "box AP",
+    "map_medium": "mAP Medium",
+    "map_strong": "mAP strong",
+    "map": "mAP",
 }
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
@@ -189,7 +193,7 @@ def bare(key: str) -> str:
 
 def headline(metrics: dict[str, float]) -> float | None:
     """Top-1 of a result; of a k-NN result that of k = 20, or of its smallest k; J&F of a
-    propagation, the mean IoU of a segmentation, the AP of a detection."""
+    propagation, the mean IoU of a segmentation, the AP of a detection, mAP of a retrieval."""
     for name in HEADLINES:
         if name in metrics:
             return metrics[name]
