@@ -23,7 +23,7 @@ WORDS = {  # options that are text and no path
     "arch", "teacher_model", "split", "aa", "prefix", "may_change", "label_column", "splits",
     "partition", "account", "qos", "constraint", "exclude", "comment", "mem", "slurm", "job_name",
     "stages", "setup", "stage", "masks", "mask_classes", "image_key", "label_key", "pixels",
-    "window", "boxes",
+    "window", "boxes", "group_column",
 }  # fmt: skip
 CLASSES = {
     name: made if isinstance(made := load(command.config), type) else return_class(made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from xcit_dino.data.columns.groups import divided
 from xcit_dino.data.columns.metadata import metadata_labels
 from xcit_dino.data.columns.unread import first_unread
 from xcit_dino.data.pack.classes import (
@@ -45,6 +46,8 @@ def arrange(listing: Listing, config: MakeConfig, src: Path | None) -> dict[str,
     if not listing.images:
         raise InputError(_nothing(listing, config.src))
     found = _renamed(split_images(listing, config), config.split)
+    if config.val_fraction or config.group_column:
+        found = divided(found, listing, config, src)
     notes: dict[str, list[str]] = {
         split: [f"split: {found.spelled[split]}/ -> {split}"]
         if found.spelled.get(split, split) != split else []

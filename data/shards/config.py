@@ -70,6 +70,12 @@ class MakeConfig:
     in the names: train=*/train for CLASS/train/x.jpg. FOLDER may also be a text file that names an
     image per line, with or without folder and suffix: train=ImageSets/Main/train.txt. By default
     names such as train, Testing, seg_train, valid or dev are recognized."""
+    val_fraction: float = 0.0
+    """Share of the images of a source without splits that becomes val, from 0 to 0.9: of each class
+    at random, or whole groups."""
+    group_column: str | None = None
+    """Column of a list (SRC or --labels), such as a patient's number: images of one value all go to
+    train or all to val. Of a source with splits it is checked."""
     labels: Path | None = None
     """Labels of a flat source: the ILSVRC2012 devkit, LOC_val_solution.csv, any CSV, TSV or JSONL
     of name,label, or a text file with one label a line in the order of the file names. folders:
@@ -139,7 +145,7 @@ class MakeConfig:
     shuffle: bool = True
     """Shuffle the images over all shards; training, which shuffles locally, relies on it."""
     seed: int = 0
-    """Seed of the shuffling."""
+    """Seed of the shuffling and of --val_fraction."""
     verify: bool = True
     """Decode every image once and skip what cannot be decoded (listed in quarantine.jsonl)."""
     num_workers: int | None = None
@@ -151,6 +157,7 @@ class MakeConfig:
 
     def __post_init__(self) -> None:
         within(self, 1, 1e9, "shard_size")
+        within(self, 0, 0.9, "val_fraction")
         within(self, 1e3, 1e15, "shard_bytes")
         within(self, 1, 16384, "resize")
         within(self, 8, 16, "bits")
@@ -179,8 +186,10 @@ class MakeConfig:
             raise InputError(f"--quality: images of {self.pixels} are stored without loss")
         if self.quality != 90 and self.resize is None:
             raise InputError("--quality: images are not re-encoded without --resize")
-        if self.seed and not self.shuffle:
+        if self.seed and not (self.shuffle or self.val_fraction):
             raise InputError("--seed: nothing is random with --shuffle false")
+        if self.val_fraction and self.split is not None:
+            raise InputError(f"--val_fraction: with --split {self.split} there is one split only")
 
 
 @dataclass(frozen=True)
