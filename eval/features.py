@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.data.shards.index import ShardIndex, sparse_labels
+from xcit_dino.data.targets.several import label_table
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import CachedFeatures
@@ -49,7 +50,7 @@ class Features:
     blocks: dict[str, np.ndarray]
     """Block name -> float32 [N, D], memory-mapped."""
     labels: np.ndarray
-    """int64 [N]."""
+    """int64 [N]; of images with several labels uint8 [N, C], 1 where an image has one."""
     num_classes: int
     unreadable: int
     """Images skipped because they could not be decoded or have no label."""
@@ -99,6 +100,11 @@ def check_labels(index: ShardIndex) -> None:
     """
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")
+    if index.targets == "labels":
+        raise InputError(
+            f"--data_path {index.root}: the images have several labels each, which is for "
+            "`xcit-dino linear` alone; pack them with one each (--labels) for this command"
+        )
     if (np.asarray(index.labels) < 0).all():
         raise InputError(
             f"--data_path {index.root}: the images have no labels, which an accuracy needs; "
@@ -130,9 +136,35 @@ def count_classes(*indexes: ShardIndex) -> int:
     return max([highest, *(len(classes) for classes in lists)])
 
 
+def count_labels(*indexes: ShardIndex) -> int:
+    """Number of labels of splits whose images have several each.
+
+    Raises:
+        InputError: a split has none, or their lists differ.
+    """
+    for index in indexes:
+        if index.targets != "labels":
+            raise InputError(
+                f"--data_path {index.root}: its images have no lists of labels, those of the other "
+                "split do; pack both with --multi_labels"
+            )
+    lists = [index.target_classes or [] for index in indexes]
+    if any(classes != lists[0] for classes in lists):
+        raise InputError(
+            f"--data_path: {' and '.join(i.root for i in indexes)} have different labels; pack "
+            "both from one table"
+        )
+    return len(lists[0])
+
+
 def load_features(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
     """Load features and labels of a split, to compute accuracies; see :func:`cached_features`."""
-    return _open(cached_features(network, index, split, context), index)
+    cache = cached_features(network, index, split, context)
+    if index.targets != "labels":
+        labels = np.asarray(index.labels, dtype=np.int64)
+        return _open(cache, index, labels, labels >= 0, count_classes(index))
+    table, known = label_table(index, context.loader)
+    return _open(cache, index, table, known, count_labels(index))
 
 
 def cached_features(
@@ -202,10 +234,11 @@ def _compute(
     return ranges
 
 
-def _open(cache: CachedFeatures, index: ShardIndex) -> Features:
+def _open(
+    cache: CachedFeatures, index: ShardIndex, labels: np.ndarray, known: np.ndarray, classes: int
+) -> Features:
     blocks = {p.stem: np.load(p, mmap_mode="c") for p in sorted(cache.path.glob("*.npy"))}
-    labels = np.asarray(index.labels, dtype=np.int64)
-    kept = np.flatnonzero(blocks.pop("seen") & (labels >= 0))
+    kept = np.flatnonzero(blocks.pop("seen") & known)
     unreadable = len(labels) - len(kept)
     if unreadable:
         if dist.is_main():
@@ -216,7 +249,7 @@ def _open(cache: CachedFeatures, index: ShardIndex) -> Features:
             )
         blocks = {name: block[kept] for name, block in blocks.items()}
         labels = labels[kept]
-    return Features(blocks, labels, count_classes(index), unreadable, cache)
+    return Features(blocks, labels, classes, unreadable, cache)
 
 
 class Rows:

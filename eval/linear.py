@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.errors import InputError
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import LAYERS, Features, count_classes, load_features
+from xcit_dino.eval.features import LAYERS, Features, count_classes, count_labels, load_features
 from xcit_dino.eval.linear_augmented import state_file, train_augmented
 from xcit_dino.eval.linear_grid import (
     Blocks,
@@ -38,6 +39,7 @@ from xcit_dino.eval.linear_grid import (
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
 from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
+from xcit_dino.eval.scores.several import label_means, label_rows, lines_of_labels
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.files import locked, write_atomic
 from xcit_dino.models.weights import formats
@@ -62,12 +64,17 @@ def run(config: LinearConfig) -> None:
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
-    num_classes = count_classes(train, val)
+    several = "labels" in (train.targets, val.targets)
+    if several and (config.protocol == "dino" or config.few.labels_per_class):
+        option = "--protocol dino" if config.protocol == "dino" else "--labels_per_class"
+        raise InputError(f"{option}: not for images with several labels each; leave it out")
+    num_classes = (count_labels if several else count_classes)(train, val)
+    kind = {"labels": "several an image"} if several else {}
     name = "linear" if config.protocol == "cached" else "linear-dino"
     for network in networks(config.target, target):
         began = time.monotonic()
         choices = choices_for(config, network)
-        facts = protocol(config, context, network, train)
+        facts = protocol(config, context, network, train) | kind
         val_features = load_features(network, val, "val", context)
         train_features = None
         if config.protocol == "cached":
@@ -82,24 +89,30 @@ def run(config: LinearConfig) -> None:
             continue  # not defined for crops of raw pixels
         else:
             probe = train_augmented(network, train, context, choices, num_classes, config, facts)
-        metrics, rows = accuracy(val_features, probe.choice.layers, probe.weight, probe.bias)
-        metrics["holdout_top1"] = probe.scores[probe.chosen][0]
+        classes = train.target_classes if several else train.classes or val.classes
+        layers, heads = probe.choice.layers, (probe.weight, probe.bias)
+        if several:
+            metrics, lines = precision(val_features, layers, *heads, classes or [])
+        else:
+            metrics, rows = accuracy(val_features, layers, *heads)
+            lines = lines_of(rows, classes)
+            metrics["holdout_top1"] = probe.scores[probe.chosen][0]
         if world.is_main:
             full_protocol = facts | {"val_index": val.checksum}
             print_result(network, probe.choice, metrics, config)
             write_result(
                 config.target.output_dir, f"{name}{network.suffix}", metrics, full_protocol,
                 grid=[
-                    asdict(choice) | {"holdout_top1": top1}
-                    for choice, (top1, _) in zip(choices, probe.scores, strict=True)
+                    asdict(choice) | ({"holdout_loss": loss} if several else {"holdout_top1": top1})
+                    for choice, (top1, loss) in zip(choices, probe.scores, strict=True)
                 ],
                 chosen=asdict(probe.choice),
-                per_class=lines_of(rows, train.classes or val.classes),
+                per_class=lines,
                 weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
             if network.name == "pretrained":
-                save_head(config.target.output_dir / HEAD_FILE, probe, full_protocol, train.classes)
+                save_head(config.target.output_dir / HEAD_FILE, probe, full_protocol, classes)
             state_file(config, network, facts).unlink(missing_ok=True)
     dist.barrier()
 
@@ -145,8 +158,10 @@ def print_result(
     network: Network, choice: Choice, metrics: dict[str, float], config: LinearConfig
 ) -> None:
     """Print the result, and a hint if the grid was too narrow."""
+    shown = [name for name in ("top1", "top5", "map") if name in metrics]
     print(
-        f"linear probe, {network.name}: top1 {metrics['top1']:.2f}  top5 {metrics['top5']:.2f}  "
+        f"linear probe, {network.name}: "
+        f"{''.join(f'{name} {metrics[name]:.2f}  ' for name in shown)}"
         f"(lr {choice.lr:g}, weight decay {choice.weight_decay:g}, layers {choice.layers})",
         flush=True,
     )
@@ -178,7 +193,7 @@ def train_cached(
     heads = fit(table, torch.nonzero(~held_out).squeeze(1), choices, num_classes, config)
     held_out_rows = torch.nonzero(held_out).squeeze(1).split(CHUNK)
     scores = heads.score(table.rows(part) for part in held_out_rows)
-    chosen = best(scores)
+    chosen = best(scores, by_loss=table.labels.ndim == 2)
     final = fit(table, torch.arange(len(features)), [choices[chosen]], num_classes, config)
     return Probe(choices, scores, chosen, *final.head(0))
 
@@ -233,17 +248,37 @@ def accuracy(
 ) -> tuple[dict[str, float], list[ClassRow]]:
     """(``top1``, ``top5`` and metrics over classes in percent, each class) of one head on extracted
     features."""
-    table = Table(features, LAYERS[layers], weight.device)
     right = torch.zeros(2, dtype=torch.float64)
     scores = Scores(len(features), len(weight))
-    for part in torch.arange(len(features)).split(CHUNK):
-        blocks, labels = table.rows(part)
-        logits = torch.cat([blocks[name] for name in LAYERS[layers]], 1) @ weight.t() + bias
+    for logits, labels in applied(features, layers, weight, bias):
         right += topk_hits(logits, labels)
         scores.add(logits.softmax(1), labels)
     top1, top5 = (100 * right / len(features)).tolist()
     rows = class_rows(scores.joined())  # every rank has all images
     return {"top1": top1, "top5": top5} | class_means(rows), rows
+
+
+def precision(
+    features: Features, layers: str, weight: Tensor, bias: Tensor, classes: list[str]
+) -> tuple[dict[str, float], list[str]]:
+    """(``map``, ``auroc`` and ``macro_f1`` in percent, lines of each class) of a head for images
+    with several labels."""
+    parts = applied(features, layers, weight, bias)
+    scores = torch.cat([logits.sigmoid().cpu() for logits, _ in parts]).numpy()
+    rows = label_rows(scores, features.labels)
+    if not rows:
+        raise InputError("--data_path: no label of val is one that some images have and some lack")
+    return label_means(rows), lines_of_labels(rows, classes)
+
+
+def applied(
+    features: Features, layers: str, weight: Tensor, bias: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (B, C) and labels of all images in order, some at a time."""
+    table = Table(features, LAYERS[layers], weight.device)
+    for part in torch.arange(len(features)).split(CHUNK):
+        blocks, labels = table.rows(part)
+        yield torch.cat([blocks[name] for name in LAYERS[layers]], 1) @ weight.t() + bias, labels
 
 
 def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xcit_dino.errors import InputError
@@ -60,7 +61,8 @@ class HeadGroup:
 
     The gradient of the mean cross-entropy of a linear softmax classifier is (softmax(W X') -
     onehot) X / B. It is computed explicitly; the part with the labels is the same for all heads, so
-    it is computed once. The update is ``torch.optim.SGD``'s.
+    it is computed once. With several labels an image the softmax becomes a sigmoid, and the loss
+    the sum over the classes of the binary cross-entropy. The update is ``torch.optim.SGD``'s.
     """
 
     def __init__(
@@ -97,8 +99,11 @@ class HeadGroup:
     def step(self, blocks: Blocks, labels: Tensor, factor: float) -> None:
         """One SGD step of all heads on a batch."""
         x_BD = self.inputs(blocks)
-        predicted_CGB = self.logits(x_BD).softmax(0)
-        wanted_CB = torch.zeros_like(predicted_CGB[:, 0]).scatter_(0, labels[None], 1)
+        logits_CGB = self.logits(x_BD)
+        several = labels.ndim == 2
+        predicted_CGB = logits_CGB.sigmoid() if several else logits_CGB.softmax(0)
+        wanted_CB = torch.zeros_like(predicted_CGB[:, 0])
+        wanted_CB = labels.t().to(x_BD) if several else wanted_CB.scatter_(0, labels[None], 1)
         gradient_CGD = (predicted_CGB.flatten(0, 1) @ x_BD).view_as(self.weight_CGD)
         gradient_CGD.sub_((wanted_CB @ x_BD)[:, None]).div_(len(labels))
         if self.decays:
@@ -107,8 +112,14 @@ class HeadGroup:
         self.weight_CGD.addcmul_(self.momentum_CGD, self.lr_G, value=-factor)
 
     def score(self, blocks: Blocks, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(correct predictions, summed cross-entropy) on a batch, each float64 (G,)."""
+        """(correct predictions, summed cross-entropy) on a batch, each float64 (G,); with several
+        labels an image, images all of whose labels are right."""
         logits_CGB = self.logits(self.inputs(blocks))
+        if labels.ndim == 2:
+            wanted_CGB = labels.t()[:, None].to(logits_CGB).expand_as(logits_CGB)
+            loss = F.binary_cross_entropy_with_logits(logits_CGB, wanted_CGB, reduction="none")
+            right = ((logits_CGB > 0) == (wanted_CGB > 0)).all(0)
+            return right.double().sum(1), loss.double().sum((0, 2))
         right_GB = logits_CGB.argmax(0) == labels
         own_GB = logits_CGB.gather(0, labels.expand(1, *right_GB.shape)).squeeze(0)
         return right_GB.double().sum(1), (logits_CGB.logsumexp(0) - own_GB).double().sum(1)
@@ -141,8 +152,8 @@ class Heads:
         ]
 
     def step(self, blocks: Blocks, labels: Tensor, factor: float) -> None:
-        """One step. blocks: float32 (B, d) each; labels: int64 (B,); factor: of the learning
-        rate, scheduled from 1 to 0."""
+        """One step. blocks: float32 (B, d) each; labels: int64 (B,), or uint8 (B, C) with several
+        an image; factor: of the learning rate, scheduled from 1 to 0."""
         for group in self.groups:
             group.step(blocks, labels, factor)
 
@@ -205,6 +216,7 @@ def fast_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def best(scores: Sequence[tuple[float, float]]) -> int:
-    """The choice of highest accuracy; ties: lowest cross-entropy, then the first."""
-    return min(range(len(scores)), key=lambda i: (-scores[i][0], scores[i][1], i))
+def best(scores: Sequence[tuple[float, float]], by_loss: bool = False) -> int:
+    """The choice of highest accuracy; ties, or ``by_loss`` all: lowest cross-entropy, then the
+    first."""
+    return min(range(len(scores)), key=lambda i: (-scores[i][0] * (not by_loss), scores[i][1], i))

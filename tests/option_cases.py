@@ -730,6 +730,8 @@ MAKE: Cases = {
     "mask_ignore": [refused("2", by="--mask_ignore")],
     "boxes": [turn("boxes.json", **C, given={"src": "photo"}),
               refused("boxes.json", by="--boxes", given=MASKS)],
+    "multi_labels": [turn("labels.csv", **C, given={"src": "photo"}),
+                     refused("labels.csv", by="names none of the images")],
     "image_key": [refused("x", by="no Parquet or Arrow file")],
     "exclude": [turn("gone.csv", **C), refused("two.csv", by="names none of the images")],
     "shard_size": [turn("3", shows="files")],

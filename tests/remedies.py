@@ -803,7 +803,6 @@ ELSEWHERE = {
     "--mask_classes {}: {} classes; 1 to {} are possible": "masks and boxes: test_targets.py",
     "--mask_classes {}: {} stands for {} and {}": "masks and boxes: test_targets.py",
     "--mask_ignore {}: --mask_classes has it for {}": "masks and boxes: test_targets.py",
-    "--masks and --boxes: an image has one target; pack two": "masks and boxes: test_targets.py",
     "--masks {}: no images (PNG, BMP, GIF, TIFF) in it": "masks and boxes: test_targets.py",
     "--masks {}: no such folder, neither here nor in {}": "masks and boxes: test_targets.py",
     "masks has the name of an image (the first mask is": "masks and boxes: test_targets.py",
@@ -849,6 +848,24 @@ ELSEWHERE = {
     "--patches true: about {} GB, and {} has {} GB free; choose": "a full disk: test_patches.py",
     "--background {}: no such class; there are {}": "shards with masks: test_masks.py",
     "no mask has a class besides --background {}": "shards with masks: test_masks.py",
+    # several labels an image
+    **dict.fromkeys(
+        [
+            "--labels: --multi_labels names the labels; leave one of them out",
+            "--multi_labels {}: its first line must name the columns",
+            "--multi_labels {}: which column holds the labels ({})",
+        ],
+        "test_several.py",
+    ),
+    **dict.fromkeys(
+        [
+            "--data_path {}: its images have no lists of labels",
+            "--data_path {}: the images have several labels each",
+            "--data_path: no label of val is one that some images have and some lack",
+            "--data_path: {} have different labels; pack both from one table",
+        ],
+        "test_several_labels.py",
+    ),
     # a validation set from a source without one
     **dict.fromkeys(
         [
@@ -1022,7 +1039,6 @@ ELSEWHERE = {
             "=--mask_classes {}: {} classes; 1 to {} are possible",
             "=--mask_classes {}: {} stands for {} and {}",
             "=--mask_ignore {}: --mask_classes has it for {}",
-            "=--masks and --boxes: an image has one target; pack two sets",
             "=--masks {}: no images (PNG, BMP, GIF, TIFF) in it",
             "=--masks {}: no such folder, neither here nor in {}",
             "--masks: none of {} masks has the name of an image (the first mask is {}, the fi",

@@ -144,6 +144,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tar.add("photos", "photos")
         targets(folder)
         videos(folder)
+        shutil.copytree("photos/val/red", "scans")
+        rows = "0.jpg,cyst|mass,P1\n1.jpg,,P2\n2.jpg,mass,P3\n"
+        Path("findings.csv").write_text(f"image,finding,patient\n{rows}")
         oxford(folder / "roxford5k"), oxford(folder / "rparis6k")
         for name in ("copydays/original", "copydays/strong", "yfcc20k", "yfcc10k"):
             shutil.copytree("photos/val/red", name)

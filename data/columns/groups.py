@@ -49,17 +49,18 @@ def divided(found: Found, listing: Listing, config: MakeConfig, src: Path | None
 
 
 def groups_of(listing: Listing, config: MakeConfig, src: Path | None) -> dict[Place, str]:
-    """The group of each image, from a column of the list that is the source, or of ``--labels``.
+    """The group of each image, from a column of the list that is the source, or of its labels.
 
     Raises:
         InputError: no list, no such column, or images without a group.
     """
-    column, table = config.group_column, config.labels
+    column, table = config.group_column, config.multi_labels or config.labels
     if listing.is_list and src is not None and src.suffix.lower() in LIST_SUFFIXES:
         table = src
     if table is None or not table.is_file() or not is_table(table):
         raise InputError(
-            f"--group_column {column}: needs a list with columns, as SRC or as --labels FILE"
+            f"--group_column {column}: needs a list with columns, as SRC, --labels or "
+            "--multi_labels"
         )
     try:
         groups = by_name(listing.images, table, column, [])

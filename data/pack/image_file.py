@@ -50,7 +50,7 @@ class Image(NamedTuple):
     split: str | None = None
     """Split, if a list stores it."""
     target: Image | bytes | None = None
-    """Its mask, or its boxes as JSON (``targets/boxes.py``), if it has one."""
+    """Its mask, or as JSON its boxes (``targets/boxes.py``) or labels (a list), if it has such."""
     place: Place | None = None
     """Of a tile, in its scene."""
 

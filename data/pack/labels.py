@@ -15,7 +15,7 @@ import numpy as np
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.lists import LIST_SUFFIXES, read_list
 from xcit_dino.data.pack.mat_file import read_mat
-from xcit_dino.data.pack.tables import read_text
+from xcit_dino.data.pack.tables import Table, read_text
 from xcit_dino.data.shards.index import MAX_LABEL, sparse_labels
 from xcit_dino.errors import InputError
 
@@ -76,7 +76,13 @@ def by_name(
         InputError: the list names none of them, or one twice with different labels, or a name
             stands for several images.
     """
-    table = read_list(path, label_column)
+    return by_rows(images, path, read_list(path, label_column), notes)
+
+
+def by_rows(
+    images: Sequence[Image], path: Path, table: Table, notes: list[str]
+) -> dict[Place, str]:
+    """:func:`by_name` for a list that has been read."""
     notes += table.notes
     endings: dict[str, list[Image]] = defaultdict(list)
     for image in images:

@@ -76,7 +76,9 @@ def make(config: MakeConfig) -> int:
         try:
             listing, src = _list(config, work)
             targets = attach_targets(listing, config, src, work)
-            if targets and config.labels is None and not listing.is_list:
+            if config.multi_labels:
+                config = dataclasses.replace(config, labels=Path(NO_LABELS), label_column=None)
+            elif targets and config.labels is None and not listing.is_list:
                 config = dataclasses.replace(config, labels=Path(NO_LABELS))
             _without_arrays(listing, config)
             parts = arrange(listing, config, src)
@@ -382,7 +384,7 @@ def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
     classes = classes if labeled else " without labels"
     if index.targets:
         classes = "" if not labeled else classes
-        named = "masks" if index.targets == "mask" else "boxes"
+        named = {"mask": "masks", "labels": "several labels"}.get(index.targets, index.targets)
         classes += f" with {named} of {len(index.target_classes or ())} classes"
     print(
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "

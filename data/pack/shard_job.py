@@ -261,6 +261,9 @@ def _target(shard: Shard, image: Image, stored: bytes, found: Found) -> tuple[st
     """
     if image.target is None:
         return None
+    if isinstance(image.target, bytes) and image.target.startswith(b"["):
+        found.classes |= set(json.loads(image.target))
+        return "labels", image.target
     form = shard.encoding.form
     if form is None:
         header = read_header(stored, shard.encoding.max_pixels or MAX_PIXELS)

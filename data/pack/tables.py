@@ -69,12 +69,12 @@ def read_table(path: Path, label_column: str | None = None) -> Table:
         InputError: it cannot be read, or several columns could be the label.
     """
     notes: list[str] = []
-    return table_of(path, _cells(path, read_text(path, notes)), label_column, notes)
+    return table_of(path, cells_of(path, read_text(path, notes)), label_column, notes)
 
 
 def first_row(path: Path) -> list[str]:
     """The names of a CSV's columns, or what else stands there."""
-    return next(iter(_cells(path, read_text(path))), [])
+    return next(iter(cells_of(path, read_text(path))), [])
 
 
 def table_of(
@@ -131,7 +131,7 @@ def read_names(path: Path) -> list[tuple[str, str | None]]:
     Raises:
         InputError: it cannot be read.
     """
-    rows = _cells(path, read_text(path))
+    rows = cells_of(path, read_text(path))
     if not rows:
         return []
     columns = normalized(rows[0])
@@ -143,7 +143,7 @@ def read_names(path: Path) -> list[tuple[str, str | None]]:
     return [(row[name], _cell(row, split)) for row in body if len(row) > name and row[name]]
 
 
-def _cells(path: Path, text: str) -> list[list[str]]:
+def cells_of(path: Path, text: str) -> list[list[str]]:
     first = next((line for line in text.splitlines() if line.strip()), "")
     outside = re.sub(r'"[^"]*"', "", first)
     delimiter = max(DELIMITERS, key=outside.count)

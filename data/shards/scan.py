@@ -84,8 +84,9 @@ def scan_shard(
     if not kinds:
         return part
     if len(kinds) > 1:
+        (first, one), (second, other) = sorted(kinds.items(), reverse=True)[:2]
         raise InputError(
-            f"{path}: {kinds['mask']} has a mask and {kinds['boxes']} boxes; put each kind into "
+            f"{path}: {one} has a {first} and {other} {second}; put each kind into "
             "shards of its own"
         )
     table = np.array([row[4:6] for row in rows], np.int64).reshape(-1, 2)
@@ -194,8 +195,8 @@ def _take(
         sample.second.append((extension, member))
     elif extension in TARGETS and (sample.target is None or sample.target[0] == extension):
         sample.target = (extension, member)
-    elif extension in TARGETS:
-        reason = "a mask and boxes in one sample: the second is not used"
+    elif extension in TARGETS and sample.target is not None:
+        reason = f"{sample.target[0]} and {extension} in one sample: the second is not used"
         damage.append({"key": sample.key, "reason": reason, "offset": member.offset})
     else:
         sample.others.append((extension, member))

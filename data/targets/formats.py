@@ -1,4 +1,4 @@
-"""What a sample may have beside its image: a mask of class numbers, or boxes.
+"""What a sample may have beside its image: a mask of class numbers, boxes, or several labels.
 
 ``KEY.mask``
     a PNG of one channel, 8 or 16 bits: the class of each pixel, from 0 on; the largest value of the
@@ -8,6 +8,8 @@
     lie behind the last pixel), ``labels`` [class, ...]; optionally one entry a box of ``crowd``
     (COCO's iscrowd), ``difficult`` (Pascal VOC), ``area`` and ``segmentation`` (COCO's polygons or
     run lengths); and ``image_id``, the source's number of the image.
+``KEY.labels``
+    JSON: [class, ...], the labels of an image that may have several, or none.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from xcit_dino.errors import one_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 Mask = NDArray[np.uint8 | np.uint16]
+Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,30 @@ def decode_boxes(raw: bytes) -> Boxes:
     return found
 
 
-def decode_target(kind: str, raw: bytes) -> Mask | Boxes:
-    """A target of either kind (``mask`` or ``boxes``)."""
-    return decode_mask(raw) if kind == "mask" else decode_boxes(raw)
+def decode_labels(raw: bytes) -> Labels:
+    """int64 [n], ascending: a ``.labels`` member.
+
+    Raises:
+        BadImage: no list of numbers from 0 on.
+    """
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, list) or not all(type(n) is int and n >= 0 for n in content):
+        raise BadImage("the labels are no list of numbers")
+    return np.unique(np.array(content, np.int64))
 
 
-def check_target(target: Mask | Boxes, height: int, width: int, classes: int | None) -> list[int]:
+def decode_target(kind: str, raw: bytes) -> Mask | Boxes | Labels:
+    """A target of any kind (``mask``, ``boxes`` or ``labels``)."""
+    decoders = {"mask": decode_mask, "boxes": decode_boxes, "labels": decode_labels}
+    return decoders[kind](raw)
+
+
+def check_target(
+    target: Mask | Boxes | Labels, height: int, width: int, classes: int | None
+) -> list[int]:
     """The classes that occur in a target.
 
     Raises:
@@ -135,6 +156,8 @@ def check_target(target: Mask | Boxes, height: int, width: int, classes: int | N
             raise BadImage(f"a box leaves the image of {width}x{height} pixels")
         if ((x1 <= x0) | (y1 <= y0)).any():
             raise BadImage("a box of no area")
+    elif target.ndim == 1:
+        present = target.tolist()
     else:
         if target.shape != (height, width):
             raise BadImage(

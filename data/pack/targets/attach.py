@@ -1,4 +1,4 @@
-"""``--masks`` and ``--boxes`` of ``shards make``: give each image its target."""
+"""``--masks``, ``--boxes``, ``--multi_labels`` of ``shards make``: give each image its target."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from xcit_dino.data.pack.sources import list_folder
 from xcit_dino.data.pack.targets.boxes import pair_boxes, read_annotations
 from xcit_dino.data.pack.targets.conventions import CONVENTIONS, MaskCoding, mask_coding
 from xcit_dino.data.pack.targets.masks import pair_masks, values_in
+from xcit_dino.data.pack.targets.several import attach_labels
 from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.errors import InputError
 
@@ -22,7 +23,7 @@ class Targets:
     """What the samples of a source have beside their images."""
 
     kind: str
-    """``mask`` or ``boxes``."""
+    """``mask``, ``boxes`` or ``labels``."""
     classes: list[str]
     coding: MaskCoding | None = None
 
@@ -42,6 +43,12 @@ def attach_targets(
         listing.images, notes = pair_boxes(listing.images, found)
         listing.notes += notes
         return Targets("boxes", found.classes)
+    if config.multi_labels:
+        if not listing.images:
+            return None
+        path, column = config.multi_labels, config.label_column
+        listing.images, classes = attach_labels(listing.images, path, column, listing.notes)
+        return Targets("labels", classes)
     if not config.masks:
         return None
     masks = _masks(listing, config, src, work)

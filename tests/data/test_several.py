@@ -1,0 +1,92 @@
+"""Images with several labels each: tables of all usual forms, packed, checked, read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xcit_dino.cli import main
+from xcit_dino.data.config import LoaderConfig
+from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.data.targets.several import label_table
+
+LABELS = {"a": ["cat", "dog"], "b": [], "c": ["dog"], "d": ["bird", "cat"]}
+JOINED = "image,finding\na.png,{}\nb.png,\nc.png,dog\nd.png,{}\n"
+TABLES = {
+    "bars": JOINED.format("cat|dog", "bird|cat"),
+    "commas": JOINED.format('"cat, dog"', '"bird,cat"'),
+    "spaces": JOINED.format("cat dog", "bird cat"),
+    "tabs": JOINED.format("cat;dog", "bird;cat").replace(",", "\t"),
+    "columns": "path,bird,cat,dog,split\na.png,0,1,1,train\nb.png,0,0,0,train\nc.png,0,0,1,train\n"
+    "d.png,1,1,0,train\n",
+    "rows": "image,label\na.png,cat\na.png,dog\nb.png,\nc.png,dog\nd.png,cat\nd.png,bird\n",
+    "patients": "image,label,patient\na.png,cat|dog,1\nb.png,,1\nc.png,dog,2\nd.png,cat|bird,2\n",
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate([*LABELS, "e"]):
+        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(folder / f"{name}.png")
+    return folder
+
+
+def make(photos: Path, table: Path, *words: object) -> int:
+    command = ["shards", "make", photos, photos.parent / "out", "--multi_labels", table, *words]
+    return main([*map(str, command), "--num_workers", "1", "--shuffle", "false"])
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_every_form_of_a_table(photos: Path, tmp_path: Path, capsys, form: str) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(TABLES[form])
+    assert make(photos, table) == 0
+    printed = capsys.readouterr().out
+    assert "4 images with several labels of 3 classes" in printed
+    assert "skipped: 1 images that --multi_labels does not name" in printed
+    assert "1 images have none of the labels" in printed
+    index = ShardIndex.load(tmp_path / "out")
+    assert index.targets == "labels" and index.target_classes == ["bird", "cat", "dog"]
+    found, known = label_table(index, LoaderConfig())
+    expected = [[name in labels for name in ("bird", "cat", "dog")] for labels in LABELS.values()]
+    assert np.array_equal(found, expected) and known.all()
+    assert main(["shards", "check", str(tmp_path / "out"), "--num_workers", "1"]) == 0
+    assert "labels of 3 classes" in capsys.readouterr().out
+    main(["shards", "check", str(tmp_path / "out"), "--rebuild", "true", "--num_workers", "1"])
+    again = ShardIndex.load(tmp_path / "out")
+    assert again.targets == "labels" and again.target_classes == index.target_classes
+
+
+def test_patients_stay_on_one_side(photos: Path, tmp_path: Path, capsys) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text(TABLES["patients"])
+    assert make(photos, table, "--group_column", "patient", "--val_fraction", 0.5) == 0
+    assert "val: 1 of 2 values of patient, 2 of 4 images" in capsys.readouterr().out
+    for split in ("train", "val"):
+        index = ShardIndex.load(tmp_path / "out" / split)
+        assert index.target_classes == ["bird", "cat", "dog"] and index.num_samples == 2
+
+
+def test_bad_tables_are_refused(photos: Path, tmp_path: Path, capsys) -> None:
+    table = tmp_path / "labels.csv"
+
+    def refused(text: str, *words: object) -> str:
+        table.write_text(text)
+        assert make(photos, table, *words) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "its first line must name the columns" in refused("a.png,cat\n")
+    assert "its first line must name the columns" in refused("")
+    assert "name it with --label_column" in refused("image,x,y\na.png,cat,1 2\n")
+    assert "has no such column" in refused(TABLES["bars"], "--label_column", "z")
+    assert "names none of the images" in refused("image,label\nz.png,cat\n")
+    both = refused(TABLES["bars"], "--boxes", table)
+    assert "--boxes and --multi_labels: an image has one target" in both
+    assert "leave one of them out" in refused(TABLES["bars"], "--labels", table)
+    assert make(photos, tmp_path / "none.csv") == 2
+    assert make(photos, table, "--label_column", "finding") == 0
