@@ -201,6 +201,10 @@ class EvaluateConfig:
     head: Path | None = None
     """Head saved by `linear` (linear_head.safetensors). Default: the weights file contains a
     classifier."""
+    label_map: Path | None = None
+    """Which outputs of the head the data's classes are, where the head has others: a text file with
+    the name of each output in a line, or JSON {"class of the data": number, or [numbers]}; only
+    these outputs compete. Default: they are the same."""
 
     def __post_init__(self) -> None:
         if self.target.baselines:

@@ -18,11 +18,12 @@ from xcit_dino.eval.features import LAYERS, count_classes, load_features
 from xcit_dino.eval.linear import accuracy, topk_hits
 from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.label_map import LabelMap, read_map
 from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve
 from xcit_dino.files import file_checksum
 from xcit_dino.models.weights import formats
-from xcit_dino.models.weights.load import load_backbone, load_linear
+from xcit_dino.models.weights.load import count_outputs, load_backbone, load_linear
 from xcit_dino.models.zoo import create_model
 from xcit_dino.train.distributed import dist
 
@@ -40,9 +41,13 @@ def run(config: EvaluateConfig) -> None:
     num_classes = count_classes(val)
     began = time.monotonic()
     if config.head is None:
-        metrics, rows, facts = classifier_accuracy(target, context, val, num_classes)
+        metrics, rows, facts = classifier_accuracy(
+            target, context, val, num_classes, config.label_map
+        )
     else:
-        metrics, rows, facts = head_accuracy(config.head, target, context, val, num_classes)
+        metrics, rows, facts = head_accuracy(
+            config.head, target, context, val, num_classes, config.label_map
+        )
     if world.is_main:
         print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()), flush=True)
         write_result(
@@ -64,12 +69,21 @@ def run(config: EvaluateConfig) -> None:
 
 
 def classifier_accuracy(
-    target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
+    target: EvalTarget,
+    context: Context,
+    val: ShardIndex,
+    num_classes: int,
+    map_file: Path | None = None,
 ) -> tuple[dict[str, float], list[ClassRow], dict[str, object]]:
     """(metrics in percent, each class, facts) of a checkpoint with its own head; ranks split the
     images."""
     world = context.world
     model = create_model(target.arch, num_classes=num_classes, in_chans=target.channels)
+    label_map = None
+    if map_file is not None:
+        outputs = count_outputs(target.weights, target.checkpoint_key, model)
+        label_map = read_map(map_file, val.classes, outputs)
+        model = create_model(target.arch, num_classes=outputs, in_chans=target.channels)
     report = load_backbone(target.weights, model, target.checkpoint_key, head="required")
     if world.is_main:
         print(report, flush=True)
@@ -80,7 +94,10 @@ def classifier_accuracy(
     scores = Scores(val.num_samples, num_classes)
     with torch.inference_mode():
         for outputs, samples in context.batches(
-            lambda images: {"logits": model(images)}, val, np.arange(first, last), "evaluate"
+            lambda images: {"logits": mapped(model(images), label_map)},
+            val,
+            np.arange(first, last),
+            "evaluate",
         ):
             ranges.add(outputs["logits"])
             labels = torch.from_numpy(val.labels[samples].astype(np.int64)).to(world.device)
@@ -97,6 +114,7 @@ def classifier_accuracy(
         "arch": target.arch,
         "weights": file_checksum(target.weights),
         "val_images": int(count),
+        **({"label_map": label_map.checksum} if label_map else {}),
     }
     rows = class_rows(scores.gathered())
     metrics = {"top1": 100 * top1 / count, "top5": 100 * top5 / count} | class_means(rows)
@@ -104,16 +122,31 @@ def classifier_accuracy(
 
 
 def head_accuracy(
-    head: Path, target: EvalTarget, context: Context, val: ShardIndex, num_classes: int
+    head: Path,
+    target: EvalTarget,
+    context: Context,
+    val: ShardIndex,
+    num_classes: int,
+    map_file: Path | None = None,
 ) -> tuple[dict[str, float], list[ClassRow], dict[str, object]]:
     """(metrics in percent, each class, facts) of a backbone and a head saved by a linear probe."""
     network = pretrained(target)
     checksum, layers, weight, bias = read_head(head)
     features = load_features(network, val, "val", context)
-    check_head(head, layers, weight, network, features.blocks, num_classes)
-    metrics, rows = accuracy(features, layers, weight.to(context.device), bias.to(context.device))
+    label_map = None if map_file is None else read_map(map_file, val.classes, len(weight))
+    outputs = num_classes if label_map is None else len(weight)
+    check_head(head, layers, weight, network, features.blocks, outputs)
+    metrics, rows = accuracy(
+        features, layers, weight.to(context.device), bias.to(context.device), label_map
+    )
     facts = {"head": checksum, "layers": layers, "val_images": len(features)}
+    facts |= {"label_map": label_map.checksum} if label_map else {}
     return metrics, rows, network.facts | facts
+
+
+def mapped(logits: Tensor, label_map: LabelMap | None) -> Tensor:
+    """Logits of the data's classes."""
+    return logits if label_map is None else label_map(logits)
 
 
 def read_head(path: Path) -> tuple[str, str, Tensor, Tensor]:
@@ -152,5 +185,5 @@ def check_head(
     if len(weight) != num_classes:
         raise InputError(
             f"--head {path}: has {len(weight)} classes, and the data have {num_classes}; "
-            "train a head on these data with: xcit-dino linear"
+            "train a head on these data with xcit-dino linear, or give a --label_map"
         )

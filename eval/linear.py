@@ -38,6 +38,7 @@ from xcit_dino.eval.linear_grid import (
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
+from xcit_dino.eval.scores.label_map import LabelMap
 from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.eval.scores.several import label_means, label_rows, lines_of_labels
 from xcit_dino.eval.target import Network, networks, resolve
@@ -244,13 +245,18 @@ class Table:
 
 
 def accuracy(
-    features: Features, layers: str, weight: Tensor, bias: Tensor
+    features: Features,
+    layers: str,
+    weight: Tensor,
+    bias: Tensor,
+    label_map: LabelMap | None = None,
 ) -> tuple[dict[str, float], list[ClassRow]]:
     """(``top1``, ``top5`` and metrics over classes in percent, each class) of one head on extracted
     features."""
     right = torch.zeros(2, dtype=torch.float64)
-    scores = Scores(len(features), len(weight))
+    scores = Scores(len(features), len(label_map.groups if label_map else weight))
     for logits, labels in applied(features, layers, weight, bias):
+        logits = label_map(logits) if label_map else logits
         right += topk_hits(logits, labels)
         scores.add(logits.softmax(1), labels)
     top1, top5 = (100 * right / len(features)).tolist()

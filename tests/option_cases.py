@@ -538,6 +538,7 @@ LINEAR = (
     | few(**A)
 )
 EVALUATE = EVAL_TARGET | {
+    "label_map": [turn("cows.json", **A), refused("classes.txt", by="--label_map classes.txt")],
     "output_dir": [turn("tuned2", **A)],
     "pretrained_weights": [turn("tuned2.pth", **A)],
     "checkpoint_key": [turn("model_ema", **P), refused("teacher", "student", by="contains no",

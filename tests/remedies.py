@@ -574,7 +574,7 @@ RUN = [
         f"{KNN} --data_path {{shards}}",
     ),
     case(
-        "or finetune these with --new_head true",
+        "finetune these with --new_head true",
         f"{FINETUNE} --data_path {{shards}} --pretrained_weights {{heads}}/classifier.pth",
         f"{FINETUNE} --data_path {{shards}} --pretrained_weights {{heads}}/classifier.pth "
         "--new_head true",
@@ -848,6 +848,17 @@ ELSEWHERE = {
     "--patches true: about {} GB, and {} has {} GB free; choose": "a full disk: test_patches.py",
     "--background {}: no such class; there are {}": "shards with masks: test_masks.py",
     "no mask has a class besides --background {}": "shards with masks: test_masks.py",
+    # classes of the data in a head of others
+    **dict.fromkeys(
+        [
+            "--label_map {}: lacks {} classes of the data",
+            "--label_map {}: must be {",
+            "--label_map {}: names output {}, and the head has outputs 0 to {}",
+            "--label_map {}: output {} stands for two classes",
+            "--label_map: the data have numbers for classes, no names",
+        ],
+        "test_classify.py",
+    ),
     # several labels an image
     **dict.fromkeys(
         [

@@ -253,6 +253,7 @@ def images(folder: Path) -> None:
     (folder / "labels.csv").write_text("name,label\na.png,0\nb.png,1\n")
     (folder / "gone.csv").write_text("path,split\nant/1.jpg,train\n")
     (folder / "two.csv").write_text("image,kind,age\nphoto/a.png,3,30\nphoto/b.png,4,31\n")
+    (folder / "cows.json").write_text('{"ant": 2, "bee": 1, "cow": 0}')
     rows = "photo/a.png,3,30,train\nphoto/b.png,4,30,val\n"
     (folder / "split.csv").write_text(f"image,kind,age,split\n{rows}")
     (folder / "pairs.csv").write_text("query,image\nant/1.jpg,bee/1.jpg\n")

@@ -279,6 +279,19 @@ def load_linear(path: str | Path) -> tuple[Tensor, Tensor]:
     raise InputError(f"{path}: contains no linear layer (linear.weight and linear.bias)")
 
 
+def count_outputs(path: Path, which: str | None, model: nn.Module) -> int:
+    """Number of classes of the classifier in a file, of a network like ``model``.
+
+    Raises:
+        InputError: see :func:`find_network`, or it has no classifier.
+    """
+    state = find_network(path, which).state
+    names = classifier_names(state, model)
+    if not names:
+        raise InputError(f"{path}: has no classifier; train one with linear or finetune")
+    return len(state[names[0]])
+
+
 def classifier_names(state: State, model: nn.Module) -> list[str]:
     """Names of the tensors in ``state`` that are the classifier of a network like ``model``."""
     return [name for name in state if _is_classifier(name, model)]
@@ -310,7 +323,8 @@ def _check_classes(path: Path, in_file: Tensor, in_model: Tensor) -> None:
     if len(in_file) != len(in_model):
         raise InputError(
             f"{path}: classifies {len(in_file)} classes, but the model {len(in_model)}; "
-            f"name weights for {len(in_model)}, or finetune these with --new_head true"
+            f"name weights for {len(in_model)}, finetune these with --new_head true, or evaluate "
+            "them with --label_map"
         )
 
 
