@@ -9,7 +9,7 @@ memory, so a run continues at the exact next sample from one integer, on any num
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +118,9 @@ class Plan:
 
     def shards_of_window(self, epoch: int, number: int) -> NDArray[np.int64]:
         """Shard numbers of an epoch's n-th window, in reading order."""
+        return self._shards_in(epoch, number)
+
+    def _shards_in(self, epoch: int, number: int) -> NDArray[np.int64]:
         self._enter(epoch)
         return self._shard_order[number * self.window : (number + 1) * self.window]
 
@@ -144,7 +147,7 @@ class Plan:
     def _window_order(self, number: int) -> NDArray[np.int64]:
         """The samples of one window, shuffled; the last two windows used are cached."""
         if number not in self._windows:
-            shards = self.shards_of_window(self._epoch, number)
+            shards = self._shards_in(self._epoch, number)
             counts, starts = self.counts[shards], self.starts[shards]
             samples = np.arange(counts.sum()) + np.repeat(
                 starts - np.cumsum(counts) + counts, counts
@@ -155,6 +158,30 @@ class Plan:
                 del self._windows[next(iter(self._windows))]
             self._windows[number] = order
         return self._windows[number]
+
+
+class Subset(Plan):
+    """The plan of some samples of an index, as if they alone were there, in one shard.
+
+    Args:
+        samples: int64 [n], numbers in the index.
+        index: of all samples.
+        options: those of :class:`Plan` besides counts and checksum.
+    """
+
+    def __init__(self, samples: NDArray[np.int64], index: ShardIndex, **options: Any) -> None:
+        super().__init__(np.array([len(samples)]), checksum=index.checksum, **options)
+        self.samples, self.total = np.asarray(samples, np.int64), index.num_samples
+        self._shards = np.unique(np.searchsorted(index.starts, self.samples, side="right") - 1)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Sample numbers as of the whole index; the r-th copy of sample n is n + r x its size."""
+        copies, places = np.divmod(super().batch(step), self.num_samples)
+        return self.samples[places] + copies * self.total
+
+    def shards_of_window(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """All shards that hold a sample: an epoch is one window."""
+        return self._shards
 
 
 def rank_slice(

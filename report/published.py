@@ -151,6 +151,9 @@ def differences_from_published(
     if val_images != IMAGENET_VAL:
         count = "unknown" if val_images is None else f"{val_images:,}"
         found.append(f"validation images {count} instead of ImageNet's {IMAGENET_VAL:,}")
+    few = (protocol.get("recipe") or {}).get("labels_per_class")
+    if few:
+        found.append(f"{few} training images a class instead of all")
     if evaluation == "linear":
         found.append("features of one crop instead of augmented crops (--protocol dino)")
     crop = protocol.get("crop")

@@ -165,6 +165,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class FewLabelsConfig:
+    """Training on few labels."""
+
+    labels_per_class: int = 0
+    """Train on only this many random images of each class; 0: on all."""
+    draw_seed: int = 0
+    """Seed of this choice."""
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1e9, "labels_per_class")
+        within(self, 0, 2**31, "draw_seed")
+
+    def ineffective(self) -> dict[str, str]:
+        """See :func:`xcit_dino.options.ineffective`."""
+        return needs(self.labels_per_class, "without --labels_per_class", "draw_seed")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """A complete supervised training: from self-supervised or supervised weights, or scratch."""
 
@@ -186,6 +204,7 @@ class FinetuneConfig:
     """Epochs at the end with min_lr."""
     regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    few: FewLabelsConfig = field(default_factory=FewLabelsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:

@@ -33,12 +33,13 @@ from xcit_dino.data.loader import Batch
 from xcit_dino.data.native.scaling import check_same_form
 from xcit_dino.data.packed import to_device
 from xcit_dino.data.pixels import RGB8, PixelFormat
-from xcit_dino.data.plan import Plan
+from xcit_dino.data.plan import Plan, Subset
 from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.workers import Task
 from xcit_dino.errors import InputError
 from xcit_dino.eval.features import count_classes
+from xcit_dino.eval.scores.few import check_classes, draw
 from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig
 from xcit_dino.train.distributed import dist
 
@@ -88,16 +89,18 @@ def open_data(config: FinetuneConfig) -> LabeledData:
 
 
 def plan_of(config: FinetuneConfig, train: ShardIndex, global_batch: int) -> Plan:
-    """The order of the samples, each ``repeated_aug`` times in a global batch."""
-    return Plan(
-        train.counts,
-        seed=config.run.seed,
-        checksum=train.checksum,
-        batch_size=global_batch,
-        window=config.loader.shuffle_window,
-        last_batch=config.loader.last_batch,
-        repeats=config.regularization.repeated_aug,
-    )
+    """The order of the samples, each ``repeated_aug`` times in a global batch; of few labels that
+    of the drawn ones, the first draw of ``knn`` with the same seed."""
+    few, options = config.few, {
+        "seed": config.run.seed, "batch_size": global_batch,
+        "window": config.loader.shuffle_window, "last_batch": config.loader.last_batch,
+        "repeats": config.regularization.repeated_aug,
+    }  # fmt: skip
+    if not few.labels_per_class:
+        return Plan(train.counts, checksum=train.checksum, **options)
+    labels = np.asarray(train.labels, np.int64)
+    check_classes(labels, few.labels_per_class)
+    return Subset(draw(labels, few.labels_per_class, few.draw_seed, 0), train, **options)
 
 
 class HostAugment:

@@ -334,6 +334,8 @@ FINETUNE: Cases = RUN | {
     "mixup_mode": [turn("pair", "elem", **W)],
     "smoothing": [turn("0.3", **W)],
     "model_ema_decay": [turn("0", "0.5", **W)],
+    "labels_per_class": [turn("4", "6", **W)],
+    "draw_seed": [turn("1", **W, given={"labels_per_class": "4"}), refused("1", by="--draw_seed")],
     "eval_every": [turn("1", shows="metrics")],
     "eval_crop_ratio": [turn("0.5", shows="calls")],
     "eval_batch_size": [turn("4", shows="calls")],

@@ -18,13 +18,15 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError, Stopped
 from xcit_dino.eval import evaluate
 from xcit_dino.eval.config import EvalTargetConfig, EvaluateConfig
+from xcit_dino.eval.scores.few import draw
 from xcit_dino.eval.scores.metrics import Scores, class_means, class_rows, lines_of
 from xcit_dino.models.zoo import create_model, list_models
 from xcit_dino.options import replace
+from xcit_dino.report.published import differences_from_published
 from xcit_dino.slurm.stages import launch_config
 from xcit_dino.supervised import train as supervised
 from xcit_dino.supervised.config import FinetuneConfig, RegularizationConfig, finetune_config
-from xcit_dino.supervised.data import DeviceAugment, HostAugment
+from xcit_dino.supervised.data import DeviceAugment, HostAugment, plan_of
 from xcit_dino.supervised.finetune import finetune
 from xcit_dino.supervised.optim import parameter_groups
 from xcit_dino.supervised.trainer import build_model
@@ -79,6 +81,35 @@ def test_every_sample_comes_as_often_as_asked_and_its_copies_together():
     assert sorted(plan.batch(4) % 12) != sorted(places[:8] % 12)  # another epoch
     wrap = Plan(np.array([5, 7]), seed=3, batch_size=8, repeats=3, last_batch="wrap")
     assert wrap.batch(4).tolist() == np.concatenate([wrap._copies(0, 32, 36), places[:4]]).tolist()
+
+
+def test_few_labels_are_those_of_knn_and_nothing_else_is_read(demo_shards, tmp_path):
+    index = ShardIndex.load(demo_shards / "train")
+    options = {"labels_per_class": 3, "draw_seed": 7, "repeated_aug": 2, "batch_size_per_gpu": 12}
+    plan = plan_of(tiny(demo_shards, tmp_path, **options), index, 12)
+    chosen = draw(np.asarray(index.labels), 3, 7, 0)
+    assert np.bincount(index.labels[chosen]).tolist() == [3] * 12
+    for epoch in range(2):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        seen = np.concatenate([plan.batch(step) for step in steps])
+        assert sorted(seen.tolist()) == sorted([*chosen.tolist(), *(chosen + 96).tolist()])
+    shard = int(np.searchsorted(index.starts, chosen[0], side="right")) - 1
+    assert shard in plan.shards_of_window(0, 0)
+    with pytest.raises(InputError, match="the largest class has only 8"):
+        plan_of(tiny(demo_shards, tmp_path, labels_per_class=9), index, 12)
+
+
+def test_a_run_on_few_labels(demo_shards, tmp_path):
+    options = {"labels_per_class": 2, "batch_size_per_gpu": 24, "repeated_aug": 1}
+    finetune(tiny(demo_shards, tmp_path / "run", **options))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line).get("step", 0) for line in lines) == 2  # 24 images, 2 epochs
+    entry = json.loads((tmp_path / "run/results.json").read_text())["finetune"]
+    assert entry["protocol"]["recipe"]["labels_per_class"] == 2
+    differing = differences_from_published("finetune", entry["protocol"], 50_000)
+    assert differing == ["2 training images a class instead of all"]
+    with pytest.raises(InputError, match="labels_per_class 2 -> 3"):
+        finetune(tiny(demo_shards, tmp_path / "run", **options | {"labels_per_class": 3}))
 
 
 def crops(shards, size, *, workers=0, step=0, repeats=3, **options):

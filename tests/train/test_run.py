@@ -34,6 +34,7 @@ BEARING = {  # why an option may not change unasked while a run goes on
     "teacher_path teacher_size distill_weight distill_patch_weight distillation_type "
     "distillation_alpha distillation_tau",
     "the order of the images": "shuffle_window last_batch repeated_aug",
+    "which images": "labels_per_class draw_seed",
     "the pixels (a GPU's JPEG decoder rounds in other places)": "decoder global_crops_number "
     "global_crops_size global_crops_scale local_crops_number local_crops_size local_crops_scale "
     "crops_ratio stage_scales stage_shares flip_prob color_jitter color_jitter_prob gray_prob "
