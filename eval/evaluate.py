@@ -15,9 +15,9 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvaluateConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import LAYERS, count_classes, load_features
-from xcit_dino.eval.linear import accuracy, topk_hits
 from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.heads import accuracy, topk_hits
 from xcit_dino.eval.scores.label_map import LabelMap, read_map
 from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve

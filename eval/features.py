@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.data.shards.index import ShardIndex, sparse_labels
-from xcit_dino.data.targets.several import label_table
+from xcit_dino.data.targets.several import target_table
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.feature_cache import CachedFeatures
@@ -35,6 +35,7 @@ from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.distributed import dist
 
 FORMAT = 2
+SEVERAL = ("labels", "values")  # kinds of targets in place of one label
 LAYERS = {  # feature sets of a linear probe -> blocks, concatenated
     "cls": ("cls",),
     "cls+patch": ("cls", "patch"),
@@ -50,7 +51,8 @@ class Features:
     blocks: dict[str, np.ndarray]
     """Block name -> float32 [N, D], memory-mapped."""
     labels: np.ndarray
-    """int64 [N]; of images with several labels uint8 [N, C], 1 where an image has one."""
+    """int64 [N]; of images with several labels uint8 [N, C], 1 where an image has one; of values
+    float64 [N, C]."""
     num_classes: int
     unreadable: int
     """Images skipped because they could not be decoded or have no label."""
@@ -100,10 +102,11 @@ def check_labels(index: ShardIndex) -> None:
     """
     if not index.num_samples:
         raise InputError(f"--data_path {index.root}: holds no images")
-    if index.targets == "labels":
+    if index.targets in SEVERAL and (np.asarray(index.labels) < 0).all():
+        what = "several labels" if index.targets == "labels" else "values"
         raise InputError(
-            f"--data_path {index.root}: the images have several labels each, which is for "
-            "`xcit-dino linear` alone; pack them with one each (--labels) for this command"
+            f"--data_path {index.root}: the images have {what}, which is for `xcit-dino linear` "
+            "alone; pack them with one label each (--labels) for this command"
         )
     if (np.asarray(index.labels) < 0).all():
         raise InputError(
@@ -137,17 +140,17 @@ def count_classes(*indexes: ShardIndex) -> int:
 
 
 def count_labels(*indexes: ShardIndex) -> int:
-    """Number of labels of splits whose images have several each.
+    """Number of labels, or values, of splits whose images have several each.
 
     Raises:
-        InputError: a split has none, or their lists differ.
+        InputError: the splits have different ones.
     """
-    for index in indexes:
-        if index.targets != "labels":
-            raise InputError(
-                f"--data_path {index.root}: its images have no lists of labels, those of the other "
-                "split do; pack both with --multi_labels"
-            )
+    kinds = {index.targets for index in indexes}
+    if len(kinds) > 1:
+        raise InputError(
+            f"--data_path: {' and '.join(i.root for i in indexes)} have different kinds of labels; "
+            "pack both alike"
+        )
     lists = [index.target_classes or [] for index in indexes]
     if any(classes != lists[0] for classes in lists):
         raise InputError(
@@ -160,10 +163,10 @@ def count_labels(*indexes: ShardIndex) -> int:
 def load_features(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
     """Load features and labels of a split, to compute accuracies; see :func:`cached_features`."""
     cache = cached_features(network, index, split, context)
-    if index.targets != "labels":
+    if index.targets not in SEVERAL:
         labels = np.asarray(index.labels, dtype=np.int64)
         return _open(cache, index, labels, labels >= 0, count_classes(index))
-    table, known = label_table(index, context.loader)
+    table, known = target_table(index, context.loader)
     return _open(cache, index, table, known, count_labels(index))
 
 

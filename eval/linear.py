@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,21 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import LAYERS, Features, count_classes, count_labels, load_features
+from xcit_dino.eval.features import (
+    LAYERS,
+    SEVERAL,
+    Features,
+    count_classes,
+    count_labels,
+    load_features,
+)
 from xcit_dino.eval.linear_augmented import state_file, train_augmented
 from xcit_dino.eval.linear_grid import (
-    Blocks,
+    CHUNK,
     Choice,
     Heads,
     Probe,
+    Table,
     best,
     fast_matmul,
     grid,
@@ -38,9 +45,8 @@ from xcit_dino.eval.linear_grid import (
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
-from xcit_dino.eval.scores.label_map import LabelMap
-from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
-from xcit_dino.eval.scores.several import label_means, label_rows, lines_of_labels
+from xcit_dino.eval.scores.heads import accuracy, errors, precision
+from xcit_dino.eval.scores.metrics import lines_of
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.files import locked, write_atomic
 from xcit_dino.models.weights import formats
@@ -50,7 +56,6 @@ from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import cosine
 
 HEAD_FILE = "linear_head.safetensors"
-CHUNK = 4096  # batch size when heads are only applied
 
 
 def run(config: LinearConfig) -> None:
@@ -65,17 +70,17 @@ def run(config: LinearConfig) -> None:
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
-    several = "labels" in (train.targets, val.targets)
+    several = bool({train.targets, val.targets} & set(SEVERAL))
     if several and (config.protocol == "dino" or config.few.labels_per_class):
         option = "--protocol dino" if config.protocol == "dino" else "--labels_per_class"
-        raise InputError(f"{option}: not for images with several labels each; leave it out")
+        raise InputError(f"{option}: not for images with several labels or values; leave it out")
     num_classes = (count_labels if several else count_classes)(train, val)
-    kind = {"labels": "several an image"} if several else {}
+    kind = {"labels": "values" if train.targets == "values" else "several an image"}
     name = "linear" if config.protocol == "cached" else "linear-dino"
     for network in networks(config.target, target):
         began = time.monotonic()
         choices = choices_for(config, network)
-        facts = protocol(config, context, network, train) | kind
+        facts = protocol(config, context, network, train) | (kind if several else {})
         val_features = load_features(network, val, "val", context)
         train_features = None
         if config.protocol == "cached":
@@ -93,7 +98,8 @@ def run(config: LinearConfig) -> None:
         classes = train.target_classes if several else train.classes or val.classes
         layers, heads = probe.choice.layers, (probe.weight, probe.bias)
         if several:
-            metrics, lines = precision(val_features, layers, *heads, classes or [])
+            score = errors if train.targets == "values" else precision
+            metrics, lines = score(val_features, layers, *heads, classes or [])
         else:
             metrics, rows = accuracy(val_features, layers, *heads)
             lines = lines_of(rows, classes)
@@ -159,7 +165,7 @@ def print_result(
     network: Network, choice: Choice, metrics: dict[str, float], config: LinearConfig
 ) -> None:
     """Print the result, and a hint if the grid was too narrow."""
-    shown = [name for name in ("top1", "top5", "map") if name in metrics]
+    shown = [name for name in ("top1", "top5", "map", "r2") if name in metrics]
     print(
         f"linear probe, {network.name}: "
         f"{''.join(f'{name} {metrics[name]:.2f}  ' for name in shown)}"
@@ -190,13 +196,15 @@ def train_cached(
     on all of them; every rank does the same work, as the heads are small."""
     names = sorted({block for choice in choices for block in LAYERS[choice.layers]})
     table = Table(features, names, device)
+    mean, std = table.standardize()
     held_out = hold_out(len(features), config.holdout, config.seed)
     heads = fit(table, torch.nonzero(~held_out).squeeze(1), choices, num_classes, config)
     held_out_rows = torch.nonzero(held_out).squeeze(1).split(CHUNK)
     scores = heads.score(table.rows(part) for part in held_out_rows)
     chosen = best(scores, by_loss=table.labels.ndim == 2)
     final = fit(table, torch.arange(len(features)), [choices[chosen]], num_classes, config)
-    return Probe(choices, scores, chosen, *final.head(0))
+    weight, bias = final.head(0)
+    return Probe(choices, scores, chosen, weight * std[:, None], bias * std + mean)
 
 
 def fit(
@@ -218,80 +226,7 @@ def fit(
     return heads
 
 
-class Table:
-    """Rows of some feature blocks and labels; kept on the GPU if they take less than half of its
-    free memory."""
-
-    def __init__(self, features: Features, names: Iterable[str], device: torch.device):
-        self.device = device
-        self.blocks = {name: torch.from_numpy(features.blocks[name]) for name in names}
-        self.dims = {name: block.shape[1] for name, block in self.blocks.items()}
-        self.labels = torch.from_numpy(features.labels)
-        if device.type == "cuda":
-            bytes_needed = sum(block.nbytes for block in self.blocks.values())
-            if bytes_needed < torch.cuda.mem_get_info(device)[0] / 2:
-                self.blocks = {name: block.to(device) for name, block in self.blocks.items()}
-
-    def rows(self, numbers: Tensor) -> tuple[Blocks, Tensor]:
-        """Blocks and labels of some images, on the device."""
-        blocks = {
-            name: block.index_select(0, numbers.to(block.device)).to(self.device)
-            for name, block in self.blocks.items()
-        }
-        return blocks, self.labels[numbers].to(self.device)
-
-
-# -- applying and saving a head --------------------------------------------------------------------
-
-
-def accuracy(
-    features: Features,
-    layers: str,
-    weight: Tensor,
-    bias: Tensor,
-    label_map: LabelMap | None = None,
-) -> tuple[dict[str, float], list[ClassRow]]:
-    """(``top1``, ``top5`` and metrics over classes in percent, each class) of one head on extracted
-    features."""
-    right = torch.zeros(2, dtype=torch.float64)
-    scores = Scores(len(features), len(label_map.groups if label_map else weight))
-    for logits, labels in applied(features, layers, weight, bias):
-        logits = label_map(logits) if label_map else logits
-        right += topk_hits(logits, labels)
-        scores.add(logits.softmax(1), labels)
-    top1, top5 = (100 * right / len(features)).tolist()
-    rows = class_rows(scores.joined())  # every rank has all images
-    return {"top1": top1, "top5": top5} | class_means(rows), rows
-
-
-def precision(
-    features: Features, layers: str, weight: Tensor, bias: Tensor, classes: list[str]
-) -> tuple[dict[str, float], list[str]]:
-    """(``map``, ``auroc`` and ``macro_f1`` in percent, lines of each class) of a head for images
-    with several labels."""
-    parts = applied(features, layers, weight, bias)
-    scores = torch.cat([logits.sigmoid().cpu() for logits, _ in parts]).numpy()
-    rows = label_rows(scores, features.labels)
-    if not rows:
-        raise InputError("--data_path: no label of val is one that some images have and some lack")
-    return label_means(rows), lines_of_labels(rows, classes)
-
-
-def applied(
-    features: Features, layers: str, weight: Tensor, bias: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (B, C) and labels of all images in order, some at a time."""
-    table = Table(features, LAYERS[layers], weight.device)
-    for part in torch.arange(len(features)).split(CHUNK):
-        blocks, labels = table.rows(part)
-        yield torch.cat([blocks[name] for name in LAYERS[layers]], 1) @ weight.t() + bias, labels
-
-
-def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """float64 (2,): number of labels ranked first, and among the first five (fewer classes: all of
-    them)."""
-    found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack((found[:, 0].sum(), found.sum())).double().cpu()
+# -- saving a head ---------------------------------------------------------------------------------
 
 
 def save_head(path: Path, probe: Probe, facts: dict[str, Any], classes: list[str] | None) -> None:

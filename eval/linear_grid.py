@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xcit_dino.errors import InputError
-from xcit_dino.eval.features import LAYERS
+from xcit_dino.eval.features import LAYERS, Features
 
 MOMENTUM = 0.9  # DINO eval_linear.py
 INIT_STD = 0.01  # DINO eval_linear.py: LinearClassifier
+CHUNK = 4096  # batch size when heads are only applied
 Blocks = dict[str, Tensor]
 
 
@@ -62,7 +63,8 @@ class HeadGroup:
     The gradient of the mean cross-entropy of a linear softmax classifier is (softmax(W X') -
     onehot) X / B. It is computed explicitly; the part with the labels is the same for all heads, so
     it is computed once. With several labels an image the softmax becomes a sigmoid, and the loss
-    the sum over the classes of the binary cross-entropy. The update is ``torch.optim.SGD``'s.
+    the sum over the classes of the binary cross-entropy; with values there is neither, and the loss
+    is half the squared error. The update is ``torch.optim.SGD``'s.
     """
 
     def __init__(
@@ -100,10 +102,13 @@ class HeadGroup:
         """One SGD step of all heads on a batch."""
         x_BD = self.inputs(blocks)
         logits_CGB = self.logits(x_BD)
-        several = labels.ndim == 2
-        predicted_CGB = logits_CGB.sigmoid() if several else logits_CGB.softmax(0)
-        wanted_CB = torch.zeros_like(predicted_CGB[:, 0])
-        wanted_CB = labels.t().to(x_BD) if several else wanted_CB.scatter_(0, labels[None], 1)
+        if labels.ndim == 2:
+            values = labels.is_floating_point()
+            predicted_CGB = logits_CGB if values else logits_CGB.sigmoid()
+            wanted_CB = labels.t().to(x_BD)
+        else:
+            predicted_CGB = logits_CGB.softmax(0)
+            wanted_CB = torch.zeros_like(predicted_CGB[:, 0]).scatter_(0, labels[None], 1)
         gradient_CGD = (predicted_CGB.flatten(0, 1) @ x_BD).view_as(self.weight_CGD)
         gradient_CGD.sub_((wanted_CB @ x_BD)[:, None]).div_(len(labels))
         if self.decays:
@@ -112,11 +117,14 @@ class HeadGroup:
         self.weight_CGD.addcmul_(self.momentum_CGD, self.lr_G, value=-factor)
 
     def score(self, blocks: Blocks, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(correct predictions, summed cross-entropy) on a batch, each float64 (G,); with several
-        labels an image, images all of whose labels are right."""
+        """(correct predictions, summed loss) on a batch, each float64 (G,); with several labels an
+        image, images all of whose labels are right, and with values none."""
         logits_CGB = self.logits(self.inputs(blocks))
         if labels.ndim == 2:
             wanted_CGB = labels.t()[:, None].to(logits_CGB).expand_as(logits_CGB)
+            if labels.is_floating_point():
+                loss = (logits_CGB - wanted_CGB).double().square().sum((0, 2)) / 2
+                return torch.zeros_like(loss), loss
             loss = F.binary_cross_entropy_with_logits(logits_CGB, wanted_CGB, reduction="none")
             right = ((logits_CGB > 0) == (wanted_CGB > 0)).all(0)
             return right.double().sum(1), loss.double().sum((0, 2))
@@ -181,6 +189,38 @@ class Heads:
                 return group.head(number)
             number -= len(group.lr_G)
         raise IndexError(number)
+
+
+class Table:
+    """Rows of some feature blocks and labels; kept on the GPU if they take less than half of its
+    free memory."""
+
+    def __init__(self, features: Features, names: Iterable[str], device: torch.device):
+        self.device = device
+        self.blocks = {name: torch.from_numpy(features.blocks[name]) for name in names}
+        self.dims = {name: block.shape[1] for name, block in self.blocks.items()}
+        self.labels = torch.from_numpy(features.labels)
+        if device.type == "cuda":
+            bytes_needed = sum(block.nbytes for block in self.blocks.values())
+            if bytes_needed < torch.cuda.mem_get_info(device)[0] / 2:
+                self.blocks = {name: block.to(device) for name, block in self.blocks.items()}
+
+    def standardize(self) -> tuple[Tensor, Tensor]:
+        """Bring values to mean 0 and standard deviation 1; returns these, 0 and 1 for labels."""
+        if not self.labels.is_floating_point():
+            return torch.zeros((), device=self.device), torch.ones(1, device=self.device)
+        mean, std = self.labels.mean(0), self.labels.std(0, correction=0)
+        std = torch.where(std > 0, std, 1.0)
+        self.labels = ((self.labels - mean) / std).float()
+        return mean.float().to(self.device), std.float().to(self.device)
+
+    def rows(self, numbers: Tensor) -> tuple[Blocks, Tensor]:
+        """Blocks and labels of some images, on the device."""
+        blocks = {
+            name: block.index_select(0, numbers.to(block.device)).to(self.device)
+            for name, block in self.blocks.items()
+        }
+        return blocks, self.labels[numbers].to(self.device)
 
 
 @dataclass(frozen=True)

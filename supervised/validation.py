@@ -16,8 +16,8 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval.config import EvalTargetConfig
 from xcit_dino.eval.context import Context, make_context
 from xcit_dino.eval.features import eval_mode
-from xcit_dino.eval.linear import topk_hits
 from xcit_dino.eval.results import write_result
+from xcit_dino.eval.scores.heads import topk_hits
 from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
 from xcit_dino.files import file_checksum
 from xcit_dino.inputs import InputSettings

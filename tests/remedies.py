@@ -803,6 +803,7 @@ ELSEWHERE = {
     "--mask_classes {}: {} classes; 1 to {} are possible": "masks and boxes: test_targets.py",
     "--mask_classes {}: {} stands for {} and {}": "masks and boxes: test_targets.py",
     "--mask_ignore {}: --mask_classes has it for {}": "masks and boxes: test_targets.py",
+    "--masks and --boxes: an image has one target; pack two": "masks and boxes: test_targets.py",
     "--masks {}: no images (PNG, BMP, GIF, TIFF) in it": "masks and boxes: test_targets.py",
     "--masks {}: no such folder, neither here nor in {}": "masks and boxes: test_targets.py",
     "masks has the name of an image (the first mask is": "masks and boxes: test_targets.py",
@@ -862,8 +863,10 @@ ELSEWHERE = {
     # several labels an image
     **dict.fromkeys(
         [
-            "--labels: --multi_labels names the labels; leave one of them out",
-            "--multi_labels {}: its first line must name the columns",
+            "--labels: an image has these or --{}; leave one of them out",
+            "--{} and --{}: an image has one target; pack two sets",
+            "--{} {}: its first line must name the columns",
+            "--values {}: {} holds no numbers; name a column that does with --label_column",
             "--multi_labels {}: which column holds the labels ({})",
         ],
         "test_several.py",
@@ -871,7 +874,8 @@ ELSEWHERE = {
     **dict.fromkeys(
         [
             "--data_path {}: its images have no lists of labels",
-            "--data_path {}: the images have several labels each",
+            "--data_path {}: the images have {}, which is for `xcit-dino linear`",
+            "--data_path: {} have different kinds of labels; pack both alike",
             "--data_path: no label of val is one that some images have and some lack",
             "--data_path: {} have different labels; pack both from one table",
         ],
@@ -1050,6 +1054,7 @@ ELSEWHERE = {
             "=--mask_classes {}: {} classes; 1 to {} are possible",
             "=--mask_classes {}: {} stands for {} and {}",
             "=--mask_ignore {}: --mask_classes has it for {}",
+            "=--masks and --boxes: an image has one target; pack two sets",
             "=--masks {}: no images (PNG, BMP, GIF, TIFF) in it",
             "=--masks {}: no such folder, neither here nor in {}",
             "--masks: none of {} masks has the name of an image (the first mask is {}, the fi",

@@ -54,13 +54,13 @@ def groups_of(listing: Listing, config: MakeConfig, src: Path | None) -> dict[Pl
     Raises:
         InputError: no list, no such column, or images without a group.
     """
-    column, table = config.group_column, config.multi_labels or config.labels
+    column, table = config.group_column, config.multi_labels or config.values or config.labels
     if listing.is_list and src is not None and src.suffix.lower() in LIST_SUFFIXES:
         table = src
     if table is None or not table.is_file() or not is_table(table):
         raise InputError(
-            f"--group_column {column}: needs a list with columns, as SRC, --labels or "
-            "--multi_labels"
+            f"--group_column {column}: needs a list with columns, as SRC, --labels, "
+            "--multi_labels or --values"
         )
     try:
         groups = by_name(listing.images, table, column, [])

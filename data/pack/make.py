@@ -76,7 +76,7 @@ def make(config: MakeConfig) -> int:
         try:
             listing, src = _list(config, work)
             targets = attach_targets(listing, config, src, work)
-            if config.multi_labels:
+            if config.multi_labels or config.values:
                 config = dataclasses.replace(config, labels=Path(NO_LABELS), label_column=None)
             elif targets and config.labels is None and not listing.is_list:
                 config = dataclasses.replace(config, labels=Path(NO_LABELS))
@@ -317,6 +317,8 @@ def _changed(parts: list[ShardPart], targets: Targets | None) -> list[str]:
     counts = sum((Counter(part.notes) for part in parts), Counter())
     lines = [f"{count:,} {what}" for what, count in sorted(counts.items())]
     present = {number for part in parts for number in part.present}
+    if targets.kind == "values":
+        return lines
     if empty := [name for n, name in enumerate(targets.classes) if n not in present]:
         more = f" and {len(empty) - 6} more" if len(empty) > 6 else ""
         lines.append(f"classes in no image of this split: {', '.join(empty[:6])}{more}")
@@ -385,7 +387,10 @@ def _summary(folder: Path, bad: list[dict[str, Any]]) -> None:
     if index.targets:
         classes = "" if not labeled else classes
         named = {"mask": "masks", "labels": "several labels"}.get(index.targets, index.targets)
-        classes += f" with {named} of {len(index.target_classes or ())} classes"
+        names = index.target_classes or ()
+        values = f" with values of {', '.join(names)}"
+        more = f" with {named} of {len(names)} classes"
+        classes += values if index.targets == "values" else more
     print(
         f"{folder}: {index.num_samples:,} images{classes} in {len(index.shards)} shards, "
         f"{index.shard_bytes.sum() / 1e6:,.1f} MB"

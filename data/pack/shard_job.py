@@ -262,7 +262,10 @@ def _target(shard: Shard, image: Image, stored: bytes, found: Found) -> tuple[st
     if image.target is None:
         return None
     if isinstance(image.target, bytes) and image.target.startswith(b"["):
-        found.classes |= set(json.loads(image.target))
+        content = json.loads(image.target)
+        if content and isinstance(content[0], float):
+            return "values", image.target
+        found.classes |= set(content)
         return "labels", image.target
     form = shard.encoding.form
     if form is None:

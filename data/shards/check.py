@@ -367,6 +367,8 @@ def _targets(index: ShardIndex, finding: Finding) -> str:
     without = int((np.asarray(index.target_sizes) == 0).sum())
     empty = [name for number, name in enumerate(names) if not finding.instances[number]]
     text = f"{index.targets} of {len(names) or 'unnamed'} classes, {without:,} images without"
+    if index.targets == "values":
+        return f"values of {', '.join(names) or 'unnamed quantities'}, {without:,} images without"
     if empty:
         text += f"; in none of {finding.targets:,} read: {', '.join(empty[:6])}"
         text += f" and {len(empty) - 6} more" if len(empty) > 6 else ""

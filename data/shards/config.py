@@ -46,7 +46,7 @@ def _check_tiles(config: MakeConfig) -> None:
         return
     if config.background != "auto" and not config.min_foreground:
         raise InputError("--background: no tile is left out without --min_foreground")
-    for name in ("bits", "masks", "boxes", "multi_labels"):
+    for name in ("bits", "masks", "boxes", "multi_labels", "values"):
         if getattr(config, name):
             raise InputError(f"--{name}: is not available for tiles; leave it out, or --tile")
 
@@ -103,6 +103,9 @@ class MakeConfig:
     multi_labels: Path | None = None
     """Table of images that have several labels each, or none: names of images, and a column with
     the labels, separated by | ; or , (or by spaces), or a column of 0 and 1 for each class."""
+    values: Path | None = None
+    """Table of numbers that were measured of the images, for regression: names of images, and a
+    column for each quantity, all that hold numbers or --label_column."""
     exclude: Path | None = None
     """Images to leave out: a list of their paths, with their split where a path occurs in several,
     such as the duplicates.csv of `xcit-dino duplicates`, or a text with a path a line."""
@@ -167,8 +170,6 @@ class MakeConfig:
         within(self, 1, 100, "quality")
         within(self, 1, 4096, "num_workers")
         within(self, 0, 2**63 - 1, "seed")
-        if self.multi_labels and self.labels:
-            raise InputError("--labels: --multi_labels names the labels; leave one of them out")
         if self.split is not None and not self.split.isidentifier():
             raise InputError(f"--split must be a plain name like train or val, got {self.split!r}")
         within(self, 0, 65535, "mask_ignore")
@@ -176,10 +177,8 @@ class MakeConfig:
             for name in ("mask_classes", "mask_ignore"):
                 if getattr(self, name):
                     raise InputError(f"--{name}: there are no --masks")
-        kinds = [name for name in ("masks", "boxes", "multi_labels") if getattr(self, name)]
-        if len(kinds) > 1:
-            both = " and ".join(f"--{name}" for name in kinds)
-            raise InputError(f"{both}: an image has one target; pack two sets")
+        if self.masks and self.boxes:
+            raise InputError("--masks and --boxes: an image has one target; pack two sets")
         if (self.masks or self.boxes) and self.resize is not None:
             raise InputError(
                 f"--resize: would shrink images, not their {'masks' if self.masks else 'boxes'}; "

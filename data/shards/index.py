@@ -13,9 +13,9 @@ A data set is a folder of WebDataset shards and four files:
     length, int32 label (-1: none). They are memory-mapped, so that 1e9 samples cost no memory and
     no start-up time, and one page is read for the samples that are requested.
 ``index.target_offsets.npy index.target_sizes.npy``
-    where samples have a mask, boxes or several labels beside their image
-    (``data/targets/formats.py``): ``index.json`` then has ``targets`` (``mask``, ``boxes`` or
-    ``labels``) and ``target_classes``, the names of their classes or null.
+    where samples have a mask, boxes, several labels or values beside their image
+    (``data/targets/formats.py``): ``index.json`` then has ``targets`` (``mask``, ``boxes``,
+    ``labels`` or ``values``) and ``target_classes``, the names of their classes or null.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VERSION = 1
 INDEX = "index.json"
 ARRAYS = {"offsets": np.dtype("<i8"), "sizes": np.dtype("<i4"), "labels": np.dtype("<i4")}
 TARGET_ARRAYS = {"target_offsets": np.dtype("<i8"), "target_sizes": np.dtype("<i4")}
-TARGETS = ("mask", "boxes", "labels")
+TARGETS = ("mask", "boxes", "labels", "values")
 NPY_HEADER = 128  # bytes that NumPy writes in front of a one-dimensional array
 MAX_LABEL = (1 << 24) - 1  # more classes than that are damage, and tables of them take gigabytes
 SPARSE = 100_000  # below that many numbers, unused ones cost little
@@ -63,7 +63,7 @@ class ShardIndex:
         classes: class names by label, or None.
         checksum: SHA-256 over everything above; two equal checksums mean the same data.
         pixels: what the images are; 8-bit RGB unless ``index.json`` says otherwise.
-        targets: ``mask``, ``boxes`` or ``labels`` where samples have such, else None.
+        targets: ``mask``, ``boxes``, ``labels`` or ``values`` where samples have such, else None.
         target_classes: names of the targets' classes by number, or None.
         target_offsets, target_sizes: like those of the images; size 0: this sample has none.
     """

@@ -1,4 +1,4 @@
-"""What a sample may have beside its image: a mask of class numbers, boxes, or several labels.
+"""What a sample may have beside its image: a mask of classes, boxes, several labels, or values.
 
 ``KEY.mask``
     a PNG of one channel, 8 or 16 bits: the class of each pixel, from 0 on; the largest value of the
@@ -10,6 +10,8 @@
     run lengths); and ``image_id``, the source's number of the image.
 ``KEY.labels``
     JSON: [class, ...], the labels of an image that may have several, or none.
+``KEY.values``
+    JSON: [number, ...], one for each quantity that was measured of the image.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from xcit_dino.errors import one_line
 PNG = b"\x89PNG\r\n\x1a\n"
 Mask = NDArray[np.uint8 | np.uint16]
 Labels = NDArray[np.int64]
+Measured = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -135,14 +138,32 @@ def decode_labels(raw: bytes) -> Labels:
     return np.unique(np.array(content, np.int64))
 
 
-def decode_target(kind: str, raw: bytes) -> Mask | Boxes | Labels:
-    """A target of any kind (``mask``, ``boxes`` or ``labels``)."""
-    decoders = {"mask": decode_mask, "boxes": decode_boxes, "labels": decode_labels}
+def decode_values(raw: bytes) -> Measured:
+    """float64 [n]: a ``.values`` member.
+
+    Raises:
+        BadImage: no list of finite numbers.
+    """
+    try:
+        content = np.array(json.loads(raw), np.float64)
+    except (ValueError, TypeError, RecursionError):
+        content = np.empty(0)
+    if content.ndim != 1 or not len(content) or not np.isfinite(content).all():
+        raise BadImage("the values are no list of numbers")
+    return content
+
+
+def decode_target(kind: str, raw: bytes) -> Mask | Boxes | Labels | Measured:
+    """A target of any kind (``mask``, ``boxes``, ``labels`` or ``values``)."""
+    decoders = {
+        "mask": decode_mask, "boxes": decode_boxes, "labels": decode_labels,
+        "values": decode_values,
+    }  # fmt: skip
     return decoders[kind](raw)
 
 
 def check_target(
-    target: Mask | Boxes | Labels, height: int, width: int, classes: int | None
+    target: Mask | Boxes | Labels | Measured, height: int, width: int, classes: int | None
 ) -> list[int]:
     """The classes that occur in a target.
 
@@ -156,6 +177,10 @@ def check_target(
             raise BadImage(f"a box leaves the image of {width}x{height} pixels")
         if ((x1 <= x0) | (y1 <= y0)).any():
             raise BadImage("a box of no area")
+    elif target.dtype.kind == "f":
+        if classes not in (None, len(target)):
+            raise BadImage(f"{len(target)} values instead of {classes}")
+        return []
     elif target.ndim == 1:
         present = target.tolist()
     else:
@@ -164,7 +189,8 @@ def check_target(
                 f"its mask has {target.shape[1]}x{target.shape[0]} pixels, the image "
                 f"{width}x{height}"
             )
-        present = [value for value in np.unique(target).tolist() if value != ignored_value(target)]
+        ignored = ignored_value(target)  # pyright: ignore[reportArgumentType]
+        present = [value for value in np.unique(target).tolist() if value != ignored]
     if classes is not None and (unknown := [value for value in present if value >= classes]):
         raise BadImage(f"classes {unknown} of {classes} in its target")
     return present

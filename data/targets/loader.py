@@ -128,7 +128,7 @@ class TargetWork:
             assert self.index.targets is not None
             decoded = decode_target(self.index.targets, target)
             check_target(decoded, pixels.shape[0], pixels.shape[1], self.classes)
-            return self.transform(pixels, decoded, key), ""
+            return self.transform(pixels, decoded, key), ""  # pyright: ignore[reportArgumentType]
         except (Unreadable, BadImage) as reason:
             return None, str(reason)
 

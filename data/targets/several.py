@@ -1,6 +1,9 @@
-"""Several labels an image, as a table of all images of a split."""
+"""Several labels or values an image, as a table of all images of a split."""
 
 from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -8,36 +11,39 @@ from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.shards.index import ShardIndex
-from xcit_dino.data.targets.formats import decode_labels
+from xcit_dino.data.targets.formats import check_target, decode_target
 from xcit_dino.errors import InputError
 
 CHUNK = 4096  # images read at a time
 
 
-def label_table(index: ShardIndex, config: LoaderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 [N, C]: 1 where an image has a label; bool [N]: whether its labels are known).
+def target_table(index: ShardIndex, config: LoaderConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(Targets [N, C], bool [N]: whether they are known). Of labels uint8, 1 where an image has
+    one; of values float64.
 
     Raises:
-        InputError: the shards hold no such labels.
+        InputError: the shards hold no such targets.
     """
-    classes = index.target_classes or []
-    if index.targets != "labels" or not classes:
+    count = len(index.target_classes or ())
+    if index.targets not in ("labels", "values") or not count:
         raise InputError(
-            f"--data_path {index.root}: its images have no lists of labels; pack them with: "
-            "xcit-dino shards make SRC DST --multi_labels FILE"
+            f"--data_path {index.root}: its images have no lists of labels or values; pack them "
+            "with: xcit-dino shards make SRC DST --multi_labels FILE"
         )
-    table = np.zeros((index.num_samples, len(classes)), np.uint8)
+    table = np.zeros((index.num_samples, count), np.uint8 if index.targets == "labels" else float)
     known = np.zeros(index.num_samples, bool)
     source = open_source(index, config)
     for first in range(0, index.num_samples, CHUNK):
         samples = range(first, min(first + CHUNK, index.num_samples))
         places = [index.locate_target(sample) for sample in samples]
         for sample, raw in zip(samples, source.read_many(places), strict=True):
-            try:
-                numbers = decode_labels(raw) if isinstance(raw, bytes) and raw else None
-            except BadImage:
-                continue  # counted as unreadable
-            if numbers is not None and (not len(numbers) or numbers.max() < len(classes)):
-                table[sample, numbers] = 1
-                known[sample] = True
+            if isinstance(raw, bytes) and raw:
+                with suppress(BadImage):  # counted as unreadable
+                    target: Any = decode_target(index.targets, raw)
+                    check_target(target, 0, 0, count)
+                    if index.targets == "labels":
+                        table[sample, target] = 1
+                    else:
+                        table[sample] = target
+                    known[sample] = True
     return table, known

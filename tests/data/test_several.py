@@ -11,7 +11,7 @@ from PIL import Image
 from xcit_dino.cli import main
 from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.shards.index import ShardIndex
-from xcit_dino.data.targets.several import label_table
+from xcit_dino.data.targets.several import target_table
 
 LABELS = {"a": ["cat", "dog"], "b": [], "c": ["dog"], "d": ["bird", "cat"]}
 JOINED = "image,finding\na.png,{}\nb.png,\nc.png,dog\nd.png,{}\n"
@@ -52,7 +52,7 @@ def test_every_form_of_a_table(photos: Path, tmp_path: Path, capsys, form: str) 
     assert "1 images have none of the labels" in printed
     index = ShardIndex.load(tmp_path / "out")
     assert index.targets == "labels" and index.target_classes == ["bird", "cat", "dog"]
-    found, known = label_table(index, LoaderConfig())
+    found, known = target_table(index, LoaderConfig())
     expected = [[name in labels for name in ("bird", "cat", "dog")] for labels in LABELS.values()]
     assert np.array_equal(found, expected) and known.all()
     assert main(["shards", "check", str(tmp_path / "out"), "--num_workers", "1"]) == 0
@@ -70,6 +70,32 @@ def test_patients_stay_on_one_side(photos: Path, tmp_path: Path, capsys) -> None
     for split in ("train", "val"):
         index = ShardIndex.load(tmp_path / "out" / split)
         assert index.target_classes == ["bird", "cat", "dog"] and index.num_samples == 2
+
+
+def test_values_are_packed_by_columns(photos: Path, tmp_path: Path, capsys) -> None:
+    table = tmp_path / "values.csv"
+    rows = "a.png,3,1.5,x\nb.png,4,-2e3,y\nc.png,5,,z\nd.png,6,0,w\n"
+    table.write_text(f"image,age,size,note\n{rows}")
+    words = ["shards", "make", photos, tmp_path / "out", "--values", table, "--num_workers", 1]
+    assert main([*map(str, words), "--shuffle", "false"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "values of values.csv: age, size" in printed
+        and "1 rows of values.csv with a gap" in printed
+    )
+    assert "3 images with values of age, size" in printed
+    index = ShardIndex.load(tmp_path / "out")
+    assert index.targets == "values" and index.target_classes == ["age", "size"]
+    found, known = target_table(index, LoaderConfig())
+    assert found.tolist() == [[3, 1.5], [4, -2000], [6, 0]] and known.all()
+    assert main(["shards", "check", str(tmp_path / "out"), "--num_workers", "1"]) == 0
+    assert "values of age, size, 0 images without" in capsys.readouterr().out
+    words[3] = tmp_path / "age"
+    assert main([*map(str, words), "--label_column", "age"]) == 0
+    assert ShardIndex.load(tmp_path / "age").target_classes == ["age"]
+    words[3] = tmp_path / "note"
+    assert main([*map(str, words), "--label_column", "note"]) == 2
+    assert "column note holds no numbers" in capsys.readouterr().err
 
 
 def test_bad_tables_are_refused(photos: Path, tmp_path: Path, capsys) -> None:

@@ -30,6 +30,10 @@ MAKE = {  # changed: other files; same: the same by intention; a text: refused w
     "--mask_classes voc": "there are no --masks",
     "--masks {}/masks --mask_classes {}/map.txt --mask_ignore 7": "changed",
     "--boxes {}/boxes.json": "changed",
+    "--multi_labels {}/several.csv": "changed",
+    "--values {}/several.csv --label_column size": "changed",
+    "--val_fraction 0.5": "changed",
+    "--group_column size": "needs a list with columns",
     "--shard_size 1": "changed",
     "--shard_bytes 1000": "changed",
     "--tile 20": "changed",
@@ -104,6 +108,8 @@ def test_options_of_make(option: str, tmp_path: Path, capsys: pytest.CaptureFixt
     src, expected = source(tmp_path / "src"), MAKE[option]
     (tmp_path / "map.txt").write_text("b\na\n")
     (tmp_path / "gone.csv").write_text("image\na/0.jpg\n")
+    rows = "a/0.jpg,a,1\nb/2.jpg,b,2\n"
+    (tmp_path / "several.csv").write_text(f"image,label,size\n{rows}")
     (tmp_path / "masks").mkdir()
     mask = np.zeros((40, 40), np.uint8)
     mask[0], mask[1] = 7, 255

@@ -16,9 +16,10 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import linear, linear_augmented
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
-from xcit_dino.eval.linear import accuracy, topk_hits, train_cached
+from xcit_dino.eval.linear import train_cached
 from xcit_dino.eval.linear_augmented import step_grids
 from xcit_dino.eval.linear_grid import Choice, Heads, best, grid, hold_out
+from xcit_dino.eval.scores.heads import accuracy, topk_hits
 from xcit_dino.eval.target import Network
 from xcit_dino.provenance import digest
 from xcit_dino.train.schedules import cosine

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn import metrics as reference
 
 from xcit_dino.cli import main
@@ -16,6 +20,7 @@ from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
 from xcit_dino.eval.linear_grid import Choice, HeadGroup
 from xcit_dino.eval.scores.several import label_means, label_rows
+from xcit_dino.eval.scores.values import value_means, value_rows
 from xcit_dino.train.run.reader import read_run
 
 
@@ -65,24 +70,31 @@ def test_a_step_is_that_of_autograd() -> None:
     assert loss[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.fixture
-def tagged(tmp_path: Path, demo_shards: Path) -> Path:
-    """The demo images; label n: the class is among the four from n on."""
+def repacked(
+    demo_shards: Path, folder: Path, kind: str, names: list[str], target: Callable[[int], Any]
+) -> Path:
+    """The demo images with targets that follow from their classes."""
     for split in ("train", "val"):
         index = ShardIndex.load(demo_shards / split)
         samples = []
         for number in range(index.num_samples):
             shard, offset, size = index.locate(number)
             image = Path(index.path(shard)).read_bytes()[offset : offset + size]
-            label = int(index.labels[number])
-            labels = json.dumps([n for n in range(3) if n <= label % 5 <= n + 2])
-            target = ("labels", labels.encode())
-            samples.append(Sample(f"{number:04d}", "jpg", image, -1, {}, target))
-        folder = tmp_path / "tagged" / split
-        folder.mkdir(parents=True)
-        part = write_shard(folder, "shard-000000.tar", samples)
-        write_index(folder, [part], None, target_classes=["x", "y", "z"])
-    return tmp_path / "tagged"
+            content = json.dumps(target(int(index.labels[number]))).encode()
+            samples.append(Sample(f"{number:04d}", "jpg", image, -1, {}, (kind, content)))
+        (folder / split).mkdir(parents=True)
+        part = write_shard(folder / split, "shard-000000.tar", samples)
+        write_index(folder / split, [part], None, target_classes=names)
+    return folder
+
+
+@pytest.fixture
+def tagged(tmp_path: Path, demo_shards: Path) -> Path:
+    """Label n: the class is among three."""
+    return repacked(
+        demo_shards, tmp_path / "tagged", "labels", ["x", "y", "z"],
+        lambda label: [n for n in range(3) if n <= label % 5 <= n + 2],
+    )  # fmt: skip
 
 
 def test_the_command(run_folder, tagged: Path, capsys) -> None:
@@ -100,11 +112,68 @@ def test_the_command(run_folder, tagged: Path, capsys) -> None:
     assert {name: chosen[name] for name in entry["chosen"]} == entry["chosen"]
     assert read_run(run_folder.path).top1("linear") == entry["metrics"]["map"]
     for refused, said in (
-        (["knn"], "for `xcit-dino linear` alone"),
+        (["knn"], "several labels, which is for `xcit-dino linear` alone"),
         (["linear", "--protocol", "dino"], "--protocol dino: not for images with several"),
         (["linear", "--labels_per_class", "3"], "--labels_per_class: not for images"),
-        (["linear", "--data_path", str(run_folder.data)], ""),
+        (["linear", "--data_path", str(run_folder.data), "--epochs", "1"], ""),
     ):
         code = main([refused[0], *words, *refused[1:]])
         assert code == (2 if said else 0)
         assert said in capsys.readouterr().err
+
+
+def test_splits_that_do_not_fit_are_refused(
+    run_folder, tagged: Path, demo_shards: Path, tmp_path: Path, capsys
+) -> None:
+    words = ["linear", "--output_dir", run_folder.path, "--num_workers", 0, "--device", "cpu"]
+    words += ["--pretrained_weights", run_folder.weights, "--data_path"]
+
+    def refused(data: Path) -> str:
+        assert main([str(word) for word in (*words, data)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    other = repacked(demo_shards, tmp_path / "other", "labels", ["x", "y", "w"], lambda _: [0])
+    shutil.copytree(tagged / "train", tmp_path / "mixed/train")
+    shutil.copytree(other / "val", tmp_path / "mixed/val")
+    assert "have different labels; pack both from one table" in refused(tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "mixed/val")
+    shutil.copytree(demo_shards / "val", tmp_path / "mixed/val")
+    assert "have different kinds of labels" in refused(tmp_path / "mixed")
+    assert "no label of val is one that some images have" in refused(other)
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def test_errors_of_values_are_those_of_scikit_learn() -> None:
+    numbers = np.random.default_rng(0)
+    true = numbers.normal(3, [1, 20], (50, 2))
+    predicted = true + numbers.normal(0, [0.5, 30], (50, 2))
+    found = value_means(value_rows(predicted, true), ["a", "b"])
+    mae = reference.mean_absolute_error(true, predicted, multioutput="raw_values")
+    rmse = reference.root_mean_squared_error(true, predicted, multioutput="raw_values")
+    assert found == pytest.approx({
+        "r2": 100 * reference.r2_score(true, predicted), "mae_a": mae[0], "rmse_a": rmse[0],
+        "mae_b": mae[1], "rmse_b": rmse[1],
+    })  # fmt: skip
+
+
+def test_values_are_predicted_in_their_own_units(run_folder, demo_shards: Path, tmp_path: Path):
+    """The head with the saved weights, applied by hand, has the errors that are reported."""
+    data = repacked(
+        demo_shards, tmp_path / "aged", "values", ["age", "mass"],
+        lambda label: [50.0 + 2 * label, 1e4 * (label % 2)],
+    )  # fmt: skip
+    words = ["--output_dir", run_folder.path, "--data_path", data, "--num_workers", 0]
+    words += ["--pretrained_weights", run_folder.weights, "--device", "cpu", "--layers", "cls"]
+    assert main([str(word) for word in ("linear", *words, "--epochs", 20)]) == 0
+    entry = json.loads((run_folder.path / "results.json").read_text())["linear"]
+    names = {f"{kind}_{name}" for kind in ("mae", "rmse") for name in ("age", "mass")}
+    assert set(entry["metrics"]) == names | {"r2"} and entry["metrics"]["r2"] > 0
+    assert read_run(run_folder.path).top1("linear") == entry["metrics"]["r2"]
+    head = load_file(run_folder.path / "linear_head.safetensors")
+    (cache,) = (run_folder.path / "features").glob("pretrained-val-*")
+    predicted = np.load(cache / "cls.npy") @ head["weight"].numpy().T + head["bias"].numpy()
+    ages = 50 + 2 * ShardIndex.load(demo_shards / "val").labels
+    error = np.abs(predicted[:, 0] - ages).mean()
+    assert entry["metrics"]["mae_age"] == pytest.approx(error, rel=1e-4)

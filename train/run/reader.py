@@ -44,6 +44,7 @@ HEADLINES = {
     "miou": "mean IoU",
     "jaccard": "Jaccard",
     "ap": "box AP",
+    "r2": "R2",
     "map_medium": "mAP Medium",
     "map_strong": "mAP strong",
     "map": "mAP",

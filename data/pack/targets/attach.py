@@ -13,7 +13,7 @@ from xcit_dino.data.pack.sources import list_folder
 from xcit_dino.data.pack.targets.boxes import pair_boxes, read_annotations
 from xcit_dino.data.pack.targets.conventions import CONVENTIONS, MaskCoding, mask_coding
 from xcit_dino.data.pack.targets.masks import pair_masks, values_in
-from xcit_dino.data.pack.targets.several import attach_labels
+from xcit_dino.data.pack.targets.several import attach_labels, attach_values
 from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.errors import InputError
 
@@ -23,7 +23,7 @@ class Targets:
     """What the samples of a source have beside their images."""
 
     kind: str
-    """``mask``, ``boxes`` or ``labels``."""
+    """``mask``, ``boxes``, ``labels`` or ``values``."""
     classes: list[str]
     coding: MaskCoding | None = None
 
@@ -36,6 +36,7 @@ def attach_targets(
     Raises:
         InputError: files that cannot be read or that belong to no image.
     """
+    _check_one(config)
     if config.boxes:
         found = read_annotations(config.boxes)
         if not listing.images:
@@ -49,6 +50,12 @@ def attach_targets(
         path, column = config.multi_labels, config.label_column
         listing.images, classes = attach_labels(listing.images, path, column, listing.notes)
         return Targets("labels", classes)
+    if config.values:
+        if not listing.images:
+            return None
+        path, column = config.values, config.label_column
+        listing.images, names = attach_values(listing.images, path, column, listing.notes)
+        return Targets("values", names)
     if not config.masks:
         return None
     masks = _masks(listing, config, src, work)
@@ -64,6 +71,15 @@ def attach_targets(
     listing.images, notes = pair_masks(listing.images, masks, coding)
     listing.notes += notes
     return Targets("mask", list(coding.classes), coding)
+
+
+def _check_one(config: MakeConfig) -> None:
+    """Refuse two kinds of targets, or lists beside a label."""
+    kinds = [n for n in ("masks", "boxes", "multi_labels", "values") if getattr(config, n)]
+    if len(kinds) > 1:
+        raise InputError(f"--{kinds[0]} and --{kinds[1]}: an image has one target; pack two sets")
+    if config.labels is not None and {"multi_labels", "values"} & set(kinds):
+        raise InputError(f"--labels: an image has these or --{kinds[0]}; leave one of them out")
 
 
 def _masks(listing: Listing, config: MakeConfig, src: Path | None, work: Path) -> list[Image]:

@@ -1,13 +1,16 @@
-"""``--multi_labels`` of ``shards make``: images of which each has several labels, or none."""
+"""``--multi_labels`` and ``--values`` of ``shards make``: images of which each has several labels,
+or none, or numbers that were measured of it."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from xcit_dino.data.pack.image_file import Image
 from xcit_dino.data.pack.labels import by_rows
+from xcit_dino.data.pack.lists import UNLABELED
 from xcit_dino.data.pack.tables import (
     INDEX_COLUMNS,
     LABEL_COLUMNS,
@@ -42,23 +45,86 @@ def attach_labels(
     """
     found, classes = read_labels(path, column)
     numbers = {name: number for number, name in enumerate(classes)}
-    rows = [
-        (name, json.dumps(sorted(numbers[label] for label in labels)), None)
+    texts = {
+        name: json.dumps(sorted(numbers[label] for label in labels))
         for name, labels in found.items()
-    ]
-    targets = by_rows(images, path, Table(rows), notes)
+    }
+    named = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+    notes.append(f"labels of {path.name}: {len(classes)} ({named})")
+    kept = _attached(images, path, texts, "multi_labels", notes)
+    if bare := sum(image.target == b"[]" for image in kept):
+        notes.append(f"{bare:,} images have none of the labels, and stay as such")
+    return kept, classes
+
+
+def attach_values(
+    images: list[Image], path: Path, column: str | None, notes: list[str]
+) -> tuple[list[Image], list[str]]:
+    """(The images that a table names, with their numbers; what these are called). The arguments
+    are those of :func:`attach_labels`; images with a gap in a column are left out.
+
+    Raises:
+        InputError: it cannot be read, or has no column of numbers.
+    """
+    heads, columns, name, body = _table(path, "values")
+    chosen = _label_column(path, heads, columns, range(len(heads)), column) if column else None
+    given = [n for n in range(len(heads)) if n != name and columns[n] not in INDEX_COLUMNS]
+    used = [chosen] if chosen is not None else [n for n in given if _is_numeric(body, n)]
+    if not used or not all(_is_numeric(body, n) for n in used):
+        raise InputError(
+            f"--values {path}: {f'column {column}' if column else 'a table that'} holds no "
+            "numbers; name a column that does with --label_column"
+        )
+    texts = {row[name]: [_number(row[n]) for n in used] for row in body}
+    whole = {name: json.dumps(values) for name, values in texts.items() if None not in values}
+    if gaps := len(texts) - len(whole):
+        notes.append(f"skipped: {gaps:,} rows of {path.name} with a gap")
+    names = [heads[n] for n in used]
+    notes.append(f"values of {path.name}: {', '.join(names)}")
+    return _attached(images, path, whole, "values", notes), names
+
+
+def _number(cell: str) -> float | None:
+    """A finite number; None where there is none."""
+    try:
+        number = float(cell)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _is_numeric(body: Sequence[Sequence[str]], column: int) -> bool:
+    """Whether all cells that are not empty are numbers, and some are."""
+    cells = [row[column] for row in body if row[column].lower() not in UNLABELED]
+    return bool(cells) and all(_number(cell) is not None for cell in cells)
+
+
+def _attached(
+    images: list[Image], path: Path, texts: dict[str, str], option: str, notes: list[str]
+) -> list[Image]:
+    """The images that a table names, with the texts as their targets."""
+    targets = by_rows(images, path, Table([(n, t, None) for n, t in texts.items()]), notes)
     kept = [
         image._replace(target=targets[place].encode())
         for image in images
         if (place := (image.path, image.offset)) in targets
     ]
-    named = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    notes.append(f"labels of {path.name}: {len(classes)} ({named})")
     if without := len(images) - len(kept):
-        notes.append(f"skipped: {without:,} images that --multi_labels does not name")
-    if bare := sum(image.target == b"[]" for image in kept):
-        notes.append(f"{bare:,} images have none of the labels, and stay as such")
-    return kept, classes
+        notes.append(f"skipped: {without:,} images that --{option} does not name")
+    return kept
+
+
+def _table(path: Path, option: str) -> tuple[list[str], list[str], int, list[list[str]]]:
+    """(headings, these normalized, number of the column of names, the other rows)."""
+    heads, *body = cells_of(path, read_text(path)) or [[]]
+    columns = normalized(heads)
+    name = next((columns.index(known) for known in NAME_COLUMNS if known in columns), None)
+    if name is None or not body:
+        raise InputError(
+            f"--{option} {path}: its first line must name the columns, one of them path or "
+            "image, and images must follow"
+        )
+    return heads, columns, name, [[*row, *[""] * (len(heads) - len(row))] for row in body]
 
 
 def read_labels(path: Path, column: str | None) -> tuple[dict[str, set[str]], list[str]]:
@@ -67,15 +133,7 @@ def read_labels(path: Path, column: str | None) -> tuple[dict[str, set[str]], li
     Raises:
         InputError: see :func:`attach_labels`.
     """
-    heads, *body = cells_of(path, read_text(path)) or [[]]
-    columns = normalized(heads)
-    name = next((columns.index(known) for known in NAME_COLUMNS if known in columns), None)
-    if name is None or not body:
-        raise InputError(
-            f"--multi_labels {path}: its first line must name the columns, one of them path or "
-            "image, and images must follow"
-        )
-    body = [[*row, *[""] * (len(heads) - len(row))] for row in body]
+    heads, columns, name, body = _table(path, "multi_labels")
     given = [n for n, head in enumerate(heads) if n != name and columns[n] not in INDEX_COLUMNS]
     hot = [n for n in given if all(row[n] in (*YES, *NO, "") for row in body)]
     chosen = _label_column(path, heads, columns, given, column)

@@ -25,7 +25,8 @@ from xcit_dino.eval import linear
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import load_features
 from xcit_dino.eval.knn import evaluate as knn_accuracies
-from xcit_dino.eval.linear import accuracy, choices_for
+from xcit_dino.eval.linear import choices_for
+from xcit_dino.eval.scores.heads import accuracy
 from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.files import file_checksum
 from xcit_dino.train.distributed.dist import init as cpu_world
