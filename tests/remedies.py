@@ -866,7 +866,7 @@ ELSEWHERE = {
             "--labels: an image has these or --{}; leave one of them out",
             "--{} and --{}: an image has one target; pack two sets",
             "--{} {}: its first line must name the columns",
-            "--values {}: {} holds no numbers; name a column that does with --label_column",
+            "--values {}: {} is a number; name a column of numbers with --label_column",
             "--multi_labels {}: which column holds the labels ({})",
         ],
         "test_several.py",

@@ -126,6 +126,6 @@ def _compared(found: Found, groups: dict[Place, str], column: str) -> Found:
         note = (
             f"WARNING: {len(both):,} of {len(inside):,} values of {column} have images in "
             f"{' and '.join(sorted(inside[both[0]]))}, the first is {both[0]}: a validation would "
-            "flatter; without its column of splits --val_fraction 0.2 divides the list anew"
+            "flatter; without its column of splits --val_fraction 0.2 divides the list again"
         )
     return Found(found.parts, found.spelled, [*found.notes, note])

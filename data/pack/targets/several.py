@@ -72,8 +72,8 @@ def attach_values(
     used = [chosen] if chosen is not None else [n for n in given if _is_numeric(body, n)]
     if not used or not all(_is_numeric(body, n) for n in used):
         raise InputError(
-            f"--values {path}: {f'column {column}' if column else 'a table that'} holds no "
-            "numbers; name a column that does with --label_column"
+            f"--values {path}: {f'not every cell of {column}' if column else 'no column'} is a "
+            "number; name a column of numbers with --label_column"
         )
     texts = {row[name]: [_number(row[n]) for n in used] for row in body}
     whole = {name: json.dumps(values) for name, values in texts.items() if None not in values}
