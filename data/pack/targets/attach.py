@@ -48,13 +48,17 @@ def attach_targets(
         if not listing.images:
             return None
         path, column = config.multi_labels, config.label_column
-        listing.images, classes = attach_labels(listing.images, path, column, listing.notes)
+        listing.images, classes = attach_labels(
+            listing.images, path, column, listing.notes, config.group_column
+        )
         return Targets("labels", classes)
     if config.values:
         if not listing.images:
             return None
         path, column = config.values, config.label_column
-        listing.images, names = attach_values(listing.images, path, column, listing.notes)
+        listing.images, names = attach_values(
+            listing.images, path, column, listing.notes, config.group_column
+        )
         return Targets("values", names)
     if not config.masks:
         return None

@@ -29,7 +29,11 @@ SEPARATORS = "|;,"
 
 
 def attach_labels(
-    images: list[Image], path: Path, column: str | None, notes: list[str]
+    images: list[Image],
+    path: Path,
+    column: str | None,
+    notes: list[str],
+    group: str | None = None,
 ) -> tuple[list[Image], list[str]]:
     """(The images that a table names, with their labels; the names of the classes).
 
@@ -39,11 +43,12 @@ def attach_labels(
     Args:
         column: the one with the labels; None: found by its name, or the only one.
         notes: receives what was left out, a line each.
+        group: a column that holds something else.
 
     Raises:
         InputError: it cannot be read, or it is not clear which columns hold the labels.
     """
-    found, classes = read_labels(path, column)
+    found, classes = read_labels(path, column, group)
     numbers = {name: number for number, name in enumerate(classes)}
     texts = {
         name: json.dumps(sorted(numbers[label] for label in labels))
@@ -58,7 +63,11 @@ def attach_labels(
 
 
 def attach_values(
-    images: list[Image], path: Path, column: str | None, notes: list[str]
+    images: list[Image],
+    path: Path,
+    column: str | None,
+    notes: list[str],
+    group: str | None = None,
 ) -> tuple[list[Image], list[str]]:
     """(The images that a table names, with their numbers; what these are called). The arguments
     are those of :func:`attach_labels`; images with a gap in a column are left out.
@@ -66,7 +75,7 @@ def attach_values(
     Raises:
         InputError: it cannot be read, or has no column of numbers.
     """
-    heads, columns, name, body = _table(path, "values")
+    heads, columns, name, body = _table(path, "values", group)
     chosen = _label_column(path, heads, columns, range(len(heads)), column) if column else None
     given = [n for n in range(len(heads)) if n != name and columns[n] not in INDEX_COLUMNS]
     used = [chosen] if chosen is not None else [n for n in given if _is_numeric(body, n)]
@@ -114,9 +123,16 @@ def _attached(
     return kept
 
 
-def _table(path: Path, option: str) -> tuple[list[str], list[str], int, list[list[str]]]:
-    """(headings, these normalized, number of the column of names, the other rows)."""
-    heads, *body = cells_of(path, read_text(path)) or [[]]
+def _table(
+    path: Path, option: str, group: str | None
+) -> tuple[list[str], list[str], int, list[list[str]]]:
+    """(headings, these normalized, number of the column of names, the other rows), without the
+    column of groups."""
+    rows = cells_of(path, read_text(path)) or [[]]
+    if group in rows[0]:
+        at = rows[0].index(group)
+        rows = [row[:at] + row[at + 1 :] for row in rows]
+    heads, *body = rows
     columns = normalized(heads)
     name = next((columns.index(known) for known in NAME_COLUMNS if known in columns), None)
     if name is None or not body:
@@ -127,13 +143,15 @@ def _table(path: Path, option: str) -> tuple[list[str], list[str], int, list[lis
     return heads, columns, name, [[*row, *[""] * (len(heads) - len(row))] for row in body]
 
 
-def read_labels(path: Path, column: str | None) -> tuple[dict[str, set[str]], list[str]]:
+def read_labels(
+    path: Path, column: str | None, group: str | None = None
+) -> tuple[dict[str, set[str]], list[str]]:
     """({name of an image: its labels}, all labels); an image in several rows has those of all.
 
     Raises:
         InputError: see :func:`attach_labels`.
     """
-    heads, columns, name, body = _table(path, "multi_labels")
+    heads, columns, name, body = _table(path, "multi_labels", group)
     given = [n for n, head in enumerate(heads) if n != name and columns[n] not in INDEX_COLUMNS]
     hot = [n for n in given if all(row[n] in (*YES, *NO, "") for row in body)]
     chosen = _label_column(path, heads, columns, given, column)
