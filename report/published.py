@@ -1,5 +1,5 @@
-"""Published top-1 on ImageNet-1k, J&F on DAVIS 2017, Jaccard on Pascal VOC 2012, box AP on COCO, mAP
-of retrieval; in percent, each with its source."""
+"""Published top-1 on ImageNet-1k, J&F on DAVIS 2017, Jaccard on Pascal VOC 2012, box AP on COCO and
+mAP of retrieval; in percent, each with its source."""
 
 from __future__ import annotations
 
