@@ -83,7 +83,10 @@ def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -
             if network in ("random", "pixels", "copy"):
                 lifts.append(f"{round(top1, 1) - round(value, 1):+.1f} over {title.lower()}")
     notes.append(protocol_summary(run, entry))
-    return Headline(title_of(evaluation, entry["metrics"]), top1, bars, lifts, notes)
+    title = title_of(evaluation, entry["metrics"])
+    name = headline_name(entry["metrics"])
+    title += "" if title.endswith(name) else f", {name}"
+    return Headline(title, top1, bars, lifts, notes)
 
 
 def protocol_summary(run: Run, entry: dict[str, Any]) -> str:

@@ -133,7 +133,7 @@ def test_a_result_is_the_mean_over_images(run_folder: Any, tmp_path: Path):
     )
     assert found["heads"] == pytest.approx(mean.tolist(), abs=1e-3)
     text = page(read_runs([run_folder.path]))
-    assert "Attention masks, Jaccard" in text and "over random weights" in text
+    assert "Attention masks, Jaccard</p>" in text and "over random weights" in text
     assert "on VOC 2012 val" in text
 
 
