@@ -89,6 +89,7 @@ def line_chart(
             "name": name,
             "style": n % STYLES,
             "points": [(frame.x(x), frame.y(y)) for x, y in points],
+            "labels": [f"{x:,.0f} {number(y)}" for x, y in points],
             "last": number(points[-1][1]),
         }
         for n, (name, points) in enumerate(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
 STYLE = (TEMPLATES / "report.css").read_text()
+OPTION = re.compile(r"(--[a-z0-9_]+)")
 SCRIPT = (TEMPLATES / "report.js").read_text()
 
 
@@ -85,6 +87,11 @@ def anchor(title: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in title.lower())
 
 
+def by_options(text: str) -> list[str]:
+    """A text split at its options (``--lr``), which have the odd places."""
+    return OPTION.split(text)
+
+
 def plain(value: Any) -> str:
     """A JSON value as text: strings unchanged, lists with commas, the rest as JSON."""
     if isinstance(value, str):
@@ -113,4 +120,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {"anchor": anchor, "plain": plain, "timestamp": timestamp, "fixed": fixed}
+ENVIRONMENT.filters |= {
+    "anchor": anchor, "by_options": by_options, "fixed": fixed, "plain": plain,
+    "timestamp": timestamp,
+}  # fmt: skip

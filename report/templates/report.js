@@ -18,6 +18,55 @@ for (const head of document.querySelectorAll("table.sort th")) {
     body.append(...[...body.rows].sort(order));
   });
 }
+// Values where the pointer is: a line, a dot on every curve, and a text in the chart.
+for (const text of document.querySelectorAll("svg .reading")) {
+  const svg = text.ownerSVGElement, line = svg.querySelector(".pointer");
+  const bottom = svg.viewBox.baseVal.height - 40;
+  const curves = [...svg.querySelectorAll("[data-values]")].map((group) => ({
+    name: group.dataset.name,
+    values: group.dataset.values.split(";").map((pair) => pair.split(" ")),
+    points: [...group.querySelector("polyline").points],
+    dot: group.querySelector(".end"),
+  }));
+  const put = (dot, point) => {
+    dot.setAttribute("cx", point.x);
+    dot.setAttribute("cy", point.y);
+  };
+  const show = (event) => {
+    const box = svg.getBoundingClientRect();
+    const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
+    const near = curves.map((curve) => {
+      const far = curve.points.map((point) => Math.abs(point.x - x));
+      const n = far.indexOf(Math.min(...far));
+      put(curve.dot, curve.points[n]);
+      return { curve, n, far: far[n] };
+    });
+    const { curve, n } = near.reduce((a, b) => (b.far < a.far ? b : a));
+    const at = curve.points[n].x, left = at < svg.viewBox.baseVal.width / 2;
+    line.setAttribute("d", `M${at} 8V${bottom}`);
+    const rows = [`${text.dataset.axis} ${curve.values[n][0]}`];
+    for (const each of near) {
+      const [step, value] = each.curve.values[each.n];
+      const where = step === curve.values[n][0] ? "" : ` (${step})`;
+      rows.push(curves.length > 1 ? `${each.curve.name} ${value}${where}` : value);
+    }
+    text.setAttribute("text-anchor", left ? "start" : "end");
+    text.replaceChildren(...rows.map((row) => {
+      const span = document.createElementNS(svg.namespaceURI, "tspan");
+      span.setAttribute("x", at + (left ? 8 : -8));
+      span.setAttribute("dy", 14);
+      span.textContent = row;
+      return span;
+    }));
+  };
+  svg.addEventListener("pointermove", show);
+  svg.addEventListener("pointerdown", show);
+  svg.addEventListener("pointerleave", () => {
+    text.replaceChildren();
+    line.setAttribute("d", "");
+    for (const { dot, points } of curves) put(dot, points.at(-1));
+  });
+}
 addEventListener("beforeprint", () => {
   for (const fold of document.querySelectorAll("details")) fold.open = true;
 });

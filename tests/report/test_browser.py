@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from xcit_dino.eval import knn
 from xcit_dino.eval.config import KnnConfig, ReportConfig
 from xcit_dino.options import replace
 from xcit_dino.provenance import record_result
-from xcit_dino.report import report
+from xcit_dino.report import charts, report
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import pretrain_with_knn as pretrain
 
@@ -114,6 +115,26 @@ def test_a_click_sorts_and_another_turns_round(browser, run):
     browser.run(click)
     assert browser.run(values) == sorted(before)
     assert browser.run(f"{column}.querySelectorAll('th')[1].ariaSort") == "ascending"
+
+
+def test_a_chart_tells_the_values_under_the_pointer(browser, run):
+    """Step and value of the nearest logged line, as they are in the log; nothing after leaving."""
+    browser.open(run / "report.html", 1280)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    chart = "document.querySelector('#training figure svg[role]')"
+    send = (
+        f"{chart}.dispatchEvent(new PointerEvent('KIND', {{clientX: AT + "
+        f"{chart}.getBoundingClientRect().left, clientY: 9}}))"
+    )
+    texts = f"[...{chart}.querySelectorAll('.reading tspan')].map(t => t.textContent)"
+    for at, step in ((0, min(losses)), (5000, max(losses))):
+        browser.run(send.replace("KIND", "pointermove").replace("AT", str(at)))
+        found = browser.run(texts)
+        assert found[0] == f"step {step}" and found[1] == f"loss {charts.number(losses[step])}"
+        assert len(found) == 4  # teacher entropy and KL
+    browser.run(send.replace("KIND", "pointerleave").replace("AT", "0"))
+    assert browser.run(texts) == []
 
 
 def test_links_lead_somewhere_and_folds_open(browser, run):
