@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xcit_dino.data.packed import to_device
 from xcit_dino.data.rng import random_uniforms
 from xcit_dino.data.targets.formats import Boxes, Mask, ignored_value
 from xcit_dino.data.targets.loader import Key, Pixels
@@ -157,4 +158,4 @@ def collated(crops: Sequence[Crop], device: torch.device) -> tuple[Tensor, Tenso
     count, on the device."""
     images = torch.from_numpy(np.stack([crop.image for crop in crops])).permute(0, 3, 1, 2)
     masks = torch.from_numpy(np.stack([crop.mask for crop in crops]).astype(np.int32))
-    return images.to(device, non_blocking=True), masks.to(device, non_blocking=True).long()
+    return to_device(images, device), to_device(masks, device).long()

@@ -8,7 +8,9 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import replace as replaced
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,18 +19,28 @@ import torch
 from tests import victims
 from tests.nowait import NeverWaits, Waits, pretended_gpu
 from xcit_dino.data.batch import Batch
+from xcit_dino.data.config import CropsConfig
+from xcit_dino.data.targets.loader import TargetBatch
+from xcit_dino.eval.teacher import Loaded
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
 from xcit_dino.ssl import pretrain
-from xcit_dino.ssl.config import PretrainConfig
-from xcit_dino.ssl.schedule import DinoHyperparameters
+from xcit_dino.ssl import trainer as ssl_trainer
+from xcit_dino.ssl.config import ObjectiveConfig, PretrainConfig
+from xcit_dino.ssl.distillation import FrozenTeacher
+from xcit_dino.ssl.schedule import DinoHyperparameters, EmaHyperparameters
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
+from xcit_dino.supervised import targets, trainer
 from xcit_dino.supervised import train as supervised
-from xcit_dino.supervised import trainer
 from xcit_dino.supervised.config import DistillConfig
 from xcit_dino.supervised.data import LabeledData
 from xcit_dino.supervised.distill import DistillationLoss, Teacher
+from xcit_dino.supervised.segment import train as segmenting
+from xcit_dino.supervised.segment.config import SegmentConfig
+from xcit_dino.supervised.segment.data import Crop
+from xcit_dino.supervised.segment.network import build_segmenter
+from xcit_dino.supervised.targets import TargetData
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import Hyperparameters as SupervisedHyperparameters
 
@@ -36,6 +48,10 @@ TINY = {
     "arch": "xcit_pico_6_p8", "drop_path_rate": 0.1, "out_dim": 64, "head_hidden_dim": 32,
     "head_bottleneck_dim": 16, "global_crops_size": 32, "local_crops_size": 16,
     "local_crops_number": 2, "compile": "off",
+}  # fmt: skip
+ONE_BAND = {
+    "mean": (0.5,), "std": (0.2,), "window": (-200.0, 300.0), "color_jitter": (0.4, 0.4, 0.0, 0.0),
+    "noise_prob": 0.5, "rot90_prob": 0.5,
 }  # fmt: skip
 PRETRAINING = {  # name -> (dtype, micro-batches, options)
     "fp32": (torch.float32, 1, {}),
@@ -59,6 +75,23 @@ PRETRAINING = {  # name -> (dtype, micro-batches, options)
         "rot90_prob": 0.75, "channel_jitter": (0.2, 0.2), "noise_prob": 1.0,
         "channel_drop_prob": 0.4, "gray_prob": 0.5, "solarize_prob": (0.5, 0.5, 0.5),
     }),
+    "one band of int16": (torch.bfloat16, 1, ONE_BAND),
+    "one band of float32": (torch.float32, 2, ONE_BAND),
+    "Sinkhorn-Knopp and KoLeo": (
+        torch.bfloat16, 2, {"centering": "sinkhorn_knopp", "koleo_weight": 0.1}
+    ),
+    "crops of a second stage": (torch.float32, 1, {
+        "stage_scales": (1.0, 0.5), "stage_shares": (0.5, 0.5), "group_backward": True
+    }),
+    "frozen backbone": (torch.float32, 2, {"freeze_backbone": 1.0}),
+    "batch-norm statistics kept, learning rates by layer": (
+        torch.float32, 1, {"init_from": "w.pth", "freeze_batchnorm": True, "layer_decay": 0.75}
+    ),
+    "distilled": (torch.float16, 2, {"objective": "distill"}),
+    "DINO and distilled": (
+        torch.bfloat16, 1, {"objective": "dino+distill", "group_backward": True}
+    ),
+    "timm's network": (torch.float32, 1, {"arch": "timm/vit_tiny_patch16_224"}),
 }  # fmt: skip
 KEPT: list[object] = []  # what a pretended GPU's process must not free
 SUPERVISED = {  # name -> options
@@ -71,6 +104,10 @@ SUPERVISED = {  # name -> options
     },
     "distilled by first choices": {"distillation_type": "hard"},
 }  # fmt: skip
+SEGMENTING = {  # name -> options
+    "frozen backbone, a grid of learning rates": {},
+    "finetuned with UperNet": {"head": "upernet", "finetune": True, "lr": 1e-3},
+}
 
 
 def crops(number: int, size: int, device: torch.device) -> torch.Tensor:
@@ -80,35 +117,63 @@ def crops(number: int, size: int, device: torch.device) -> torch.Tensor:
 
 
 def deep_crops(number: int, channels: int, size: int, device: torch.device) -> torch.Tensor:
-    """uint16 [number, 4, channels, size, size] of 12 bits."""
+    """int16 [number, 4, channels, size, size] of 12 bits."""
     shape = (number, 4, channels, size, size)
-    return torch.randint(0, 4096, shape, dtype=torch.int16, device=device).view(torch.uint16)
+    return torch.randint(0, 4096, shape, dtype=torch.int16, device=device)
 
 
 def pretraining_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
     """A step of pretraining, the augmentation with it, under the eye of ``watch``."""
     dtype, micros, options = PRETRAINING[case]
     config = replace(PretrainConfig(), TINY | options)
-    with device:
+    kind = torch.int16 if "int16" in case else torch.float32 if "of float32" in case else None
+    with device, mock.patch.object(ssl_trainer, "frozen_teacher", frozen_teacher):
         trainer = set_up(config, dist.World(0, 1, device), dtype, "", 4)
-    batches = [pretraining_batch(trainer, micro, device) for micro in range(micros)]
-    freeze = "frozen" in case
-    now = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze)
-    pretrain.train_step(trainer, batches[:1], now)  # makes the constants and the optimizer's state
+    stages = [crops for _, crops in config.stages]
+    batches = [
+        pretraining_batch(trainer, micro, device, stages[-1], kind) for micro in range(micros)
+    ]
+    now = EmaHyperparameters(1e-2, 0.2, 0.9, freeze_backbone=case == "frozen backbone")
+    if config.objective.dino:
+        now = DinoHyperparameters(
+            now.lr, now.weight_decay, now.momentum_teacher, 0.05, "frozen last" in case,
+            freeze_backbone=now.freeze_backbone,
+        )  # fmt: skip
+    first = pretraining_batch(trainer, 0, device, stages[0], kind)
+    pretrain.train_step(trainer, [first], now)  # makes the constants and the optimizer's state
     KEPT.append(trainer)
     with watch:
         return pretrain.train_step(trainer, batches, now)
 
 
-def pretraining_batch(trainer: DinoTrainer, micro: int, device: torch.device) -> Batch:
-    """A micro-batch as the loader gives it: crops, labels and recipes on the device."""
+def frozen_teacher(
+    objective: ObjectiveConfig, crops: CropsConfig, _: object, ours: InputSettings, dtype: object
+) -> tuple[FrozenTeacher, dict]:
+    """A teacher of another size and normalization, whose weights need no file."""
+    theirs = InputSettings(48, mean=(0.5,) * 3, std=(0.5,) * 3)
+    loaded = Loaded(create_model("xcit_pico_6_p8"), theirs, {})
+    return FrozenTeacher(loaded, ours, crops.global_crops_size, dtype=dtype), {}
+
+
+def pretraining_batch(
+    trainer: DinoTrainer,
+    micro: int,
+    device: torch.device,
+    geometry: CropsConfig | None = None,
+    kind: torch.dtype | None = None,
+) -> Batch:
+    """A micro-batch as the loader gives it: crops, labels and recipes on the device.
+
+    kind: of the values of images that are not 8-bit RGB, instead of uint16.
+    """
     numbers = np.arange(4) + 4 * micro
-    geometry, augment = trainer.config.crops, trainer.config.augment
+    geometry, augment = geometry or trainer.config.crops, trainer.config.augment
 
     def some(number: int, size: int) -> torch.Tensor:
         if augment.window is None:
             return crops(number, size, device)
-        return deep_crops(number, augment.channels, size, device)
+        values = deep_crops(number, augment.channels, size, device)
+        return values.to(kind) if kind else values.view(torch.uint16)
 
     batch = Batch(
         0, micro, 0, numbers, numbers, torch.zeros(4, device=device, dtype=torch.int64),
@@ -143,6 +208,30 @@ def supervised_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
         return supervised.train_step(training, [batch], now)
 
 
+def segmenting_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
+    """A step of segmentation, which copies its images itself, from page-locked memory."""
+    options = {"arch": "xcit_pico_6_p8", "crop_size": 32, "precision": "fp32", "mean": (0.5,) * 3}
+    config = replace(SegmentConfig(), options | {"std": (0.2,) * 3} | SEGMENTING[case])
+    world, data = dist.World(0, 1, device), TargetData(Anything(), Anything(), [], Anything())
+    backbone, _ = targets.build_backbone(config, config.segmentation, config.segmentation.finetune)
+    model = build_segmenter(config, backbone, 3)
+    optimizer = partial(segmenting.adamw, config)
+    training = targets.set_up(config, "segmenter", model, optimizer, data, world)
+    draws = np.random.default_rng(0)
+    items = [
+        Crop(
+            draws.integers(0, 256, (32, 32, 3), np.uint8), draws.integers(0, 3, (32, 32), np.uint16)
+        )
+        for _ in range(4)
+    ]
+    batch = TargetBatch(0, 0, 0, np.arange(4), np.arange(4), items)
+    now = SupervisedHyperparameters(1e-3, 0.05)
+    step = partial(targets.train_step, segmenting.forward_backward, training, [batch])
+    step(now)
+    with watch:
+        return step(now)
+
+
 class Anything:
     """An index of which the checksum alone matters."""
 
@@ -152,14 +241,15 @@ class Anything:
 STEPS = {
     **{f"pretraining, {case}": (pretraining_step, case) for case in PRETRAINING},
     **{f"supervised, {case}": (supervised_step, case) for case in SUPERVISED},
+    **{f"segmentation, {case}": (segmenting_step, case) for case in SEGMENTING},
 }
 
 
 @pytest.mark.parametrize("case", STEPS)
 def test_no_operation_of_a_step_needs_the_host(case):
     step, name = STEPS[case]
-    own_weights = name in ("mixed by pair", "mixed by image")  # the labels' weights are copied
-    metrics = step(name, torch.device("cpu"), NeverWaits(numbers=own_weights))
+    copied = name in ("mixed by pair", "mixed by image") or name in SEGMENTING  # by the step itself
+    metrics = step(name, torch.device("cpu"), NeverWaits(numbers=copied))
     assert metrics["loss"].isfinite()
 
 
@@ -167,6 +257,9 @@ TRACED = (
     "pretraining, fp16 with its scaler, two micro-batches",
     "pretraining, activations computed again",
     "pretraining, five bands of 12 bits, every augmentation",
+    "pretraining, Sinkhorn-Knopp and KoLeo",
+    "pretraining, crops of a second stage",
+    "pretraining, DINO and distilled",
     "supervised, mixed by batch, distilled, no average",
 )
 

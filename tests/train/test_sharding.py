@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from torch.utils import _pytree as pytree
 
 from tests import victims
 from tests.nowait import NeverWaits
+from tests.train.test_nowait import frozen_teacher
 from xcit_dino.data.batch import Batch
 from xcit_dino.errors import InputError
 from xcit_dino.options import replace
+from xcit_dino.ssl import trainer as ssl_trainer
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
 from xcit_dino.ssl.schedule import DinoHyperparameters
@@ -30,6 +33,13 @@ KINDS = {
     "groups": {"group_backward": True},
     "sharded": SHARDED,
     "sharded groups": SHARDED | {"group_backward": True, "grad_checkpointing": True},
+}
+WATCHED = {  # other options
+    "Sinkhorn-Knopp and KoLeo": {"centering": "sinkhorn_knopp", "koleo_weight": 0.1},
+    "the same in shards": SHARDED | {"centering": "sinkhorn_knopp", "koleo_weight": 0.1},
+    "DINO and distilled, in shards": SHARDED | {"objective": "dino+distill"},
+    "frozen backbone": {"freeze_backbone": 1.0},
+    "batch-norm in the head": {"use_bn_in_head": True},
 }
 NOW = DinoHyperparameters(1e-2, 0.2, 0.9, 0.05, freeze_last_layer=False)
 FROZEN = dataclasses.replace(NOW, freeze_last_layer=True)
@@ -74,6 +84,12 @@ def worker(rank, port, folder):
     for kind, options in KINDS.items():
         trainer = trainer_of(world, **options)
         found[kind] = [(step(trainer, n), whole(trainer)) for n in range(2)]
+    found["watched"] = {}
+    for name, options in WATCHED.items():
+        now = dataclasses.replace(NOW, freeze_backbone="freeze_backbone" in options)
+        with mock.patch.object(ssl_trainer, "frozen_teacher", frozen_teacher):
+            trainer = trainer_of(world, **options)
+        found["watched"][name] = [step(trainer, n, now)["loss"].item() for n in range(2)]
     found["resumed"], found["moved"], found["frozen"] = {}, {}, {}
     for kind, options in (("plain", {}), ("sharded", SHARDED)):
         trainer = trainer_of(world, **options)
@@ -117,6 +133,15 @@ def test_the_steps_are_those_of_whole_networks_on_two_ranks(kind, found):
     """Losses, norms, weights, moments, teacher and center; clipping shortens most gradients."""
     for rank in (0, 1):
         assert_close(found[rank][kind], found[rank]["plain"])
+
+
+def test_no_operation_of_a_step_on_two_ranks_needs_the_host(found):
+    """:func:`step` watches them all; FSDP changes nothing of the loss."""
+    for rank in found:
+        assert rank["watched"].keys() == WATCHED.keys()
+        assert np.isfinite(list(rank["watched"].values())).all()
+        whole, sharded = (rank["watched"][name] for name in list(WATCHED)[:2])
+        np.testing.assert_allclose(sharded, whole, rtol=1e-7)
 
 
 def test_shards_go_on_bit_for_bit_from_whole_tensors(found):
