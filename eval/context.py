@@ -25,6 +25,7 @@ from xcit_dino.data.decode.rgb import BadImage, read_header
 from xcit_dino.data.io.storage import open_source
 from xcit_dino.data.loader import ImageLoader
 from xcit_dino.data.native.scaling import form_of, resolve_scaling
+from xcit_dino.data.packed import to_device
 from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
@@ -118,7 +119,7 @@ class Context:
     def normalize(self, images: Tensor) -> Tensor:
         """[B, C, H, W] in the set's own units on any device -> normalized float32 on the context's
         device."""
-        images = images.to(self.device, non_blocking=True)
+        images = to_device(images, self.device)
         return normalize(images, self.inputs.mean, self.inputs.std, *self.inputs.window)
 
     def images(

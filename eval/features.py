@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from xcit_dino.eval.feature_cache import CachedFeatures
 from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.target import Network
 from xcit_dino.train.amp import resolve_precision
+from xcit_dino.train.async_copy import HostCopy
 from xcit_dino.train.distributed import dist
 
 FORMAT = 2
@@ -224,17 +226,35 @@ def _compute(
         rows = {name: Rows(folder / f"{name}.npy") for name in (*shapes, "seen")}
         first, last = (count * (world.rank + i) // world.size for i in (0, 1))
         label = f"features {network.name} {split}"
-        for blocks, samples in context.batches(
+        batches = context.batches(
             partial(feature_blocks, model), index, np.arange(first, last), label, labeled=False
-        ):
-            for name, block in blocks.items():
-                rows[name].write(samples, block.cpu().numpy())
+        )
+        for copied, samples in one_behind(batches, lambda blocks: ranges.add(blocks["cls"])):
+            for name, block in copied.items():
+                rows[name].write(samples, block.numpy())
             rows["seen"].write(samples, np.ones(len(samples), np.uint8))
-            ranges.add(blocks["cls"])
     for file in rows.values():
         file.close()
     dist.barrier()
     return ranges
+
+
+Batches = Iterable[tuple[dict[str, Tensor], np.ndarray]]
+
+
+def one_behind(batches: Batches, seen: Callable[[dict[str, Tensor]], None]) -> Batches:
+    """The same batches in host memory, each once the next one is queued, so that a GPU computes
+    while the host writes; ``seen`` is called with each on the device."""
+    copies = cycle((HostCopy(), HostCopy()))
+    queued: list[tuple[HostCopy, np.ndarray]] = []
+    for blocks, samples in batches:
+        queued.append((next(copies).take(blocks), samples))
+        seen(blocks)
+        if len(queued) == 2:
+            copy, numbers = queued.pop(0)
+            yield copy.ready(), numbers
+    for copy, numbers in queued:
+        yield copy.ready(), numbers
 
 
 def _open(

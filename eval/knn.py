@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import faiss
@@ -37,6 +37,7 @@ BANK_ROWS = 1 << 21  # images per index: 3 GB at 384 dimensions
 ADD_ROWS = 1 << 16  # images normalized at a time
 VOTE_CELLS = 1 << 24  # float64 cells per table of votes, or per widened search
 GPU_MAX_K = 2048  # FAISS's limit on GPUs
+SCRATCH_BYTES = 1 << 29  # on each GPU
 
 
 def run(config: KnnConfig) -> None:
@@ -316,8 +317,7 @@ class Search:
         if gpu and faiss.get_num_gpus():
             everyone, own = range(faiss.get_num_gpus()), [torch.cuda.current_device()]
             self.gpus = list(everyone) if dist.world_size() == 1 else own
-        # scratch memory (over a gigabyte) and streams; not for two threads at once
-        self.resources = {gpu: faiss.StandardGpuResources() for gpu in self.gpus}
+        self.resources = {gpu: gpu_resources(gpu) for gpu in self.gpus}
         self.num_devices = max(1, len(self.gpus))
         self.size = min(BANK_ROWS, -(-len(bank) // self.num_devices))
         self.starts = range(0, len(bank), self.size)
@@ -380,6 +380,15 @@ class Search:
         for first in range(0, len(rows), ADD_ROWS):
             index.add(unit_rows(rows[first : first + ADD_ROWS]))
         return index
+
+
+@cache
+def gpu_resources(gpu: int) -> Any:
+    """FAISS's scratch memory and streams on a GPU, the same for every search of this process; not
+    for two threads at once. FAISS would take 1.5 GB each time, beside what torch has."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(SCRATCH_BYTES)
+    return resources
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

@@ -61,6 +61,27 @@ def test_features_are_the_networks_outputs(run_folder):
     assert found.num_classes == len(index.classes or []) and found.unreadable == 0
 
 
+def test_a_batch_is_written_once_the_next_one_is_queued():
+    """So a GPU computes while the host writes; what is written is that of its own batch."""
+    order = []
+
+    def batches():
+        for number in range(4):
+            order.append(f"queued {number}")
+            yield {"cls": torch.full((2, 3), float(number))}, np.array([2 * number, 2 * number + 1])
+
+    found = features.one_behind(
+        batches(), lambda blocks: order.append(f"seen {blocks['cls'][0, 0]:.0f}")
+    )
+    for blocks, samples in found:
+        assert (blocks["cls"] == samples[0] // 2).all() and len(samples) == 2
+        order.append(f"written {samples[0] // 2}")
+    assert " ".join(word for word in order if "seen" not in word) == (
+        "queued 0 queued 1 written 0 queued 2 written 1 queued 3 written 2 written 3"
+    )
+    assert [word for word in order if "seen" in word] == [f"seen {n}" for n in range(4)]
+
+
 def test_cached_until_something_changes(run_folder, monkeypatch):
     config = run_folder.target()
     target, context = resolve(config, ONE)

@@ -3,65 +3,22 @@ CPU too runs there in every test run, so that no line of it is first tried on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partialmethod
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
-from tests.train.test_nowait import TINY, pretraining_batch
+from tests.gpu.devices import NO_GPU, NOW, batch_on, no_waiting, trainer_on
 from xcit_dino.data.batch import Batch, Copier
 from xcit_dino.data.ring import Ring
 from xcit_dino.errors import RunError
-from xcit_dino.options import replace
-from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.pretrain import train_step
-from xcit_dino.ssl.schedule import DinoHyperparameters
-from xcit_dino.ssl.trainer import DinoTrainer, set_up
 from xcit_dino.train import memory
 from xcit_dino.train.async_copy import HostCopy
-from xcit_dino.train.distributed import dist
-
-NOW = DinoHyperparameters(1e-3, 0.2, 0.9, 0.05, freeze_last_layer=False)
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
-
-
-@pytest.fixture(params=["cpu", CUDA])
-def device(request, monkeypatch) -> torch.device:
-    """Each device, in plain float32: no TF32 in convolutions, which torch allows by default."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    return torch.device(request.param, 0) if request.param == "cuda" else torch.device("cpu")
-
-
-def trainer_on(device: torch.device, dtype: torch.dtype = torch.float32, **options) -> DinoTrainer:
-    """Without drop-path, whose numbers differ from device to device; fp16 does not overflow."""
-    config = replace(PretrainConfig(), TINY | {"drop_path_rate": 0.0} | options)
-    trainer = set_up(config, dist.World(0, 1, device), dtype, "", 4)
-    scaler = trainer.state.scaler
-    if scaler.is_enabled():
-        scaler.load_state_dict(scaler.state_dict() | {"scale": 8.0})
-    return trainer
-
-
-def batch_on(device: torch.device, trainer: DinoTrainer, micro: int = 0) -> Batch:
-    """The same pixels on every device."""
-    torch.manual_seed(micro)
-    return pretraining_batch(trainer, micro, torch.device("cpu")).to(device)
-
-
-@contextmanager
-def no_waiting(device: torch.device) -> Iterator[None]:
-    """CUDA's own eye: an operation for which the host would wait is an error."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+from xcit_dino.train.compiler import eager
 
 
 @pytest.mark.parametrize(
@@ -126,6 +83,48 @@ def test_a_copy_of_the_state_is_that_of_its_step(device):
         train_step(trainer, [batch], NOW)
         for name, value in copy.ready()["student"].items():
             assert value.device.type == "cpu" and torch.equal(value, want[name].cpu()), name
+
+
+def test_training_goes_on_bit_for_bit(device):
+    """From a state in host memory, in objects whose own weights are others."""
+    whole, cut = trainer_on(device), trainer_on(device)
+    for number in range(3):
+        train_step(whole, [batch_on(device, whole, number)], NOW)
+    for number in range(2):
+        train_step(cut, [batch_on(device, cut, number)], NOW)
+    saved = HostCopy().take(cut.state.state_dict()).ready()
+    other = trainer_on(device)
+    for parameter in other.state.modules["student"].parameters():
+        parameter.data.add_(1)
+    other.state.load_state_dict(saved)
+    train_step(other, [batch_on(device, other, 2)], NOW)
+    for name in ("student", "teacher", "loss"):
+        want = whole.state.modules[name].state_dict()
+        for key, value in other.state.modules[name].state_dict().items():
+            assert torch.equal(value, want[key]), (name, key)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
+def test_compiled_blocks_are_one_graph_for_each_size_and_stay_so(device, monkeypatch):
+    """Two sizes of the student's crops and one of the teacher's; an evaluation between two steps
+    adds none, and nothing is compiled again."""
+    if device.type == "cpu":  # inductor takes half a minute there
+        quick = partialmethod(nn.Module.compile, backend="aot_eager")
+        monkeypatch.setattr(nn.Module, "compile", quick)
+    torch._dynamo.reset()
+    counters.clear()
+    trainer, plain = trainer_on(device, compile="on"), trainer_on(device)
+    losses, graphs = [], []
+    for number in range(3):
+        batch = batch_on(device, trainer, number)
+        losses.append([train_step(each, [batch], NOW)["loss"] for each in (trainer, plain)])
+        graphs.append(counters["stats"]["unique_graphs"])
+        with eager(), torch.inference_mode():
+            trainer.eval_backbone()(torch.zeros(3, 3, 48, 48, device=device))
+    torch._dynamo.reset()
+    assert graphs == [3, 3, 3]
+    for compiled, want in losses:
+        torch.testing.assert_close(compiled, want, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
