@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORES ?= 2
 
-.PHONY: install quickstart test test-slow test-slurm faults lint typecheck docs release clean
+.PHONY: install quickstart test test-slow test-slurm faults gpu wheels lint typecheck docs release clean
 
 install: $(STAMP)
 
@@ -33,6 +33,22 @@ test-slurm: $(STAMP)
 # Faults and fuzzing, many times over: docs/reliability.md says what and how often.
 faults: $(STAMP)
 	$(BIN)/python -m pytest -q -m faults --timeout 3600
+
+# Every measurement that needs a GPU, in at most 8 minutes and without network; docs/performance.md.
+#   make gpu OUT=DIR [DATA=SHARDS] [WHEELS=FOLDER] [MINUTES=8]
+gpu:
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) bench/gpu.py --out $(OUT) --minutes $(or $(MINUTES),8) \
+	    $(if $(DATA),--data $(DATA)) $(if $(WHEELS),--wheels $(WHEELS))
+
+# WHEELS=FOLDER for `make gpu` on a machine (Python 3.12) that has torch, torchvision, numpy and timm only.
+wheels: $(STAMP)
+	mkdir -p $(WHEELS)
+	$(BIN)/uv pip compile --quiet bench/wheels.in -c constraints.txt --no-header --no-annotate \
+	    --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-emit-package numpy \
+	    --output-file $(WHEELS)/packages.txt
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
+	    $(foreach p,2_28 2_27 2_17 2_5,--platform manylinux_$(p)_x86_64) --platform manylinux2014_x86_64 \
+	    --dest $(WHEELS) --requirement $(WHEELS)/packages.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

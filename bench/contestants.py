@@ -32,6 +32,8 @@ class Work:
 
     step: Callable[[], object]
     loss_head: Callable[[], object]
+    trainer: DinoTrainer | None = None
+    """Of ours."""
 
 
 class Views:
@@ -108,7 +110,7 @@ def our_work(args: argparse.Namespace, precision: str, batch_size: int) -> Work:
         student.zero_grad()
         loss_fn.update_center()
 
-    return Work(step, loss_head)
+    return Work(step, loss_head, trainer)
 
 
 def plain_work(args: argparse.Namespace, precision: str, batch_size: int) -> Work:

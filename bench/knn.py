@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ def official_knn(
     ):
         similarity, nearest = (part @ bank.t()).topk(k, largest=True, sorted=True)
         neighbors = labels[nearest]
-        one_hot = torch.zeros(len(part) * k, num_classes)
+        one_hot = torch.zeros(len(part) * k, num_classes, device=part.device)
         one_hot.scatter_(1, neighbors.view(-1, 1), 1)
         weights = (similarity / temperature).exp()
         votes = (one_hot.view(len(part), k, num_classes) * weights.view(len(part), k, 1)).sum(1)
@@ -86,7 +88,8 @@ def clusters(count: int, dim: int, classes: int, seed: int) -> tuple[Tensor, Ten
     return centers[labels] + 3.5 * torch.randn(count, dim, generator=generator), labels
 
 
-def main() -> None:
+def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, from the command line unless given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -98,43 +101,68 @@ def main() -> None:
         ("repeats", 3),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    return parser.parse_args(argv)
+
+
+@dataclass
+class Result:
+    """What both found, and the seconds that they took by the clock and of the processor, one pair a
+    run."""
+
+    accuracies: dict[str, list[Sequence[float]]]
+    seconds: dict[str, list[tuple[float, float]]]
+
+    def medians(self, name: str) -> list[float]:
+        return [statistics.median(column) for column in zip(*self.seconds[name], strict=True)]
+
+    def line(self, name: str) -> str:
+        pairs = zip(KS, self.accuracies[name], strict=True)
+        return "  ".join(f"k {k}: {a:.2f} / {b:.2f}" for k, (a, b) in pairs)
+
+
+def compared(args: argparse.Namespace) -> Result:
+    """Run both alternately."""
     bank, labels = clusters(args.bank, args.dim, args.classes, seed=1)
     queries, targets = clusters(args.queries, args.dim, args.classes, seed=2)
-    unit_bank, unit_queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    unit_bank, unit_queries = (F.normalize(x, dim=1).to(args.device) for x in (bank, queries))
+    bank_labels, query_labels = labels.to(args.device), targets.to(args.device)
 
-    def official() -> list[tuple[float, float]]:
+    def official() -> list[Sequence[float]]:
         return [
-            official_knn(unit_bank, labels, unit_queries, targets, k, TEMPERATURE, args.classes)
+            official_knn(
+                unit_bank, bank_labels, unit_queries, query_labels, k, TEMPERATURE, args.classes
+            )
             for k in KS
         ]
 
-    def ours() -> list[list[float]]:
+    def ours() -> list[Sequence[float]]:
         hits = knn_hits(
             bank.numpy(), labels.numpy(), queries.numpy(), targets.numpy(), KS, TEMPERATURE,
-            args.classes,
+            args.classes, gpu=args.device == "cuda",
         )  # fmt: skip
         return (100 * hits / args.queries).tolist()
 
-    seconds: dict[str, list[tuple[float, float]]] = {"official": [], "ours": []}
-    accuracies = {}
+    result = Result({}, {"official": [], "ours": []})
     for _ in range(args.repeats):
         for name, function in (("official", official), ("ours", ours)):
             began, busy = time.perf_counter(), time.process_time()
-            accuracies[name] = function()
-            seconds[name].append((time.perf_counter() - began, time.process_time() - busy))
+            result.accuracies[name] = function()
+            result.seconds[name].append((time.perf_counter() - began, time.process_time() - busy))
+    return result
 
+
+def main() -> None:
+    args = settings()
+    result = compared(args)
     print(f"bank {args.bank} x {args.dim}, {args.queries} queries, {args.classes} classes")
     print(f"{torch.get_num_threads()} threads; seconds by the clock and of the processor, medians")
-    medians = {
-        name: [statistics.median(column) for column in zip(*runs, strict=True)]
-        for name, runs in seconds.items()
-    }
-    for name, pairs in accuracies.items():
-        line = "  ".join(f"k {k}: {a:.2f} / {b:.2f}" for k, (a, b) in zip(KS, pairs, strict=True))
-        clock, busy = medians[name]
+    for name in result.accuracies:
+        clock, busy = result.medians(name)
+        line = result.line(name)
         print(f"{name:<9}{clock:7.2f} s {busy:7.2f} s   top-1 / top-5 in percent: {line}")
-    clock, busy = (a / b for a, b in zip(medians["official"], medians["ours"], strict=True))
+    pair = zip(result.medians("official"), result.medians("ours"), strict=True)
+    clock, busy = (a / b for a, b in pair)
     print(f"ours is {clock:.1f} times as fast by the clock, {busy:.1f} times by processor time")
 
 

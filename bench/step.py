@@ -19,14 +19,12 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
 from bench.contestants import check_equality, our_work, plain_work
@@ -76,7 +74,8 @@ def largest_row(args: argparse.Namespace, precision: str, reference_precision: s
     return "largest batch", str(official), str(ours), f"{ours / official:.2f} x"
 
 
-def main() -> None:
+def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, from the command line unless given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="xcit_nano_12_p16")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -94,10 +93,18 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="search the largest batch (GPU)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, help="on a busy CPU take 1: processor time counts")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.threads = args.threads or torch.get_num_threads()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    return args
+
+
+def main() -> None:
+    from rich.console import Console  # bench/gpu.py does without
+    from rich.table import Table
+
+    args = settings()
     where = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     print(f"torch {torch.__version__}, {args.threads} threads, ", end="")
     print(f"load {os.getloadavg()[0]:.1f}, {where}", flush=True)
