@@ -174,15 +174,20 @@ def default_window(form: PixelFormat) -> Window:
     """How a set is scaled where no option says otherwise.
 
     Unsigned integers: 0 to the largest value that the bits in use can hold (12-bit values in
-    16-bit files: 0 to 4095), the same for all channels, which keeps their relations. Signed and
-    floating-point values have no natural range: from the 0.1th to the 99.9th percentile of each
-    channel.
+    16-bit files: 0 to 4095), the same for all channels, which keeps their relations. Where all
+    values lie in the upper half, such as inverted ones of 12 bits, as many bits counted from above
+    (61440 to 65535). Signed and floating-point values have no natural range: from the 0.1th to the
+    99.9th percentile of each channel.
     """
     if form.statistics is None:
         return Window()
     if form.dtype in ("uint8", "uint16"):
         bits = max(8, int(max(form.statistics.maximum)).bit_length())
-        return Window((0.0,), (float((1 << bits) - 1),))
+        top, least = (1 << bits) - 1, int(min(form.statistics.minimum))
+        if form.dtype == "uint16" and least > top // 2:
+            bits = max(8, (top - least).bit_length())
+            return Window((float(top + 1 - (1 << bits)),), (float(top),))
+        return Window((0.0,), (float(top),))
     return _apart(form.statistics.percentile(0.1), form.statistics.percentile(99.9))
 
 

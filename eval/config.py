@@ -236,8 +236,9 @@ class EmbedConfig:
     examples: int = 8
     """Images shown with their nearest neighbors; 0: no picture."""
     show_channels: tuple[int, ...] = ()
-    """Channels shown as red, green and blue, numbered from 1, in pictures of images with other than
-    8-bit RGB. Default: the first three, of more than three the first principal components."""
+    """Channels shown as red, green and blue, in pictures of images with other than 8-bit RGB;
+    numbered from 1, of those that --bands reads. Default: the first three, of more than three the
+    first principal components."""
     seed: int = 0
     """Seed for selecting the images shown."""
 
@@ -271,8 +272,9 @@ class ReportConfig:
     """Also show crops, attention, neighbors, confusions and a map of the features; they need the
     shards, a checkpoint and the features cached by `knn`."""
     show_channels: tuple[int, ...] = ()
-    """Channels shown as red, green and blue, numbered from 1, in pictures of images with other than
-    8-bit RGB. Default: the first three, of more than three the first principal components."""
+    """Channels shown as red, green and blue, in pictures of images with other than 8-bit RGB;
+    numbered from 1, of those that --bands reads. Default: the first three, of more than three the
+    first principal components."""
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
@@ -338,8 +340,9 @@ class AttentionConfig:
     std: tuple[float, ...] | None = None
     """Standard deviation of the channels, the divisor. Default: as for mean."""
     show_channels: tuple[int, ...] = ()
-    """Channels shown as red, green and blue, numbered from 1, in pictures of images with other than
-    8-bit RGB. Default: the first three, of more than three the first principal components."""
+    """Channels shown as red, green and blue, in pictures of images with other than 8-bit RGB;
+    numbered from 1, of those that --bands reads. Default: the first three, of more than three the
+    first principal components."""
     layer: Literal[1, 2] = 2
     """Class attention layer; the last one is 2."""
     threshold: float = 0.0

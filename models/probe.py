@@ -46,6 +46,39 @@ def check_sizes(
             )
 
 
+def check_bf16(
+    model: nn.Module, arch: str, sizes: dict[str, int], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise InputError where training in bf16 on a CPU would have wrong gradients.
+
+    For a convolution with stride over a map of one pixel, torch 2.11 leaves the weights' gradient
+    uninitialized where the kernel lies outside: NaN, or any number. arch, sizes: as in
+    :func:`check_sizes`.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return
+    for option, size in sizes.items():
+        seen: list[int] = []
+
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...], seen: list[int] = seen) -> None:
+            if max(layer.stride) > 1:  # type: ignore[arg-type]
+                seen.append(min(inputs[0].shape[-2:]))
+
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+        hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+        try:
+            _try_size(model, size)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if 1 in seen:
+            raise InputError(
+                f"--{option} {size}: in bf16 on a CPU, torch computes wrong gradients of {arch} "
+                "for images this small (its maps have one pixel before the last stride); add "
+                f"--precision fp32, or take --{option} {2 * size}"
+            )
+
+
 def unused_parameters(model: nn.Module, arch: str, size: int) -> list[str]:
     """Names of the trainable parameters that features do not depend on, found by a training pass
     of a copy over two images of ``size`` pixels; ``model`` is unchanged.

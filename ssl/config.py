@@ -162,7 +162,8 @@ class StartConfig:
 
     def ineffective(self) -> dict[str, str]:
         """See :func:`xcit_dino.options.ineffective`."""
-        return needs(self.init_from, "without --init_from", "new_head", "freeze_batchnorm")
+        names = ("new_head", "freeze_backbone", "freeze_batchnorm")
+        return needs(self.init_from, "without --init_from", *names)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from xcit_dino.data.augment import Augment
 from xcit_dino.data.batch import Batch
 from xcit_dino.inputs import InputSettings
-from xcit_dino.models.probe import check_sizes, unused_parameters
+from xcit_dino.models.probe import check_bf16, check_sizes, unused_parameters
 from xcit_dino.models.tokens import Tokens
 from xcit_dino.models.zoo import TIMM_PREFIX
 from xcit_dino.options import options
@@ -147,6 +147,7 @@ def set_up(
             if crops.local_crops_number:
                 sizes["local_crops_size"] = crops.local_crops_size
             check_sizes(student.backbone, config.model.arch, sizes, features=True)
+            check_bf16(student.backbone, config.model.arch, sizes, device, dtype)
         found = unused_parameters(student.backbone, config.model.arch, min(sizes.values()))
         unused = [] if objective.distills else found  # whose patch tokens may depend on them
     if world.size > 1:

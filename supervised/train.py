@@ -17,13 +17,13 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
 from xcit_dino.data.loader import Batch
-from xcit_dino.models.probe import check_sizes
+from xcit_dino.models.probe import check_bf16, check_sizes
 from xcit_dino.supervised.config import FinetuneConfig
 from xcit_dino.supervised.data import HostAugment, LabeledData, plan_of
 from xcit_dino.supervised.trainer import Method, SupervisedTrainer, say_average, set_up
 from xcit_dino.supervised.validation import Validation
 from xcit_dino.train import loop, optim
-from xcit_dino.train.amp import autocast
+from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.loop import Training
 from xcit_dino.train.schedules import Hyperparameters, Schedule
@@ -99,6 +99,8 @@ def train(
     run, regularization = config.run, config.regularization
     sizes = {"input_size": regularization.input_size}
     check_sizes(model, config.model.arch, sizes, features=False)
+    dtype = resolve_precision(run.precision, world.device)
+    check_bf16(model, config.model.arch, sizes, world.device, dtype)
     plan = plan_of(config, data.train, images_per_step(run, world))
     steps_per_epoch = plan.steps_per_epoch // plan.repeats  # as many images as the data set
     schedule = Schedule(config, steps_per_epoch, plan.batch_size, config.cooldown_epochs)

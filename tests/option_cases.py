@@ -246,7 +246,7 @@ PRETRAIN: Cases = RUN | {
     "init_from": [turn("run", "other", "tuned.pth", **W)],
     "new_head": [turn("true", **W, given={"init_from": "run"})],
     "freeze_batchnorm": [turn("true", **W, given=FROM_RUN)],
-    "freeze_backbone": [turn("1", **W)],
+    "freeze_backbone": [turn("1", **W, given=FROM_RUN), refused("1", by="without --init_from")],
     "out_dim": [turn("16", **W)],
     "head_nlayers": [turn("1", **W, given={"head_hidden_dim": "2048"})],
     "head_hidden_dim": [turn("8", **W)],

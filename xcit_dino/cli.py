@@ -123,7 +123,7 @@ COMMANDS = {
     "weights export": Command(
         "models.config:ExportConfig",
         "models.weights.convert:export",
-        "safetensors or ONNX, verified, with a model card",
+        "safetensors, ONNX or a folder for timm and the hub, with a model card",
     ),
     "launch": Command(
         "slurm.stages:launch_config", "slurm.launch:run", "stages as SLURM jobs or local processes"

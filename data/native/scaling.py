@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from xcit_dino.data.pixels import (
+    SHARES,
     PixelFormat,
     Window,
     default_window,
@@ -23,6 +26,9 @@ from xcit_dino.data.pixels import (
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError
 from xcit_dino.inputs import BYTES, IMAGENET_MEAN, IMAGENET_STD, Channels, InputSettings
+
+MUCH_CLIPPED = 50  # percent of a channel's values: more are said
+LITTLE_FILLED = 0.01  # of a window: less is said
 
 
 class Given(Protocol):
@@ -91,8 +97,10 @@ def resolve_scaling(
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if form.is_rgb8 else _rounded(form, window)
     elif not form.is_rgb8 and not same_data:
         why += "; mean and std are those of the weights"
-    if not form.is_rgb8 or why:
+    if not form.is_rgb8 or why or given.window:
         lines.append(f"images are {form.name}: {bounds_text(window)} scaled to [0, 1]{why}")
+    if form.statistics is not None:
+        lines += check_fit(window, form, "--window" if given.window else "the window")
     return Scaling(window, given.mean or mean, given.std or std, form, lines)
 
 
@@ -113,9 +121,45 @@ def _window(
     return _tidy(default_window(form)), _bits_used(form)
 
 
+def check_fit(window: Window, form: PixelFormat, what: str) -> list[str]:
+    """Lines on channels most of whose values the window clips, or which fill a small part of it.
+
+    what: the window's name in messages.
+
+    Raises:
+        InputError: all values of a channel are clipped to the same end.
+    """
+    found = form.statistics
+    assert found is not None
+    lines = []
+    for c in range(form.channels):
+        low, high = (row[c % len(row)] for row in (window.low, window.high))
+        least, most = found.minimum[c], found.maximum[c]
+        if least == most:
+            continue
+        here = f"channel {c + 1} ({least:g} to {most:g})"
+        if most <= low or least >= high:
+            raise InputError(
+                f"{what} {low:g} {high:g}: holds none of the values of {here}; take --window p0.1 "
+                "p99.9, or other bounds"
+            )
+        shares = np.interp((low, high), found.quantiles[c], SHARES, left=0, right=100)
+        clipped = 100 - float(shares[1] - shares[0])
+        if clipped > MUCH_CLIPPED:
+            lines.append(f"{what} {low:g} {high:g}: clips {clipped:.0f} % of the values of {here}")
+        elif most - least < LITTLE_FILLED * (high - low):
+            lines.append(f"{what} {low:g} {high:g}: the values of {here} fill 1 % of it or less")
+    if len(lines) > 3:
+        lines = [*lines[:3], f"{what}: the same for {len(lines) - 3} more channels"]
+    return [f"WARNING: {line}" for line in lines]
+
+
 def _bits_used(form: PixelFormat) -> str:
     """`` (12 of 16 bits are used)``, where not all are."""
-    bits = int(default_window(form).high[0]).bit_length() if form.dtype == "uint16" else 16
+    if form.dtype != "uint16":
+        return ""
+    window = default_window(form)
+    bits = int(window.high[0] - window.low[0]).bit_length()
     return f" ({bits} of 16 bits are used)" if bits < 16 else ""
 
 

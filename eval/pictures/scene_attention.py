@@ -53,7 +53,8 @@ class SceneMaps:
         """A tile's picture [tile, tile, 3] and attention [h, tile / patch, tile / patch]."""
         cells, p = self.tile // self.patch, self.patch
         place = (slice(y // p, y // p + cells), slice(x // p, x // p + cells))
-        self.heat[:, *place] = heat * heat[0].size
+        shares = heat / np.maximum(heat.sum((1, 2), keepdims=True), 1e-12)
+        self.heat[:, *place] = shares * heat[0].size
         self.photo[place] = photo.reshape(cells, p, cells, p, 3).mean((1, 3)).round()
 
     def pictures(self, overlay: Any) -> dict[str, NDArray[np.uint8]]:

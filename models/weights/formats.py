@@ -84,13 +84,14 @@ def metadata_of(tree: Any) -> dict[str, str]:
     }
 
 
-def skim(path: Path) -> Any:
+def skim(path: Path) -> Tree:
     """As :func:`read`, with tensors that stay on the disk in a torch file of the kind that can."""
     try:
         with torch.serialization.safe_globals(COMMAND_LINE):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the older format, or a file that read() refuses with the reason
-        return read(path)
+        tree = None
+    return tree if isinstance(tree, dict) else read(path)
 
 
 def write(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> None:

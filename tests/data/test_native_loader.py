@@ -169,7 +169,7 @@ def test_scaling_is_given_or_known_or_the_datas():
     )
     assert other.options == own.options  # they say nothing of three channels
 
-    window = AugmentConfig(window=(0.0, "p50", 5.0, "p100", 7, 9), mean=(0.5,) * 3)
+    window = AugmentConfig(window=(0.0, "p50", 5.0, "p100", 7, 900), mean=(0.5,) * 3)
     chosen = resolve_scaling(window, form, theirs)
     assert chosen.window.low == (0.0, 5.0, 7.0) and chosen.mean == (0.5,) * 3
     assert chosen.window.high[1] == form.statistics.maximum[1]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from xcit_dino.data.native.scaling import check_fit
 from xcit_dino.data.pixels import (
     RGB8,
     SHARES,
@@ -42,6 +43,9 @@ def test_default_windows():
     assert default_window(RGB8) == Window((0.0,), (255.0,))
     twelve_bits = form_of(np.arange(4000.0), np.arange(9.0))
     assert default_window(twelve_bits) == Window((0.0,), (4095.0,))
+    inverted = form_of(65535 - np.arange(3500.0))  # white is zero, 12 bits in 16
+    assert default_window(inverted) == Window((61440.0,), (65535.0,))
+    assert default_window(form_of(40000 + np.arange(9.0))) == Window((32768.0,), (65535.0,))
     signed = form_of(np.arange(-1000.0, 3001.0), np.zeros(5), dtype="int16")
     assert default_window(signed).low == pytest.approx((-996.0, 0.0))
     assert default_window(signed).high == pytest.approx(
@@ -71,6 +75,22 @@ def test_windows_by_option():
 def test_windows_that_cannot_be(values, words):
     with pytest.raises(InputError, match=words):
         parse_window(values, form_of(np.arange(9.0), np.arange(9.0)))
+
+
+def test_windows_that_hardly_fit_are_said_and_those_of_nothing_refused():
+    form = form_of(np.arange(3500.0), np.zeros(9), 10 + np.arange(30.0))  # one is constant
+    assert check_fit(Window((0.0,) * 3, (2000.0, 1.0, 39.0)), form, "--window") == []  # 43 %
+    clipped = check_fit(Window((0.0, 0.0, 0.0), (1000.0, 1.0, 39.0)), form, "--window")
+    assert clipped == [
+        "WARNING: --window 0 1000: clips 71 % of the values of channel 1 (0 to 3499)"
+    ]
+    little = check_fit(Window((0.0,), (4095.0,)), form, "the window")
+    assert little == [
+        "WARNING: the window 0 4095: the values of channel 3 (10 to 39) fill 1 % of it or less"
+    ]
+    for low, high in ((10000.0, 20000.0), (-50.0, -1.0), (39.0, 5000.0)):
+        with pytest.raises(InputError, match="holds none of the values of channel . .*p0.1 p99.9"):
+            check_fit(Window((low,), (high,)), form, "--window")
 
 
 def test_statistics_after_scaling():

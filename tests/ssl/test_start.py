@@ -38,6 +38,7 @@ TINY = {
     "warmup_epochs": 0,
     "num_workers": 0,
     "log_every": 1,
+    "precision": "fp32",
     "device": "cpu",
 }
 
@@ -211,6 +212,7 @@ def refused_starts(tmp_path):
     }  # fmt: skip
     for name, tree in trees.items():
         torch.save(tree, tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "empty").mkdir()
     vit = {"arch": "timm/test_vit", "drop_path_rate": 0}
     effnet = {"arch": "timm/test_efficientnet", "drop_path_rate": 0}
@@ -228,6 +230,7 @@ def refused_starts(tmp_path):
             "--out_dim 8 --head_bottleneck_dim 4 --head_hidden_dim 24, or .* --new_head true",
         ),
         ({"init_from": "none.pth"}, "no such file"),
+        ({"init_from": "list.pth"}, "contains a list instead of named tensors"),
         ({"init_from": "empty"}, "no checkpoint in this folder"),
         ({"init_from": "timm/test_vitt", "arch": "timm/test_vitt"}, "did you mean test_vit"),
         ({"init_from": "timm/test_vit.x", **vit}, "no weights 'x' of test_vit; it has test_vit"),

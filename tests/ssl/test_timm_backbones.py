@@ -15,7 +15,7 @@ from xcit_dino.data.pack.demo import make
 from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import InputError
 from xcit_dino.models import zoo
-from xcit_dino.models.probe import unused_parameters
+from xcit_dino.models.probe import check_bf16, unused_parameters
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
 from xcit_dino.ssl.config import PretrainConfig
@@ -194,3 +194,16 @@ def test_a_network_that_takes_no_such_crops_is_refused_before_anything_is_writte
     with pytest.raises(InputError, match=words):
         pretrain(replace(PretrainConfig(), SMALL | values | changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_images_for_which_torch_has_wrong_bf16_gradients_are_refused():
+    """A convolution with stride over one pixel: its gradient is not initialized."""
+    model, cpu = create_model("timm/resnet10t", num_classes=0).train(), torch.device("cpu")
+    sizes = {"global_crops_size": 32, "local_crops_size": 16}
+    with pytest.raises(InputError, match=r"--local_crops_size 16: in bf16 .*--local_crops_size 32"):
+        check_bf16(model, "timm/resnet10t", sizes, cpu, torch.bfloat16)
+    check_bf16(model, "timm/resnet10t", sizes, cpu, torch.float32)
+    check_bf16(model, "timm/resnet10t", {"local_crops_size": 32}, cpu, torch.bfloat16)
+    xcit = create_model("xcit_pico_6_p8", num_classes=0)
+    check_bf16(xcit, "xcit_pico_6_p8", {"local_crops_size": 8}, cpu, torch.bfloat16)
+    assert model.training and not any(module._forward_pre_hooks for module in model.modules())
