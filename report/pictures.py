@@ -56,7 +56,10 @@ def sections_of(
     """
     images = Images(run, show_channels)
     shown, reasons = [], dict[str, list[str]]()
+    dense = run.kind in ("segment", "detect")
     for part in parts:
+        if dense and part.data not in (segmentation, detection):
+            continue  # they have neither crops nor one class an image
         try:
             shown.append(dataclasses.replace(part, data=part.data(images)))
         except Exception as reason:  # damaged files never prevent a report
@@ -176,8 +179,12 @@ def segmentation(images: Images) -> dict[str, Any]:
     shown, names = predicted_masks(run.folder, images.options, MASK_PHOTOS)
     colors = class_colors(len(names))
     photos = [(picture(image, images.context), *masks) for image, *masks in shown]
-    rows = [[p, painted(p, mask, colors), painted(p, guess, colors)] for p, mask, guess in photos]
-    return one_card(rows, ["photo", "mask", "predicted"]) | {"summary": legend(names, colors)}
+    rows = []
+    for photo, mask, guess in photos:
+        row = {"photo": photo, "mask": painted(photo, mask, colors)}
+        row["predicted"] = painted(photo, guess, colors)
+        rows.append([wide_tile(pixels, caption) for caption, pixels in row.items()])
+    return {"summary": "", "key": legend(names, colors), "groups": {"": rows}}
 
 
 def detection(images: Images) -> dict[str, Any]:
@@ -196,13 +203,13 @@ def detection(images: Images) -> dict[str, Any]:
         ]
         captions = f"{len(both[0].boxes)} objects", f"{len(both[1].boxes)} predicted"
         rows.append([wide_tile(*each) for each in zip(pictures, captions, strict=True)])
-    return {"summary": legend(names, colors), "groups": {"": rows}}
+    return {"summary": "", "key": legend(names, colors), "groups": {"": rows}}
 
 
-def legend(names: Sequence[str], colors: render.Pixels) -> str:
-    """The colors of the first 30 classes, in words."""
+def legend(names: Sequence[str], colors: render.Pixels) -> list[tuple[str, str]]:
+    """The first 30 classes and their colors."""
     pairs = list(zip(names, colors.tolist(), strict=True))[:30]
-    return "Classes: " + ", ".join(f"{n} #{r:02x}{g:02x}{b:02x}" for n, (r, g, b) in pairs)
+    return [(name, f"#{r:02x}{g:02x}{b:02x}") for name, (r, g, b) in pairs]
 
 
 def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -> dict[str, Any]:

@@ -331,7 +331,8 @@ def test_learns_the_squares_and_writes_results(squares: Path, tmp_path: Path):
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert sum("val_miou" in json.loads(line) for line in lines) == 3
     text = page(read_runs([tmp_path / "run"]))
-    assert "Segmentation, mean IoU" in text and "Predicted masks" in text
+    assert "Segmentation, mean IoU</p>" in text and "Predicted masks" in text
+    assert 'fill="#800000"/></svg>square' in text and "Not shown" not in text
     before = (tmp_path / "run/results.json").read_bytes()
     segment(tiny(squares, tmp_path / "run", epochs=30, eval_every=10))
     assert (tmp_path / "run/results.json").read_bytes() == before

@@ -162,8 +162,9 @@ def missing(run: Run) -> list[str]:
     if not run.metrics:
         words.append("curves: no metrics.jsonl")
     if not run.results:
-        command = f"xcit-dino knn --output_dir {run.folder}"
-        words.append(f"accuracies: nothing evaluated yet; with labels: {command}")
+        command = f"; with labels: xcit-dino knn --output_dir {run.folder}"
+        remedy = command if run.kind == "pretrain" else ""
+        words.append(f"accuracies: nothing evaluated yet{remedy}")
     if run.tries and run.tries[-1]["event"] == "start":
         total = run.tries[-1].get("total_steps", "?")
         at = run.metrics[-1] if run.metrics else run.tries[-1]
