@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -422,8 +423,18 @@ def refuse_without_meaning(given: set[str], config: PretrainConfig) -> None:
 
 
 def arch_of_start(init_from: str) -> str | None:
-    """The architecture that ``--init_from`` names: timm's, or that of a run folder."""
+    """The architecture that ``--init_from`` names: timm's, or that of a run folder, or of a folder
+    for timm and the hub."""
     if init_from.startswith(TIMM_PREFIX):
         return init_from
-    path = Path(expand(init_from)) / "config.yaml"
-    return read_yaml(path).get("arch") if path.is_file() else None
+    folder = Path(expand(init_from))
+    if (run := folder / "config.yaml").is_file():
+        return read_yaml(run).get("arch")
+    try:
+        name = str(json.loads((folder / "config.json").read_bytes())["architecture"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        return canonical_name(name)  # timm's names of XCiTs are the published ones
+    except InputError:
+        return f"{TIMM_PREFIX}{name}"

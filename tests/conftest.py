@@ -47,6 +47,8 @@ SLOW = {
     "test_together": "every two commands at once",
     "test_faults": "kills processes at many points",
     "test_faults_inside": "kills processes at many points",
+    "test_launch": "signals and time limits of real processes",
+    "test_evaluation": "stops processes and waits for them to be missed",
     "test_sharding": "two ranks with sharded weights",
     "test_fsdp": "two ranks with sharded weights",
     "test_syncbn": "two ranks",

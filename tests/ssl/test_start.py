@@ -1,5 +1,6 @@
 """Pretraining from existing weights: every layout a start can have, and files that are refused."""
 
+import json
 import re
 import socket
 from pathlib import Path
@@ -174,6 +175,10 @@ def test_the_architecture_is_that_of_the_start(tmp_path, monkeypatch):
     assert config.model.arch == "xcit_nano_12_p8"
     assert dict(options(absolute(config)))["init_from"] == str(tmp_path / "run")
     assert pretrain_config(["--init_from=run", "--arch", ARCH]).model.arch == ARCH
+    Path("exported").mkdir()
+    for name, arch in (("xcit_nano_12_p8_224", "xcit_nano_12_p8"), ("resnet18", "timm/resnet18")):
+        Path("exported/config.json").write_text(json.dumps({"architecture": name}))
+        assert pretrain_config(["--init_from", "exported"]).model.arch == arch
     with pytest.raises(InputError, match="not the weights of --arch timm/resnet34; take --arch"):
         pretrain_config(["--init_from", "timm/resnet18", "--arch", "timm/resnet34"])
 
