@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ ANY = Wanted()
 
 
 def read_native_header(raw: bytes, form: PixelFormat) -> NativeHeader:
-    """Size and decoder of an image of a set of that format.
+    """Size and decoder of an image of a set of that format; a set of float32 takes the other types,
+    all of whose values it holds exactly.
 
     Raises:
         BadImage: not an image, of another kind than the set, or too large.
@@ -81,9 +82,11 @@ def read_native_header(raw: bytes, form: PixelFormat) -> NativeHeader:
     most = form.max_pixels or MAX_PIXELS
     header = open_native(raw, Wanted(form.page, form.channels, most))
     kind = f"{form.channels}x{form.dtype}"
-    if header.kind != kind:
-        raise BadImage(f"{header.kind}, and the set consists of {kind}")
-    return header
+    if header.kind == kind:
+        return header
+    if (header.channels, form.dtype) == (form.channels, "float32"):
+        return replace(header, dtype="float32")
+    raise BadImage(f"{header.kind}, and the set consists of {kind}")
 
 
 def open_native(raw: bytes, wanted: Wanted = ANY) -> NativeHeader:

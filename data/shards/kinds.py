@@ -97,8 +97,12 @@ def find_kind(
             f"{found.counts[kind]:,} {kind} ({found.examples[kind]})" for kind in found.names
         )
         natives = [kind for kind in found.names if kind != RGB]
+        channels = {kind.partition("x")[0] for kind in natives}
+        wide = f"{channels.pop()}xfloat32"
+        whole = f"--pixels {wide} all of them without loss, "
         raise InputError(
             f"images of several kinds: {listed}; --pixels {natives[0]} takes those alone, "
+            f"{'' if channels or RGB in found.names else whole}"
             f"--pixels {RGB} turns all into 8-bit RGB"
         )
     kind = found.names[0]

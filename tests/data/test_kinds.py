@@ -201,6 +201,27 @@ def test_a_mixed_set_is_refused_with_the_options_that_pick(
     assert (index.num_samples, index.pixels.is_rgb8) == (4, True)  # the upper 8 of 16 bits
 
 
+def test_float32_takes_every_type_without_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As scans of one study whose files differ in their intercept."""
+    images: dict[str, np.ndarray | bytes] = {
+        "a_tif": RANDOM.integers(0, 65536, (8, 8)).astype(np.uint16),
+        "b_tif": RANDOM.integers(-32768, 32768, (8, 8)).astype(np.int16),
+        "c_tif": RANDOM.normal(size=(8, 8)).astype(np.float32),
+    }
+    src = write(tmp_path / "src", **images)
+    assert make(src, tmp_path / "d") == 2
+    assert "--pixels 1xfloat32 all of them without loss" in capsys.readouterr().err
+    assert make(src, tmp_path / "d", "--pixels", "1xfloat32", "--shuffle", "false") == 0
+    index, raws = ShardIndex.load(tmp_path / "d"), stored(tmp_path / "d")
+    for raw, values in zip(raws, images.values(), strict=True):
+        assert isinstance(values, np.ndarray)
+        found = decode_native(raw, read_native_header(raw, index.pixels), index.pixels)
+        assert found.dtype == np.float32 and np.array_equal(found[..., 0], values)
+    statistics = index.pixels.statistics
+    assert statistics is not None
+    assert statistics.minimum[0] == min(float(np.min(values)) for values in images.values())
+
+
 def test_sets_of_eight_bits_stay_as_they_were(tmp_path: Path):
     rgba = io.BytesIO()
     Image.fromarray(RANDOM.integers(0, 255, (8, 8, 4), np.uint8)).save(rgba, "PNG")
