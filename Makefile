@@ -37,13 +37,13 @@ faults: $(STAMP)
 # Every measurement that needs a GPU, in at most 8 minutes and without network; docs/performance.md.
 #   make gpu OUT=DIR [DATA=SHARDS] [WHEELS=FOLDER] [MINUTES=8]
 gpu:
-	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) bench/gpu.py --out $(OUT) --minutes $(or $(MINUTES),8) \
+	$(if $(wildcard $(STAMP)),$(BIN)/python,$(PYTHON)) bench/gpu/run.py --out $(OUT) --minutes $(or $(MINUTES),8) \
 	    $(if $(DATA),--data $(DATA)) $(if $(WHEELS),--wheels $(WHEELS))
 
 # WHEELS=FOLDER for `make gpu` on a machine (Python 3.12) that has torch, torchvision, numpy and timm only.
 wheels: $(STAMP)
 	mkdir -p $(WHEELS)
-	$(BIN)/uv pip compile --quiet bench/wheels.in -c constraints.txt --no-header --no-annotate \
+	$(BIN)/uv pip compile --quiet bench/gpu/wheels.in -c constraints.txt --no-header --no-annotate \
 	    --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-emit-package numpy \
 	    --output-file $(WHEELS)/packages.txt
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \

@@ -8,7 +8,7 @@ plainly: augmented images through the frozen backbone in every epoch, for one le
 measured for some seconds and extrapolated to all its epochs and to 13 runs.
 
 Seconds are wall clock and CPU time; on a busy machine the latter approximates the wall clock of an
-idle one. The accuracy of the heads is compared in ``bench/linear_accuracy.py``.
+idle one. The accuracy of the heads is compared in ``bench/trials/linear_accuracy.py``.
 """
 
 from __future__ import annotations

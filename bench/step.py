@@ -101,7 +101,7 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    from rich.console import Console  # bench/gpu.py does without
+    from rich.console import Console  # bench/gpu/run.py does without
     from rich.table import Table
 
     args = settings()

@@ -1,5 +1,5 @@
-"""bench/gpu.py on a CPU: every part with small sizes, and what is left where one is cut off or a
-package is missing."""
+"""bench/gpu/run.py on a CPU: every part with small sizes, and what is left where one is cut off or
+a package is missing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import PARTS
-from bench.notes import Notes, markdown
+from bench.gpu.notes import Notes, markdown
+from bench.gpu.run import PARTS
 
 ROOT = Path(__file__).parents[2]
 
 
 def run(out: Path, *words: str, **environment: str) -> tuple[str, dict[str, dict]]:
     """(what was printed, notes of the parts by name)."""
-    command = [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--out", str(out)]
+    command = [sys.executable, "bench/gpu/run.py", "--device", "cpu", "--tiny", "--out", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
         [*command, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=850
@@ -50,7 +50,7 @@ def test_every_part_runs_on_a_cpu(tmp_path):
 def test_a_part_that_is_cut_off_leaves_its_rows(tmp_path, monkeypatch):
     file = tmp_path / "sitecustomize.py"  # the machine part stops for good after its first row
     file.write_text(
-        "import time, bench.notes as n\n"
+        "import time, bench.gpu.notes as n\n"
         "row = n.Notes.row\n"
         "def slow(self, *cells):\n"
         "    row(self, *cells)\n"

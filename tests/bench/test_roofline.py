@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import roofline
 from bench.flops import step_flops
-from bench.roofline import H200, PARTS_OF, at_roof, expected, fused, moved
-from bench.trace import Kernel, Recorder, step_kernels
+from bench.gpu import roofline
+from bench.gpu.operations import Kernel, Recorder, step_kernels
+from bench.gpu.roofline import H200, PARTS_OF, at_roof, expected, fused, moved
 
 SMALL = argparse.Namespace(
     arch="xcit_nano_12_p16", batch_size=2, prototypes=512, local_crops=3, global_size=64,
@@ -46,7 +46,7 @@ def test_every_part_is_there_in_both_directions(kernels):
 
 
 def roofline_parts() -> set[str]:
-    from bench.trace import PARTS, UPDATE
+    from bench.gpu.operations import PARTS, UPDATE
 
     return {*PARTS.values(), UPDATE}
 
@@ -85,7 +85,7 @@ def test_compiling_joins_only_in_blocks_and_changes_no_operations(kernels):
 
 @pytest.mark.slow
 def test_the_page_has_what_the_command_prints():
-    """``python bench/roofline.py --write`` updates it."""
+    """``python bench/gpu/roofline.py --write`` updates it."""
     args = roofline.settings([])
     lines = roofline.tables(args, [PARTS_OF])
     page = roofline.DOCS.read_text().split(roofline.MARKS[0])[1].split(roofline.MARKS[1])[0]

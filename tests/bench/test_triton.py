@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 def printed(module: str, tmp_path: Path, **environment: str) -> str:
     """What ``python -m bench.MODULE`` prints, with a cache of its own."""
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", f"bench.{module}"]
+    command = [sys.executable, "-m", f"bench.gpu.{module}"]
     return subprocess.run(
         command, cwd=ROOT, env=env, check=True, capture_output=True, text=True
     ).stdout

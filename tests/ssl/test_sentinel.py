@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from bench import collapse
+from bench.trials import collapse
 from xcit_dino.data.pack.demo import make
 from xcit_dino.data.shards.config import DemoConfig
 from xcit_dino.errors import RunError
@@ -181,5 +181,5 @@ def test_runs_made_to_collapse_ring(kind, images, tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", collapse.HEALTHY)
 def test_healthy_runs_are_silent(kind, images, tmp_path):
-    """One seed of each kind; ``bench/collapse.py`` goes through many."""
+    """One seed of each kind; ``bench/trials/collapse.py`` goes through many."""
     assert alarms_of(images, tmp_path, 300, collapse.HEALTHY[kind]) == set()

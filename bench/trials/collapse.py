@@ -1,7 +1,7 @@
 """Are the collapse alarms of ssl/diagnostics.py raised when they should be, and only then?
 
-    python bench/collapse.py --seeds 20             # healthy runs: every alarm is a false one
-    python bench/collapse.py --seeds 3 --unhealthy  # runs made to collapse: each must raise one
+    python bench/trials/collapse.py --seeds 20            # healthy runs: every alarm is false
+    python bench/trials/collapse.py --seeds 3 --unhealthy # made to collapse: each must raise one
 
 Small real training runs (``xcit-dino pretrain`` without the command line) on the built-in images.
 For each kind of run it prints how many raised an alarm, when, and the range of each diagnostic from

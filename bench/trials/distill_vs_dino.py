@@ -1,5 +1,5 @@
 """A student distilled without labels against DINO from random weights, at equal time:
-python bench/distill_vs_dino.py --data_path SHARDS --teacher_path FILE
+python bench/trials/distill_vs_dino.py --data_path SHARDS --teacher_path FILE
 
 The same student is trained twice, side by side, each run pinned to a core of its own. Time is the
 processor time of a run and its loader: on a quiet machine that is the wall-clock time of one core,

@@ -1,7 +1,7 @@
 """All measurements that need a GPU, in one command and at most 8 minutes: ``make gpu OUT=DIR``.
 
     make gpu OUT=DIR [DATA=shards/cifar10] [WHEELS=FOLDER] [MINUTES=8]
-    python bench/gpu.py --out DIR --device cpu --tiny     # the same lines, small, in half a minute
+    python bench/gpu/run.py --out DIR --device cpu --tiny  # the same lines, small
 
 The parts run in the order of ``PARTS``, the most valuable first, each in a process of its own that
 is killed at its time limit. After every part DIR holds ``results.json`` and ``results.md``, whose
@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
-from bench.notes import ROOT, Notes, Setting, enter, markdown
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that bench is found
+from bench.gpu.notes import ROOT, Notes, Setting, enter, markdown
 
 
 @dataclass(frozen=True)
 class Part:
-    """module: of bench, with a function of the part's name; limit: seconds."""
+    """module: of bench/gpu, with a function of the part's name; limit: seconds."""
 
     module: str
     about: str
@@ -40,20 +40,25 @@ class Part:
 
 
 PARTS = {
-    "machine": Part("gpu_steps", "what this machine reaches", 40),
-    "tests": Part("gpu_steps", "pytest -m gpu", 150),
-    "step_p16": Part("gpu_steps", "step of xcit_small_12_p16", 110),
-    "profile": Part("gpu_steps", "where a step's time goes", 40),
-    "step_p8": Part("gpu_steps", "step of xcit_small_12_p8", 60),
-    "launches": Part("gpu_steps", "small networks, with and without CUDA graphs", 80),
-    "data": Part("gpu_data", "can the data path feed a step", 70),
-    "knn": Part("gpu_data", "k-NN", 40),
-    "features": Part("gpu_data", "feature extraction", 30),
-    "kernels": Part("gpu_steps", "Triton kernels beside the training's code", 30),
-    "largest": Part("gpu_steps", "largest batch", 60),
-    "curve": Part("gpu_data", "k-NN accuracy while pretraining goes on", float("inf")),
+    "machine": Part("step_parts", "what this machine reaches", 40),
+    "tests": Part("step_parts", "pytest -m gpu", 150),
+    "step_p16": Part("step_parts", "step of xcit_small_12_p16", 110),
+    "profile": Part("step_parts", "where a step's time goes", 40),
+    "step_p8": Part("step_parts", "step of xcit_small_12_p8", 60),
+    "launches": Part("step_parts", "small networks, with and without CUDA graphs", 80),
+    "data": Part("data_parts", "can the data path feed a step", 70),
+    "knn": Part("data_parts", "k-NN", 40),
+    "features": Part("data_parts", "feature extraction", 30),
+    "kernels": Part("step_parts", "Triton kernels beside the training's code", 30),
+    "largest": Part("step_parts", "largest batch", 60),
+    "curve": Part("data_parts", "k-NN accuracy while pretraining goes on", float("inf")),
 }
-PRELOADED = ["bench.gpu_steps", "bench.step", "bench.knn", "torch._dynamo"]  # imported once for all
+PRELOADED = [
+    "bench.gpu.step_parts",
+    "bench.step",
+    "bench.knn",
+    "torch._dynamo",
+]  # imported once
 LEAST = 5  # seconds: with less left, a part is not started
 
 
@@ -113,7 +118,7 @@ def part_in_a_process(server: Any, name: str, setting: Setting) -> dict:
         notes.end("skipped", "no time was left")
         return notes.found
     process = server.Process(
-        target=enter, args=(f"bench.{part.module}:{name}", part.about, setting)
+        target=enter, args=(f"bench.gpu.{part.module}:{name}", part.about, setting)
     )
     process.start()
     process.join(setting.seconds)

@@ -1,4 +1,4 @@
-"""Parts of bench/gpu.py about the step. Each imports what it needs itself: without a package only
+"""Parts of run.py about the step. Each imports what it needs itself: without a package only
 that part is skipped."""
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from unittest import mock
 
 import torch
 
-from bench.notes import ROOT, Notes, Setting
+from bench.gpu.notes import ROOT, Notes, Setting
 
 BATCH, FIRST = 64, "xcit_small_12_p16"
 
 
 def machine(setting: Setting, notes: Notes) -> None:
-    """Rates that a prediction (bench/roofline.py) is to be read with."""
+    """Rates that a prediction (bench/gpu/roofline.py) is to be read with."""
     from bench.measure import timed
 
     device, cuda = setting.device, setting.device == "cuda"
@@ -258,13 +258,13 @@ def kernels(setting: Setting, notes: Notes) -> None:
     losses: dict[str, Callable[..., torch.Tensor]] = {"ssl/fused_loss.py": dino_cross_entropy}
     layers: dict[str, Callable[..., torch.Tensor]] = {"models/xcit.py": layer}
     if cuda:
-        from bench import triton_loss, triton_lpi
+        from bench.gpu import triton_loss, triton_lpi
 
         notes.table("Triton kernels beside the training's code", "largest relative difference")
         notes.row("loss, bf16", f"{triton_loss.difference('cuda', torch.bfloat16):.1e}")
         notes.row("local patch interaction, float32", f"{triton_lpi.difference('cuda'):.1e}")
-        losses["bench/triton_loss.py"] = triton_loss.cross_entropy
-        layers["bench/triton_lpi.py"] = partial(triton_lpi.interaction, layer)
+        losses["bench/gpu/triton_loss.py"] = triton_loss.cross_entropy
+        layers["bench/gpu/triton_lpi.py"] = partial(triton_lpi.interaction, layer)
     title = f"Forward and backward: loss of {views} x {batch} rows, {prototypes:,} prototypes"
     times = forward_backward_ms(setting, losses, lambda f: f(*inputs, targets, 0.1))
     notes.table(title, "ms")

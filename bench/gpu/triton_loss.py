@@ -3,10 +3,10 @@
 After the product of features and prototypes, ``ssl/fused_loss.py`` passes over the scores some ten
 times in the backward pass (scale, shift, exponential, targets, scale, rounding) and some five times
 in the forward pass. Here each is one kernel that reads the products once. The part ``kernels`` of
-bench/gpu.py measures whether that is worth it; until then the training does not use it.
+bench/gpu/run.py measures whether that is worth it; until then the training does not use it.
 
-    TRITON_INTERPRET=1 python -m bench.triton_loss    # values and gradients on a CPU
-    python -m bench.triton_loss                       # compiles for sm_90, which needs no GPU
+    TRITON_INTERPRET=1 python -m bench.gpu.triton_loss    # values and gradients on a CPU
+    python -m bench.gpu.triton_loss                       # compiles for sm_90, which needs no GPU
 
 Shapes as in ssl/fused_loss.py: R = V B rows, Z bottleneck, K prototypes, G global views.
 """

@@ -1,4 +1,4 @@
-"""Label propagation shown on videos made from photographs: python bench/propagate.py --photos DIR
+"""Label propagation on videos made from photographs: python bench/trials/propagate.py --photos DIR
 --arch timm/tf_efficientnet_lite0 --weights FILE
 
 Two objects, cut from two photographs, move, turn and grow before a third one that drifts; a mask is

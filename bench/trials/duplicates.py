@@ -1,4 +1,4 @@
-"""Planted near-duplicates, searched for: python bench/duplicates.py --data CIFAR
+"""Planted near-duplicates, searched for: python bench/trials/duplicates.py --data CIFAR
 
 CIFAR is a folder with CIFAR-10's train/CLASS/*.jpg and test/CLASS/*.jpg. Copies of 100 training
 images, 20 each recompressed, cropped, blurred, brightened and shifted, are added to test; then

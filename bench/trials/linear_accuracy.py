@@ -1,6 +1,6 @@
 """Do our linear probe and DINO's reach the same accuracy? Crops and classifiers separately.
 
-    python bench/linear_accuracy.py RUN [--epochs 10] [--orders 16]
+    python bench/trials/linear_accuracy.py RUN [--epochs 10] [--orders 16]
 
 RUN is a pretraining run. The backbone is frozen, so the features of each epoch's random crops are
 computed once, for three kinds of crops: torchvision's bilinear ones of ``eval_linear.py``,
@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that bench is found
 from bench.linear import BATCH, BICUBIC, LRS, classifiers, loader, num_classes
 from xcit_dino.eval.config import EvalTargetConfig, LinearConfig
 from xcit_dino.eval.context import Context

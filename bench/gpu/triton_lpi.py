@@ -4,11 +4,11 @@ Two depthwise 3x3 convolutions with GELU and batch-norm between them. The first 
 adds up the GELU's statistics, the second applies GELU and batch-norm to what it reads: two reads
 and two writes of the tokens instead of some eight passes. Backward, what the compiler would write
 between the convolutions is one kernel, and sums over all tokens are taken while they are read.
-The part ``kernels`` of bench/gpu.py measures whether that is worth it; until then the training does
+The part ``kernels`` of run.py measures whether that is worth it; until then the training does
 not use it.
 
-    TRITON_INTERPRET=1 python -m bench.triton_lpi     # values and gradients on a CPU
-    python -m bench.triton_lpi                        # compiles for sm_90, which needs no GPU
+    TRITON_INTERPRET=1 python -m bench.gpu.triton_lpi     # values and gradients on a CPU
+    python -m bench.gpu.triton_lpi                        # compiles for sm_90, which needs no GPU
 
 Shapes: x (B, H, W, D) contiguous, P = B H W tokens; weights (D, 9), row by row.
 """
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from bench.triton_loss import compiled_for
+from bench.gpu.triton_loss import compiled_for
 from xcit_dino.models.xcit import LocalPatchInteraction
 
 TOKENS, CHANNELS = 32, 64  # of a program

@@ -1,5 +1,5 @@
 """Every command on images of 13 bands, against the same images in red, green and blue:
-python bench/bands.py FOLDER
+python bench/trials/bands.py FOLDER
 
 Draws a labeled set of small multispectral tiles (TIFF, uint16, 12 bits used), whose twelve classes
 are four ground covers in three textures. Two covers of a pair have the same red, green and blue and

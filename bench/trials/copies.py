@@ -1,4 +1,4 @@
-"""Copies of photographs, searched for: python bench/copies.py --photos DIR --weights FILE
+"""Copies of photographs, searched for: python bench/trials/copies.py --photos DIR --weights FILE
 
 Of half of the photographs copies are made: cropped, recompressed, blurred, printed over, and all of
 it at once (strong), laid out as Copydays is; the other half are distractors. `xcit-dino retrieve

@@ -1,6 +1,6 @@
 """How much a trained classifier forgets while its backbone is pretrained further without labels.
 
-    python bench/forgetting.py WEIGHTS SHARDS FOLDER [--lr 0.00005 0.0005] [any option of pretrain]
+    python bench/trials/forgetting.py WEIGHTS SHARDS FOLDER [--lr 0.00005] [option of pretrain]
 
 WEIGHTS is a classifier of ``--arch`` (by default timm/tf_efficientnet_lite0), SHARDS labeled images
 of its classes. For each learning rate DINO continues from the backbone in ``FOLDER/lr-RATE`` with
@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that bench is found
 from xcit_dino.cli import main as xcit_dino
 from xcit_dino.errors import InputError, RunError
 from xcit_dino.models.weights.load import find_network, load_backbone
@@ -27,7 +27,7 @@ from xcit_dino.provenance import read_results
 from xcit_dino.train.run.metrics import read_metrics
 from xcit_dino.train.state import newest_checkpoint
 
-RECIPE = Path(__file__).resolve().parents[1] / "configs/continue/backbone.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "configs/continue/backbone.yaml"
 
 
 def accuracy(weights: Path, arch: str, shards: Path, folder: Path) -> float:

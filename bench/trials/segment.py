@@ -1,4 +1,4 @@
-"""What a backbone's features are worth for segmentation: python bench/segment.py --data camvid.tar
+"""What features are worth for segmentation: python bench/trials/segment.py --data camvid.tar
 --weights tf_efficientnet_lite0.pth
 
 CamVid (367 training and 101 validation images of street scenes, 11 classes). A linear probe on the

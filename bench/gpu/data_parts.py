@@ -1,4 +1,4 @@
-"""Parts of bench/gpu.py about data, features and accuracy. Each imports what it needs itself:
+"""Parts of run.py about data, features and accuracy. Each imports what it needs itself:
 without a package only that part is skipped."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_steps import FIRST, step_settings, synchronize
-from bench.notes import ROOT, Notes, Setting
+from bench.gpu.notes import ROOT, Notes, Setting
+from bench.gpu.step_parts import FIRST, step_settings, synchronize
 
 
 def data(setting: Setting, notes: Notes) -> None:

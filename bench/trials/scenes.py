@@ -1,4 +1,4 @@
-"""Cutting a large scene into tiles: ``python bench/scenes.py --side 30000``.
+"""Cutting a large scene into tiles: ``python bench/trials/scenes.py --side 30000``.
 
 Writes a tiled TIFF of 8-bit RGB tile by tile (deflate; ``--empty`` leaves that share of its tiles
 out of the file, as scanners do with glass), cuts it with ``shards make --tile``, and prints the

@@ -1,7 +1,7 @@
-"""What a training step should take on a GPU that is not there: ``python bench/roofline.py``.
+"""What a training step should take on a GPU that is not there: ``python bench/gpu/roofline.py``.
 
-A prediction for measurements to meet, no measurement. Every operation of the real step is counted
-(``bench/trace.py``): operations of products and convolutions, and bytes read and written, each
+A prediction for measurements to meet, no measurement. All operations of the real step are counted
+(``operations.py``): operations of products and convolutions, and bytes read and written, each
 operand once. At the roof an operation takes the longer of its arithmetic at the chip's peak and its
 traffic at the chip's bandwidth (makers' data sheets). Expected are ``EXPECTED`` shares of both, and
 never less than ``SHORTEST``, the time of the smallest kernel: assumptions, which ``make gpu``
@@ -10,7 +10,7 @@ replaces by measured rates.
 Compiled: inside a block, neighboring operations that are neither products nor convolutions count as
 one kernel, which reads what comes from outside of it and writes what is used later.
 
-    python bench/roofline.py --write     # updates the tables of docs/performance.md
+    python bench/gpu/roofline.py --write     # updates the tables of docs/performance.md
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that bench is found
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that bench is found
 from bench.flops import step_flops
-from bench.trace import Kernel, step_kernels
+from bench.gpu.operations import Kernel, step_kernels
 
-DOCS = Path(__file__).parents[1] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[2] / "docs" / "performance.md"
 MARKS = "<!-- roofline -->\n", "<!-- /roofline -->"
 ARCHS = ("xcit_nano_12_p16", "xcit_tiny_12_p16", "xcit_small_12_p16", "xcit_small_12_p8")
 PARTS_OF = "xcit_small_12_p16"
