@@ -213,7 +213,8 @@ RUN: Cases = {
     "window": [
         turn("0 200", **W),
         refused("9 3", by="must be below"),
-        turn("0 p90", "p10 p90", "0 9 0 9 0 9 0 9 0 90", **W, given=BANDS),
+        turn("0 p90", "p10 p90", f"{'0 4000 ' * 4}0 2000", **W, given=BANDS),
+        refused("0 9 0 9 0 9 0 9 0 90", by="none of the values", given=BANDS),
     ],
     "max_bad_fraction": [turn("1", shows="code", given={"data_path": "broken"})],
     "cache_dir": [turn("copies", shows="files", given={"shard_url": URL})],
@@ -460,7 +461,7 @@ DETECT: Cases = {
     "taps": [turn("0 1 2 3", **W), refused("0 1 2 9", by="--taps 9")],
     "short_sides": [turn("32", **W), refused("32", by="--short_sides", given=CROPS)],
     "long_side": [turn("40", **W)],
-    "eval_side": [turn("48", shows="metrics")],
+    "eval_side": [turn("48", shows="calls")],
     "crop_size": [turn("32", **W)],
     "scale": [turn("1 1", **W, given=CROPS), refused("1 1", by="--scale")],
     "fpn_dim": [turn("16", **W)],

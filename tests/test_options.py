@@ -167,6 +167,7 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
     from xcit_dino.data.targets import loader as targets
     from xcit_dino.eval import context, knn
     from xcit_dino.models import xcit
+    from xcit_dino.supervised.detect import data as detection
     from xcit_dino.supervised.segment import evaluation
 
     def watch(owner: Any, name: str, facts: Any, instead: Any = None) -> None:
@@ -184,6 +185,7 @@ def spy(patch: pytest.MonkeyPatch, record: Any) -> None:
     watch(targets, "run_tasks", lambda work, tasks, config, ring: (
         config.num_workers, config.prefetch_factor))  # fmt: skip
     watch(evaluation, "window_starts", lambda *sides: sides)
+    watch(detection, "resized", lambda pixels, *sides: sides)
     watch(parallel, "ProcessPoolExecutor", lambda workers, *_: workers)
     watch(xcit, "checkpointed", lambda *_: "")
     watch(torch.Tensor, "backward", lambda *_: "")
