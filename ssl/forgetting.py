@@ -191,7 +191,7 @@ class Judge:
 
     def lost(self, step: int, found: dict[str, Any]) -> str:
         """What is below its threshold in the measurements of a step, in words; "" if nothing is, or
-        nothing was measured."""
+        nothing was measured. Keeps in mind the last good step and the k-NN of step 0."""
         if step == 0:
             self.knn_start = found.get(KNN_OTHER, self.knn_start)
         lost = []

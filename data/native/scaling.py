@@ -100,7 +100,8 @@ def resolve_scaling(
     if not form.is_rgb8 or why or given.window:
         lines.append(f"images are {form.name}: {bounds_text(window)} scaled to [0, 1]{why}")
     if form.statistics is not None:
-        lines += check_fit(window, form, "--window" if given.window else "the window")
+        lines += check_fit(window, form, "--window" if given.window else "the window",
+                           refuse=bool(given.window) and not same_data)  # fmt: skip
     return Scaling(window, given.mean or mean, given.std or std, form, lines)
 
 
@@ -121,10 +122,15 @@ def _window(
     return _tidy(default_window(form)), _bits_used(form)
 
 
-def check_fit(window: Window, form: PixelFormat, what: str) -> list[str]:
+def check_fit(window: Window, form: PixelFormat, what: str, *, refuse: bool) -> list[str]:
     """Lines on channels most of whose values the window clips, or which fill a small part of it.
 
-    what: the window's name in messages.
+    Args:
+        window: of ``form``, in the data's own units.
+        form: with statistics.
+        what: the window's name in messages.
+        refuse: whether a channel may not lose all of its values. Of a run being resumed, and by the
+            window of its weights, it may: such runs go on, and such evaluations are wanted.
 
     Raises:
         InputError: all values of a channel are clipped to the same end.
@@ -138,7 +144,7 @@ def check_fit(window: Window, form: PixelFormat, what: str) -> list[str]:
         if least == most:
             continue
         here = f"channel {c + 1} ({least:g} to {most:g})"
-        if most <= low or least >= high:
+        if refuse and (most <= low or least >= high):
             raise InputError(
                 f"{what} {low:g} {high:g}: holds none of the values of {here}; take --window p0.1 "
                 "p99.9, or other bounds"

@@ -96,17 +96,25 @@ def find_kind(
         listed = ", ".join(
             f"{found.counts[kind]:,} {kind} ({found.examples[kind]})" for kind in found.names
         )
-        natives = [kind for kind in found.names if kind != RGB]
-        channels = {kind.partition("x")[0] for kind in natives}
-        wide = f"{channels.pop()}xfloat32"
-        whole = f"--pixels {wide} all of them without loss, "
         raise InputError(
-            f"images of several kinds: {listed}; --pixels {natives[0]} takes those alone, "
-            f"{'' if channels or RGB in found.names else whole}"
-            f"--pixels {RGB} turns all into 8-bit RGB"
+            f"images of several kinds: {listed}; {_picks(found.names)}, --pixels {RGB} turns all "
+            "into 8-bit RGB"
         )
     kind = found.names[0]
     return kind, [f"pixels: {kind} (--pixels {RGB} turns them into 8-bit RGB instead)"]
+
+
+def _picks(names: list[str]) -> str:
+    """Which options take some of several kinds as they are: one kind alone, or, of one number of
+    channels, all as float32, which holds the others exactly."""
+    natives = [name for name in names if name != RGB]
+    wide = f"{natives[0].partition('x')[0]}xfloat32"
+    alone = next((name for name in natives if name != wide), wide)
+    takes = f"--pixels {alone} takes those alone"
+    same = {name.partition("x")[0] for name in natives} == {wide.partition("x")[0]}
+    if same and len(natives) == len(names):
+        return f"{takes}, --pixels {wide} all of them without loss"
+    return takes
 
 
 def _four_bands(found: Kinds) -> list[str]:

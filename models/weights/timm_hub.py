@@ -11,12 +11,10 @@ from urllib.request import getproxies
 from torch import nn
 
 from xcit_dino.errors import InputError, one_line
+from xcit_dino.models.checkpoints import HUB_WEIGHTS
 from xcit_dino.models.zoo import check_timm_name
 
-FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # of a repository on the hub, the preferred first
+FILES = (HUB_WEIGHTS, "pytorch_model.bin")  # of a repository on the hub, the preferred first
 
 
 def pretrained(name: str, option: str, **arguments: Any) -> nn.Module:

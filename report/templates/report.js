@@ -21,7 +21,6 @@ for (const head of document.querySelectorAll("table.sort th")) {
 // Values where the pointer is: a line, a dot on every curve, and a text in the chart.
 for (const text of document.querySelectorAll("svg .reading")) {
   const svg = text.ownerSVGElement, line = svg.querySelector(".pointer");
-  const bottom = svg.viewBox.baseVal.height - 40;
   const curves = [...svg.querySelectorAll("[data-values]")].map((group) => ({
     name: group.dataset.name,
     values: group.dataset.values.split(";").map((pair) => pair.split(" ")),
@@ -43,7 +42,7 @@ for (const text of document.querySelectorAll("svg .reading")) {
     });
     const { curve, n } = near.reduce((a, b) => (b.far < a.far ? b : a));
     const at = curve.points[n].x, left = at < svg.viewBox.baseVal.width / 2;
-    line.setAttribute("d", `M${at} 8V${bottom}`);
+    line.setAttribute("d", `M${at} ${line.dataset.top}V${line.dataset.bottom}`);
     const rows = [`${text.dataset.axis} ${curve.values[n][0]}`];
     for (const each of near) {
       const [step, value] = each.curve.values[each.n];

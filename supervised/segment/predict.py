@@ -54,8 +54,9 @@ def predicted_masks(
     last = data.val.num_samples - 1
     samples = np.unique(np.linspace(0, last, min(count, last + 1)).astype(np.int64))
     transform, shown = SceneTransform(config.segmentation), []
+    loader = LoaderConfig(num_workers=0, bands=config.loader.bands)
     with torch.inference_mode():
-        for _, scene in one_pass(data.val, LoaderConfig(num_workers=0), transform, samples):
+        for _, scene in one_pass(data.val, loader, transform, samples):
             guess = predict(scene)[best].numpy().astype(np.uint16)
             shown.append(_small(scene.image, scene.mask, guess))
     return shown, data.classes

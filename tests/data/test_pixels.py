@@ -1,6 +1,7 @@
 """data/pixels.py: windows, statistics after scaling, and what an index stores."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -79,18 +80,21 @@ def test_windows_that_cannot_be(values, words):
 
 def test_windows_that_hardly_fit_are_said_and_those_of_nothing_refused():
     form = form_of(np.arange(3500.0), np.zeros(9), 10 + np.arange(30.0))  # one is constant
-    assert check_fit(Window((0.0,) * 3, (2000.0, 1.0, 39.0)), form, "--window") == []  # 43 %
-    clipped = check_fit(Window((0.0, 0.0, 0.0), (1000.0, 1.0, 39.0)), form, "--window")
+    given = partial(check_fit, form=form, what="--window", refuse=True)
+    assert given(Window((0.0,) * 3, (2000.0, 1.0, 39.0))) == []  # 43 % are clipped
+    clipped = given(Window((0.0,) * 3, (1000.0, 1.0, 39.0)))
     assert clipped == [
         "WARNING: --window 0 1000: clips 71 % of the values of channel 1 (0 to 3499)"
     ]
-    little = check_fit(Window((0.0,), (4095.0,)), form, "the window")
+    little = check_fit(Window((0.0,), (4095.0,)), form, "the window", refuse=True)
     assert little == [
         "WARNING: the window 0 4095: the values of channel 3 (10 to 39) fill 1 % of it or less"
     ]
     for low, high in ((10000.0, 20000.0), (-50.0, -1.0), (39.0, 5000.0)):
         with pytest.raises(InputError, match="holds none of the values of channel . .*p0.1 p99.9"):
-            check_fit(Window((low,), (high,)), form, "--window")
+            given(Window((low,), (high,)))
+    lines = check_fit(Window((10000.0,), (20000.0,)), form, "the window", refuse=False)
+    assert len(lines) == 2 and "clips 100 % of the values of channel 1 (0 to 3499)" in lines[0]
 
 
 def test_statistics_after_scaling():

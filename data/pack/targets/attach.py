@@ -44,22 +44,17 @@ def attach_targets(
         listing.images, notes = pair_boxes(listing.images, found)
         listing.notes += notes
         return Targets("boxes", found.classes)
-    if config.multi_labels:
-        if not listing.images:
-            return None
-        path, column = config.multi_labels, config.label_column
-        listing.images, classes = attach_labels(
-            listing.images, path, column, listing.notes, config.group_column
-        )
-        return Targets("labels", classes)
-    if config.values:
-        if not listing.images:
-            return None
-        path, column = config.values, config.label_column
-        listing.images, names = attach_values(
-            listing.images, path, column, listing.notes, config.group_column
-        )
-        return Targets("values", names)
+    for kind, path, attach in (
+        ("labels", config.multi_labels, attach_labels),
+        ("values", config.values, attach_values),
+    ):
+        if path:
+            if not listing.images:
+                return None
+            listing.images, names = attach(
+                listing.images, path, config.label_column, listing.notes, config.group_column
+            )
+            return Targets(kind, names)
     if not config.masks:
         return None
     masks = _masks(listing, config, src, work)
