@@ -107,8 +107,9 @@ def check_labels(index: ShardIndex) -> None:
     if index.targets in SEVERAL and (np.asarray(index.labels) < 0).all():
         what = "several labels" if index.targets == "labels" else "values"
         raise InputError(
-            f"--data_path {index.root}: the images have {what}, which is for `xcit-dino linear` "
-            "alone; pack them with one label each (--labels) for this command"
+            f"--data_path {index.root}: the images have {what}, which are for `xcit-dino knn`, "
+            "`linear` and `evaluate` alone; pack them with one label each (--labels) for this "
+            "command"
         )
     if (np.asarray(index.labels) < 0).all():
         raise InputError(
@@ -139,6 +140,13 @@ def count_classes(*indexes: ShardIndex) -> int:
             )
     highest = max(int(index.labels.max()) + 1 for index in indexes)
     return max([highest, *(len(classes) for classes in lists)])
+
+
+def kind_of_labels(*indexes: ShardIndex) -> dict[str, str]:
+    """What the images of the splits have in place of one label, for the protocol; empty of one
+    label each."""
+    kinds = {index.targets for index in indexes} & set(SEVERAL)
+    return {"labels": "values" if "values" in kinds else "several an image"} if kinds else {}
 
 
 def count_labels(*indexes: ShardIndex) -> int:

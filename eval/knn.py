@@ -23,10 +23,18 @@ import torch.nn.functional as F
 from xcit_dino.errors import InputError
 from xcit_dino.eval.config import KnnConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import Features, count_classes, load_features
+from xcit_dino.eval.features import (
+    Features,
+    count_classes,
+    count_labels,
+    kind_of_labels,
+    load_features,
+)
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
-from xcit_dino.eval.scores.metrics import ClassRow, Scores, class_means, class_rows, lines_of
+from xcit_dino.eval.scores.heads import target_scores
+from xcit_dino.eval.scores.metrics import Scores, class_means, class_rows, lines_of
+from xcit_dino.eval.scores.weighted import weighted_means
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
@@ -50,11 +58,16 @@ def run(config: KnnConfig) -> None:
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
-    num_classes = count_classes(train, val)
-    few = config.few.labels_per_class
-    labeled = np.asarray(train.labels[train.labels >= 0])
+    kind, few = kind_of_labels(train, val), config.few.labels_per_class
+    if kind and few:
+        raise InputError(
+            "--labels_per_class: not for images with several labels or values; leave it out"
+        )
+    num_classes = (count_labels if kind else count_classes)(train, val)
+    labeled = np.asarray(train.labels if kind else train.labels[train.labels >= 0])
     bank_size = len(draw(labeled, few, 0, 0)) if few else len(labeled)
     fitting_ks(config.nb_knn, bank_size)
+    classes = (train.target_classes if kind else train.classes or val.classes) or []
     name = "knn-few" if few else "knn"
     for network in networks(config.target, target):
         began = time.monotonic()
@@ -62,7 +75,10 @@ def run(config: KnnConfig) -> None:
         queries = load_features(network, val, "val", context)
         bank_size = len(draw(bank.labels, few, 0, 0)) if few else len(bank)
         ks = fitting_ks(config.nb_knn, bank_size, verbose=network.name == "pretrained")
-        metrics, rows = measure(bank, queries, ks, config, num_classes, world)
+        if kind:
+            metrics, lines = measure_targets(bank, queries, ks, config, classes, world)
+        else:
+            metrics, lines = measure(bank, queries, ks, config, num_classes, classes, world)
         if world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             print(f"k-NN, {network.name}: {shown}", flush=True)
@@ -71,8 +87,9 @@ def run(config: KnnConfig) -> None:
                 f"{name}{network.suffix}",
                 metrics,
                 protocol(config, ks, context, network, bank, queries)
+                | kind
                 | {"train_index": train.checksum, "val_index": val.checksum},
-                **({"per_class": lines_of(rows, train.classes or val.classes)} if rows else {}),
+                **({"per_class": lines} if lines else {}),
                 weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )
@@ -85,17 +102,18 @@ def measure(
     ks: Sequence[int],
     config: KnnConfig,
     num_classes: int,
+    classes: list[str],
     world: dist.World,
-) -> tuple[dict[str, float], list[ClassRow]]:
-    """Accuracies and metrics over classes in percent, and each class by itself, on the main rank;
+) -> tuple[dict[str, float], list[str]]:
+    """Accuracies and metrics over classes in percent, and lines of each class, on the main rank;
     with few labels the means of several draws, and no classes."""
 
-    def once(bank: Features) -> tuple[dict[str, float], list[ClassRow]]:
+    def once(bank: Features) -> tuple[dict[str, float], list[str]]:
         votes = Scores(len(queries), num_classes)
         metrics = evaluate(bank, queries, ks, config.temperature, num_classes, world, votes)
         scored = votes.gathered()
         rows = class_rows(scored) if world.is_main else []
-        return metrics | class_means(rows), rows
+        return metrics | class_means(rows), lines_of(rows, classes) if rows else []
 
     few = config.few
     if not few.labels_per_class:
@@ -103,6 +121,36 @@ def measure(
     check_classes(bank.labels, few.labels_per_class)
     draws = [draw(bank.labels, few.labels_per_class, few.draw_seed, n) for n in range(few.draws)]
     return mean_and_spread([once(subset(bank, rows))[0] for rows in draws]), []
+
+
+def measure_targets(
+    bank: Features,
+    queries: Features,
+    ks: Sequence[int],
+    config: KnnConfig,
+    names: list[str],
+    world: dist.World,
+) -> tuple[dict[str, float], list[str]]:
+    """Metrics and lines of each label or value, of the neighbors' weighted means; ranks split the
+    queries. ``map`` or ``r2`` for every k, the others at the headline's."""
+    own = slice(*(len(queries) * (world.rank + i) // world.size for i in (0, 1)))
+    search = Search(bank.blocks["cls"], gpu=world.device.type == "cuda")
+    features = queries.blocks["cls"][own]
+    parts = [np.empty((len(ks), 0, bank.labels.shape[1]))]
+    starts = range(0, len(features), QUERY_ROWS)
+    for start in track(starts, "k-NN search", len(starts), "blocks"):
+        found = search(features[start : start + QUERY_ROWS], ks[-1])
+        parts.append(weighted_means(*found, bank.labels, ks, config.temperature))
+    own_means = np.concatenate(parts, 1)
+    every: list[Any] = [own_means] * world.size
+    if world.size > 1:
+        torch.distributed.all_gather_object(every, own_means)
+    means = dict(zip(ks, np.concatenate(every, 1), strict=True))
+    of_k = {k: target_scores(means[k], queries.labels, names, logits=False) for k in ks}
+    metrics, lines = of_k[HEADLINE_K if HEADLINE_K in ks else ks[0]]
+    leading = next(iter(metrics))  # map or r2
+    by_k = {f"{leading}_k{k}": of_k[k][0][leading] for k in ks}
+    return by_k | {name: metrics[name] for name in metrics if name != leading}, lines
 
 
 def fitting_ks(ks: Sequence[int], bank_size: int, verbose: bool = False) -> list[int]:

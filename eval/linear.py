@@ -25,10 +25,10 @@ from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import (
     LAYERS,
-    SEVERAL,
     Features,
     count_classes,
     count_labels,
+    kind_of_labels,
     load_features,
 )
 from xcit_dino.eval.linear_augmented import state_file, train_augmented
@@ -45,7 +45,7 @@ from xcit_dino.eval.linear_grid import (
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
-from xcit_dino.eval.scores.heads import accuracy, errors, precision
+from xcit_dino.eval.scores.heads import accuracy, of_targets
 from xcit_dino.eval.scores.metrics import lines_of
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.files import locked, write_atomic
@@ -70,17 +70,16 @@ def run(config: LinearConfig) -> None:
     world = dist.init(config.target.device)
     target, context = resolve(config.target, world)
     train, val = context.index("train"), context.index("val")
-    several = bool({train.targets, val.targets} & set(SEVERAL))
-    if several and (config.protocol == "dino" or config.few.labels_per_class):
+    kind = kind_of_labels(train, val)
+    if kind and (config.protocol == "dino" or config.few.labels_per_class):
         option = "--protocol dino" if config.protocol == "dino" else "--labels_per_class"
         raise InputError(f"{option}: not for images with several labels or values; leave it out")
-    num_classes = (count_labels if several else count_classes)(train, val)
-    kind = {"labels": "values" if train.targets == "values" else "several an image"}
+    num_classes = (count_labels if kind else count_classes)(train, val)
     name = "linear" if config.protocol == "cached" else "linear-dino"
     for network in networks(config.target, target):
         began = time.monotonic()
         choices = choices_for(config, network)
-        facts = protocol(config, context, network, train) | (kind if several else {})
+        facts = protocol(config, context, network, train) | kind
         val_features = load_features(network, val, "val", context)
         train_features = None
         if config.protocol == "cached":
@@ -95,11 +94,10 @@ def run(config: LinearConfig) -> None:
             continue  # not defined for crops of raw pixels
         else:
             probe = train_augmented(network, train, context, choices, num_classes, config, facts)
-        classes = train.target_classes if several else train.classes or val.classes
+        classes = train.target_classes if kind else train.classes or val.classes
         layers, heads = probe.choice.layers, (probe.weight, probe.bias)
-        if several:
-            score = errors if train.targets == "values" else precision
-            metrics, lines = score(val_features, layers, *heads, classes or [])
+        if kind:
+            metrics, lines = of_targets(val_features, layers, *heads, classes or [])
         else:
             metrics, rows = accuracy(val_features, layers, *heads)
             lines = lines_of(rows, classes)
@@ -110,7 +108,7 @@ def run(config: LinearConfig) -> None:
             write_result(
                 config.target.output_dir, f"{name}{network.suffix}", metrics, full_protocol,
                 grid=[
-                    asdict(choice) | ({"holdout_loss": loss} if several else {"holdout_top1": top1})
+                    asdict(choice) | ({"holdout_loss": loss} if kind else {"holdout_top1": top1})
                     for choice, (top1, loss) in zip(choices, probe.scores, strict=True)
                 ],
                 chosen=asdict(probe.choice),

@@ -22,6 +22,7 @@ from xcit_dino.train.run.reader import (
     headline_k,
     in_order,
     ks_of,
+    metric_by_k,
     title_of,
 )
 
@@ -203,11 +204,9 @@ def knn_by_k(runs: Sequence[Run]) -> Section:
 
 
 def knn_table(runs: Sequence[Run]) -> Table:
-    """Every k of every network: top-1, with top-5 after the slash."""
-    rows, columns = (
-        [],
-        sorted({k for r in runs for e in r.results.values() for k in ks_of(e["metrics"])}),
-    )
+    """Every k of every network: top-1, with top-5 after the slash, or mAP or R2."""
+    columns = sorted({k for r in runs for e in r.results.values() for k in ks_of(e["metrics"])})
+    rows, names = [], dict[str, None]()
     for run in runs:
         for name, entry in ordered(run.results):
             metrics = entry["metrics"]
@@ -218,12 +217,12 @@ def knn_table(runs: Sequence[Run]) -> Table:
             title += NETWORKS.get(network, network)
             if fields := differences_from_newest(run, name):
                 title += f" ({fields})"
-            cells = (
-                f"{metrics[f'top1_k{k}']:.2f} / {metrics.get(f'top5_k{k}', 0):.2f}" for k in ks
-            )
+            shown = [metric_by_k(metrics)] + ["top5"] * (f"top5_k{ks[0]}" in metrics)
+            cells = [" / ".join(f"{metrics[f'{name}_k{k}']:.2f}" for name in shown) for k in ks]
             found = dict(zip(ks, cells, strict=True))
             rows.append([title, *(found.get(k, "") for k in columns)])
-    return Table(["k-NN, top-1 / top-5, %", *(f"k = {k}" for k in columns)], rows)
+            names[" / ".join((headline_name(metrics), "top-5")[: len(shown)])] = None
+    return Table([f"k-NN, {', '.join(names)}, %", *(f"k = {k}" for k in columns)], rows)
 
 
 def ordered(results: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -254,7 +253,8 @@ def protocols(run: Run) -> Section:
 
 def headline_name(metrics: dict[str, float]) -> str:
     """What the headline of a result is called."""
-    return next((text for name, text in HEADLINES.items() if name in metrics), "top-1")
+    by_k = HEADLINES.get(metric_by_k(metrics), "top-1")
+    return next((text for name, text in HEADLINES.items() if name in metrics), by_k)
 
 
 def by_number(names: Iterable[str]) -> list[str]:

@@ -373,7 +373,7 @@ RUN = [
         f"{KNN} --data_path {{damaged}}",
     ),
     case(
-        "images of several kinds: {}; --pixels {} takes those alone",
+        "images of several kinds: {}; {}, --pixels {} turns all into 8-bit RGB",
         "shards make {kinds} {tmp}/new",
         "shards make {kinds} {tmp}/deep --pixels 1xuint16",
         "shards make {kinds} {tmp}/new --pixels rgb8",
@@ -874,7 +874,10 @@ ELSEWHERE = {
     **dict.fromkeys(
         [
             "--data_path {}: its images have no lists of labels",
-            "--data_path {}: the images have {}, which is for `xcit-dino linear`",
+            "--data_path {}: the images have {}, which are for `xcit-dino knn`",
+            "--head {}: its labels are {}, and those of the data {}",
+            "--label_map: not for images with several labels or values; leave it out",
+            "--labels_per_class: not for images with several labels or values; leave it out",
             "--data_path: {} have different kinds of labels; pack both alike",
             "--data_path: no label of val is one that some images have and some lack",
             "--data_path: {} have different labels; pack both from one table",

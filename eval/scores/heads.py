@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,27 +37,37 @@ def accuracy(
     return {"top1": top1, "top5": top5} | class_means(rows), rows
 
 
-def precision(
-    features: Features, layers: str, weight: Tensor, bias: Tensor, classes: list[str]
-) -> tuple[dict[str, float], list[str]]:
-    """(``map``, ``auroc`` and ``macro_f1`` in percent, lines of each class) of a head for images
-    with several labels."""
-    parts = applied(features, layers, weight, bias)
-    scores = torch.cat([logits.sigmoid().cpu() for logits, _ in parts]).numpy()
-    rows = label_rows(scores, features.labels)
-    if not rows:
-        raise InputError("--data_path: no label of val is one that some images have and some lack")
-    return label_means(rows), lines_of_labels(rows, classes)
-
-
-def errors(
+def of_targets(
     features: Features, layers: str, weight: Tensor, bias: Tensor, names: list[str]
 ) -> tuple[dict[str, float], list[str]]:
-    """(``r2`` in percent, and errors in the values' own units; lines of each value)."""
-    parts = applied(features, layers, weight, bias)
-    predicted = torch.cat([outputs.cpu() for outputs, _ in parts]).numpy()
-    rows = value_rows(predicted, features.labels)
-    return value_means(rows, names), lines_of_values(rows, names)
+    """See :func:`target_scores`: of a head for images with several labels or values."""
+    outputs = torch.cat([part.cpu() for part, _ in applied(features, layers, weight, bias)])
+    return target_scores(outputs.numpy(), features.labels, names, logits=True)
+
+
+def target_scores(
+    outputs: np.ndarray, targets: np.ndarray, names: list[str], logits: bool
+) -> tuple[dict[str, float], list[str]]:
+    """Of several labels (``map``, ``auroc`` and ``macro_f1`` in percent, lines of each class); of
+    values (``r2`` in percent, and errors in their own units; lines of each value).
+
+    Args:
+        outputs: float [N, C].
+        targets: uint8 [N, C] of labels, float64 of values.
+        names: of the C labels or values.
+        logits: labels are scored by the sigmoid of the outputs; else outputs are scores in [0, 1].
+
+    Raises:
+        InputError: no label divides the images.
+    """
+    if targets.dtype != np.uint8:
+        rows = value_rows(outputs, targets)
+        return value_means(rows, names), lines_of_values(rows, names)
+    scores = torch.from_numpy(outputs).sigmoid().numpy() if logits else outputs
+    labels = label_rows(scores, targets)
+    if not labels:
+        raise InputError("--data_path: no label of val is one that some images have and some lack")
+    return label_means(labels), lines_of_labels(labels, names)
 
 
 def applied(

@@ -1,4 +1,5 @@
-"""The linear probe on images with several labels each: metrics and steps equal references."""
+"""Linear probe, k-NN and evaluate on images with several labels or values each: metrics and steps
+equal references."""
 
 from __future__ import annotations
 
@@ -13,14 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn import metrics as reference
+from sklearn.neighbors import KNeighborsRegressor
 
+from tests.conftest import ARCH
 from xcit_dino.cli import main
+from xcit_dino.data.config import LoaderConfig
 from xcit_dino.data.pack.shard_writer import Sample, write_shard
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.shards.index_writer import write_index
+from xcit_dino.data.targets.several import target_table
 from xcit_dino.eval.linear_grid import Choice, HeadGroup
+from xcit_dino.eval.scores import weighted
 from xcit_dino.eval.scores.several import label_means, label_rows
 from xcit_dino.eval.scores.values import value_means, value_rows
+from xcit_dino.models.weights.load import load_backbone
+from xcit_dino.models.zoo import create_model
+from xcit_dino.report import accuracy
 from xcit_dino.train.run.reader import read_run
 
 
@@ -112,7 +121,8 @@ def test_the_command(run_folder, tagged: Path, capsys) -> None:
     assert {name: chosen[name] for name in entry["chosen"]} == entry["chosen"]
     assert read_run(run_folder.path).top1("linear") == entry["metrics"]["map"]
     for refused, said in (
-        (["knn"], "several labels, which is for `xcit-dino linear` alone"),
+        (["knn", "--labels_per_class", "3"], "--labels_per_class: not for images"),
+        (["finetune", "--epochs", "1"], "several labels, which are for `xcit-dino knn`"),
         (["linear", "--protocol", "dino"], "--protocol dino: not for images with several"),
         (["linear", "--labels_per_class", "3"], "--labels_per_class: not for images"),
         (["linear", "--data_path", str(run_folder.data), "--epochs", "1"], ""),
@@ -177,3 +187,126 @@ def test_values_are_predicted_in_their_own_units(run_folder, demo_shards: Path, 
     ages = 50 + 2 * ShardIndex.load(demo_shards / "val").labels
     error = np.abs(predicted[:, 0] - ages).mean()
     assert entry["metrics"]["mae_age"] == pytest.approx(error, rel=1e-4)
+    head_file = run_folder.path / "linear_head.safetensors"
+    words = [str(word) for word in words]
+    assert main(["evaluate", *words[:-2], "--head", str(head_file)]) == 0
+    again = json.loads((run_folder.path / "results.json").read_text())["evaluate/head"]
+    assert again["metrics"] == pytest.approx(entry["metrics"], rel=1e-5)
+    assert again["per_class"] == entry["per_class"] and again["protocol"]["labels"] == "values"
+
+
+# -- k-NN ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1e-4])
+def test_weighted_means_are_those_of_brute_force(temperature: float, monkeypatch) -> None:
+    monkeypatch.setattr(weighted, "CELLS", 40)  # two queries at a time
+    numbers = np.random.default_rng(0)
+    bank, queries = numbers.standard_normal((30, 5)), numbers.standard_normal((7, 5))
+    targets = numbers.standard_normal((30, 2))
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, bank)]
+    cosines = unit[0] @ unit[1].T
+    order = np.argsort(-cosines, axis=1)[:, :10]
+    found = weighted.weighted_means(
+        np.take_along_axis(cosines, order, 1), order, targets, [3, 10], temperature
+    )
+    for number, k in enumerate((3, 10)):
+        for query in range(7):
+            nearest = np.argsort(-cosines[query])[:k]
+            weights = np.exp((cosines[query, nearest] - cosines[query].max()) / temperature)
+            expected = np.average(targets[nearest], axis=0, weights=weights)
+            np.testing.assert_allclose(found[number, query], expected, rtol=1e-9)
+
+
+def test_knn_of_several_labels(run_folder, tagged: Path, capsys) -> None:
+    """Against scikit-learn's neighbors with the same weights, and its metrics."""
+    words = ["--output_dir", run_folder.path, "--data_path", tagged, "--num_workers", 0]
+    words += ["--pretrained_weights", run_folder.weights, "--device", "cpu"]
+    assert main([str(word) for word in ("knn", *words, "--nb_knn", 5, 20)]) == 0
+    assert "k-NN, pretrained: map_k5 " in capsys.readouterr().out
+    entry = json.loads((run_folder.path / "results.json").read_text())["knn"]
+    assert set(entry["metrics"]) == {"map_k5", "map_k20", "auroc", "macro_f1"}
+    assert [line.split(",")[0] for line in entry["per_class"]] == ["class", "x", "y", "z"]
+    assert entry["protocol"]["labels"] == "several an image"
+    run = read_run(run_folder.path)
+    assert run.top1("knn") == entry["metrics"]["map_k20"]
+    scores, truth = neighbors_of_scikit_learn(run_folder.path, tagged, 20)
+    expected = reference.average_precision_score(truth, scores, average="macro")
+    assert entry["metrics"]["map_k20"] == pytest.approx(100 * expected, abs=1e-3)
+    expected = reference.roc_auc_score(truth, scores, average="macro")
+    assert entry["metrics"]["auroc"] == pytest.approx(100 * expected, abs=1e-3)
+    assert [card.title for card in accuracy.headlines(run).data] == ["k-NN, k = 20, mAP"]
+    assert accuracy.knn_table([run]).header == ["k-NN, mAP, %", "k = 5", "k = 20"]
+
+
+def neighbors_of_scikit_learn(run: Path, data: Path, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(Means of the neighbors' targets, true targets) of the validation images."""
+    tables = {}
+    for split in ("train", "val"):
+        (cache,) = (run / "features").glob(f"pretrained-{split}-*")
+        features = np.load(cache / "cls.npy")
+        targets, _ = target_table(ShardIndex.load(data / split), LoaderConfig())
+        tables[split] = features / np.linalg.norm(features, axis=1, keepdims=True), targets
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances**2 / 2) / 0.07)
+
+    found = KNeighborsRegressor(k, weights=weights, algorithm="brute").fit(*tables["train"])
+    return found.predict(tables["val"][0]), tables["val"][1]
+
+
+def test_knn_of_values(run_folder, demo_shards: Path, tmp_path: Path) -> None:
+    data = repacked(
+        demo_shards, tmp_path / "aged", "values", ["age", "mass"],
+        lambda label: [50.0 + 2 * label, 1e4 * (label % 2)],
+    )  # fmt: skip
+    words = ["--output_dir", run_folder.path, "--data_path", data, "--num_workers", 0]
+    words += ["--pretrained_weights", run_folder.weights, "--device", "cpu", "--nb_knn", 7]
+    assert main([str(word) for word in ("knn", *words)]) == 0
+    entry = json.loads((run_folder.path / "results.json").read_text())["knn"]
+    predicted, true = neighbors_of_scikit_learn(run_folder.path, data, 7)
+    mae = reference.mean_absolute_error(true, predicted, multioutput="raw_values")
+    rmse = reference.root_mean_squared_error(true, predicted, multioutput="raw_values")
+    assert entry["metrics"] == pytest.approx({
+        "r2_k7": 100 * reference.r2_score(true, predicted), "mae_age": mae[0],
+        "rmse_age": rmse[0], "mae_mass": mae[1], "rmse_mass": rmse[1],
+    }, rel=1e-3)  # fmt: skip
+    assert read_run(run_folder.path).top1("knn") == entry["metrics"]["r2_k7"]
+
+
+# -- evaluate --------------------------------------------------------------------------------------
+
+
+def test_evaluate_of_several_labels(run_folder, tagged: Path, demo_shards, tmp_path, capsys):
+    """A saved head has the metrics of the probe that trained it, a checkpoint with such a head of
+    its own too; heads of other labels are refused."""
+    words = ["--output_dir", run_folder.path, "--data_path", tagged, "--num_workers", 0]
+    words = [str(word) for word in (*words, "--device", "cpu")]
+    own = [*words, "--pretrained_weights", str(run_folder.weights)]
+    assert main(["linear", *own, "--epochs", "5", "--layers", "cls"]) == 0
+    head_file = run_folder.path / "linear_head.safetensors"
+    head = ["--head", str(head_file)]
+    assert main(["evaluate", *own, *head]) == 0
+    backbone = create_model(ARCH, num_classes=0)
+    load_backbone(run_folder.weights, backbone, None)
+    state = backbone.state_dict()
+    state |= {f"head.{name}": value for name, value in load_file(head_file).items()}
+    torch.save(state, tmp_path / "whole.pth")
+    assert main(["evaluate", *words, "--pretrained_weights", str(tmp_path / "whole.pth")]) == 0
+    results = json.loads((run_folder.path / "results.json").read_text())
+    for name in ("evaluate", "evaluate/head"):
+        assert results[name]["metrics"] == pytest.approx(results["linear"]["metrics"], abs=1e-3)
+        assert results[name]["protocol"]["labels"] == "several an image"
+        assert results[name]["per_class"] == results["linear"]["per_class"]
+    values = repacked(demo_shards, tmp_path / "v", "values", ["x", "y", "z"], lambda n: [n, 1, n])
+    others = repacked(demo_shards, tmp_path / "o", "labels", ["x", "y", "w"], lambda n: [n % 3])
+    capsys.readouterr()
+    for data, said in (
+        (values, "several an image (x, y, z), and those of the data values (x, y, z)"),
+        (others, "several an image (x, y, z), and those of the data several an image (x, y, w)"),
+        (demo_shards, "and those of the data one an image"),
+    ):
+        assert main(["evaluate", *own, *head, "--data_path", str(data)]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    assert main(["evaluate", *own, *head, "--label_map", str(tmp_path / "map.txt")]) == 2
+    assert "--label_map: not for images with several labels" in capsys.readouterr().err

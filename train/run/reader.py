@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ HEADLINES = {
     "map_strong": "mAP strong",
     "map": "mAP",
 }
+BY_K = re.compile(r"(top1|map|r2)_k(\d+)")
 HEADLINE_K = 20  # "20 is usually working the best" (DINO eval_knn.py)
 
 
@@ -194,19 +196,24 @@ def bare(key: str) -> str:
 
 
 def headline(metrics: dict[str, float]) -> float | None:
-    """Top-1 of a result; of a k-NN result that of k = 20, or of its smallest k; J&F of a
-    propagation, the mean IoU of a segmentation, the AP of a detection, mAP of a retrieval."""
+    """Top-1 of a result (mAP of several labels, R2 of values); of a k-NN result that of k = 20, or
+    of its smallest k; J&F of a propagation, the mean IoU of a segmentation, the AP of a detection,
+    mAP of a retrieval."""
     for name in HEADLINES:
         if name in metrics:
             return metrics[name]
-    ks = ks_of(metrics)
-    return metrics[f"top1_k{headline_k(metrics)}"] if ks else None
+    name = metric_by_k(metrics)
+    return metrics[f"{name}_k{headline_k(metrics)}"] if name else None
+
+
+def metric_by_k(metrics: dict[str, float]) -> str:
+    """Of which a k-NN result has a value for each k: ``top1``, ``map`` or ``r2``; "" of others."""
+    return next((found[1] for name in metrics if (found := BY_K.fullmatch(name))), "")
 
 
 def ks_of(metrics: dict[str, float]) -> list[int]:
     """The k's of a k-NN result, ascending."""
-    names = (name.removeprefix("top1_k") for name in metrics if name.startswith("top1_k"))
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(found[2]) for name in metrics if (found := BY_K.fullmatch(name)))
 
 
 def headline_k(metrics: dict[str, float]) -> int:
