@@ -8,8 +8,11 @@ from tests.victims import TINY
 from xcit_dino.errors import InputError
 from xcit_dino.models.zoo import list_models
 from xcit_dino.options import read_yaml, replace
+from xcit_dino.slurm.stages import launch_config
 from xcit_dino.ssl.config import PretrainConfig, pretrain_config, recipe_path
 from xcit_dino.ssl.pretrain import pretrain
+from xcit_dino.supervised.detect.config import detect_config
+from xcit_dino.supervised.segment.config import segment_config
 from xcit_dino.train.config import CONFIGS
 
 RECIPES = sorted((CONFIGS / "pretrain").glob("*.yaml"))
@@ -56,6 +59,34 @@ def test_a_recipe_for_distillation_names_no_teacher_and_every_source(path):
     for line in path.read_text().splitlines():
         if line and not line.startswith(("#", "objective:")):
             assert any(source in line for source in ("[dino]", "[deit]", "[ours]")), line
+
+
+TASKS = sorted([*(CONFIGS / "segment").glob("*.yaml"), *(CONFIGS / "detect").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda p: p.stem)
+def test_a_recipe_for_masks_or_boxes_is_taken_and_names_every_source(path):
+    task, arch = path.parent.name, "xcit_" + path.stem.partition("xcit_")[2]
+    make = {"segment": segment_config, "detect": detect_config}[task]
+    config = make(["--config", str(path), "--batch_size_per_gpu", "1"])
+    assert config.model.arch == arch and not config.remarks()
+    assert not config.ineffective().keys() & read_yaml(path).keys()
+    assert config.run.batch_size_per_gpu == 1 and make(["--config", str(path)]).run.seed == 0
+    words = ["--stages", f"pretrain,{task}", "--arch", arch, "--data_path", "shards/mine"]
+    launch = launch_config([*words, f"--{task}.config", str(path), f"--{task}.epochs", "3"])
+    (stage,) = (stage for stage in launch.stages if stage.name == task)
+    assert stage.config.run.epochs == 3 and stage.config.optim == config.optim
+    assert stage.config.model.drop_path_rate == config.model.drop_path_rate
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert "[xcit]" in line or "[ours]" in line, line
+
+
+def test_published_models_have_recipes_for_masks_and_boxes():
+    sizes = ("tiny_12", "small_12", "small_24", "medium_24")
+    for size in (f"xcit_{size}_p{patch}" for size in sizes for patch in (8, 16)):
+        for name in (f"segment/fpn_{size}", f"segment/upernet_{size}", f"detect/mask_rcnn_{size}"):
+            assert (CONFIGS / f"{name}.yaml") in TASKS
 
 
 @pytest.mark.parametrize("name", list_models())

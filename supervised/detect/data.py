@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.augment import normalize
+from xcit_dino.data.packed import to_device
 from xcit_dino.data.rng import random_uniforms
 from xcit_dino.data.targets.formats import Boxes, Mask
 from xcit_dino.data.targets.loader import Key, Pixels
@@ -142,11 +143,11 @@ def clipped(
 
 def to_network(image: Pixels, config: DetectionConfig, device: torch.device) -> Tensor:
     """[H, W, C] in the set's own units -> float32 [C, H, W], normalized."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].to(device, non_blocking=True)
+    pixels = to_device(torch.from_numpy(image), device).permute(2, 0, 1)[None]
     return normalize(pixels, *config.normalization, *config.window_bounds)[0]
 
 
 def to_targets(sample: Sample, device: torch.device) -> dict[str, Tensor]:
     """Boxes, labels and masks as torchvision takes them: class 0 is the background."""
     arrays = {"boxes": sample.boxes, "labels": sample.labels + 1, "masks": sample.masks}
-    return {n: torch.from_numpy(x).to(device) for n, x in arrays.items() if x is not None}
+    return {n: to_device(torch.from_numpy(x), device) for n, x in arrays.items() if x is not None}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcit_dino.data.augment import normalize
+from xcit_dino.data.packed import to_device
 from xcit_dino.errors import InputError
 from xcit_dino.eval.features import eval_mode
 from xcit_dino.eval.results import write_result
@@ -91,7 +92,7 @@ class Predictor:
     def logits(self, scene: Scene) -> list[Tensor]:
         """Mean logits [C, H, W] over the windows, by every head."""
         task = self.config.segmentation
-        image = torch.from_numpy(scene.image).permute(2, 0, 1)[None].to(self.device)
+        image = to_device(torch.from_numpy(scene.image), self.device).permute(2, 0, 1)[None]
         image = normalize(image, *task.normalization, *task.window_bounds)
         height, width = image.shape[-2:]
         size = task.crop_size
@@ -145,7 +146,7 @@ class SegmentEvaluation(TaskEvaluation):
         predict = Predictor(self.model, self.config, self.world.device)
         with dist.together(), eval_mode(self.model), torch.inference_mode():
             for _, scene in self.views(SceneTransform(task)):
-                mask = torch.from_numpy(scene.mask.astype(np.int64)).to(self.world.device)
+                mask = to_device(torch.from_numpy(scene.mask.astype(np.int64)), self.world.device)
                 for total, predicted in zip(totals, predict(scene), strict=True):
                     total += confusion_of(mask, predicted, classes).cpu()
         totals = totals.to(self.world.device)
