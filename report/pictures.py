@@ -6,6 +6,7 @@ lists the reason and shows the others.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -171,6 +172,28 @@ def propagated(images: Images) -> dict[str, Any]:
     return {"summary": "", "groups": groups}
 
 
+def retrieved(images: Images) -> dict[str, Any]:
+    """Some queries, each followed by the most similar images of the bank."""
+    entry = images.run.entry("retrieve")
+    if entry is None:
+        return {}
+    folder, cell = images.run.folder / entry["neighbors"], render.SIDE + render.GAP
+    if not (folder / "neighbors.png").is_file():
+        return {}  # of --examples 0
+    with (folder / "neighbors.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    queries = list(dict.fromkeys(line["query"] for line in lines))
+    pixels = np.asarray(Image.open(folder / "neighbors.png").convert("RGB"))
+    rows = []
+    for row, number in enumerate(neighbors.evenly_spaced(len(queries), len(pixels) // cell)):
+        found = [line for line in lines if line["query"] == queries[number]]
+        captions = [queries[number], *(line["cosine"] for line in found)]
+        parts = (pixels[row * cell :, column * cell :][: render.SIDE, : render.SIDE]
+                 for column in range(pixels.shape[1] // cell))  # fmt: skip
+        rows.append([tile(*pair) for pair in zip(parts, captions, strict=False)])
+    return {"summary": "", "groups": {"": rows}}
+
+
 def segmentation(images: Images) -> dict[str, Any]:
     """Validation photos, their masks and the predicted ones."""
     run = images.run
@@ -269,6 +292,13 @@ PARTS = (
         propagated,
         "Masks propagated from the first frame by the similarity of patches, in color. White lines "
         "are contours of the true masks.",
+    ),
+    Section(
+        "Retrieved images",
+        "tiles",
+        retrieved,
+        "Queries, and the most similar images of the bank with their cosine similarity. Green "
+        "frame: relevant; orange frame: not; none where nothing is known of the query.",
     ),
     Section(
         "Nearest neighbors",

@@ -132,7 +132,9 @@ def report(folder: Path, planted: dict[Key, Key]) -> None:
     print(f"recall {len(found)} of {len(planted)} ({dict(sorted(kinds.items()))})")
     print(f"precision {len(right)} of {len(with_copy)} pairs with a copy")
     print(f"pairs of CIFAR-10's own images: {len(pairs) - len(with_copy)}")
-    print(f"{entry['wall_seconds']} s given the features; {entry['metrics']}")
+    print(f"given the features: {entry['wall_seconds']} s; {entry['metrics']}")
+    for part, spent in entry["seconds"].items():
+        print(f"  {part}: {spent['wall']} s by the clock, {spent['busy']} s busy")
 
 
 def is_right(pair: frozenset[Key], planted: dict[Key, Key], pairs: set[frozenset[Key]]) -> bool:

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +82,39 @@ def run(config: DuplicatesConfig) -> None:
     }
     if not world.is_main:
         return  # the rest is the work of one process
-    began = time.monotonic()
-    images = read(indexes, {split: cache.path for split, cache in caches.items()}, context)
-    search = Search(images.features, gpu=world.device.type == "cuda")
-    found = near.neighborhood(search, images.features, near.K)
-    pairs = near.near_duplicates(
-        search, images.features, found, images.thumbnails.to(world.device), config.threshold
-    )
-    seconds = round(time.monotonic() - began, 1)
+    seconds: dict[str, dict[str, float]] = {}
+    with timed(seconds, "thumbnails"):
+        images = read(indexes, {split: cache.path for split, cache in caches.items()}, context)
+    with timed(seconds, "neighbors"):
+        search = Search(images.features, gpu=world.device.type == "cuda")
+        found = near.neighborhood(search, images.features, near.K)
+    with timed(seconds, "comparison"):
+        pairs = near.near_duplicates(
+            search, images.features, found, images.thumbnails.to(world.device), config.threshold
+        )
+    total = round(sum(part["wall"] for part in seconds.values()), 1)
     dropped = near.leave_out(pairs, np.lexsort((images.samples, -images.splits)))
     metrics = counts(images, pairs, dropped)
     with unfinished_folder(dst) as folder:
         shown = write(folder, images, pairs, dropped, found, context, config)
     print(summary(metrics), flush=True)
-    print(f"near-duplicates: {dst} ({seconds:,.1f} s, given the features)", flush=True)
+    print(f"near-duplicates: {dst} ({total:,.1f} s, given the features)", flush=True)
     write_result(
         config.target.output_dir, "duplicates", metrics,
         protocol(config, context, network, indexes, len(images.samples)),
-        written=str(dst), shown=shown, weights_file=target.weights.name, wall_seconds=seconds,
+        written=str(dst), shown=shown, weights_file=target.weights.name, wall_seconds=total,
+        seconds=seconds,
     )  # fmt: skip
+
+
+@contextmanager
+def timed(seconds: dict[str, dict[str, float]], part: str) -> Iterator[None]:
+    """Add how long a block took: by the clock, and busy, the sum over this process's threads."""
+    wall, busy = time.monotonic(), time.process_time()
+    yield
+    seconds[part] = {
+        "wall": round(time.monotonic() - wall, 2), "busy": round(time.process_time() - busy, 2)
+    }  # fmt: skip
 
 
 def indexes_of(config: DuplicatesConfig, context: Context) -> dict[str, ShardIndex]:

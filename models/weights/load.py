@@ -30,6 +30,8 @@ PLACES = (
     ("student", "model.Student."),
     ("model", "classy_state_dict.base_model.model.trunk."),  # VISSL
     ("model", "model."),
+    ("model", "segmenter."),  # ours, of segment and detect: their backbones
+    ("model", "detector.rcnn.backbone."),
     ("model", "state_dict."),
     ("student", "student."),
     ("model_ema", "model_ema.Student."),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.targets.loader import TargetBatch
+from xcit_dino.models.probe import check_bf16
 from xcit_dino.options import replace
 from xcit_dino.supervised.segment.config import SegmentConfig
 from xcit_dino.supervised.segment.data import IGNORED, TrainTransform, collated
@@ -35,7 +36,7 @@ from xcit_dino.supervised.targets import (
 )
 from xcit_dino.supervised.trainer import resolved_scaling
 from xcit_dino.train import loop
-from xcit_dino.train.amp import autocast
+from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.run.folder import check_output
 from xcit_dino.train.schedules import Hyperparameters, Schedule, linear
@@ -111,15 +112,18 @@ def segment(config: SegmentConfig) -> None:
     data = open_targets(config.loader, "mask")
     scaling = resolved_scaling(config, config.segmentation, data.form)
     config = replace(config, scaling)
-    loader = target_loader(config, data, TrainTransform(config.segmentation), world)
+    task = config.segmentation
+    loader = target_loader(config, data, TrainTransform(task), world)
     schedule = PolySchedule(config, loader.plan.steps_per_epoch, loader.plan.batch_size)
     loop.check(config)
-    backbone, facts = build_backbone(config, config.segmentation, config.segmentation.finetune)
+    backbone, facts = build_backbone(config, task, task.finetune)
+    if task.finetune:
+        sizes, precision = {"crop_size": task.crop_size}, config.run.precision
+        dtype = resolve_precision(precision, world.device)
+        check_bf16(backbone, config.model.arch, sizes, world.device, dtype)
     model = build_segmenter(config, backbone, len(data.classes))
     trainer = set_up(config, "segmenter", model, partial(adamw, config), data, world)
-    evaluation = SegmentEvaluation(
-        "segment", config, config.segmentation, model, data, schedule, world
-    )
+    evaluation = SegmentEvaluation("segment", config, task, model, data, schedule, world)
     loop.train(
         task_training(trainer, loader, schedule, forward_backward, evaluation, facts, "--crop_size")
     )

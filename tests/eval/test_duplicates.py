@@ -172,7 +172,11 @@ def test_planted_copies_are_found_and_left_out(planted: Path, run_folder, capsys
         ("a/2.jpg", "train", "a/2-recompressed.jpg", "val")
     ]
     assert len(out) == 4 and {r["split"] for r in out} == {"train"}
-    metrics = json.loads((run_folder.path / "results.json").read_text())["duplicates"]["metrics"]
+    entry = json.loads((run_folder.path / "results.json").read_text())["duplicates"]
+    assert set(entry["seconds"]) == {"thumbnails", "neighbors", "comparison"}
+    total = sum(part["wall"] for part in entry["seconds"].values())
+    assert entry["wall_seconds"] == pytest.approx(total, abs=0.06)
+    metrics = entry["metrics"]
     assert metrics == {
         "images": 17, "pairs": 5, "left_out": 4, "other_label": 2, "leaked_val": 1,
         "leaked_train": 1,

@@ -9,6 +9,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,8 @@ from xcit_dino.eval.retrieval.retrieve import rankings
 from xcit_dino.eval.retrieval.whitening import Whitening
 from xcit_dino.models.tokens import pooled_and_patches
 from xcit_dino.models.zoo import create_model
+from xcit_dino.report.images import Images
+from xcit_dino.report.pictures import retrieved
 from xcit_dino.slurm.checks import check_folder
 from xcit_dino.train.run.reader import read_run
 
@@ -114,6 +117,19 @@ def test_whitening_is_that_of_dino() -> None:
     found = Whitening.of(reference)(others)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (found, expected)]
     np.testing.assert_allclose(unit[0] @ unit[0].T, unit[1] @ unit[1].T, atol=1e-5)
+
+
+def test_whitening_is_that_of_faiss() -> None:
+    """Of centered features, of which the second moment about zero is the covariance."""
+    numbers = np.random.default_rng(1)
+    reference = numbers.normal(0, [1, 2, 3, 5], (200, 4)) @ numbers.normal(0, 1, (4, 4))
+    reference = (reference - reference.mean(0)).astype(np.float32)
+    others = numbers.normal(0, 2, (5, 4)).astype(np.float32)
+    pca = faiss.PCAMatrix(4, 4, -0.5)
+    pca.train(reference)  # type: ignore[call-arg]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True)
+            for x in (Whitening.of(reference)(others), pca.apply(others))]  # fmt: skip
+    np.testing.assert_allclose(unit[0] @ unit[0].T, unit[1] @ unit[1].T, atol=1e-4)
 
 
 def scaled(images: torch.Tensor, factor: float) -> torch.Tensor:
@@ -303,6 +319,11 @@ def test_own_folders(run_folder, tmp_path: Path, capsys) -> None:
     folder = run_folder.path / entry["neighbors"]
     with Image.open(folder / "neighbors.png") as picture:
         assert picture.size == (4 * 132, 4 * 132)
+    assert main(command(run_folder, *words, "--examples", 2)) == 0
+    shown = retrieved(Images(read_run(run_folder.path)))["groups"][""]
+    assert [row[0].caption for row in shown] == ["a/0.jpg", "b/3.jpg"]
+    lines = [line["cosine"] for line in listed(run_folder) if line["query"] == "b/3.jpg"]
+    assert [tile.caption for tile in shown[1][1:]] == lines and len(lines) == 3
 
 
 def test_a_table_of_pairs(run_folder, tmp_path: Path, capsys) -> None:

@@ -25,6 +25,7 @@ from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.targets.formats import Boxes
 from xcit_dino.data.targets.loader import Key
 from xcit_dino.errors import InputError
+from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
 from xcit_dino.report.report import page
@@ -396,6 +397,16 @@ def test_parameters_are_those_of_the_official_configs(size: str, patch: int):
     background = 4 * (1024 + 1) + (256 + 1)
     expected = official_backbone(dim, depth, patch) + official_heads(dim)
     assert sum(counts.values()) == expected + background
+
+
+def test_a_checkpoint_is_a_backbone_to_start_from(tmp_path: Path):
+    backbone = create_model("xcit_pico_6_p8", num_classes=0)
+    network = build_detector(DetectionConfig(fpn_dim=16, finetune=False), backbone, 2)
+    torch.save({"detector": network.state_dict(), "step": 1}, tmp_path / "detector.pth")
+    other = create_model("xcit_pico_6_p8", num_classes=0)
+    assert load_backbone(tmp_path / "detector.pth", other, None).network == "model"
+    expected = backbone.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
 
 
 def pair(**options: Any) -> tuple[Any, FasterRCNN, list[torch.Tensor]]:

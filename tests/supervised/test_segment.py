@@ -25,6 +25,7 @@ from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.targets.loader import Key, one_pass
 from xcit_dino.errors import InputError
+from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
 from xcit_dino.report.report import page
@@ -347,6 +348,30 @@ def test_a_grid_in_one_pass_is_each_rate_alone(squares: Path, tmp_path: Path):
         for name in ("weight", "bias"):
             one = alone[f"head.heads.0.{name}"]
             assert torch.allclose(both[f"head.heads.{number}.{name}"], one, atol=1e-6)
+
+
+def test_a_checkpoint_is_a_backbone_to_start_from(squares: Path, tmp_path: Path, capsys: Any):
+    """For other commands, for a file of the backbone alone, and for another segmentation."""
+    tuned = {"head": "fpn", "finetune": True, "lr": 0.01, "max_steps": 1}
+    segment(tiny(squares, tmp_path / "run", **tuned))
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    words = ["weights", "extract", checkpoint, "--prefix", "segmenter.backbone"]
+    words += ["--remove_prefix", "--output", tmp_path / "backbone.pth"]
+    assert main([str(word) for word in words]) == 0
+    segment(tiny(squares, tmp_path / "next", pretrained_weights=tmp_path / "run", max_steps=1))
+    assert "loaded the model under 'segmenter.backbone.'" in capsys.readouterr().out
+    trained = load_checkpoint(checkpoint)["segmenter"]
+    for file in (tmp_path / "backbone.pth", checkpoint):
+        backbone = create_model("xcit_pico_6_p8", num_classes=0)
+        load_backbone(file, backbone, None)
+        for name, value in backbone.state_dict().items():
+            assert torch.equal(value, trained[f"backbone.{name}"]), name
+
+
+def test_bf16_whose_gradients_torch_does_not_initialize_is_refused(squares: Path, tmp_path: Path):
+    options = {"arch": "timm/resnet10t", "crop_size": 16, "head": "linear", "lrs": (0.01,)}
+    with pytest.raises(InputError, match="--crop_size 16: in bf16 on a CPU, torch computes wrong"):
+        segment(tiny(squares, tmp_path / "a", precision="bf16", finetune=True, **options))
 
 
 def test_a_frozen_backbone_stays_as_it_was(squares: Path, tmp_path: Path):
