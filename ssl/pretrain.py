@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xcit_dino.data.loader import Batch
+from xcit_dino.data.loader import Batch, CropLoader
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.online import Evaluate, OnlineKnn, online_knn
 from xcit_dino.eval.pictures.render import TrainingCrops
 from xcit_dino.options import options
 from xcit_dino.ssl import diagnostics, forgetting
 from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.fit import misfits
 from xcit_dino.ssl.schedule import DinoHyperparameters, DinoSchedule, EmaHyperparameters
 from xcit_dino.ssl.start import initialize, with_input_settings
 from xcit_dino.ssl.trainer import DinoTrainer, set_up
@@ -228,17 +229,14 @@ def pretrain(
     world = dist.init(run.device)
     config = with_input_settings(config)
     dtype = resolve_precision(run.precision, world.device)
-    index = open_data(config)
-    batch_size = images_per_step(run, world)
-    plan = Plan.of(index, config.loader, seed=run.seed, batch_size=batch_size)
-    schedule = DinoSchedule(config, plan.steps_per_epoch, batch_size)
+    index, plan, schedule = planned(config, world)
     check(config)
+    for line in misfits(config, index.root, world.size) if world.is_main else ():
+        warn(line)
     if config.loader.shard_url is None:
         dist.from_main(lambda: check_shards(index))
 
-    trainer = set_up(config, world, dtype, index.checksum, batch_size)
-    recipes = trainer.augment.recipes
-    loader = crop_loader(config, world, index, plan, config.stages, recipes=recipes)
+    trainer, loader = built(config, world, dtype, index, plan)
     drifts = forgetting.drifts(config, index, world)
     evaluation = TeacherEvaluation(trainer, evaluate, evaluate_frozen, drifts, plan.steps_per_epoch)
     training = Training(
@@ -259,6 +257,26 @@ def pretrain(
         save_start=bool(drifts) and config.health.on_forgetting == "rollback",
     )
     train(training)
+
+
+def planned(config: PretrainConfig, world: dist.World) -> tuple[ShardIndex, Plan, DinoSchedule]:
+    """The training split, which of its images make up each step, and the schedule.
+
+    Raises:
+        InputError: no such data, or fewer images than a step takes.
+    """
+    index, batch_size = open_data(config), images_per_step(config.run, world)
+    plan = Plan.of(index, config.loader, seed=config.run.seed, batch_size=batch_size)
+    return index, plan, DinoSchedule(config, plan.steps_per_epoch, batch_size)
+
+
+def built(
+    config: PretrainConfig, world: dist.World, dtype: torch.dtype, index: ShardIndex, plan: Plan
+) -> tuple[DinoTrainer, CropLoader]:
+    """What makes a step, and what it is made of."""
+    trainer = set_up(config, world, dtype, index.checksum, plan.batch_size)
+    recipes = trainer.augment.recipes
+    return trainer, crop_loader(config, world, index, plan, config.stages, recipes=recipes)
 
 
 def open_data(config: PretrainConfig) -> ShardIndex:

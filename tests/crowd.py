@@ -68,6 +68,7 @@ OTHERS = {  # commands that are not here, and why
     "shards make": "knows no run folder",
     "shards check": "knows no run folder",
     "shards demo": "knows no run folder",
+    "recipe": "the same",
     "duplicates": "reads a run as embed does; test_duplicates.py",
     "masks": "reads a run as knn does; test_masks.py",
     "retrieve": "reads a run as embed does; test_retrieve.py",

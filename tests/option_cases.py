@@ -23,6 +23,10 @@ BASES: dict[str, dict[str, str]] = {
     "shards make": {"src": "photos", "dst": "new", "num_workers": "1"},
     "shards check": {"dst": "data", "num_workers": "1"},
     "shards demo": {"dst": "new", "train": "6", "val": "3"},
+    "recipe": {
+        "shards": "data", "out": "new.yaml", "num_workers": "0", "precision": "fp32",
+        "device": "cpu",
+    },
     "pretrain": {
         "output_dir": "new", "data_path": "data", "arch": ARCH, "epochs": "2",
         "batch_size_per_gpu": "8", "warmup_epochs": "1", "lr": "0.01", "out_dim": "32",
@@ -144,6 +148,14 @@ def collapsing(patch: pytest.MonkeyPatch) -> None:
         }
 
     patch.setattr(diagnostics, "health", flat)
+
+
+def measured(patch: pytest.MonkeyPatch) -> None:
+    """A machine of a known speed with nothing else to do."""
+    from xcit_dino.ssl.recipe import recipe
+
+    patch.setattr(recipe, "images_per_second", lambda config: 50.0)
+    patch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def following(patch: pytest.MonkeyPatch) -> None:
@@ -791,6 +803,22 @@ DEMO: Cases = {
 }
 
 
+M = P | {"within": measured}
+RECIPE: Cases = {
+    "shards": [turn("data2", "bands", **M)],
+    "out": [turn("other.yaml", shows="files", within=measured)],
+    "hours": [turn("0.1", "0.2", **M), refused("0.001", by="--hours 0.001")],
+    "kind": [
+        turn("grayscale", "xray", "satellite", "microscopy", **M),
+        turn("photographs", **M, given={"shards": "bands"}),
+    ],
+    "gpus": [refused("2", by="--gpus 2")],
+    "device": [refused("cuda", by="--device cuda")],
+    "precision": [turn("bf16", **M), refused("fp16", by="needs a GPU")],
+    "num_workers": [turn("3", **M)],
+}
+
+
 # -- reports, weights ------------------------------------------------------------------------------
 
 WATCH: Cases = {"run": [turn("other", **P)], "once": [], "every": []}
@@ -846,6 +874,7 @@ CASES: dict[str, Cases] = {
     "shards make": MAKE,
     "shards check": CHECK,
     "shards demo": DEMO,
+    "recipe": RECIPE,
     "pretrain": PRETRAIN,
     "knn": KNN,
     "linear": LINEAR,

@@ -1078,6 +1078,15 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(
         [
+            "--hours {}: one epoch of {} images takes longer, at {}; take --hours {}",
+            "=--gpus {}: this is measured on CPUs; leave it out",
+            "--device cuda: not one image of {} fits into the GPU's memory",
+            "of no image the size can be read; find out why: xcit-dino shards check",
+        ],
+        "a speed that is not this machine's, or damaged shards: test_recipe.py",
+    ),
+    **dict.fromkeys(
+        [
             "=--arch: maps of stride {} do not fit a pyramid",
             "=--arch: {} gives no maps of its layers",
             "=--arch: {} does not accept images of {} x {} pixels ({})",

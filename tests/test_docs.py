@@ -174,6 +174,7 @@ def whole(line: str) -> bool:
 def test_commands_parse(page, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # no launcher defaults of the user's
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # as in the checkout
+    (tmp_path / "photos.yaml").write_text("arch: xcit_pico_6_p8\n")  # as recipe writes it
     monkeypatch.chdir(tmp_path)
     for line in filter(whole, commands(page)):
         words = shlex.split(line, comments=True)

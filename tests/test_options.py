@@ -34,7 +34,7 @@ from xcit_dino.cli import COMMANDS, load
 from xcit_dino.options import option_types
 from xcit_dino.slurm.config import LaunchConfig
 
-POSITIONAL = ("src", "checkpoint", "runs", "run", "dst")
+POSITIONAL = ("src", "checkpoint", "runs", "run", "dst", "shards", "out")
 ELSEWHERE = {"launch": "test_launch_options.py"}  # turns every option of that command
 RECIPES = ("pretrain", "finetune", "distill", "segment", "detect")  # take --config
 # Turned by make faults only: options whose code another command shares, and what takes minutes.

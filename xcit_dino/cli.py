@@ -41,6 +41,11 @@ COMMANDS = {
     "shards demo": Command(
         "data.shards.config:DemoConfig", "data.pack.demo:make", "create the built-in images"
     ),
+    "recipe": Command(
+        "ssl.recipe.config:RecipeConfig",
+        "ssl.recipe.recipe:run",
+        "options of pretrain that fit given shards, this machine and a number of hours",
+    ),
     "pretrain": Command(
         "ssl.config:pretrain_config",
         "ssl.pretrain:main",

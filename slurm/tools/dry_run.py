@@ -22,7 +22,7 @@ def preview(launch: Launch, cluster: str) -> None:
         facts = training_facts(stage) if stage.name == "pretrain" else neighbor_facts(launch, stage)
         for name, value in facts.items():
             print(f"{name:<26}{value}")
-        for remark in getattr(stage.config, "remarks", list)():
+        for remark in remarks(stage):
             print(f"{'WARNING':<26}{remark}")
         print(f"\n-- options\n{dump_yaml(stage.config)}", end="")
         if cluster == "slurm":
@@ -44,6 +44,17 @@ def counted(number: int, noun: str) -> str:
     """``"1 node"``, ``"2 nodes"``, ``"2 processes"``."""
     ending = "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number} {noun}{ending if number != 1 else ''}"
+
+
+def remarks(stage: Stage) -> list[str]:
+    """Unexpected effects of the options, and those that do not fit the data, as the stage itself
+    will warn of them."""
+    found = getattr(stage.config, "remarks", list)()
+    if stage.name != "pretrain" or (data_path := stage.config.loader.data_path) is None:
+        return found
+    from xcit_dino.ssl.fit import misfits
+
+    return [*found, *misfits(stage.config, train_split(data_path), stage.num_tasks)]
 
 
 def training_facts(stage: Stage) -> dict[str, Any]:
@@ -73,11 +84,9 @@ def training_facts(stage: Stage) -> dict[str, Any]:
     except (InputError, OSError, KeyError, ValueError) as error:
         return facts | {"images": f"unknown ({error})"}
     steps = samples // batch + (config.loader.last_batch == "wrap" and samples % batch > 0)
-    few = "; fewer images than a global batch: lower --batch_size_per_gpu" if not steps else ""
     return facts | {
         "images": f"{samples} in {counted(shards, 'shard')}",
-        "steps per epoch": f"{steps}, {steps * config.run.epochs} in {config.run.epochs} epochs"
-        + few,
+        "steps per epoch": f"{steps}, {steps * config.run.epochs} in {config.run.epochs} epochs",
         "images per rank": f"{steps * images_per_step} an epoch",
     }
 
@@ -106,13 +115,19 @@ def count_images(data_path: Path | str | None) -> tuple[int, int]:
         raise InputError("--data_path is not given")
     if "://" in str(data_path):
         raise InputError(f"{data_path} is read when the run starts, not in a dry run")
-    folder = Path(data_path)
-    place = folder / "train" / "index.json"
-    place = place if place.is_file() else folder / "index.json"
+    place = Path(train_split(data_path)) / "index.json"
     if not place.is_file():
-        raise InputError(f"--data_path {folder}: no index.json there, as seen from this machine")
+        raise InputError(f"--data_path {data_path}: no index.json there, as seen from this machine")
     index = json.loads(place.read_text())
     return int(index["samples"]), len(index["shards"])
+
+
+def train_split(data_path: Path | str) -> str:
+    """The folder of the training split, without NumPy; a URL as it is."""
+    if "://" in str(data_path):
+        return str(data_path)
+    inside = Path(data_path) / "train"
+    return str(inside if (inside / "index.json").is_file() else data_path)
 
 
 SLURM_ONLY = (

@@ -29,6 +29,7 @@ from xcit_dino.eval.retrieval.config import DuplicatesConfig, RetrieveConfig
 from xcit_dino.eval.video.config import PropagateConfig
 from xcit_dino.options import dump_yaml, option_types, options, read_yaml, replace
 from xcit_dino.ssl.config import PretrainConfig
+from xcit_dino.ssl.recipe.config import RecipeConfig
 from xcit_dino.ssl.schedule import DinoSchedule
 from xcit_dino.supervised.config import DistillConfig, FinetuneConfig
 from xcit_dino.supervised.detect.config import DetectConfig
@@ -90,7 +91,7 @@ def test_absurd_options(name: str, value: Any) -> None:
 COMMANDS = (
     PretrainConfig, FinetuneConfig, DistillConfig, AttentionConfig, EvaluateConfig, KnnConfig,
     LinearConfig, MakeConfig, CheckConfig, DemoConfig, PropagateConfig, SegmentConfig,
-    DetectConfig, DuplicatesConfig, RetrieveConfig,
+    DetectConfig, DuplicatesConfig, RetrieveConfig, RecipeConfig,
 )  # fmt: skip
 
 

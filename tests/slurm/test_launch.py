@@ -364,8 +364,12 @@ def test_dry_run_names_more_neighbors_than_images(
 
 def test_dry_run_says_when_there_are_fewer_images_than_a_global_batch(shards: Path) -> None:
     words = [*ARCH, "--ngpus", "8", "--data_path", str(shards)]
-    steps = dry_run.training_facts(launch_config(words).stages[0])["steps per epoch"]
-    assert "fewer images than a global batch: lower --batch_size_per_gpu" in steps
+    (line,) = [
+        line
+        for line in dry_run.remarks(launch_config(words).stages[0])
+        if "--batch_size_per_gpu 64: fewer images (50) than a global batch of 512" in line
+    ]
+    assert line.endswith("; lower it")
 
 
 # -- the script ------------------------------------------------------------------------------------
