@@ -803,7 +803,7 @@ DEMO: Cases = {
 }
 
 
-M = P | {"within": measured}
+M: Any = P | {"within": measured}
 RECIPE: Cases = {
     "shards": [turn("data2", "bands", **M)],
     "out": [turn("other.yaml", shows="files", within=measured)],
