@@ -246,13 +246,12 @@ def _step(
 
 def _head(data: Description, net: Network, length: Length) -> Iterator[Choice]:
     number = prototypes(data.images, net.prototypes)
-    limited = (
-        f", at most {net.prototypes:,} for xcit_{net.size}" if number == net.prototypes else ""
-    )
-    yield Choice(
-        "out_dim", number, "data",
-        f"{data.images:,} images: a prototype for each {tables.IMAGES_A_PROTOTYPE}{limited}",
-    )  # fmt: skip
+    why = f"a prototype for each {tables.IMAGES_A_PROTOTYPE}"
+    if prototypes(data.images) > number:
+        why += f", at most {net.prototypes:,} for xcit_{net.size}"
+    elif data.images < tables.IMAGES_A_PROTOTYPE * tables.PROTOTYPES[0]:
+        why = "the fewest that are used"
+    yield Choice("out_dim", number, "data", f"{data.images:,} images: {why}")
     yield Choice("head_hidden_dim", net.hidden, "ours", f"for xcit_{net.size}")
     yield Choice("head_bottleneck_dim", net.bottleneck, "ours", f"for xcit_{net.size}")
     batchnorm = length.seen < tables.BATCHNORM_BELOW
@@ -307,7 +306,8 @@ def _rest(data: Description, budget: Budget, length: Length) -> Iterator[Choice]
     each = " for each GPU" if budget.gpus > 1 else ""
     cores = f"{budget.cores} core{'s' * (budget.cores > 1)} here{each}"
     yield Choice("num_workers", workers, "ours", cores)
-    why = "bf16 where there is hardware for it" if budget.precision == "auto" else ""
+    auto = budget.precision == "auto"
+    why = "bf16 where there is hardware for it" if auto else "the one that was measured"
     yield Choice("precision", budget.precision, "ours", why)
 
 
