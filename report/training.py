@@ -181,7 +181,7 @@ def starts(run: Run) -> list[Line]:
 def attempts(run: Run) -> list[Attempt]:
     """All attempts of a run; the last one may not have ended yet."""
     found: list[Attempt] = []
-    last = {"reason": "still running, or killed"} | (run.metrics[-1] if run.metrics else {})
+    last = {"reason": run.activity.text} | (run.metrics[-1] if run.metrics else {})
     for line in run.tries:
         if line["event"] == "start":
             found.append(Attempt(line, last))

@@ -17,13 +17,13 @@ import tyro
 from xcit_dino.errors import InputError, within
 from xcit_dino.progress import clock
 from xcit_dino.slurm import launched
-from xcit_dino.slurm.runstate import RunState, moment
+from xcit_dino.slurm.runstate import RunState
+from xcit_dino.train.run.activity import activity
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-STALE = 600.0  # seconds without an update after which a warning is shown
 VALUES = {  # metric -> (name, format)
     "loss": ("loss", ".3f"), "teacher_entropy": ("teacher entropy", ".2f"), "kl": ("KL", ".3f"),
     "grad_norm": ("gradient norm", ".2f"), "lr": ("learning rate", ".2e"),
@@ -114,23 +114,15 @@ def progress_line(state: RunState, width: int) -> RenderableType:
 
 
 def status_line(state: RunState) -> RenderableType:
-    """Number of starts, and the time of the last update or of the end."""
+    """Number of starts, and whether the run is active, has ended, or was killed."""
     from rich.text import Text
 
     starts = sum(line["event"] == "start" for line in state.tries)
     words = [f"{starts} start{'s' if starts != 1 else ''}"] if starts else []
-    last = next((line for line in reversed(state.lines) if "time" in line), None)
-    style = "dim"
-    if state.tries and state.tries[-1]["event"] == "end":
-        end = state.tries[-1]
-        words.append(f"ended at step {end['step']:,}: {end.get('reason', '')}")
-    elif last is not None:
-        ago = max(0.0, time.time() - moment(last))
-        words.append(f"last update {clock(ago)} ago")
-        if ago > STALE:
-            style = "bold yellow"
-            words.append("(no update: queued, evaluating, hung or killed)")
-    return Text("  ".join(words), style=style)
+    found = activity(state.folder, state.tries, state.lines)
+    words += [found.text] if found.text else []
+    warned = found.stale or found.state == "dead"
+    return Text("  ".join(words), style="bold yellow" if warned else "dim")
 
 
 def values(state: RunState) -> RenderableType:

@@ -40,7 +40,7 @@ def test_a_run_that_goes_on(tmp_path):
     state = RunState(begun(tmp_path / "run"))
     state.refresh()
     text = text_of(state)
-    for words in ("epoch 2.0/4", "step 20/40", "eta 0:00:20", "loss", "7.000", "no update"):
+    for words in ("epoch 2.0/4", "step 20/40", "eta 0:00:20", "loss", "7.000", "or was killed"):
         assert words in text, words
     assert "44.0 at step 20" in text and "█" in text and not state.ended
     add(state.folder, "metrics.jsonl", step=20, alarm_single_mode=1.0)

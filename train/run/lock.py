@@ -19,10 +19,10 @@ from typing import Any, Literal
 from xcit_dino.errors import InputError
 from xcit_dino.provenance import now
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.run.activity import WATCH
 from xcit_dino.train.run.folder import LOCK
 
 HEARTBEAT = 10.0  # seconds between two heartbeats of a run's owner
-WATCH = 35.0  # seconds without one after which an owner on another machine is considered dead
 LEASE = (
     150.0  # seconds after which an NFS server has released a dead machine's lock (90 by default)
 )

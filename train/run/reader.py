@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from xcit_dino.errors import InputError
 from xcit_dino.options import read_yaml
 from xcit_dino.provenance import read_results
+from xcit_dino.train.run.activity import Activity, activity
 from xcit_dino.train.run.metrics import Line, read_metrics, read_tries
 
 T = TypeVar("T")
@@ -69,6 +70,11 @@ class Run:
     """Messages about missing parts."""
     label: str = ""
     """Display name, unique among the runs shown."""
+
+    @property
+    def activity(self) -> Activity:
+        """Whether it is active, has ended, or was killed."""
+        return activity(self.folder, self.tries, self.metrics)
 
     @property
     def name(self) -> str:
@@ -167,13 +173,8 @@ def missing(run: Run) -> list[str]:
         command = f"; with labels: xcit-dino knn --output_dir {run.folder}"
         remedy = command if run.kind == "pretrain" else ""
         words.append(f"accuracies: nothing evaluated yet{remedy}")
-    if run.tries and run.tries[-1]["event"] == "start":
-        total = run.tries[-1].get("total_steps", "?")
-        at = run.metrics[-1] if run.metrics else run.tries[-1]
-        words.append(
-            f"the end: this run is active, or was killed (step {at['step']} of {total}, "
-            f"{at.get('time', 'no time')})"
-        )
+    if run.activity.state not in ("new", "ended"):
+        words.append(f"the end: this run is {run.activity.text}")
     elif run.metrics and not run.tries:
         words.append("restarts: not recorded by the version that wrote this run")
     return words
