@@ -7,7 +7,6 @@ the online k-NN, supervised validation, teachers, attention maps and the report'
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from xcit_dino.data.pixels import RGB8, PixelFormat
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import EvalTargetConfig
-from xcit_dino.inputs import BYTES, WHOLE, InputSettings
+from xcit_dino.inputs import BYTES, InputSettings
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.zoo import TIMM_PREFIX, check_timm_name
 from xcit_dino.options import options as options_of
@@ -39,7 +38,6 @@ from xcit_dino.progress import progress
 from xcit_dino.train.amp import autocast, resolve_precision
 from xcit_dino.train.distributed import dist
 
-PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
 INHERITED = (  # loader options inherited from the run
     "shard_url cache_dir cache_gb max_bad_fraction prefetch_factor shuffle_window decoder "
     "bands".split()
@@ -215,10 +213,9 @@ def make_context(
     resolved |= {name: value for name, value in given.items() if value is not None}
     resolved["bands"] = loader.bands
     inputs = InputSettings(**resolved)
-    crop = inputs.size or PROTOCOL_CROP
-    resize = options.resize_size if options.resize_size != -1 else default_resize(inputs)
+    resize = options.resize_size if options.resize_size != -1 else inputs.resize
     return Context(
-        inputs, resize, crop, str(data_path), loader, options.batch_size_per_gpu,
+        inputs, resize, inputs.crop, str(data_path), loader, options.batch_size_per_gpu,
         options.precision, world, options.output_dir, form, (*notes, *scaling.lines),
     )  # fmt: skip
 
@@ -253,19 +250,6 @@ def check_channels(channels: int, form: PixelFormat) -> None:
         f"--pretrained_weights: the network takes {channels} channels, and the images have "
         f"{form.channels} ({form.name}); name weights for {form.channels} channels{pick}"
     )
-
-
-def default_resize(inputs: InputSettings) -> int:
-    """Shorter side after resizing, for a center crop of ``inputs.size``.
-
-    By the network's own crop ratio, rounded down as in timm; else by the protocol's 256 / 224.
-    In the latter case images up to 64 px are kept whole: cropping an eighth, harmless in a photo,
-    would cut into the object of a small image.
-    """
-    crop = inputs.size or PROTOCOL_CROP
-    if inputs.crop_ratio is not None:
-        return math.floor(crop / inputs.crop_ratio + 1e-9)
-    return crop if crop <= WHOLE else round(crop * PROTOCOL_RESIZE / PROTOCOL_CROP)
 
 
 def resolve_loader(

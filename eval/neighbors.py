@@ -23,6 +23,7 @@ from xcit_dino.eval.knn import Search, predict, unit_rows
 
 K, TEMPERATURE = 20, 0.07
 MOST_QUERIES = 2000  # validation images to classify, evenly spaced
+MOST_AVERAGED = 20_000  # features of a table of any size from which the mean is computed
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Neighbors:
     """int64 [Q], classes with the most votes."""
     similarities: np.ndarray
     """float32 [Q, k], cosines, descending."""
+    centered: np.ndarray
+    """float32 [Q, k], cosines of the same pairs once the mean feature is subtracted from both."""
     neighbors: np.ndarray
     """int64 [Q, k], sample numbers of the training split."""
     neighbor_labels: np.ndarray
@@ -52,20 +55,25 @@ class Neighbors:
 
 @contextmanager
 def load_cached(
-    context: Context, split: str, index: ShardIndex, like: dict[str, Any] | None = None
+    context: Context,
+    split: str,
+    index: ShardIndex,
+    like: dict[str, Any] | None = None,
+    network: str = "pretrained",
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
     """Class tokens [N, D] of all images of a split, the numbers [M] of the readable ones, and the
     facts of the cache: the newest with the input settings of the context. No command removes them
     meanwhile.
 
     like: further facts that must match (``weights``, ``network`` ...).
+    network: ``random`` and ``pixels`` are cached with ``--baselines``.
 
     Raises:
         InputError: none are cached, or only ones with other facts; names one difference.
     """
     wanted = context.protocol | (like or {}) | {"index": index.checksum}
     found = ""
-    for folder in newest_first(context.output_dir / "features", f"pretrained-{split}-*"):
+    for folder in newest_first(context.output_dir / "features", f"{network}-{split}-*"):
         with reading(folder) as exists:
             facts = json.loads((folder / "meta.json").read_text()) if exists else {}
             differing = [name for name, value in wanted.items() if facts.get(name) != value]
@@ -97,6 +105,11 @@ def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
     with load_cached(context, "train", train, like=facts) as (bank, bank_samples, _):
         bank = bank if len(bank_samples) == len(bank) else bank[bank_samples]
         similarities, rows = Search(bank)(features, min(K, len(bank)))
+        mean = mean_direction(bank)
+        centered = np.stack([
+            unit_rows(unit_rows(bank[found]) - mean) @ query
+            for found, query in zip(rows, unit_rows(features - mean), strict=True)
+        ])  # fmt: skip
     neighbors = bank_samples[rows]
     neighbor_labels = train.labels[neighbors].astype(np.int64)
     classes = int(max(train.labels.max(), val.labels.max())) + 1
@@ -104,7 +117,21 @@ def classify(context: Context, train: ShardIndex, val: ShardIndex) -> Neighbors:
         torch.from_numpy(similarities), torch.from_numpy(neighbor_labels), TEMPERATURE, classes
     ).numpy()
     labels = val.labels[chosen].astype(np.int64)
-    return Neighbors(chosen, features, labels, predicted, similarities, neighbors, neighbor_labels)
+    return Neighbors(
+        chosen, features, labels, predicted, similarities, centered, neighbors, neighbor_labels
+    )  # fmt: skip
+
+
+def mean_direction(features: np.ndarray) -> np.ndarray:
+    """float32 [D]: the mean of the L2-normalized rows of a table, of at most ``MOST_AVERAGED``."""
+    return unit_rows(features[evenly_spaced(len(features), MOST_AVERAGED)]).mean(0)
+
+
+def centered_rows(features: np.ndarray) -> np.ndarray:
+    """float32 [N, D]: unit rows without what all have in common, their mean, and of unit length
+    again; a random network's features, whose cosines are all near 1, can be told apart so."""
+    rows = unit_rows(features)
+    return unit_rows(rows - rows.mean(0))
 
 
 def nearest_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 
 from xcit_dino.report import compare
 from xcit_dino.report.charts import number
-from xcit_dino.report.page import Section, Table, tables, timestamp
+from xcit_dino.report.page import Section, Table, sentence, tables, timestamp
 from xcit_dino.report.published import differences_from_published, published
+from xcit_dino.train.run.metrics import Line
 from xcit_dino.train.run.reader import (
     EVALUATIONS,
     HEADLINES,
@@ -57,6 +59,58 @@ def headlines(run: Run) -> Section:
     """A card per evaluation: accuracy, lead over baselines, protocol."""
     found = [headline_of(run, *result) for result in newest_results(run)]
     return Section("Accuracy", "headlines", found)
+
+
+def is_it_good(run: Run) -> Section:
+    """The newest accuracies beside random weights, raw pixels, the start and the teacher."""
+    lines = [line for result in newest_results(run) if (line := judged(run, *result))]
+    return Section("Is it good?", "verdict", {"lines": lines + since_start(run)} if lines else {})
+
+
+def judged(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> tuple[str, str] | None:
+    """(verdict, numbers) of a result beside its baselines; None for evaluations without any."""
+    if evaluation not in ("knn", "linear"):
+        return None
+    title = f"{title_of(evaluation, entry['metrics'])}: {top1:.1f} %"
+    names = ("random", "pixels")
+    found = [compare.baseline(run, entry, f"{evaluation}/{network}") for network in names]
+    others = {
+        NETWORKS[network].lower(): value
+        for network, other in zip(names, found, strict=True)
+        if other is not None and (value := headline(other["metrics"])) is not None
+    }
+    if not others:
+        command = f"xcit-dino {evaluation} --output_dir {run.folder} --baselines true"
+        return f"{title}.", f"Not compared with random weights and raw pixels; {command} does it."
+    images = val_images(run, entry)
+    margins = {name: margin(top1, value, images) for name, value in others.items()}
+    better = [name for name, value in others.items() if top1 - value > margins[name]]
+    rest = [name for name in others if name not in better]
+    word = f"better than {' and '.join(better)}" if better else ""
+    word += (
+        f"{', but ' if better else ''}not clearly better than {' or '.join(rest)}" if rest else ""
+    )
+    numbers = ", ".join(f"{name} {value:.1f} %" for name, value in others.items())
+    widest = max(margins.values())
+    error = f" Differences below {widest:.1f} points may be chance." if images and widest else ""
+    return f"{title}, {word}.", f"{sentence(numbers)}{error}"
+
+
+def margin(one: float, other: float, images: int | None) -> float:
+    """Two standard errors of the difference of two accuracies in percent; 0 if the number of images
+    is not known."""
+    variance = one * (100 - one) + other * (100 - other)
+    return 2 * math.sqrt(variance / images) if images else 0.0
+
+
+def since_start(run: Run) -> list[tuple[str, str]]:
+    """The last k-NN of pretraining beside the starting weights and the frozen teacher."""
+    found = measured_in_training(run)
+    if len(found) < 2:
+        return []
+    parts = [f"{title} {line[f'{name}_top1']:.1f} %" for title, name, line in found[1:]]
+    top1, step = (found[0][2][name] for name in ("knn_top1", "step"))
+    return [(f"During training, k-NN: {top1:.1f} % at step {step:,}.", sentence("; ".join(parts)))]
 
 
 def newest_results(run: Run) -> list[tuple[str, dict[str, Any], float]]:
@@ -178,12 +232,7 @@ def differences_from_newest(run: Run, key: str) -> str:
 
 def beside_start(run: Run) -> Section:
     """The k-NN of the run beside that of its frozen teacher and of the weights it began with."""
-    teacher = run.config.get("teacher_model") or "teacher"
-    measured = [line for line in run.metrics if "knn_top1" in line]
-    named = [("this run", "knn", measured[-1])] if measured else []
-    named += [("starting weights", "knn", line) for line in measured[:1] if not line["step"]]
-    frozen = [line for line in run.metrics if "knn_frozen_top1" in line]
-    named += [(f"frozen teacher: {teacher}", "knn_frozen", line) for line in frozen[:1]]
+    named = measured_in_training(run)
     rows = [
         [title, *(f"{line.get(f'{name}_{top}', 0.0):.2f}" for top in ("top1", "top5"))]
         + [f"{line['step']:,}" if name == "knn" else ""]
@@ -196,6 +245,19 @@ def beside_start(run: Run) -> Section:
         Table(header, rows if len(rows) > 1 else [], sortable=False),
         about=about,
     )
+
+
+def measured_in_training(run: Run) -> list[tuple[str, str, Line]]:
+    """(network, prefix of its metrics, line of the log) of this run, if k-NN was measured while it
+    trained, of its starting weights and of its frozen teacher."""
+    teacher = run.config.get("teacher_model") or "teacher"
+    measured = [line for line in run.metrics if "knn_top1" in line]
+    if not measured:
+        return []
+    named = [("this run", "knn", measured[-1])]
+    named += [("starting weights", "knn", line) for line in measured[:1] if not line["step"]]
+    frozen = [line for line in run.metrics if "knn_frozen_top1" in line]
+    return named + [(f"frozen teacher: {teacher}", "knn_frozen", line) for line in frozen[:1]]
 
 
 def knn_by_k(runs: Sequence[Run]) -> Section:

@@ -91,6 +91,7 @@ def line_chart(
             "points": [(frame.x(x), frame.y(y)) for x, y in points],
             "labels": [f"{x:,.0f} {number(y)}" for x, y in points],
             "last": number(points[-1][1]),
+            "spoken": f"{name} from {number(points[0][1])} to {number(points[-1][1])}",
         }
         for n, (name, points) in enumerate(lines)
         if points

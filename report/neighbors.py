@@ -20,9 +20,10 @@ CLASSES_AT_AN_END = 100
 
 
 def nearest(images: Images) -> dict[str, Any]:
-    """Validation images with their nearest training images; see :func:`nearest_unlabeled`."""
-    if images.train.labels.max() < 0:
-        return nearest_unlabeled(images)
+    """Validation images with their nearest training images; {} without labels, where *Did it
+    learn?* shows neighbors."""
+    if not images.labeled:
+        return {}
     found = images.found
     rows = neighbors.examples(found, RIGHT, WRONG)
     numbers = found.neighbors[rows, :SHOWN_NEIGHBORS]
@@ -41,7 +42,7 @@ def nearest(images: Images) -> dict[str, Any]:
         for column, number in enumerate(found.neighbors[row, :SHOWN_NEIGHBORS].tolist()):
             other = int(found.neighbor_labels[row, column])
             if number in bank:
-                caption = f"{images.name(other)} {found.similarities[row, column]:.3f}"
+                caption = f"{images.name(other)} {found.centered[row, column]:.2f}"
                 style = "right" if other == label else "wrong"
                 tiles.append(tile(bank[number], caption, style))
         groups["Class found" if right else "Class missed"].append(tiles)
@@ -50,25 +51,10 @@ def nearest(images: Images) -> dict[str, Any]:
     return {"summary": f"k-NN finds the class of {accuracy}.", "groups": shown}
 
 
-def nearest_unlabeled(images: Images) -> dict[str, Any]:
-    """Training images with the most similar other training images."""
-    with neighbors.load_cached(images.context, "train", images.train) as (features, samples, _):
-        features = features if len(samples) == len(features) else features[samples]
-        rows = neighbors.evenly_spaced(len(samples), RIGHT + WRONG)
-        others, cosines = neighbors.nearest_others(features, rows, SHOWN_NEIGHBORS)
-    numbers = samples[np.column_stack((rows, others))]
-    photos = images.photos(images.train, numbers.ravel().tolist())
-    shown = []
-    for (query, *found), values in zip(numbers.tolist(), cosines.tolist(), strict=True):
-        if query in photos:
-            known = [(n, cosine) for n, cosine in zip(found, values, strict=True) if n in photos]
-            tiles = [tile(photos[n], f"{cosine:.3f}") for n, cosine in known]
-            shown.append([tile(photos[query], "", "query"), *tiles])
-    return {"summary": "", "groups": {"": shown}}
-
-
 def confusions(images: Images) -> dict[str, Any]:
-    """Which classes are confused with which."""
+    """Which classes are confused with which; {} without labels."""
+    if not images.labeled:
+        return {}
     found = images.found
     classes = (
         len(images.train.classes or []) or int(max(found.labels.max(), found.predicted.max())) + 1
@@ -103,7 +89,9 @@ def class_table(images: Images, found: neighbors.Neighbors) -> tuple[str, Table]
 
 
 def feature_map(images: Images) -> Markup:
-    """Validation features on their first two principal components."""
+    """Validation features on their first two principal components; empty without labels."""
+    if not images.labeled:
+        return Markup()
     found = images.found
     plane, shares = neighbors.principal_plane(found.features)
     rows = neighbors.evenly_spaced(len(plane), MAPPED_POINTS)

@@ -108,6 +108,11 @@ def timestamp(time: Any) -> str:
     return str(time).replace("T", " ").removesuffix("+00:00")
 
 
+def sentence(text: str) -> str:
+    """``loss 3.1`` -> ``Loss 3.1.``"""
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def fixed(value: float, digits: int = 1) -> str:
     """``3.14159`` -> ``3.1``."""
     return f"{value:.{digits}f}"

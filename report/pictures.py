@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
@@ -24,17 +23,16 @@ from xcit_dino.eval.pictures import render
 from xcit_dino.eval.pictures.false_color import picture
 from xcit_dino.eval.pictures.patches import GridFeatures
 from xcit_dino.models.dense import OUTPUT
-from xcit_dino.models.weights.load import load_backbone
-from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
+from xcit_dino.report.epochs import through_epochs
 from xcit_dino.report.images import Images, tile, wide_tile
+from xcit_dino.report.learned import did_it_learn
 from xcit_dino.report.neighbors import confusions, feature_map, nearest
 from xcit_dino.report.page import Section
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.supervised.detect.predict import predicted_boxes
 from xcit_dino.supervised.segment.predict import predicted_masks
 from xcit_dino.train.run.reader import Run
-from xcit_dino.train.state import newest_checkpoint
 
 VIDEOS = 6  # whose masks are shown
 MASK_PHOTOS = 6  # whose masks are shown
@@ -88,13 +86,13 @@ def crops(images: Images) -> dict[str, Any]:
 
 def attention(images: Images) -> dict[str, Any]:
     """Class-attention maps of every head over validation (else training) photos."""
-    rows = render.attention_rows(network(images), some_views(images), images.context)
+    rows = render.attention_rows(images.network, some_views(images), images.context)
     return one_card(rows, ["photo", *(f"head {h + 1}" for h in range(len(rows[0]) - 2)), "mean"])
 
 
 def patches(images: Images) -> dict[str, Any]:
     """The patch features of validation (else training) photos as colors."""
-    features = GridFeatures(network(images), OUTPUT, 0, images.context)
+    features = GridFeatures(images.network, OUTPUT, 0, images.context)
     views = [features.resized(view) for view in some_views(images, PATCH_PHOTOS)]
     rows = []
     for view, grid in zip(views, features.of(views), strict=True):
@@ -117,21 +115,6 @@ def scenes(images: Images) -> dict[str, Any]:
         row = [wide_tile(np.asarray(Image.open(p)), what) for what, p in shown.items()]
         groups[f"{name} ({path.parent.parent.name})"] = [row]
     return {"summary": "", "groups": groups} if groups else {}
-
-
-def network(images: Images) -> nn.Module:
-    """The run's newest network, in evaluation mode.
-
-    Raises:
-        InputError: no checkpoint.
-    """
-    weights = newest_checkpoint(images.run.folder)
-    if weights is None:
-        raise InputError("no whole checkpoint in the run folder")
-    channels = images.context.inputs.channels
-    model = create_model(images.options["arch"], num_classes=0, in_chans=channels)
-    load_backbone(weights, model)
-    return model.eval()
 
 
 def some_views(images: Images, count: int = ATTENTION_PHOTOS) -> list[NDArray[np.generic]]:
@@ -245,6 +228,7 @@ def one_card(rows: Sequence[Sequence[render.Pixels]], captions: Sequence[str]) -
 
 
 PARTS = (
+    Section("Did it learn?", "verdict", did_it_learn),
     Section(
         "Predicted masks",
         "tiles",
@@ -271,6 +255,14 @@ PARTS = (
         "tiles",
         attention,
         "Attention of the class token to the patches, one map per head of the last layer.",
+    ),
+    Section(
+        "Through the training",
+        "epochs",
+        through_epochs,
+        "The same images by the checkpoints that were kept (--saveckp_freq): training images and "
+        "those most similar to them among some, with the cosine similarity of their features once "
+        "the mean feature is subtracted.",
     ),
     Section(
         "Patch features",
@@ -304,8 +296,9 @@ PARTS = (
         "Nearest neighbors",
         "tiles",
         nearest,
-        "Validation images (without labels: training images) and the most similar training images "
-        "with their cosine similarity. Solid frame: same class; dashed frame: another class.",
+        "Validation images and the most similar training images, with the cosine similarity of "
+        "their features once the mean feature is subtracted. Solid frame: same class; dashed "
+        "frame: another class.",
     ),
     Section("Confusions", "confusions", confusions, "Which classes k-NN (k = 20) confuses."),
     Section(

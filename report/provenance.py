@@ -113,7 +113,7 @@ def different_options(runs: Sequence[Run]) -> Section:
     rows = [
         [name, *("not set" if value is None else plain(value) for value in values)]
         for name, values in aligned([run.config for run in runs]).items()
-        if any(value != values[0] for value in values)
+        if any(value != values[0] for value in values) and name != "output_dir"
     ]
     header = ["option", *(run.name for run in runs)]
     return tables("Different options", Table(header, rows, prose=True))

@@ -66,7 +66,9 @@ def page(runs: Sequence[Run], pictures: bool = True, show_channels: tuple[int, .
     absent = []
     for run in runs:
         shown, missing = pictures_of(run, many, show_channels) if pictures else ([], [])
-        sections += named(run, shown, many)
+        verdicts = [section for section in shown if section.template == "verdict"]
+        sections = verdicts + sections
+        sections += named(run, [section for section in shown if section not in verdicts], many)
         absent += [f"{run.name}: {reason}" if many else reason for reason in run.absent + missing]
     sections += [part for run in runs for part in named(run, [accuracy.protocols(run)], many)]
     sections += [part for run in runs for part in named(run, [provenance.provenance(run)], many)]
@@ -83,6 +85,7 @@ def page(runs: Sequence[Run], pictures: bool = True, show_channels: tuple[int, .
 def results(run: Run) -> list[Section]:
     """Accuracies of one run."""
     parts = (
+        accuracy.is_it_good,
         accuracy.headlines,
         accuracy.beside_start,
         accuracy.beside_published,

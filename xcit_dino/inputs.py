@@ -9,6 +9,7 @@ checkpoints in the options of their run; extracted, converted and exported files
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from xcit_dino.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BYTES = ((0.0,), (255.0,))  # lows and highs of the window of 8-bit images
+PROTOCOL_CROP, PROTOCOL_RESIZE = 224, 256  # DINO eval_knn.py, eval_linear.py
 WHOLE = 64  # images up to this side are not cropped, unless the network has a crop ratio
 KEY = "input_settings"  # key in a file's metadata
 Channels = tuple[float, ...]
@@ -90,6 +92,24 @@ class InputSettings:
     def window(self) -> tuple[Channels, Channels]:
         """Lows and highs."""
         return self.low, self.high
+
+    @property
+    def crop(self) -> int:
+        """Side of the center crop in pixels; 224 where the network's own size is not known."""
+        return self.size or PROTOCOL_CROP
+
+    @property
+    def resize(self) -> int:
+        """Shorter side after resizing, before the center crop.
+
+        By the network's own crop ratio, rounded down as in timm; else by the protocol's 256 / 224.
+        In the latter case images up to 64 px are kept whole: cropping an eighth, harmless in a
+        photo, would cut into the object of a small image.
+        """
+        if self.crop_ratio is not None:
+            return math.floor(self.crop / self.crop_ratio + 1e-9)
+        whole = self.crop <= WHOLE
+        return self.crop if whole else round(self.crop * PROTOCOL_RESIZE / PROTOCOL_CROP)
 
     @staticmethod
     def from_run(options: Mapping[str, Any]) -> InputSettings | None:

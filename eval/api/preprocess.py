@@ -20,7 +20,6 @@ from xcit_dino.data.native import crops
 from xcit_dino.data.native.single import values_of_array, values_of_file
 from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.errors import InputError
-from xcit_dino.eval.context import PROTOCOL_CROP, default_resize
 from xcit_dino.inputs import BYTES, InputSettings
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray | Tensor
@@ -47,7 +46,7 @@ class Preprocess:
     @staticmethod
     def of(inputs: InputSettings, form: PixelFormat | None = None) -> Preprocess:
         """The network's own geometry, else the published protocol's."""
-        return Preprocess(inputs, default_resize(inputs), inputs.size or PROTOCOL_CROP, form)
+        return Preprocess(inputs, inputs.resize, inputs.crop, form)
 
     @property
     def is_rgb8(self) -> bool:

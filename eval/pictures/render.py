@@ -84,6 +84,24 @@ def training_crops(
 
     context: of the pictures, for images that are not RGB.
     """
+    count = len(samples)
+    crops = [
+        crop
+        for group in network_crops(config, index, samples, epoch)
+        for crop in np.split(
+            denormalize(group, config.augment, context), max(1, len(group) // count)
+        )
+        if len(crop)
+    ]
+    return [[crop[i] for crop in crops] for i in range(count)]
+
+
+def network_crops(
+    config: TrainingCrops, index: ShardIndex, samples: Sequence[int], epoch: int
+) -> list[Tensor]:
+    """The global and the local crops of N samples in an epoch, augmented and normalized: float32
+    [crops x N, C, H, W] each, the first crop of every sample, then the second ...
+    """
     numbers, bands = np.asarray(samples, np.int64), config.loader.bands
     form, geometry = index.pixels.select(bands), config.at(epoch)
     ring = Ring(1, slot_shapes(geometry, len(numbers), form.channels), form)
@@ -94,16 +112,7 @@ def training_crops(
     global_crops, local_crops = ring.views(0)
     labels = torch.zeros(len(numbers), dtype=torch.int64)
     batch = Batch(0, 0, epoch, numbers, done.sources, labels, global_crops, local_crops)
-    groups = Augment(config.augment, seed=config.seed)(batch)
-    crops = [
-        crop
-        for group in groups
-        for crop in np.split(
-            denormalize(group, config.augment, context), max(1, len(group) // len(numbers))
-        )
-        if len(crop)
-    ]
-    return [[crop[i] for crop in crops] for i in range(len(numbers))]
+    return list(Augment(config.augment, seed=config.seed)(batch))
 
 
 def denormalize(images: Tensor, config: AugmentConfig, context: Context | None = None) -> Pixels:

@@ -3,6 +3,7 @@ intended use and loading code. Everything in it is read from the files."""
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,14 @@ from torch import nn
 
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_checksum, write_atomic
-from xcit_dino.inputs import BYTES, InputSettings
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.weights import formats
+from xcit_dino.models.weights.card_code import (
+    channels_text,
+    format_values,
+    loading_code,
+    preprocessing_code,
+)
 from xcit_dino.models.weights.load import input_settings
 from xcit_dino.models.xcit import XCiT
 
@@ -24,6 +31,8 @@ RECIPE = (  # the main options; all of them follow below
 ).split()
 IN_ROW = {"evaluation", "weights", "val_index", "train_index", "recipe", "lrs", "arch", "network"}
 IN_ROW |= {"nb_knn"}  # k is in the row's title
+BASELINES = {"random": "random weights", "pixels": "raw pixels"}
+BASELINE_DIFFERS = frozenset("arch weights network seed side features layers".split())
 
 
 def write(
@@ -73,21 +82,32 @@ def text(
         "## Recipe",
         recipe_section(options),
         "## Results",
-        results_table(matching_results(source, network, results)),
+        results_table(matching_results(source, network, results), all_results(source, results)),
+        *class_section(matching_results(source, network, results), model),
         "## Intended use",
         USE.format(kind="classification of its classes" if model.num_classes else "features"),
         "## How to load",
         loading_code(file, arch, model, settings, hub),
+        "## Preprocessing",
+        preprocessing_code(settings),
+        "## License",
+        LICENSE,
         "## Citation",
         CITATION if "xcit" in arch else CITATION.split("\n", 2)[2],
     ]
     return "\n\n".join(parts) + "\n"
 
 
+LICENSE = """Not chosen yet: the files do not name one. Whoever publishes these weights writes it
+here, having checked the terms of the training images and of the weights that the training began
+with."""
+
+
 def front_matter(model: Any) -> str:
     """What the hub sorts models by. No license: the files do not name one."""
     task = "image-classification" if model.num_classes else "image-feature-extraction"
-    return f"---\nlibrary_name: timm\ntags:\n- timm\n- {task}\n---"
+    license = "# license: add one, such as apache-2.0"
+    return f"---\nlibrary_name: timm\n{license}\ntags:\n- timm\n- {task}\n---"
 
 
 USE = """Image {kind}: as a frozen backbone for nearest neighbors and linear classifiers, or as the
@@ -137,21 +157,6 @@ def facts_table(
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
-def channels_text(settings: InputSettings) -> str:
-    """``RGB``, or the number of channels, which these are, and how their values are scaled."""
-    plural = "s" * (settings.channels != 1)
-    kind = "RGB" if settings.channels == 3 else f"{settings.channels} channel{plural}"
-    if settings.bands:
-        kind = f"bands {', '.join(map(str, settings.bands))} of the images"
-    return kind if settings.window == BYTES else f"{kind}, {window_text(settings)}"
-
-
-def window_text(settings: InputSettings) -> str:
-    """``values 0 to 4095 scaled to [0, 1]``, of several channels each in its order."""
-    pairs = [f"{low:g} to {high:g}" for low, high in zip(*settings.window, strict=True)]
-    return f"values {', '.join(pairs)} scaled to [0, 1]"
-
-
 def data_section(options: dict[str, Any], tree: formats.Tree) -> str:
     """The training data, as far as recorded in the checkpoint."""
     if not options.get("data_path"):
@@ -183,15 +188,23 @@ def matching_results(source: Path, network: str, results: Path | None) -> dict[s
     Raises:
         InputError: the given file cannot be read.
     """
+    ours, found = file_checksum(source), all_results(source, results)
+    return {key: entry for key, entry in found.items() if is_result_of(entry, ours, network)}
+
+
+def all_results(source: Path, results: Path | None) -> dict[str, Any]:
+    """All results of a ``results.json``, by default that of the source's run folder.
+
+    Raises:
+        InputError: the given file cannot be read.
+    """
     path = results or source.parent.parent / "results.json"
     if results is None and not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"--results {path}: cannot be read ({error})") from error
-    ours = file_checksum(source)
-    return {key: entry for key, entry in found.items() if is_result_of(entry, ours, network)}
 
 
 def is_result_of(entry: Any, weights: str, network: str) -> bool:
@@ -203,8 +216,28 @@ def is_result_of(entry: Any, weights: str, network: str) -> bool:
     return protocol.get("weights") == weights and protocol.get("network") == network
 
 
-def results_table(entries: dict[str, Any]) -> str:
-    """A table with one row per result (for k-NN: per k) and its protocol."""
+def baselines_of(key: str, entry: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """``random weights``, ``raw pixels`` -> their results by the protocol of a result."""
+    evaluation, compared = key.partition("@")[0], {}
+    for suffix, title in BASELINES.items():
+        for name, other in found.items():
+            if name.partition("@")[0] != f"{evaluation}/{suffix}":
+                continue
+            both = [other.get("protocol", {}), entry["protocol"]]
+            one, two = ({k: v for k, v in p.items() if k not in BASELINE_DIFFERS} for p in both)
+            if one == two:
+                compared[title] = other
+    return compared
+
+
+def results_table(entries: dict[str, Any], found: dict[str, Any]) -> str:
+    """A table with one row per result (for k-NN: per k) and its protocol, each followed by its
+    baselines.
+
+    Args:
+        entries: results of this network.
+        found: all results of the run.
+    """
     if not entries:
         return "No accuracy of this network is recorded."
     rows = ["| evaluation | top-1, % | top-5, % | protocol |", "|---|---|---|---|"]
@@ -213,66 +246,41 @@ def results_table(entries: dict[str, Any]) -> str:
         if "chosen" in entry:
             protocol["head"] = ", ".join(f"{k} {v}" for k, v in entry["chosen"].items())
         facts = "; ".join(f"{k} {as_text(v)}" for k, v in protocol.items() if k not in IN_ROW)
+        others = baselines_of(key, entry, found)
         for suffix in metric_suffixes(entry["metrics"]):
-            tops = [entry["metrics"].get(f"top{n}{suffix}") for n in (1, 5)]
-            cells = ["" if top is None else f"{top:.2f}" for top in tops]
             title = f"{name}, k = {suffix[2:]}" if suffix else name
-            rows.append(f"| {title} | {cells[0]} | {cells[1]} | {facts} |")
+            rows.append(result_row(title, entry, suffix, facts))
+            rows += [
+                result_row(f"{title}: {what}", other, suffix, "the same")
+                for what, other in others.items()
+            ]
     return "\n".join(rows)
+
+
+def result_row(title: str, entry: Any, suffix: str, facts: str) -> str:
+    """A row of the table of results."""
+    tops = [entry["metrics"].get(f"top{n}{suffix}") for n in (1, 5)]
+    cells = ["" if top is None else f"{top:.2f}" for top in tops]
+    return f"| {title} | {cells[0]} | {cells[1]} | {facts} |"
+
+
+def class_section(entries: dict[str, Any], model: Any) -> list[str]:
+    """Names of the classes that a classifier's outputs, or the accuracies of a backbone, are about,
+    as its results record them; [] where they record none."""
+    for entry in entries.values():
+        rows = list(csv.reader(entry.get("per_class", [])))[1:]
+        names = {int(label): name for name, label, *_ in rows}
+        if names and (not model.num_classes or len(names) == model.num_classes):
+            what = "Outputs, in this order" if model.num_classes else "Of the images evaluated"
+            listed = ", ".join(f"{label} {name}" for label, name in sorted(names.items()))
+            return ["## Classes", f"{what}: {listed}."]
+    return []
 
 
 def metric_suffixes(metrics: dict[str, float]) -> list[str]:
     """``_k10``, ``_k20`` ... for a k-NN result, ascending; else ``[""]``."""
     ks = [name.removeprefix("top1_k") for name in metrics if name.startswith("top1_k")]
     return [f"_k{k}" for k in sorted(ks, key=int)] or [""]
-
-
-def loading_code(
-    output: Path, arch: str, model: Any, settings: InputSettings, hub: bool = False
-) -> str:
-    """Code that loads the file."""
-    shape = f"[B, {settings.channels}, H, W]"
-    chans = "" if settings.channels == 3 else f", in_chans={settings.channels}"
-    if hub and (settings.channels != 3 or settings.window != BYTES):
-        code = f"""import timm
-
-# from the hub: "hf-hub:OWNER/NAME"
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-outputs = model(images)  # images: float32 {shape}, normalized
-
-# or prepared from files or arrays of the training images' kind
-import xcit_dino
-
-features = xcit_dino.embed(["image.tif"], *xcit_dino.load("FOLDER"))"""
-    elif hub:
-        code = """import timm
-
-# from the hub: "hf-hub:OWNER/NAME"
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-outputs = model(transform(image).unsqueeze(0))  # image: a PIL image"""
-    elif output.suffix == ".onnx":
-        code = f"""import onnxruntime
-
-session = onnxruntime.InferenceSession("{output.name}")
-(name,) = [node.name for node in session.get_inputs()]
-outputs = session.run(None, {{name: images}})  # images: float32 {shape}, normalized"""
-    else:
-        code = f"""import xcit_dino
-from safetensors.torch import load_file
-
-model = xcit_dino.create_model("{arch}", num_classes={model.num_classes}{chans}).eval()
-model.load_state_dict(load_file("{output.name}"))
-outputs = model(images)  # images: float32 {shape}, normalized"""
-    mean, std = format_values(settings.mean), format_values(settings.std)
-    scaled = "" if settings.window == BYTES else f" ({window_text(settings)})"
-    channels = f"Mean {mean}, std {std} of values in [0, 1]{scaled}."
-    return f"```python\n{code}\n```\n\n{channels}"
-
-
-def format_values(values: tuple[float, ...]) -> str:
-    """``(0.485, 0.456, 0.406)``"""
-    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def as_text(value: Any) -> str:

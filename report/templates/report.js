@@ -69,3 +69,29 @@ for (const text of document.querySelectorAll("svg .reading")) {
 addEventListener("beforeprint", () => {
   for (const fold of document.querySelectorAll("details")) fold.open = true;
 });
+// Frames of which a slider shows one.
+for (const box of document.querySelectorAll(".frames")) {
+  const label = box.querySelector(".slider"), slider = label.querySelector("input");
+  const frames = [...box.querySelectorAll(".frame")];
+  const show = () => {
+    frames.forEach((frame, n) => { frame.hidden = n !== slider.valueAsNumber; });
+    const name = frames[slider.valueAsNumber].dataset.name;
+    label.querySelector("output").textContent = name;
+    slider.setAttribute("aria-valuetext", name);
+  };
+  label.hidden = false;
+  slider.addEventListener("input", show);
+  show();
+}
+// What is wider than its box can be scrolled with the keyboard, and has a name.
+const boxes = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const wide = target.scrollWidth > target.clientWidth;
+    const title = target.closest("section").querySelector("h2").textContent;
+    const names = { tabindex: "0", role: "group", "aria-label": `${title}, scrollable` };
+    for (const [name, value] of Object.entries(names)) {
+      wide ? target.setAttribute(name, value) : target.removeAttribute(name);
+    }
+  }
+});
+for (const box of document.querySelectorAll(".scroll")) boxes.observe(box);

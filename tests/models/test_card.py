@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
+import xcit_dino
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_checksum
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.config import ExportConfig
 from xcit_dino.models.weights import formats
+from xcit_dino.models.weights.card_code import preprocessing_code
 from xcit_dino.models.weights.convert import export
 from xcit_dino.models.zoo import create_model
 from xcit_dino.provenance import record_result
@@ -108,6 +113,53 @@ def test_accuracies_of_this_very_network_with_k_head_and_protocol(tmp_path):
     assert "linear |" not in teacher and "| knn, k = 20 | 49.20 | 53.20 | crop 32 |" in student
     facts = formats.metadata(tmp_path / "student" / "birds.safetensors")
     assert len(json.loads(facts["results"])) == 2
+
+
+def test_baselines_of_the_same_protocol_classes_and_license(checkpoint, tmp_path):
+    run = checkpoint.parent.parent
+    shared = {"temperature": 0.07, "crop": 32}
+    random, other = {"network": "random", "seed": 0}, {"network": "pixels", "side": 32, "crop": 64}
+    record_result(run, "knn/random", {"top1_k20": 21.5, "top5_k20": 60.0}, shared | random)
+    record_result(run, "knn/pixels", {"top1_k20": 99.0, "top5_k20": 99.0}, shared | other)
+    ours = shared | {"weights": file_checksum(checkpoint), "network": "teacher"}
+    rows = ["class,label,images", '"jay, blue",0,5', "owl,1,5"]
+    record_result(run, "knn", {"top1_k20": 51.25, "top5_k20": 90.0}, ours, per_class=rows)
+    export(ExportConfig(checkpoint, tmp_path / "birds.safetensors"))
+    text = (tmp_path / "birds.safetensors.md").read_text()
+    ours, baseline = "| knn, k = 20 | 51.25 | 90.00 |", "| knn, k = 20: random weights | 21.50 |"
+    assert text.index(ours) < text.index(baseline) and "99.00" not in text
+    assert "Of the images evaluated: 0 jay, blue, 1 owl." in text
+    assert "## License" in text and "Not chosen yet" in text
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_its_preprocessing_is_that_of_the_evaluations(checkpoint, tmp_path, monkeypatch, size):
+    tree = torch.load(checkpoint, weights_only=True)
+    tree["config"] += f"global_crops_size: {size}\nmean: [0.2, 0.3, 0.4]\nstd: [0.5, 0.6, 0.7]\n"
+    torch.save(tree, checkpoint)
+    export(ExportConfig(checkpoint, tmp_path / "birds.safetensors"))
+    text = (tmp_path / "birds.safetensors.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text.split("## Preprocessing")[1], re.DOTALL)[0]
+    photo = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    large = PIL.Image.fromarray(photo).resize((200, 150))
+    large.save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    space = {}
+    exec(code.replace("image.jpg", "image.png"), space)
+    _, transform = xcit_dino.load(tmp_path / "birds.safetensors")
+    expected = transform(large)[None]
+    assert space["images"].shape == expected.shape == (1, 3, size, size)
+    assert (space["images"] - expected).abs().max() < 2 / 255 / 0.5, "one step of a byte"
+
+
+def test_preprocessing_of_other_images_than_rgb_is_a_formula():
+    settings = InputSettings(
+        size=32, mean=(0.5,), std=(0.25,), channels=1, low=(0.0,), high=(4095.0,)
+    )  # fmt: skip
+    code = re.findall(r"```python\n(.*?)```", preprocessing_code(settings), re.DOTALL)[0]
+    space = {"pixels": np.array([[[0.0, 4095.0, 8190.0]]], np.float32)}
+    exec(code, space)
+    assert space["images"].tolist() == [[[[-2.0, 2.0, 2.0]]]]
 
 
 @pytest.mark.slow

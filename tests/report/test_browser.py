@@ -150,6 +150,61 @@ def test_links_lead_somewhere_and_folds_open(browser, run):
     assert browser.run("[...document.querySelectorAll('details')].every(d => d.open)")
 
 
+def test_a_slider_leads_through_the_checkpoints(browser, run):
+    """By the keyboard; on paper all are there."""
+    browser.open(run / "report.html", 1280)
+    frames = "[...document.querySelectorAll('.frame')]"
+    shown = f"{frames}.filter(f => f.offsetHeight).map(f => f.dataset.name)"
+    assert browser.run(shown) == ["epoch 2, step 4"]
+    browser.run("document.querySelector('.slider input').focus()")
+    for kind in ("keyDown", "keyUp"):
+        key = {"key": "ArrowLeft", "code": "ArrowLeft", "windowsVirtualKeyCode": 37}
+        browser.call("Input.dispatchKeyEvent", type=kind, **key)
+    assert browser.run(shown) == ["epoch 1, step 2"]
+    slider = "document.querySelector('.slider input')"
+    assert browser.run(f"{slider}.getAttribute('aria-valuetext')") == "epoch 1, step 2"
+    assert browser.run("document.querySelector('.slider output').textContent") == "epoch 1, step 2"
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert len(browser.run(shown)) == 2
+    assert browser.run("document.querySelector('.slider').offsetHeight") == 0
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_numbers_and_words_stay_whole_on_a_phone(browser, run):
+    browser.open(run / "report.html", 390)
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    broken = browser.run(
+        """(() => {
+          const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+          while (walk.nextNode()) {
+            const node = walk.currentNode;
+            if (node.parentElement.closest('script, svg')) continue;
+            for (const word of node.data.matchAll(/[\\w.:,%]+/g)) {
+              if (word[0].length > 26) continue;  // checksums and paths may break
+              const range = document.createRange();
+              range.setStart(node, word.index);
+              range.setEnd(node, word.index + word[0].length);
+              const tops = [...range.getClientRects()].filter(r => r.width).map(r => r.top);
+              if (tops.some(top => top > tops[0] + 4)) found.push(word[0]);
+            }
+          }
+          return found;
+        })()"""
+    )
+    assert broken == []
+
+
+def test_what_scrolls_is_reached_by_the_keyboard_and_named(browser, run):
+    browser.open(run / "report.html", 390)
+    browser.run("new Promise(r => requestAnimationFrame(() => setTimeout(r, 50)))")
+    boxes = browser.run(
+        """[...document.querySelectorAll('.scroll')].filter(b => b.offsetHeight).map(b => [
+          b.scrollWidth > b.clientWidth, b.tabIndex === 0, b.getAttribute('aria-label') || ''])"""
+    )
+    assert any(wide for wide, _, _ in boxes)
+    assert all(wide == reached == bool(name) for wide, reached, name in boxes)
+
+
 def test_the_browser_would_notice(browser, tmp_path):
     """A page with a broken image, a script that fails and an overflow differs from a good one."""
     page = tmp_path / "bad.html"

@@ -132,6 +132,33 @@ def test_a_lift_is_over_a_baseline_of_the_same_protocol_only(tmp_path):
     assert "+25.0 over random weights" in written(run)[1].text
 
 
+def test_is_it_good_beside_baselines_start_and_teacher(tmp_path):
+    run = make_run(tmp_path / "run", teacher_model="Big")
+    _, page = written(run)
+    # 51.3 and 21.5 of 100 images: 2 sqrt((51.3 * 48.7 + 21.5 * 78.5) / 100) = 12.9
+    assert (
+        "k-NN, k = 20: 52.3 %, better than random weights and raw pixels. Random weights 22.3 %, "
+        "raw pixels 19.1 %. Differences below 13.0 points may be chance."
+    ) in page.text
+    with open(run / "metrics.jsonl") as file:
+        lines = file.readlines()
+    first = {"step": 0, "knn_top1": 20.0, "knn_top5": 40.0, "knn_frozen_top1": 61.0,
+             "knn_frozen_top5": 80.0}  # fmt: skip
+    (run / "metrics.jsonl").write_text(json.dumps(first) + "\n" + "".join(lines))
+    assert (
+        "During training, k-NN: 44.0 % at step 30. Starting weights 20.0 %; frozen teacher: Big "
+        "61.0 %."
+    ) in written(run)[1].text
+    small = make_run(tmp_path / "small", lift=5)
+    assert "52.3 %" not in written(small)[1].text
+    assert "27.3 %, not clearly better than random weights or raw pixels" in written(small)[1].text
+    alone = make_run(tmp_path / "alone")
+    known = json.loads((alone / "results.json").read_text())
+    (alone / "results.json").write_text(json.dumps({"knn": known["knn"]}))
+    command = f"xcit-dino knn --output_dir {alone} --baselines true"
+    assert command in written(alone)[1].text
+
+
 def test_nothing_is_loaded_and_only_the_named_script_runs(tmp_path):
     text, page = written(make_run(tmp_path / "run"))
     assert not {"link", "iframe", "object"} & {tag for tag, _ in page.tags}
@@ -356,9 +383,9 @@ def test_thousands_of_classes_get_a_table():
     zeros = np.zeros((3000, 20), np.int64)
     images = Images(Run(Path("run"), {}, [], [], {}))
     images.__dict__["found"] = neighbors.Neighbors(
-        labels, zeros, labels, predicted, zeros, zeros, zeros
+        labels, zeros, labels, predicted, zeros, zeros, zeros, zeros
     )
-    index = type("Index", (), {"classes": None})()
+    index = type("Index", (), {"classes": None, "labels": labels})()
     images.__dict__["train"] = images.__dict__["val"] = index
     page = Page(str(render("confusions", data=confusions(images))))
     assert "class 500" in page.text and page.count("svg") == 0
