@@ -18,7 +18,7 @@ from xcit_dino.models.xcit import XCiT
 from xcit_dino.options import replace
 from xcit_dino.report.images import Images, tile
 from xcit_dino.report.learned import effective_rank, nearest
-from xcit_dino.report.page import Tile
+from xcit_dino.report.page import Tile, sentence
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.forgetting import neighbors_kept
 from xcit_dino.train.run.reader import Run
@@ -73,7 +73,7 @@ def frame_of(images: Images, weights: Path, before: np.ndarray | None) -> tuple[
     if isinstance(network, XCiT):
         parts = {"Attention, mean of the heads": attention_row(images, network)} | parts
     parts["Crops"] = crop_rows(images, epoch)
-    return Frame(title, "; ".join(facts), parts), found.features
+    return Frame(title, sentence("; ".join(facts)), parts), found.features
 
 
 def logged(run: Run, name: str, step: int) -> float | None:

@@ -16,6 +16,7 @@ from xcit_dino.errors import InputError
 from xcit_dino.eval import neighbors
 from xcit_dino.eval.features import eval_mode, feature_blocks
 from xcit_dino.eval.pictures import render
+from xcit_dino.models.checkpoints import FOLDER, all_checkpoints, step_of
 from xcit_dino.options import replace
 from xcit_dino.report.images import Images, tile
 from xcit_dino.report.page import Tile, sentence
@@ -157,10 +158,9 @@ def loss_facts(run: Run) -> list[str]:
 
 def too_few(run: Run) -> list[Line]:
     """A line where the run is too short to judge."""
-    steps, total = (
-        last_step(run),
-        next((t["total_steps"] for t in run.tries if "total_steps" in t), 0),
-    )
+    saved = [step_of(path) for path in all_checkpoints(run.folder / FOLDER)]
+    steps = max(last_step(run), *saved, 0)
+    total = next((t["total_steps"] for t in run.tries if "total_steps" in t), 0)
     warmup = total * run.config.get("warmup_epochs", 0) / max(run.config.get("epochs", 1), 1)
     if steps < warmup:
         reason = f"{steps:,} steps: the learning rate is still rising, until step {warmup:,.0f}."

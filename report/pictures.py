@@ -260,9 +260,9 @@ PARTS = (
         "Through the training",
         "epochs",
         through_epochs,
-        "The same images by the checkpoints that were kept (--saveckp_freq): training images and "
-        "those most similar to them among some, with the cosine similarity of their features once "
-        "the mean feature is subtracted.",
+        "The same images by the checkpoints that were kept (--saveckp_freq): attention, training "
+        "images with the most similar of a few hundred others (cosine similarity of their features "
+        "once the mean feature is subtracted), and crops as in that epoch.",
     ),
     Section(
         "Patch features",
