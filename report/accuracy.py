@@ -82,14 +82,16 @@ def judged(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> tup
     if not others:
         command = f"xcit-dino {evaluation} --output_dir {run.folder} --baselines true"
         return f"{title}.", f"Not compared with random weights and raw pixels; {command} does it."
-    images = val_images(run, entry)
+    is_share = bool(ks_of(entry["metrics"])) or "top1" in entry["metrics"]  # no mAP, R2
+    images = val_images(run, entry) if is_share else None
     margins = {name: margin(top1, value, images) for name, value in others.items()}
     better = [name for name, value in others.items() if top1 - value > margins[name]]
-    rest = [name for name in others if name not in better]
-    word = f"better than {' and '.join(better)}" if better else ""
-    word += (
-        f"{', but ' if better else ''}not clearly better than {' or '.join(rest)}" if rest else ""
-    )
+    worse = [name for name, value in others.items() if value - top1 > margins[name]]
+    rest = [name for name in others if name not in better + worse]
+    words = [f"better than {' and '.join(better)}"] if better else []
+    words += [f"not clearly better than {' or '.join(rest)}"] if rest else []
+    words += [f"worse than {' and '.join(worse)}"] if worse else []
+    word = ", but ".join(words)
     numbers = ", ".join(f"{name} {value:.1f} %" for name, value in others.items())
     widest = max(margins.values())
     error = f" Differences below {widest:.1f} points may be chance." if images and widest else ""

@@ -152,6 +152,8 @@ def test_is_it_good_beside_baselines_start_and_teacher(tmp_path):
     small = make_run(tmp_path / "small", lift=5)
     assert "52.3 %" not in written(small)[1].text
     assert "27.3 %, not clearly better than random weights or raw pixels" in written(small)[1].text
+    worse = make_run(tmp_path / "worse", lift=-15)  # by 15.0 and 11.8; two errors are 9.8 and 9.4
+    assert "7.3 %, worse than random weights and raw pixels." in written(worse)[1].text
     alone = make_run(tmp_path / "alone")
     known = json.loads((alone / "results.json").read_text())
     (alone / "results.json").write_text(json.dumps({"knn": known["knn"]}))
