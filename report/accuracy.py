@@ -82,7 +82,8 @@ def judged(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> tup
     if not others:
         command = f"xcit-dino {evaluation} --output_dir {run.folder} --baselines true"
         return f"{title}.", f"Not compared with random weights and raw pixels; {command} does it."
-    is_share = bool(ks_of(entry["metrics"])) or "top1" in entry["metrics"]  # no mAP, R2
+    metrics = entry["metrics"]
+    is_share = "top1" in metrics or metric_by_k(metrics) == "top1"  # no mAP, no R2
     images = val_images(run, entry) if is_share else None
     margins = {name: margin(top1, value, images) for name, value in others.items()}
     better = [name for name, value in others.items() if top1 - value > margins[name]]
