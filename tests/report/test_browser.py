@@ -157,7 +157,7 @@ def test_a_slider_leads_through_the_checkpoints(browser, run):
     shown = f"{frames}.filter(f => f.offsetHeight).map(f => f.dataset.name)"
     assert browser.run(shown) == ["epoch 2, step 4"]
     browser.run("document.querySelector('.slider input').focus()")
-    for kind in ("keyDown", "keyUp"):
+    for kind in ("rawKeyDown", "keyUp"):
         key = {"key": "ArrowLeft", "code": "ArrowLeft", "windowsVirtualKeyCode": 37}
         browser.call("Input.dispatchKeyEvent", type=kind, **key)
     assert browser.run(shown) == ["epoch 1, step 2"]
@@ -179,6 +179,7 @@ def test_numbers_and_words_stay_whole_on_a_phone(browser, run):
           while (walk.nextNode()) {
             const node = walk.currentNode;
             if (node.parentElement.closest('script, svg')) continue;
+            if (node.parentElement.closest('.facts td') && node.data.length > 20) continue;
             for (const word of node.data.matchAll(/[\\w.:,%]+/g)) {
               if (word[0].length > 26) continue;  // checksums and paths may break
               const range = document.createRange();
