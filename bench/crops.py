@@ -27,12 +27,12 @@ import numpy as np
 import psutil
 import simplejpeg
 import torch
-from pack import rows
 from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
 from torchvision import transforms
 
+from bench.pack import rows
 from xcit_dino.data.config import CropsConfig, LoaderConfig
 from xcit_dino.data.crops import crop_boxes
 from xcit_dino.data.decode.rgb import read_header

@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
+from bench.budget import TRIED, epoch_seconds, start, wait
 
 METHODS = ("distill", "dino")
-COMMAND = (sys.executable, "-m", "xcit_dino.cli")
-TRIED = (20, 80)  # steps of two short runs: their difference is free of the start-up
 SHARE = 0.97  # of the time that the schedule is made for; the start-up takes the rest
 
 
@@ -53,42 +50,15 @@ def pretraining(args: argparse.Namespace, method: str) -> list[str]:
     return [*words, "--teacher_path", args.teacher_path, "--teacher_size", args.teacher_size]
 
 
-def processor_seconds(process: psutil.Process) -> float:
-    """Of a process and all its children, living and dead."""
-    try:
-        family = [process, *process.children(recursive=True)]
-        times = [member.cpu_times() for member in family]
-    except psutil.NoSuchProcess:
-        return 0.0
-    return sum(t.user + t.system + t.children_user + t.children_system for t in times)
-
-
 def side_by_side(commands: dict[str, list[str]], log: Path) -> dict[str, float]:
     """Run a command of each method on a core of its own; returns the processor seconds of each."""
     cores = sorted(os.sched_getaffinity(0))
-    running, took = {}, {}
-    for number, (method, words) in enumerate(commands.items()):
-        core = cores[number % len(cores)]
-        output = open(f"{log}-{method}.log", "a")
-        running[method] = psutil.Popen(
-            ["taskset", "-c", str(core), *COMMAND, *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output,
-        )  # fmt: skip
-    while any(process.poll() is None for process in running.values()):
-        for method, process in running.items():
-            took[method] = max(took.get(method, 0.0), processor_seconds(process))
-        time.sleep(0.2)
-    if bad := [method for method, process in running.items() if process.returncode]:
-        raise SystemExit(f"{', '.join(bad)} failed: see {log}-*.log")
-    return took
-
-
-def epochs_within(run: Path, took: list[float], seconds: float) -> int:
-    """Whole epochs that fit into a time, from what the two short runs took."""
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = next(line for line in reversed(logged) if "epoch" in line)
-    step = (took[1] - took[0]) / (TRIED[1] - 2 * TRIED[0])
-    return max(1, int(seconds / (step * last["step"] / last["epoch"])))
+    running = {
+        method: start(words, cores[number % len(cores)], Path(f"{log}-{method}.log"))
+        for number, (method, words) in enumerate(commands.items())
+    }
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(running, pool.map(wait, running.values()), strict=True))
 
 
 def curve(run: Path, args: argparse.Namespace) -> dict[int, float]:
@@ -127,7 +97,8 @@ def main() -> None:
     commands = {}
     for method in METHODS:
         took = [each[method] for each in tried]
-        epochs = epochs_within(folder / f"speed-{method}", took, 60 * SHARE * args.minutes)
+        epoch = epoch_seconds(folder / f"speed-{method}", took)
+        epochs = max(1, int(60 * SHARE * args.minutes / epoch))
         words = ["--epochs", str(epochs), "--warmup_epochs", str(min(1, epochs / 10))]
         commands[method] = [
             *pretraining(args, method), *words, "--output_dir", str(folder / method)
