@@ -227,6 +227,8 @@ def _step(
     )
     if fitting < each:
         yield Choice("accum_iter", each // fitting, "data", f"a global batch of {batch}")
+    if length.seen < tables.KOLEO_BELOW and fitting > 1:  # it compares the images of a micro-batch
+        yield Choice("koleo_weight", tables.KOLEO, "ours", "spreads the features of a short run")
     peak = net.lr * max(1, batch / 256) ** 0.5
     yield Choice(
         "lr", _few_digits(peak * 256 / batch), "ours",

@@ -85,7 +85,9 @@ ALL = math.inf
 OWN = None
 VIEWS = (
     #     side  slow   patch size scale       local: number, size, scale   blur
-    Views(48, None, 4, OWN, (0.2, 1.0), 0, OWN, (0.05, 0.2), False,
+    Views(48, True, 8, OWN, (0.2, 1.0), 0, OWN, (0.05, 0.2), False,
+          "their own size; patches of 8 make four times as many steps as patches of 4"),
+    Views(48, False, 4, OWN, (0.2, 1.0), 0, OWN, (0.05, 0.2), False,
           "their own size; patches of 4 see the detail"),
     Views(80, None, 8, OWN, (0.3, 1.0), 4, OWN, (0.1, 0.3), False,
           "their own size; patches of 8 make a grid of 8 x 8 and more"),
@@ -126,6 +128,8 @@ MOMENTA = (
 IMAGES_A_PROTOTYPE = 12  # the quickstart has 256 for 3,000, ImageNet 65,536 for 1.28 million
 PROTOTYPES = (64, 65536)
 BATCHNORM_BELOW = 10e6  # images seen: above, the head needs no batch-norm to leave its start
+KOLEO_BELOW = 10e6  # images seen: below, the features of small networks collapse to few directions
+KOLEO = 0.05
 DECAY_BELOW = 10e6  # images seen: below, the weight decay ends at 0.1 instead of 0.4
 WARM_UP = (0.08, 10)  # of the epochs, at most so many
 FREEZE = (0.04, 1)  # the prototypes, likewise

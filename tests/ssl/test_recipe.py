@@ -68,7 +68,7 @@ def test_every_set_gets_options_that_fit_it(data, budget, monkeypatch):
 
 def test_small_images_are_not_enlarged():
     found = values(CIFAR, CPU, pico_6=150)
-    assert found["global_crops_size"] == 32 and found["arch"] == "xcit_pico_6_p4"
+    assert found["global_crops_size"] == 32 and found["arch"] == "xcit_pico_6_p8"
     assert found["blur_prob"] == [0, 0, 0] and found["local_crops_number"] == 0
     assert found["out_dim"] == 1024 and found["batch_size_per_gpu"] == 64
 
@@ -207,11 +207,11 @@ def test_a_recipe_is_printed_with_reasons_and_read_by_pretrain(shards, tmp_path,
     assert main(["recipe", str(shards), str(out), "--hours", "0.1", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "48 images, shorter sides of 32 pixels, 3 channels of uint8, 12 classes" in printed
-    assert "measuring xcit_pico_6_p4 ... 64 images/s" in printed
+    assert "measuring xcit_pico_6_p8 ... 64 images/s" in printed
     assert re.search(r"^epochs +6\d\d +.* at 64 images/s$", printed, re.MULTILINE)
     config = pretrain_config(["--config", str(out)])
     assert config.run.device == "cpu" and config.loader.data_path == str(shards)
-    assert config.model.arch == "xcit_pico_6_p4" and not config.remarks()
+    assert config.model.arch == "xcit_pico_6_p8" and not config.remarks()
     assert not misfits(config, str(shards / "train"))
     text = out.read_text()
     start = f"# xcit-dino pretrain --config {out} --output_dir runs/mine"
@@ -285,19 +285,19 @@ def test_memory_that_does_not_suffice_is_met_with_smaller_batches(
     assert (config.run.batch_size_per_gpu, config.run.accum_iter) == (4, 8)
     most[0] = 0
     assert main(["recipe", str(shards), str(tmp_path / "other.yaml"), "--device", "cpu"]) == 2
-    assert "not one image of xcit_pico_6_p4 fits" in capsys.readouterr().err
+    assert "not one image of xcit_pico_6_p8 fits" in capsys.readouterr().err
 
 
 def test_larger_networks_are_measured_as_long_as_they_seem_to_pay(
     shards, tmp_path, monkeypatch, capsys
 ):
-    speeds = {"xcit_pico_6_p4": 1e6, "xcit_nano_12_p4": 100.0}
+    speeds = {"xcit_pico_6_p8": 1e6, "xcit_nano_12_p8": 100.0}
     monkeypatch.setattr(recipe, "images_per_second", lambda config: speeds[config.model.arch])
     out = tmp_path / "mine.yaml"
     assert main(["recipe", str(shards), str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"measuring (\S+)", printed) == list(speeds)
-    assert pretrain_config(["--config", str(out)]).model.arch == "xcit_pico_6_p4"  # nano is slow
+    assert pretrain_config(["--config", str(out)]).model.arch == "xcit_pico_6_p8"  # nano is slow
 
 
 @pytest.mark.parametrize(
