@@ -84,14 +84,15 @@ for (const box of document.querySelectorAll(".frames")) {
   show();
 }
 // What is wider than its box can be scrolled with the keyboard, and has a name.
-const boxes = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    const wide = target.scrollWidth > target.clientWidth;
-    const title = target.closest("section").querySelector("h2").textContent;
-    const names = { tabindex: "0", role: "group", "aria-label": `${title}, scrollable` };
-    for (const [name, value] of Object.entries(names)) {
-      wide ? target.setAttribute(name, value) : target.removeAttribute(name);
-    }
+function reachable(box) {
+  const wide = box.scrollWidth > box.clientWidth;
+  const title = box.closest("section").querySelector("h2").textContent;
+  const names = { tabindex: "0", role: "group", "aria-label": `${title}, scrollable` };
+  for (const [name, value] of Object.entries(names)) {
+    wide ? box.setAttribute(name, value) : box.removeAttribute(name);
   }
-});
-for (const box of document.querySelectorAll(".scroll")) boxes.observe(box);
+}
+const scrolled = [...document.querySelectorAll(".scroll")];
+const boxes = new ResizeObserver((entries) => entries.forEach((entry) => reachable(entry.target)));
+scrolled.forEach((box) => boxes.observe(box));
+addEventListener("load", () => scrolled.forEach(reachable)); // pictures widen what is in a box
