@@ -25,7 +25,7 @@ Panel = tuple[str, str, Sequence[str]]
 PANELS: dict[str, tuple[Panel, ...]] = {  # metrics in no group are folded away
     "Learning and health": (
         ("Loss (of DINO: teacher entropy + KL)", "", ("loss", "teacher_entropy", "kl")),
-        ("Terms of the loss", "", ("dino_loss", "distill_loss")),
+        ("Terms of the loss", "", ("dino_loss", "distill_loss", "koleo_loss")),
         ("k-NN of the teacher, top-1", "%", ("knn_top1", "knn_frozen_top1")),
         ("k-NN on the other data, top-1", "%", ("knn_other_top1",)),
         ("Neighbors kept since the start", "share", ("neighbors_kept", "neighbors_kept_other")),
@@ -55,7 +55,7 @@ NO_CURVES = {"step", "epoch", "time", "freeze_last_layer", "freeze_backbone"}
 TITLES = {
     "kl": "KL", "teacher_entropy": "teacher entropy", "mean_entropy": "entropy of the mean",
     "knn_top1": "this run", "knn_frozen_top1": "frozen teacher",
-    "dino_loss": "DINO", "distill_loss": "distillation",
+    "dino_loss": "DINO", "distill_loss": "distillation", "koleo_loss": "KoLeo",
     "val_top1": "last weights", "val_ema_top1": "averaged weights",
 }  # fmt: skip
 
