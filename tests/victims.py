@@ -310,3 +310,30 @@ def assert_nothing_lost(run: Path, whole: Path) -> None:
 
 def finish(run: Path, shards: Path, **options: Any) -> None:
     assert ended(start(run, shards, **options)) == 0, said(run)
+
+
+def on_two_processes(words: list[str], folder: Path) -> None:
+    """Run a command on two processes, which must both end well; their output goes to ``folder``."""
+    port = 41_000 + os.getpid() % 20_000
+    ranks = [SERVER.Process(target=_one_of_two, args=(n, port, words, folder)) for n in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    ends = [ended(rank) for rank in ranks]
+    assert ends == [0, 0], "\n".join((folder / f"{n}.log").read_text() for n in (0, 1))
+
+
+def _one_of_two(rank: int, port: int, words: list[str], folder: Path) -> None:
+    import torch
+
+    from xcit_dino.cli import main
+    from xcit_dino.train.distributed import dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = main(words)
+    dist.shutdown()
+    raise SystemExit(code)

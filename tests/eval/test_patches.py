@@ -4,7 +4,6 @@ and drawings whose colors are known."""
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
@@ -187,31 +186,13 @@ def test_too_little_space_and_no_such_layer(run_folder: Any, tmp_path: Path, mon
     assert not (tmp_path / "out").exists()
 
 
-def worker(rank: int, port: int, words: list[str], folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = main(words)
-    dist.shutdown()
-    raise SystemExit(code)
-
-
 def test_two_processes_write_the_same_grids(run_folder: Any, tmp_path: Path):
     shards = pack(tmp_path)
     words = ["--output_dir", str(run_folder.path), "--data_path", str(shards), "--device", "cpu"]
     words += ["--pretrained_weights", str(run_folder.weights), "--num_workers", "0"]
     words += ["--patches", "true", "--examples", "1", "--batch_size_per_gpu", "1"]
     assert main(["embed", str(tmp_path / "one"), *words]) == 0
-    both = ["embed", str(tmp_path / "two"), *words]
-    port = 41_000 + os.getpid() % 20_000
-    ranks = [victims.SERVER.Process(target=worker, args=(r, port, both, tmp_path)) for r in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    ends = [victims.ended(rank) for rank in ranks]
-    assert ends == [0, 0], "\n".join((tmp_path / f"{r}.log").read_text() for r in (0, 1))
+    victims.on_two_processes(["embed", str(tmp_path / "two"), *words], tmp_path)
     one, two = (Grids(tmp_path / name / "patches") for name in ("one", "two"))
     assert {place.file for place in two.places.values()} == {"00000.npy", "00001.npy"}
     assert sorted(one) == sorted(two) == list(range(5))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import victims
 from tests.conftest import ARCH
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError
@@ -291,6 +292,30 @@ def test_copydays(run_folder, tmp_path: Path) -> None:
     assert (protocol["distractors"], protocol["whitening_images"]) == (6, 6)
     strong = results(run_folder)["retrieve"]["metrics"]["map_strong"]
     assert read_run(run_folder.path).top1("retrieve") == strong
+
+
+def test_two_processes_are_one(run_folder, tmp_path: Path) -> None:
+    """Metrics, neighbors and what could not be read; bank and queries of odd numbers."""
+    folder = copydays(tmp_path / "copydays")
+    (folder / "strong/200101.jpg").write_bytes(b"no")
+    for n in range(7):
+        photo(tmp_path / f"others/{n}.jpg", 20 + n)
+    words = ["--bank", folder, "--whitening", tmp_path / "others"]
+    words += ["--distractors", tmp_path / "others"]
+
+    def found() -> tuple[object, ...]:
+        entry = results(run_folder)["retrieve"]
+        unreadable = entry["protocol"]["unreadable_images"]
+        names = [(line["query"], line["image"]) for line in listed(run_folder)]
+        return unreadable, names, entry["metrics"]
+
+    assert main(command(run_folder, *words)) == 0
+    *one, metrics = found()
+    shutil.rmtree(run_folder.path / results(run_folder)["retrieve"]["neighbors"])
+    victims.on_two_processes(command(run_folder, *words), tmp_path)
+    *two, on_two = found()
+    assert one == two and one[0] == 1
+    assert on_two == pytest.approx(metrics, abs=1e-3)
 
 
 def test_own_folders(run_folder, tmp_path: Path, capsys) -> None:
