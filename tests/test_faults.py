@@ -142,10 +142,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_full_disk(small_disk: Path, shards: Path, whole: Path) -> None:
+def test_full_disk(small_disk: Path, shards: Path, whole: Path, tmp_path: Path) -> None:
     """Filled during the run: it trains on to its end, says so, keeps the checkpoint that is there;
     with room again, the same command goes on from it."""
     run, filler = small_disk / "run", small_disk / "filler"
+    Path(f"{run}.log").symlink_to(tmp_path / "run.log")  # so that what it says has room
     first = run / "checkpoints" / FIRST
     full = start(run, shards, at_step, 7, after_saving, first, fill, filler)
     assert ended(full) == 1
