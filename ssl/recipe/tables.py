@@ -86,7 +86,7 @@ OWN = None
 VIEWS = (
     #     side  slow   patch size scale       local: number, size, scale   blur
     Views(48, True, 8, OWN, (0.2, 1.0), 0, OWN, (0.05, 0.2), False,
-          "their own size; patches of 8 make four times as many steps as patches of 4"),
+          "their own size; patches of 8 make 2.6 times as many steps as patches of 4"),
     Views(48, False, 4, OWN, (0.2, 1.0), 0, OWN, (0.05, 0.2), False,
           "their own size; patches of 4 see the detail"),
     Views(80, None, 8, OWN, (0.3, 1.0), 4, OWN, (0.1, 0.3), False,
