@@ -22,6 +22,7 @@ from xcit_dino.eval.context import Context
 from xcit_dino.eval.pictures.false_color import is_plain
 from xcit_dino.eval.pictures.media import read_frames, read_values, resized
 from xcit_dino.eval.ranges import OutputRange, warn_constant
+from xcit_dino.eval.retrieval.parts import PART, Part, Parts
 from xcit_dino.eval.target import PIXELS, Network
 from xcit_dino.models.dense import padded_to
 from xcit_dino.models.tokens import pooled_and_patches, stride_of
@@ -46,6 +47,7 @@ class Extractor:
     resize: Resize
     multiscale: bool
     gem: bool
+    parts: Parts
 
     def check(self, arch: str) -> int:
         """Number of features, found with black images.
@@ -92,53 +94,81 @@ class Extractor:
 
     def all_of(self, files: Sequence[Path], label: str) -> tuple[np.ndarray, dict[Path, str]]:
         """Features float32 [N, D] of files, shared by the ranks and returned on each, NaN where a
-        file cannot be read; and of these files the reasons.
+        file cannot be read; and of these files the reasons. Parts that an earlier try has finished
+        are not computed again.
 
         Raises:
             InputError: the network's outputs are not finite.
         """
         world = self.context.world
-        reasons: dict[Path, str] = {}
-        own = range(world.rank, len(files), world.size)
-        parts: list[tuple[list[int], Tensor]] = []
-        with progress(f"{label}, {self.network.name}", len(own), "images") as bar:
-            for rows, images in self._batches(files, own, reasons):
-                parts.append((rows, self(images).cpu()))
-                bar.advance(len(rows))
-        every: list[Any] = [(parts, reasons)]
+        own = range(world.rank * PART, len(files), world.size * PART)
+        parts: dict[int, Part] = {}
+        count = sum(len(files[start : start + PART]) for start in own)
+        with progress(f"{label}, {self.network.name}", count, "images") as bar:
+            for start in own:
+                parts[start] = self._part(files[start : start + PART], bar.advance)
+        every: list[Any] = [parts]
         if world.size > 1:
             every = [None] * world.size
-            torch.distributed.all_gather_object(every, (parts, reasons))
-        return self._joined(len(files), every, label)
+            torch.distributed.all_gather_object(every, parts)
+        return self._joined(files, {k: v for some in every for k, v in some.items()}, label)
+
+    def _part(self, files: Sequence[Path], advance: Callable[[int], object]) -> Part:
+        key = self.parts.key(self._settings(), files)
+        if part := self.parts.load(key):
+            advance(len(files))
+            return part
+        features, reasons = np.zeros((len(files), 0), np.float32), dict[int, str]()
+        for rows, images in self._batches(files, reasons):
+            found = self(images).cpu().numpy()
+            if not features.size:
+                features = np.full((len(files), found.shape[1]), np.nan, np.float32)
+            features[rows] = found
+            advance(len(rows))
+        advance(len(reasons))
+        self.parts.save(key, part := Part(features, reasons))
+        return part
+
+    def _settings(self) -> str:
+        """All that the features of an image depend on."""
+        dtype = resolve_precision(self.context.precision, self.context.device)
+        how = self.image_size, self.resize, self.multiscale, self.gem
+        inputs, device = self.context.inputs, self.context.device.type
+        return repr((sorted(self.network.facts.items()), how, inputs, dtype, device))
 
     def _joined(
-        self, count: int, every: list[Any], label: str
+        self, files: Sequence[Path], parts: dict[int, Part], label: str
     ) -> tuple[np.ndarray, dict[Path, str]]:
-        parts = [part for parts, _ in every for part in parts]
-        reasons = {path: reason for _, part in every for path, reason in part.items()}
-        if not parts:
+        reasons = {
+            files[start + row]: reason
+            for start, part in parts.items()
+            for row, reason in part.reasons.items()
+        }
+        width = max(part.features.shape[1] for part in parts.values())
+        if not width:
             path, reason = next(iter(reasons.items()))
             raise InputError(f"{path}: {reason}; none of the {label} images can be read")
-        table = torch.full((count, parts[0][1].shape[1]), torch.nan)
-        seen = OutputRange(table.shape[1], table.device)
-        for rows, found in parts:
-            table[rows] = found
-            seen.add(found)
+        table = np.full((len(files), width), np.nan, np.float32)
+        seen = OutputRange(width, torch.device("cpu"))
+        for start, (features, bad) in parts.items():
+            if features.size:
+                table[start : start + len(features)] = features
+                seen.add(torch.from_numpy(np.delete(features, list(bad), axis=0)))
         if seen.constant() and dist.is_main():
             warn_constant(f"features of the {label} images ({self.network.name})")
-        return table.numpy(), dict(sorted(reasons.items()))
+        return table, dict(sorted(reasons.items()))
 
     def _batches(
-        self, files: Sequence[Path], rows: Sequence[int], reasons: dict[Path, str]
+        self, files: Sequence[Path], reasons: dict[int, str]
     ) -> Iterator[tuple[list[int], Tensor]]:
         """(rows, images) of at most BATCH consecutive images of one size."""
         numbers: list[int] = []
         images: list[Tensor] = []
-        for row in rows:
+        for row, file in enumerate(files):
             try:
-                image = self.read(files[row])
+                image = self.read(file)
             except (BadImage, OSError) as reason:
-                reasons[files[row]] = one_line(reason, 120)
+                reasons[row] = one_line(reason, 120)
                 continue
             if images and (len(images) == BATCH or image.shape != images[0].shape):
                 yield numbers, torch.stack(images)

@@ -28,6 +28,7 @@ from xcit_dino.eval.retrieval.collection import Collection, images_below, open_c
 from xcit_dino.eval.retrieval.config import RetrieveConfig
 from xcit_dino.eval.retrieval.duplicates import write_csv
 from xcit_dino.eval.retrieval.extract import Extractor
+from xcit_dino.eval.retrieval.parts import Parts
 from xcit_dino.eval.retrieval.ranking import positions_of, scores
 from xcit_dino.eval.retrieval.whitening import Whitening
 from xcit_dino.eval.target import Network, networks, resolve_without_shards
@@ -79,6 +80,7 @@ def run(config: RetrieveConfig) -> None:
             if network.name == "pretrained":
                 facts["weights_file"] = target.weights.name
             search.report(extractor, found, counts, facts)
+            extractor.parts.remove()
     dist.barrier()
 
 
@@ -97,6 +99,7 @@ class Search:
             network, self.context, config.image_size,
             config.resize or ("square" if copydays else "longer"), config.multiscale,
             (config.features or ("cls+gem" if copydays else "cls")) == "cls+gem",
+            Parts(config.output_dir / "features" / FOLDER),
         )  # fmt: skip
 
     def found(self, extractor: Extractor) -> tuple[list[Found], dict[str, int]]:

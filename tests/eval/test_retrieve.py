@@ -19,8 +19,15 @@ from tests import victims
 from tests.conftest import ARCH
 from xcit_dino.cli import main
 from xcit_dino.errors import InputError
+from xcit_dino.eval.retrieval import extract
 from xcit_dino.eval.retrieval.collection import revisited
-from xcit_dino.eval.retrieval.extract import generalized_mean, multi_scale, outputs, reduced
+from xcit_dino.eval.retrieval.extract import (
+    Extractor,
+    generalized_mean,
+    multi_scale,
+    outputs,
+    reduced,
+)
 from xcit_dino.eval.retrieval.ranking import Truth, positions_of, scores
 from xcit_dino.eval.retrieval.retrieve import rankings
 from xcit_dino.eval.retrieval.whitening import Whitening
@@ -316,6 +323,55 @@ def test_two_processes_are_one(run_folder, tmp_path: Path) -> None:
     *two, on_two = found()
     assert one == two and one[0] == 1
     assert on_two == pytest.approx(metrics, abs=1e-3)
+
+
+def test_an_interrupted_search_goes_on(run_folder, tmp_path: Path, monkeypatch) -> None:
+    """Parts that are finished are not computed again, nor is one that another network, size or
+    image would give taken for them; neighbors are the same to the last digit."""
+    folder = copydays(tmp_path / "copydays")
+    (folder / "strong/200101.jpg").write_bytes(b"no")
+    monkeypatch.setattr(extract, "PART", 4)
+    words = command(run_folder, "--bank", folder)
+    whole, calls = Extractor.__call__, list[int]()
+
+    def computed(words: list[str], until: int = 10**9) -> int:
+        """Images before the command ended, or was interrupted in its UNTILth batch."""
+        calls.clear()
+
+        def counted(self: Extractor, images: torch.Tensor) -> torch.Tensor:
+            if len(calls) == until:
+                raise KeyboardInterrupt
+            calls.append(len(images))
+            return whole(self, images)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Extractor, "__call__", counted)
+            assert main(words) == (130 if until < 10**9 else 0)
+        return sum(calls) - 1  # one is black, to find out the width
+
+    def neighbors() -> str:
+        entry = results(run_folder)["retrieve"]
+        file = run_folder.path / entry["neighbors"] / "neighbors.csv"
+        text = file.read_text() + json.dumps([entry["metrics"], entry["protocol"]])
+        shutil.rmtree(file.parent)
+        return text
+
+    kept = run_folder.path / "features/retrieve"
+    everything = computed(words)
+    expected = neighbors()
+    assert not kept.exists()
+    before = computed(words, until=5)
+    parts = sorted(kept.iterdir())
+    assert parts and before < everything
+    parts[0].write_bytes(b"cut")
+    assert everything - before <= computed(words) < everything
+    assert neighbors() == expected and not kept.exists()
+
+    computed(words, until=5)
+    assert computed([*words, "--image_size", "48"]) == everything
+    computed(words, until=3)  # two parts of four images
+    photo(folder / "crops/10/200000.jpg", 77, (40, 36))  # one of the first part's has changed
+    assert computed(words) == everything - 4
 
 
 def test_own_folders(run_folder, tmp_path: Path, capsys) -> None:
