@@ -149,13 +149,11 @@ class LinearConfig:
     weight_decays: tuple[float, ...] = (0.0,)
     """Weight decays, combined with every learning rate (DINO: 0)."""
     layers: tuple[Literal["cls", "cls+patch", "cls2", "cls2+patch"], ...] = (
-        "cls",
-        "cls+patch",
-        "cls2",
-    )
+        "cls", "cls+patch", "cls2", "cls2+patch",
+    )  # fmt: skip
     """Features, combined with every learning rate: the class token after the last layer (DINO for
     XCiT), with the mean of the patch tokens, with the class token one class-attention layer
-    earlier."""
+    earlier, with both."""
     probe_batch_size: int = 1024
     """Batch size of the heads (cached); dino uses batch_size_per_gpu x processes."""
     decoder: Literal["host", "cuda"] | None = None

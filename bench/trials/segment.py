@@ -1,10 +1,11 @@
 """What features are worth for segmentation: python bench/trials/segment.py --data camvid.tar
 --weights tf_efficientnet_lite0.pth
 
-CamVid (367 training and 101 validation images of street scenes, 11 classes). A linear probe on the
-frozen backbone and Semantic FPN on the finetuned one, each from random weights, from a network that
-is pretrained here on the same training images without their masks, and from trained weights of
-timm. The same command continues after an interruption; what is finished is not repeated.
+CamVid (367 training and 101 validation images of street scenes, 11 classes). A linear probe and
+Semantic FPN on the frozen backbone, and Semantic FPN on the finetuned one, each from random
+weights, from a network that is pretrained here on the same training images without their masks (by
+the recipe that ``xcit-dino recipe`` makes for them), and from trained weights of timm. The same
+command continues after an interruption; what is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ from pathlib import Path
 from typing import Any
 
 XCIT = "xcit_pico_6_p8"
-PRETRAINING = {
-    "arch": XCIT, "epochs": 60, "batch_size_per_gpu": 32, "global_crops_size": 96,
-    "local_crops_size": 48, "local_crops_number": 4, "knn_every": 0,
-}  # fmt: skip
 COMMON = {"crop_size": 192, "resize_size": 240, "batch_size_per_gpu": 8, "warmup_epochs": 1}
 HEADS = {
     "linear": {"head": "linear", "epochs": 6},
+    "fpn-frozen": {"head": "fpn", "finetune": "false", "lr": 1e-3, "epochs": 4},
     "fpn": {"head": "fpn", "finetune": "true", "lr": 1e-3, "epochs": 4},
 }
 RUNNING = {"num_workers": 0, "precision": "bf16", "log_every": 10}
@@ -40,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="of --arch; mean and std are 0.5")
     parser.add_argument("--taps", nargs="*", default=["2", "3", "4"], help="for its linear probe")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/camvid"))
+    parser.add_argument("--hours", type=float, default=0.25, help="of pretraining")
     parser.add_argument("--heads", nargs="*", default=list(HEADS), choices=list(HEADS))
     return parser.parse_args()
 
@@ -50,12 +49,15 @@ def main() -> None:
     half = ["0.5"] * 3
     trained = {"arch": args.arch, "pretrained_weights": args.weights, "mean": half, "std": half}
     call("shards make", args.data, shards, masks=args.masks, mask_classes="camvid")
+    recipe = args.output_dir / "recipe.yaml"
+    if not recipe.is_file():
+        call("recipe", shards, recipe, hours=args.hours)
     starts: dict[str, dict[str, Any]] = {"random": {"arch": XCIT}, "trained": trained}
     starts["pretrained"] = {"pretrained_weights": pretrained}
     for head in args.heads:
         for start, network in starts.items():
             if start == "pretrained":
-                timed(pretrained, "pretrain", **PRETRAINING, data_path=shards)
+                timed(pretrained, "pretrain", config=recipe, data_path=shards)
             options = COMMON | HEADS[head] | network
             if start == "trained" and head == "linear":
                 options["taps"] = args.taps
