@@ -28,6 +28,12 @@ from xcit_dino.train.run.reader import (
     title_of,
 )
 
+FURTHER = {  # metrics beside the headline, in percent
+    "top5": "top-5", "macro_f1": "macro F1", "auroc": "AUROC",
+    "ap50": "AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50",
+    "pixel_accuracy": "pixels", "mean_accuracy": "mean of classes", "j_mean": "J", "f_mean": "F",
+    "map_easy": "mAP Easy", "map_hard": "mAP Hard", "recall_1": "recall at 1",
+}  # fmt: skip
 WITH_BASELINES = ("knn", "linear", "linear-dino", "masks", "retrieve", "propagate")
 HELD_OUT = "held-out training images"
 RANKED = (
@@ -208,22 +214,31 @@ def all_results(run: Run) -> Section:
     rows = []
     for name, entry in ordered(run.results):
         metrics = entry["metrics"]
-        top5 = metrics.get(f"top5_k{headline_k(metrics)}" if ks_of(metrics) else "top5")
+        top1 = headline(metrics)
         rows.append([
             title_of(name, metrics),
-            *("" if value is None else f"{value:.2f}" for value in (headline(metrics), top5)),
+            "" if top1 is None else f"{top1:.2f}",
+            further(metrics),
             f"{entry['wall_seconds']:,.1f}" if "wall_seconds" in entry else "",
             str(entry["protocol"].get("weights") or entry["protocol"].get("network", "")),
             timestamp(entry.get("time", "")),
             differences_from_newest(run, name),
         ])  # fmt: skip
     measures = dict.fromkeys(headline_name(entry["metrics"]) for entry in run.results.values())
-    header = ["result", f"{' or '.join(measures)}, %", "top-5, %", "seconds", "weights"]
+    header = ["result", f"{' or '.join(measures)}, %", "further, %", "seconds", "weights"]
     header += ["time (UTC)", "differs in"]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
+    filled = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    header, rows = [header[c] for c in filled], [[row[c] for c in filled] for row in rows]
     about = "Click a column's name to sort by it."
     return tables("All results", Table(header, rows), knn_table([run]), about=about)
+
+
+def further(metrics: dict[str, float]) -> str:
+    """Metrics beside the headline: ``"AP50 61.20, mask AP 38.10"``."""
+    named = FURTHER | ({f"top5_k{headline_k(metrics)}": "top-5"} if ks_of(metrics) else {})
+    return ", ".join(
+        f"{text} {metrics[name]:.2f}" for name, text in named.items() if name in metrics
+    )
 
 
 def differences_from_newest(run: Run, key: str) -> str:

@@ -2,6 +2,7 @@
 
     python bench/trials/collapse.py --seeds 20            # healthy runs: every alarm is false
     python bench/trials/collapse.py --seeds 3 --unhealthy # made to collapse: each must raise one
+    python bench/trials/collapse.py --koleo_weight 0.05   # the same with KoLeo, as in the recipes
 
 Small real training runs (``xcit-dino pretrain`` without the command line) on the built-in images.
 For each kind of run it prints how many raised an alarm, when, and the range of each diagnostic from
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--unhealthy", action="store_true", help="runs made to collapse")
     parser.add_argument("--only", help="one kind of run")
+    parser.add_argument("--koleo_weight", type=float, default=0.0, help="of all runs")
     arguments = parser.parse_args()
     kinds = UNHEALTHY if arguments.unhealthy else HEALTHY
     with tempfile.TemporaryDirectory() as place:
@@ -100,8 +102,9 @@ def main() -> None:
         for name, changes in kinds.items():
             if arguments.only not in (None, name):
                 continue
+            each = {"koleo_weight": arguments.koleo_weight} | changes
             runs = [
-                train(folder / f"{name}-{seed}", folder / "shards", arguments.steps, seed, changes)
+                train(folder / f"{name}-{seed}", folder / "shards", arguments.steps, seed, each)
                 for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds)
             ]
             summary(name, runs)
