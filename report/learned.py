@@ -31,6 +31,7 @@ QUERIES, SHOWN = 6, 7
 MOST_CACHED = 20_000  # cached features that are compared
 MOST_VIEWS = 256  # images of which two crops are compared
 FEW_STEPS = 500  # in docs/benchmarks.md, runs of 550 steps are ahead of random weights
+NO_SIGN = "No sign of learning."
 CONSIDERED = 10  # neighbors of each image that are compared between two networks
 Line = tuple[str, str]
 """A verdict and its reasons."""
@@ -56,7 +57,11 @@ def did_it_learn(images: Images) -> dict[str, Any]:
         return {}
     pair = features_of_both(images)
     matched = views_matched(images, pair.samples)
-    lines = [verdict(run, pair, matched), *too_few(run)]
+    (word, reasons), early = verdict(run, pair, matched), too_few(run)
+    if early and word == NO_SIGN:
+        lines = [*early, ("No sign of learning yet.", reasons)]
+    else:
+        lines = [(word, reasons), *early]
     return {"lines": lines, "summary": how(images, pair), "groups": {"": shown(images, pair)}}
 
 
@@ -133,7 +138,7 @@ def verdict(run: Run, pair: Pair, matched: tuple[float, float, int] | None) -> L
             f"of {count:,} images, {ours:.0%} are recognized in another augmented crop (their "
             f"nearest is of the same image), {random:.0%} by a random network",
         )
-        word = "It learned." if clearly(ours, random, count) else "No sign of learning."
+        word = "It learned." if clearly(ours, random, count) else NO_SIGN
     if ranks[0] < LOW_RANK:
         word = "The features have collapsed."
     return word, sentence("; ".join(facts))

@@ -51,6 +51,7 @@ def test_the_report_of_a_run_without_labels(unlabeled_run):
     first = text.index('id="did-it-learn-"')
     assert first < text.index('id="training"'), "the answer comes first"
     assert "Too few steps to judge. 20 steps" in body
+    assert "No sign of learning." not in body  # nothing that sounds final, so early
     assert f"Loss 3.50, of uniform outputs {math.log(64):.2f} (ln 64)" in body.replace(
         "loss", "Loss"
     )
