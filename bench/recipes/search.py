@@ -54,9 +54,8 @@ def words(options: Options) -> list[str]:
 
 def at_scale(options: Options, scale: float) -> Options:
     """The options of a stage, as a training of its own."""
-    sizes = {
-        name: round(options[name] * scale) for name in ("global_crops_size", "local_crops_size")
-    }
+    names = {"global_crops_size", "local_crops_size"} & options.keys()
+    sizes = {name: round(options[name] * scale) for name in names}
     return options | sizes | {"stage_scales": [1.0], "stage_shares": [1.0]}
 
 
