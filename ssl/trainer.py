@@ -160,8 +160,8 @@ def set_up(
     for net in (student, teacher):
         compiler.compile_blocks(net.backbone, config.speed.compile, device)
     if to_be_sharded(config.run, world):
-        fsdp.shard(student, student.backbone, device)  # its loss reads the prototypes
-        fsdp.shard(teacher, teacher.backbone, device, parts=list(teacher.children()))
+        fsdp.shard(student, student.backbone, device, dtype)  # its loss reads the prototypes
+        fsdp.shard(teacher, teacher.backbone, device, dtype, parts=list(teacher.children()))
     modules: dict[str, nn.Module] = {"student": student, "teacher": teacher}
     if loss is not None:
         modules["loss"] = loss.to(device)

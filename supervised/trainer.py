@@ -79,7 +79,7 @@ def set_up(
     averages = {} if average is None else {"model_ema": average}
     if to_be_sharded(run, world):
         for network in (model, *averages.values()):
-            fsdp.shard(network, network, world.device)
+            fsdp.shard(network, network, world.device, dtype)
     state = TrainState(
         {method.network: model, **averages, **method.modules},
         adamw(model, config.optim.layer_decay),

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import copy
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed import HashStore, init_process_group
+from torch.utils import _pytree as pytree
 
 from tests import victims
-from tests.gpu.devices import CUDA, NOW, batch_on, trainer_on
+from tests.gpu.devices import CUDA, NOW, batch_on, no_waiting, trainer_on
 from xcit_dino.ssl.pretrain import train_step
+from xcit_dino.ssl.trainer import DinoTrainer
 from xcit_dino.train import optim
 from xcit_dino.train.distributed import dist, fsdp, sync_batchnorm
 
@@ -66,15 +69,21 @@ def batchnorm_over_ranks(device: torch.device) -> None:
                 )
 
 
+def in_shards(device: torch.device, dtype: torch.dtype) -> DinoTrainer:
+    """As ``set_up`` makes it for several ranks."""
+    trainer = trainer_on(device, dtype)
+    for net in (trainer.student, trainer.teacher):
+        parts = list(net.children()) if net is trainer.teacher else []
+        fsdp.shard(net, net.backbone, device, dtype, parts=parts)
+    trainer.state.optimizer = optim.adamw(trainer.student)
+    trainer.parallel = trainer.student
+    assert trainer.sharded and fsdp.is_shard(next(trainer.student.parameters()))
+    return trainer
+
+
 def sharded_step(device: torch.device) -> None:
     """FSDP2: two steps are those of the whole networks, and states go from one to the other."""
-    whole, sharded = trainer_on(device), trainer_on(device)
-    for net in (sharded.student, sharded.teacher):
-        parts = list(net.children()) if net is sharded.teacher else []
-        fsdp.shard(net, net.backbone, device, parts=parts)
-    sharded.state.optimizer = optim.adamw(sharded.student)
-    sharded.parallel = sharded.student
-    assert sharded.sharded and fsdp.is_shard(next(sharded.student.parameters()))
+    whole, sharded = trainer_on(device), in_shards(device, torch.float32)
     for number in range(2):
         for trainer in (whole, sharded):
             metrics = train_step(trainer, [batch_on(device, trainer, number)], NOW)
@@ -85,8 +94,27 @@ def sharded_step(device: torch.device) -> None:
             torch.testing.assert_close(found[key].cpu(), want.cpu(), rtol=1e-4, atol=1e-5)
 
 
+def sharded_step_in_16_bits(device: torch.device) -> None:
+    """The first loss is autocast's, on a CPU to the bit, the second one up to rounding; nothing
+    waits."""
+    trainers = trainer_on(device, torch.bfloat16), in_shards(device, torch.bfloat16)
+    for number, tolerance in ((0, 1e-4 if device.type == "cuda" else 0.0), (1, 1e-2)):
+        batches = [batch_on(device, trainer, number) for trainer in trainers]
+        losses = []
+        for trainer, batch in zip(trainers, batches, strict=True):
+            with no_waiting(device) if number else nullcontext():
+                losses.append(train_step(trainer, [batch], NOW)["loss"])
+        torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    states = trainers[1].state.state_dict()
+    tensors = [x for x in pytree.tree_leaves(states) if isinstance(x, torch.Tensor)]
+    assert {x.dtype for x in tensors if x.is_floating_point()} == {torch.float32}
+
+
+BODIES = [all_reduces, batchnorm_over_ranks, sharded_step, sharded_step_in_16_bits]
+
+
 @pytest.mark.parametrize("kind", ["cpu", CUDA])
-@pytest.mark.parametrize("body", [all_reduces, batchnorm_over_ranks, sharded_step])
+@pytest.mark.parametrize("body", BODIES)
 def test_in_a_group_of_one(kind, body, tmp_path):
     file = tmp_path / "found"
     arguments = (kind, body.__name__, str(file))

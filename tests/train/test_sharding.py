@@ -52,8 +52,8 @@ class Views:
         return batch.global_crops.flatten(0, 1), batch.local_crops.flatten(0, 1)
 
 
-def trainer_of(world, **options) -> DinoTrainer:
-    trainer = set_up(replace(PretrainConfig(), TINY | options), world, torch.float32, "", 8)
+def trainer_of(world, dtype=torch.float32, **options) -> DinoTrainer:
+    trainer = set_up(replace(PretrainConfig(), TINY | options), world, dtype, "", 8)
     trainer.augment = Views()
     return trainer
 

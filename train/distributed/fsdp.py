@@ -5,12 +5,18 @@ only while it computes; gradients are averaged over ranks as DistributedDataPara
 steps are the same up to rounding. Checkpoints contain full tensors: any number of ranks can resume
 from them, sharded or not.
 
+Under autocast to 16 bits the weights that autocast would convert, those of a block's linear layers
+and convolutions, are gathered in 16 bits: half the bytes, and the same products. All else stays in
+float32, as autocast computes it: norms, layer scales (whose type is that of the residuals) and
+temperatures, which are few and gathered with what is outside of the blocks. So do shards, gradients
+between ranks, moments, averages and checkpoints.
+
 The torch modules needed take a second to import, so only sharded runs import them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -24,7 +30,11 @@ if TYPE_CHECKING:
 
 
 def shard(
-    network: nn.Module, backbone: nn.Module, device: torch.device, parts: Sequence[nn.Module] = ()
+    network: nn.Module,
+    backbone: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    parts: Sequence[nn.Module] = (),
 ) -> None:
     """Replace the parameters of a network by shards, in place; buffers stay whole.
 
@@ -32,21 +42,35 @@ def shard(
         network: the same on all ranks.
         backbone: the part of it that may have ``blocks``, which go back to shards one by one.
         device: where the network is.
+        dtype: of the forward pass, for which autocast is on in all that follows.
         parts: what is called, where the network is not called as a whole. Parts go back to shards
             at once, for these may move before the next call; what a whole network has outside of
             its blocks stays whole until the backward pass is over.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (dist.world_size(),))
-    for block in getattr(backbone, "blocks", ()):
-        fully_shard(block, mesh=mesh)
+    blocks: Sequence[nn.Module] = list(getattr(backbone, "blocks", []))
+    cast = {parameter for block in blocks for parameter in _cast_by_autocast(block)}
     for part in parts:
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=cast)
     if not parts:
-        fully_shard(network, mesh=mesh)
+        fully_shard(network, mesh=mesh, ignored_params=cast)
+    narrow = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = narrow if dtype.itemsize == 2 else MixedPrecisionPolicy()
+    for block in blocks:  # what is left of them: the rest already is in shards
+        rest = {parameter for parameter in block.parameters() if parameter not in cast}
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=rest)
     network.register_load_state_dict_pre_hook(_cut_weights)
+
+
+def _cast_by_autocast(block: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of layers that are nothing but a product. A layer derived from these may use its
+    weights in other ways too."""
+    for module in block.modules():
+        if type(module) in (nn.Linear, nn.Conv2d):
+            yield from module.parameters(recurse=False)
 
 
 def take_whole_moments(optimizer: torch.optim.Optimizer) -> None:
