@@ -163,6 +163,7 @@ def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog)
         partial(first_tensor, state.modules, training.replay_step),
         partial(keys_of, loader.index, training.config.loader),
         run.output_dir,
+        state.scaler.is_enabled(),
     )
     alarms = training.diagnostics and training.diagnostics(state.log.get("alarms") or {})
     with RunLog(

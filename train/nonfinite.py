@@ -30,6 +30,7 @@ from xcit_dino.train.distributed.fsdp import local
 from xcit_dino.train.run.rollback import RollBack
 
 ADVICE = "try --precision bf16 or fp32, a lower --lr, or a smaller --clip_grad"
+GRADIENT = "the gradient of "  # begins what is said of one
 
 
 class Batch(Protocol):
@@ -69,6 +70,9 @@ class Skips:
     trace: Callable[[int, Sequence[Batch]], str]
     keys: Callable[[Batch], list[str]]
     folder: Path
+    scaled: bool = False
+    """Losses are scaled for fp16: by more and more, until gradients overflow. Such a step is to be
+    expected, and skipped without a warning; what is not finite before the gradients is none."""
     in_a_row: int = 0
     late: Flag | None = None
 
@@ -108,7 +112,8 @@ class Skips:
 
     def _write_down(self, flag: Flag, place: str) -> None:
         rank = dist.rank()
-        if place or (self.in_a_row == 1 and rank == 0):
+        expected = self.scaled and (not place or place.startswith(GRADIENT))
+        if not expected and (place or (self.in_a_row == 1 and rank == 0)):
             what = place or "nothing on this rank when repeated"
             warn(f"step {flag.step} skipped: non-finite on rank {rank}: {what}")
         line = {"step": flag.step, "rank": rank, "first": place, "in_a_row": self.in_a_row}
@@ -188,7 +193,7 @@ def gradients(modules: dict[str, nn.Module]) -> list[str]:
     """Parameters with non-finite gradients, closest to the loss first."""
     named = [pair for top, module in modules.items() for pair in module.named_parameters(top)]
     return [
-        f"the gradient of {name}"
+        f"{GRADIENT}{name}"
         for name, parameter in reversed(named)
         if parameter.grad is not None and not local(parameter.grad).isfinite().all()
     ]

@@ -3,7 +3,7 @@ CPU too runs there in every test run, so that no line of it is first tried on th
 
 from __future__ import annotations
 
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -15,10 +15,11 @@ from tests.gpu.devices import NO_GPU, NOW, batch_on, no_waiting, trainer_on
 from xcit_dino.data.batch import Batch, Copier
 from xcit_dino.data.ring import Ring
 from xcit_dino.errors import RunError
-from xcit_dino.ssl.pretrain import train_step
+from xcit_dino.ssl.pretrain import replay_step, train_step
 from xcit_dino.train import memory
 from xcit_dino.train.async_copy import HostCopy
 from xcit_dino.train.compiler import eager
+from xcit_dino.train.nonfinite import Skips, first_tensor
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,9 @@ def test_the_augmentation_is_the_cpus(device):
         torch.testing.assert_close(got.cpu(), want, rtol=0, atol=1e-4)
 
 
-def test_an_overflow_of_fp16_is_skipped_and_changes_nothing(device):
+def test_an_overflow_of_fp16_is_skipped_without_an_alarm_and_changes_nothing(
+    device, tmp_path, capfd
+):
     trainer = trainer_on(device, torch.float16)
     batch = batch_on(device, trainer)
     train_step(trainer, [batch], NOW)
@@ -69,6 +72,14 @@ def test_an_overflow_of_fp16_is_skipped_and_changes_nothing(device):
     assert trainer.state.scaler.get_scale() == scale / 2
     for name, parameter in trainer.student.named_parameters():
         assert torch.equal(parameter, before[name]), name
+    trainer.state.scaler.update(2.0**120)
+    modules, schedule = trainer.state.modules, lambda _: NOW
+    trace = partial(first_tensor, modules, partial(replay_step, trainer, schedule))
+    skips = Skips(9, True, modules, trace, lambda _: [], tmp_path, scaled=True)
+    for number in (2, 3):  # on a GPU the host learns of a step with the next one
+        skips.add(number, metrics["skipped"], [batch])
+    assert "the gradient of" in (tmp_path / "nonfinite.jsonl").read_text()
+    assert not capfd.readouterr().err
 
 
 def test_a_copy_of_the_state_is_that_of_its_step(device):

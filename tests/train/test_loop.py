@@ -11,11 +11,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainings import train
 from tests.victims import assert_nothing_lost
 from xcit_dino.errors import RunError
 from xcit_dino.supervised import train as supervised
+from xcit_dino.train.nonfinite import Skips
 from xcit_dino.train.run.metrics import read_metrics
 from xcit_dino.train.state import load_checkpoint, newest_checkpoint
 
@@ -55,6 +57,31 @@ def test_a_supervised_training_stops_where_it_is_to(shards, tmp_path, monkeypatc
     spoil(monkeypatch, 7, 99, until_rollbacks=9)
     with pytest.raises(RunError, match="the last checkpoint predates them"):
         train("finetune", shards, tmp_path / "run", max_skipped=2, on_nonfinite="stop")
+
+
+@pytest.mark.parametrize(
+    ("scaled", "first", "said"),
+    [
+        (True, "the gradient of student.head", ""),
+        (True, "", ""),
+        (
+            True,
+            "the output of student.backbone",
+            "step 3 skipped: non-finite on rank 0: the output",
+        ),
+        (False, "the gradient of student.head", "step 3 skipped: non-finite on rank 0: the grad"),
+        (False, "", "step 3 skipped: non-finite on rank 0: nothing on this rank"),
+    ],
+)
+def test_only_gradients_that_overflow_in_fp16_are_no_news(scaled, first, said, tmp_path, capfd):
+    skips = Skips(2, False, {}, lambda *_: first, lambda _: [], tmp_path, scaled)
+    skips.add(3, torch.ones(()), [])
+    shown = capfd.readouterr().err
+    assert said in shown and bool(said) == bool(shown)
+    (line,) = map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    assert (line["step"], line["first"]) == (3, first)
+    with pytest.raises(RunError, match="2 steps in a row"):
+        skips.add(4, torch.ones(()), [])
 
 
 @pytest.fixture
