@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xcit_dino.data.packed import to_device
 from xcit_dino.errors import InputError
 from xcit_dino.eval.features import LAYERS, Features
 
@@ -215,12 +216,13 @@ class Table:
         return mean.float().to(self.device), std.float().to(self.device)
 
     def rows(self, numbers: Tensor) -> tuple[Blocks, Tensor]:
-        """Blocks and labels of some images, on the device."""
+        """Blocks and labels of some images, on the device; numbers: on the host. Copies are queued:
+        a step does not wait for the one before it."""
         blocks = {
-            name: block.index_select(0, numbers.to(block.device)).to(self.device)
+            name: to_device(block.index_select(0, to_device(numbers, block.device)), self.device)
             for name, block in self.blocks.items()
         }
-        return blocks, self.labels[numbers].to(self.device)
+        return blocks, to_device(self.labels[numbers], self.device)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from tests.nowait import NeverWaits
+from xcit_dino.data.packed import to_device
 from xcit_dino.errors import InputError
-from xcit_dino.eval import linear, linear_augmented
+from xcit_dino.eval import linear, linear_augmented, linear_grid
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.features import Features
 from xcit_dino.eval.linear import train_cached
 from xcit_dino.eval.linear_augmented import step_grids
-from xcit_dino.eval.linear_grid import Choice, Heads, best, grid, hold_out
+from xcit_dino.eval.linear_grid import Choice, Heads, Table, best, grid, hold_out
 from xcit_dino.eval.scores.heads import accuracy, topk_hits
 from xcit_dino.eval.target import Network
 from xcit_dino.provenance import digest
@@ -201,6 +202,15 @@ def test_a_step_of_the_augmented_grids_never_waits_for_the_device():
     expected = Heads(choices, {"cls": 8}, 3, 6, 0, CPU)
     expected.step({"cls": blocks["cls"][~out]}, labels[~out], 1)
     assert all(map(torch.equal, selection.state(), expected.state()))
+
+
+def test_rows_of_a_table_are_queued_copies(monkeypatch):
+    copied = []
+    monkeypatch.setattr(linear_grid, "to_device", lambda x, d: copied.append(d) or to_device(x, d))
+    features = Features({"cls": np.eye(4, dtype=np.float32)}, np.arange(4), 4, 0)
+    blocks, labels = Table(features, ["cls"], CPU).rows(torch.tensor([3, 1]))
+    assert torch.equal(blocks["cls"], torch.eye(4)[[3, 1]]) and labels.tolist() == [3, 1]
+    assert copied == [CPU] * 3  # numbers, block and labels
 
 
 def test_a_stopped_augmented_training_goes_on_and_ends_with_the_same_numbers(run_folder):

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from tests import victims
 from tests.nowait import NeverWaits, Waits, pretended_gpu
@@ -35,6 +37,10 @@ from xcit_dino.supervised import targets, trainer
 from xcit_dino.supervised import train as supervised
 from xcit_dino.supervised.config import DistillConfig
 from xcit_dino.supervised.data import LabeledData
+from xcit_dino.supervised.detect import train as detecting
+from xcit_dino.supervised.detect.config import DetectConfig
+from xcit_dino.supervised.detect.data import Sample
+from xcit_dino.supervised.detect.network import build_detector
 from xcit_dino.supervised.distill import DistillationLoss, Teacher
 from xcit_dino.supervised.segment import train as segmenting
 from xcit_dino.supervised.segment.config import SegmentConfig
@@ -44,6 +50,7 @@ from xcit_dino.supervised.targets import TargetData
 from xcit_dino.train.distributed import dist
 from xcit_dino.train.schedules import Hyperparameters as SupervisedHyperparameters
 
+TORCH, TORCHVISION = (Path(module.__file__).parent for module in (torch, torchvision))
 TINY = {
     "arch": "xcit_pico_6_p8", "drop_path_rate": 0.1, "out_dim": 64, "head_hidden_dim": 32,
     "head_bottleneck_dim": 16, "global_crops_size": 32, "local_crops_size": 16,
@@ -232,6 +239,28 @@ def segmenting_step(case: str, device: torch.device, watch: NeverWaits) -> dict:
         return step(now)
 
 
+def detecting_step(device: torch.device, watch: NeverWaits) -> dict:
+    """A step of detection with masks, which copies its images itself, as segmentation does."""
+    options = {"arch": "xcit_pico_6_p8", "precision": "fp32", "masks": True, "fpn_dim": 16}
+    options |= {"mean": (0.5,) * 3, "std": (0.2,) * 3, "roi_samples": 16}
+    config = replace(DetectConfig(), options)
+    world, data = dist.World(0, 1, device), TargetData(Anything(), Anything(), [], Anything())
+    backbone, _ = targets.build_backbone(config, config.detection, finetune=True)
+    model = build_detector(config.detection, backbone, 3)
+    training = targets.set_up(config, "detector", model, detecting.adamw, data, world)
+    masks = np.zeros((2, 64, 64), np.uint8)
+    masks[0, 8:40, 8:40] = masks[1, 30:60, 20:50] = 1
+    boxes = np.array([[8, 8, 40, 40], [20, 30, 50, 60]], np.float32)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    items = [Sample(image, boxes, np.arange(2), masks)] * 2
+    batch = TargetBatch(0, 0, 0, np.arange(2), np.arange(2), items)
+    now = SupervisedHyperparameters(1e-3, 0.05)
+    step = partial(targets.train_step, detecting.forward_backward, training, [batch])
+    step(now)
+    with watch:
+        return step(now)
+
+
 class Anything:
     """An index of which the checksum alone matters."""
 
@@ -251,6 +280,30 @@ def test_no_operation_of_a_step_needs_the_host(case):
     copied = name in ("mixed by pair", "mixed by image") or name in SEGMENTING  # by the step itself
     metrics = step(name, torch.device("cpu"), NeverWaits(numbers=copied))
     assert metrics["loss"].isfinite()
+
+
+class OursNeverWaits(NeverWaits):
+    """What torchvision does is counted instead."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except Waits:
+            files = [Path(frame.filename) for frame in traceback.extract_stack()[:-1]]
+            caller = next(file for file in reversed(files) if not file.is_relative_to(TORCH))
+            if not caller.is_relative_to(TORCHVISION):
+                raise
+            self.waits += 1
+            return func(*args, **(kwargs or {}))
+
+
+def test_in_a_step_of_detection_torchvision_waits_and_nothing_else():
+    """Which anchors match, are sampled and survive the suppression is known only to the device."""
+    watch = OursNeverWaits(numbers=True)
+    metrics = detecting_step(torch.device("cpu"), watch)
+    assert metrics["loss"].isfinite() and watch.waits > 0
 
 
 TRACED = (
