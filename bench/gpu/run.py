@@ -18,13 +18,13 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that bench is found
 from bench.gpu.notes import ROOT, Notes, Setting, enter, markdown
@@ -84,6 +84,7 @@ def main() -> None:
     print(install(args.wheels, out), end="", flush=True)
     path = [str(out / "packages"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    sys.path.insert(0, str(out / "packages"))  # which the parts' processes inherit from here
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOADED)
     found = []
@@ -98,16 +99,26 @@ def main() -> None:
 
 
 def install(wheels: Path | None, out: Path) -> str:
-    """Unpack the wheels into ``out/packages``; returns what went wrong, if anything."""
-    files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
-    if wheels and not files:
-        return f"--wheels {wheels}: holds no wheels\n"
-    if not files:
+    """Unpack the wheels into ``out/packages``, without pip, which not every Python has; returns
+    what is wrong with them, if anything."""
+    if wheels is None:
         return ""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    pip += ["--disable-pip-version-check", "--no-compile", "--upgrade", "--target"]
-    done = subprocess.run([*pip, str(out / "packages"), *files], capture_output=True, text=True)
-    return "" if done.returncode == 0 else done.stderr
+    files = sorted(wheels.glob("*.whl"))
+    fitting = [file for file in files if fits(file)]
+    for file in fitting:
+        with ZipFile(file) as archive:
+            archive.extractall(out / "packages")
+    others = ", ".join(file.name for file in files if file not in fitting)
+    if others:
+        return f"--wheels {wheels}: not for Python {sys.version.split()[0]}: {others}\n"
+    return "" if fitting else f"--wheels {wheels}: holds no wheels\n"
+
+
+def fits(wheel: Path) -> bool:
+    """Whether a wheel is for any Python 3, for its stable interface or for this version."""
+    python, abi = wheel.stem.split("-")[-3:-1]
+    this = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return "py3" in python.split(".") or abi == "abi3" or python == this
 
 
 def part_in_a_process(server: Any, name: str, setting: Setting) -> dict:

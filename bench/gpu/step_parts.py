@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, partialmethod
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -181,24 +181,48 @@ def synchronize(setting: Setting) -> None:
 
 def launches(setting: Setting, notes: Notes) -> None:
     """Networks so small that the host's launches take longer than their kernels."""
-    from bench.contestants import our_work
     from bench.measure import alternately
 
     archs = ("xcit_nano_12_p16", "xcit_tiny_12_p16")[: 1 if setting.tiny else 2]
     title = protocol(step_settings(setting, archs[0], repeats=1))
-    notes.table(f"{title}, bf16, images/s", "eager", "compiled", "CUDA graph")
+    ways = ("eager", "compiled", "each block a CUDA graph", "one CUDA graph")
+    notes.table(f"{title}, bf16, images/s", *ways, "center of the graphs of blocks against eager")
     for arch in archs:
         args = step_settings(setting, arch, repeats=10)
-        rates = []
-        for choice in ("off", "auto"):
-            work = our_work(
-                argparse.Namespace(**vars(args) | {"compile": choice}), "bf16", args.batch_size
-            )
-            (times,) = alternately([work.step], args.repeats, setting.device)
-            rates.append(args.batch_size / statistics.median(times))
-        (times,) = alternately([captured(setting, work)], args.repeats, setting.device)
-        rates.append(args.batch_size / statistics.median(times))
-        notes.row(args.arch, *(f"{rate:,.1f}" for rate in rates))
+
+        def rate(step: Callable[[], object], args: argparse.Namespace = args) -> str:
+            (times,) = alternately([step], args.repeats, setting.device)
+            return f"{args.batch_size / statistics.median(times):,.1f}"
+
+        eager = small_work(args, "off")
+        row = [rate(eager.step)]
+        try:
+            graphs = small_work(args, "auto", mode="reduce-overhead")
+            blocks = rate(partial(marked, graphs.step))  # as many steps as eager
+            centers = [work.trainer.loss.center for work in (graphs, eager)]
+            apart = f"{(centers[0] - centers[1]).norm() / centers[1].norm():.0e}"
+        except Exception as error:  # the other ways are worth their rows
+            blocks, apart = f"failed: {type(error).__name__}", ""
+        compiled = small_work(args, "auto")
+        row += [rate(compiled.step), blocks]
+        notes.row(args.arch, *row, rate(captured(setting, compiled)), apart)
+
+
+def small_work(args: argparse.Namespace, choice: str, mode: str | None = None) -> Any:
+    """Our step with ``--compile CHOICE``; mode: of the compiler."""
+    from bench.contestants import our_work
+
+    torch._dynamo.reset()
+    compiling = partialmethod(torch.nn.Module.compile, mode=mode)
+    with mock.patch.object(torch.nn.Module, "compile", compiling):
+        options = argparse.Namespace(**vars(args) | {"compile": choice})
+        return our_work(options, "bf16", args.batch_size)
+
+
+def marked(step: Callable[[], object]) -> None:
+    """A step whose graphs may overwrite the results of the last one's."""
+    torch.compiler.cudagraph_mark_step_begin()
+    step()
 
 
 def captured(setting: Setting, work: Any) -> Callable[[], object]:

@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 from bench.gpu.notes import Notes, markdown
-from bench.gpu.run import PARTS
+from bench.gpu.run import PARTS, install
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +77,28 @@ def test_a_part_without_its_packages_is_skipped(tmp_path):
     )
     assert parts["machine"]["state"] == "done"
     assert "Skipped after" in (out / "results.md").read_text()
+
+
+def test_wheels_are_unpacked_and_those_of_another_python_named(tmp_path):
+    """On a Python that may have no pip."""
+    assert install(None, tmp_path) == ""
+    wheels, this = tmp_path / "wheels", f"cp3{sys.version_info.minor}"
+    wheels.mkdir()
+    assert "holds no wheels" in install(wheels, tmp_path)
+    kinds = {"a": "py2.py3-none-any", "b": f"{this}-{this}-linux", "c": "cp36-abi3-linux"}
+    for name, tag in (kinds | {"d": "cp27-cp27m-linux"}).items():
+        with ZipFile(wheels / f"{name}-1.0-{tag}.whl", "w") as archive:
+            archive.writestr(f"{name}.py", f"name = {name!r}")
+    assert install(wheels, tmp_path).endswith(": d-1.0-cp27-cp27m-linux.whl\n")
+    assert sorted(path.stem for path in (tmp_path / "packages").iterdir()) == list(kinds)
+
+
+def test_a_part_finds_what_the_wheels_hold(tmp_path):
+    """Before anything else of that name."""
+    with ZipFile(tmp_path / "pytest-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("pytest.py", "raise ModuleNotFoundError('no', name='the_wheel')")
+    _, parts = run(tmp_path / "out", "--part", "tests", "--wheels", str(tmp_path))
+    assert parts["tests"]["why"] == "the_wheel is not installed here"
 
 
 def test_a_page_of_results():
