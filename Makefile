@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CORES ?= 2
 
-.PHONY: install quickstart test test-slow test-slurm faults gpu wheels lint typecheck docs release clean
+.PHONY: install quickstart test oldest test-slow test-slurm faults gpu wheels lint typecheck docs release clean
 
 install: $(STAMP)
 
@@ -21,6 +21,16 @@ quickstart: $(STAMP)
 
 test: $(STAMP) lint typecheck
 	$(BIN)/python -m pytest -q -n $(CORES) --dist loadscope -m "not slow and not slurm and not faults"
+
+# The same tests with the lowest versions that pyproject.toml allows: make oldest [TESTS=tests/models].
+# (timm's use torch.jit, of which newer torch warns.)
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)-oldest/bin/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct \
+	    --editable . --group dev
+	$(VENV)-oldest/bin/python -m pytest -q -n $(CORES) --dist loadscope -W 'ignore:`torch.jit:DeprecationWarning' \
+	    -m "not slow and not slurm and not faults" $(TESTS)
 
 # What turns every option, runs every command of the docs, or takes more than ten seconds.
 test-slow: $(STAMP)

@@ -1,7 +1,7 @@
 """``xcit-dino embed``: features of a split's images, in files that other tools can read.
 
 ``DST/features.npy`` float32 [N, D], one class token per image (not normalized);
-``DST/images.csv`` the image of each row; ``DST/neighbours.png`` some images, each followed by
+``DST/images.csv`` the image of each row; ``DST/neighbors.png`` some images, each followed by
 those most similar to it. Of tiles (``shards make --tile``) also ``DST/maps/``, a map of each scene
 (``eval/pictures/scene_map.py``). With ``--patches true`` the features of every patch too
 (``eval/dense/patches.py``). With ``--baselines`` also those of a randomly initialized network and
@@ -38,7 +38,7 @@ from xcit_dino.files import check_own_folder, unfinished_folder
 from xcit_dino.progress import track
 from xcit_dino.train.distributed import dist
 
-WRITTEN = re.compile(r"(features|neighbours)(-random|-pixels)?\.(npy|png)|images\.csv"
+WRITTEN = re.compile(r"(features|neighbou?rs)(-random|-pixels)?\.(npy|png)|images\.csv"
                      r"|maps(-random|-pixels)?|patches(-random)?(\.png)?")  # fmt: skip
 NEIGHBORS = 8
 COPY_ROWS = 1 << 16
@@ -81,7 +81,7 @@ def run(config: EmbedConfig) -> None:
             )
             if config.examples:
                 picture = neighbors(index, samples, features, context, config)
-                Image.fromarray(picture).save(unfinished / f"neighbours{ending}.png")
+                Image.fromarray(picture).save(unfinished / f"neighbors{ending}.png")
             if not ending:
                 places = write_names(index, samples, unfinished / "images.csv", context.loader)
             if count := write_maps(features, places, unfinished / f"maps{ending}"):

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 TEMPLATES = Path(__file__).parent / "templates"
 STYLE = (TEMPLATES / "report.css").read_text()
+PERCENT = re.compile(r"(\d) %")
 OPTION = re.compile(r"(--[a-z0-9_]+)")
 SCRIPT = (TEMPLATES / "report.js").read_text()
 
@@ -118,7 +119,15 @@ def fixed(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}"
 
 
+def unbroken(value: Any) -> Any:
+    """A percent sign stays in the line of its number: ``31.4 %`` gets a no-break space."""
+    if type(value) is not str:  # Markup is a rendered part, whose values have been here
+        return value
+    return PERCENT.sub("\\1\N{NO-BREAK SPACE}%", value)
+
+
 ENVIRONMENT = Environment(
+    finalize=unbroken,
     loader=FileSystemLoader(TEMPLATES),
     autoescape=True,
     undefined=StrictUndefined,

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import xcit_dino
+from tests.browser import Browser, find_chromium
 from xcit_dino.cli import COMMANDS, find_command, load, main
 from xcit_dino.command_line import parse
 from xcit_dino.ssl.pretrain import pretrain_with_knn as pretrain
@@ -39,8 +40,8 @@ CODE = (
 )
 OURS = ("xcit-dino ", "python slurm/launch.py", "torchrun ")
 TOPICS = (
-    "getting_started data pretraining slurm evaluation distillation weights health performance "
-    "reliability architecture"
+    "getting_started install data pretraining slurm evaluation distillation weights health "
+    "performance reliability architecture"
 )
 TREE_PAGE = ROOT / "docs" / "architecture.md"
 TREE = ("<!-- files -->\n```\n", "```\n<!-- /files -->")
@@ -83,19 +84,43 @@ def anchors(page: Path) -> set[str]:
     return {heading.replace(" ", "-") for heading in kept}
 
 
-def test_the_site_is_built_without_a_broken_link(tmp_path):
-    """README is its front page; the Python reference has every public name and its arguments."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built strictly: a broken link fails."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
     quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=quiet, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    front = (tmp_path / "index.html").read_text()
-    pictures = re.findall(r'<img[^>]* src="([^"]+)"', front)
-    assert pictures and all((tmp_path / picture).is_file() for picture in pictures)
-    reference = (tmp_path / "api" / "index.html").read_text()
+    return folder
+
+
+def test_the_site_has_every_link_picture_and_name(site):
+    """README is its front page; the Python reference has every public name and its arguments."""
+    for page in site.glob("*.html"):
+        links = re.findall(r'<(?:img|a)[^>]* (?:src|href)="([^"]+)"', page.read_text())
+        own = [link.partition("#")[0] for link in links if not re.match(r"\w+:|/", link)]
+        for link in filter(None, own):
+            assert (site / link).is_file(), f"{page.name}: {link}"  # opened without a server
+    assert "<img" in (site / "index.html").read_text()
+    reference = (site / "api.html").read_text()
     for name in xcit_dino.__all__:
         assert f"xcit_dino.{name}<" in reference, name
     assert "batch_size" in reference
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find_chromium() is None, reason="needs Chromium (Debian: apt chromium)")
+@pytest.mark.parametrize("page", ["index", "evaluation", "health", "architecture", "install"])
+def test_a_page_fits_a_phone(site, page):
+    with Browser() as browser:
+        browser.open(site / f"{page}.html", 390)
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        broken = browser.run(
+            """[...document.querySelectorAll('td code')].filter(e => !/[\\s-]/.test(e.textContent)
+              && e.getClientRects().length > 1).map(e => e.textContent)"""
+        )
+        assert broken == []  # a name in a table is in one piece
 
 
 def test_every_topic_has_a_page_that_readme_names():

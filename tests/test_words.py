@@ -22,10 +22,7 @@ AVOIDED = re.compile(
 )
 KEPT = {  # names of files, tags and settings that older runs and data sets have
     "data/pack/demo.py": ('"figure colours"',),
-    "eval/embed.py": ("neighbours.png", "(features|neighbours)", "neighbours{ending}.png"),
     "eval/knn.py": ('"cls, L2-normalised"', '"pixels, L2-normalised"'),
-    "eval/pictures/online.py": ('"neighbours"',),
-    "docs/evaluation.md": ("neighbours.png",),
 }
 
 

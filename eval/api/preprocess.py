@@ -48,6 +48,14 @@ class Preprocess:
         """The network's own geometry, else the published protocol's."""
         return Preprocess(inputs, inputs.resize, inputs.crop, form)
 
+    def __repr__(self) -> str:
+        """One line, however many channels there are: means and statistics are in the fields."""
+        inputs = self.inputs
+        picked = f" picked from {self.form.channels}" if self.form and inputs.bands else ""
+        taken = "8-bit RGB" if self.is_rgb8 else f"{inputs.channels} channels{picked}"
+        sizes = f"resize={self.resize}, crop={self.crop}, {inputs.interpolation}"
+        return f"Preprocess({sizes}, of {taken})"
+
     @property
     def is_rgb8(self) -> bool:
         """Whether the network takes 8-bit RGB, which any picture is turned into."""

@@ -59,7 +59,7 @@ class OnlinePictures:
         made: dict[str, Callable[[], np.ndarray]] = {
             "crops": lambda: self.crops(bank.index, epoch),
             "attention": lambda: self.attention(backbone, queries),
-            "neighbours": lambda: self.neighbors(bank, queries),
+            "neighbors": lambda: self.neighbors(bank, queries),
             "feature_deviation": lambda: bank.features.std(0),
         }
         found = {}

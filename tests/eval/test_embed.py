@@ -40,8 +40,8 @@ def test_rows_are_the_networks_features_and_their_images(run_folder, tmp_path):
     assert [int(row["label"]) for row in rows] == index.labels.tolist()
     assert rows[0]["class"] == index.classes[index.labels[0]] and rows[5]["row"] == "5"
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"features-random.npy", "features-pixels.npy", "neighbours-pixels.png"} <= names
-    with Image.open(tmp_path / "out" / "neighbours.png") as picture:
+    assert {"features-random.npy", "features-pixels.npy", "neighbors-pixels.png"} <= names
+    with Image.open(tmp_path / "out" / "neighbors.png") as picture:
         assert picture.height == 3 * 132
 
 
@@ -51,9 +51,11 @@ def test_images_without_labels_and_unreadable_ones(run_folder, unlabeled, tmp_pa
     broken.rename(unlabeled / "train")
     words = ["--output_dir", run_folder.path, "--data_path", unlabeled, "--device", "cpu"]
     words += ["--pretrained_weights", run_folder.weights, "--num_workers", 0]
-    for _ in range(2):  # the second time it takes the place of the first
-        assert main(["embed", *map(str, words)]) == 0
     found = run_folder.path / "embeddings" / "train"
+    for _ in range(2):  # the second time it takes the place of the first, with a name as it was
+        assert main(["embed", *map(str, words)]) == 0
+        assert not (found / "neighbours.png").exists()
+        (found / "neighbors.png").rename(found / "neighbours.png")
     rows = rows_of(found)
     assert len(np.load(found / "features.npy")) == len(rows) == 7
     assert "5" not in [row["sample"] for row in rows]

@@ -87,9 +87,9 @@ def test_pretraining_logs_it_and_ends_with_the_same_bits(demo_shards, tmp_path):
         found = [line["knn_top1"] for line in read_metrics(folder) if "knn_top1" in line]
         assert len(found) == every and all(0 <= value <= 100 for value in found)
     board = EventAccumulator(str(tmp_path / "1")).Reload()
-    assert set(board.Tags()["images"]) == {"crops", "attention", "neighbours"}
+    assert set(board.Tags()["images"]) == {"crops", "attention", "neighbors"}
     crops, attention, neighbors = (board.Images(name)[0] for name in
-                                    ("crops", "attention", "neighbours"))  # fmt: skip
+                                    ("crops", "attention", "neighbors"))  # fmt: skip
     assert crops.width == 2 * 132 and crops.height == 2 * 132  # 2 samples, 2 global crops
     assert attention.height == neighbors.height == 6 * 132
     assert neighbors.width == 7 * 132

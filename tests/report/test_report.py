@@ -60,7 +60,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if data.strip():  # not the line breaks between tags
-            self.text += data
+            assert not re.search(r"\d %", data), "a line may begin with the percent sign"
+            self.text += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def count(self, tag: str, kind: str = "") -> int:
         return sum(t == tag and kind in (a.get("class") or "") for t, a in self.tags)

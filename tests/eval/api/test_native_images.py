@@ -77,6 +77,15 @@ def test_the_transform_makes_what_the_loader_does(tmp_path, channels, dtype, ban
                 assert torch.equal(found, expected[place]), type(way)
 
 
+def test_a_transform_of_many_channels_prints_in_a_line(tmp_path):
+    shards = make_set(tmp_path / "set", 13, "uint16")
+    inputs, form = known(shards)
+    shown = repr(Preprocess.of(inputs, form))
+    assert shown == "Preprocess(resize=25, crop=20, bicubic, of 13 channels)"
+    plain = repr(Preprocess(InputSettings(224), 256, 224))
+    assert plain == "Preprocess(resize=256, crop=224, bicubic, of 8-bit RGB)"
+
+
 def test_invalid_pixels_are_the_channels_mean(tmp_path):
     shards = make_set(tmp_path / "set", 3, "float32")
     inputs, form = known(shards)
