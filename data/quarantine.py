@@ -75,6 +75,15 @@ class Quarantine:
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut off by a crash; its sample will be recorded again
 
+    def summary(self) -> str:
+        """How many they are, and the first of them."""
+        first = json.loads(next(iter(self.bad.values())))
+        more = ", such as" if len(self.bad) > 1 else ":"
+        return (
+            f"{len(self.bad):,} unreadable samples{more} {first['shard']}:{first['key']} "
+            f"({first['reason']})"
+        )
+
     def _message(self) -> str:
         first = "; ".join(
             f"{entry['shard']}:{entry['key']} ({entry['reason']})"

@@ -29,6 +29,7 @@ from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.heads import accuracy, of_targets, target_scores, topk_hits
 from xcit_dino.eval.scores.label_map import LabelMap, read_map
 from xcit_dino.eval.scores.metrics import Scores, class_means, class_rows, lines_of
+from xcit_dino.eval.scores.several import unscored
 from xcit_dino.eval.target import EvalTarget, Network, pretrained, resolve
 from xcit_dino.files import file_checksum
 from xcit_dino.models.weights import formats
@@ -67,6 +68,8 @@ def run(config: EvaluateConfig) -> None:
         )
     if world.is_main:
         print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()), flush=True)
+        if kind and (line := unscored(lines, val.target_classes or [])):
+            print(line, flush=True)
         write_result(
             config.target.output_dir,
             "evaluate" if config.head is None else "evaluate/head",

@@ -34,6 +34,7 @@ from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
 from xcit_dino.eval.scores.heads import target_scores
 from xcit_dino.eval.scores.metrics import Scores, class_means, class_rows, lines_of
+from xcit_dino.eval.scores.several import unscored
 from xcit_dino.eval.scores.weighted import weighted_means
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.progress import track
@@ -82,6 +83,8 @@ def run(config: KnnConfig) -> None:
         if world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
             print(f"k-NN, {network.name}: {shown}", flush=True)
+            if kind and (line := unscored(lines, classes)):
+                print(line, flush=True)
             write_result(
                 config.target.output_dir,
                 f"{name}{network.suffix}",

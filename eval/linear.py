@@ -47,6 +47,7 @@ from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
 from xcit_dino.eval.scores.heads import accuracy, of_targets
 from xcit_dino.eval.scores.metrics import lines_of
+from xcit_dino.eval.scores.several import unscored
 from xcit_dino.eval.target import Network, networks, resolve
 from xcit_dino.files import locked, write_atomic
 from xcit_dino.models.weights import formats
@@ -105,6 +106,8 @@ def run(config: LinearConfig) -> None:
         if world.is_main:
             full_protocol = facts | {"val_index": val.checksum}
             print_result(network, probe.choice, metrics, config)
+            if kind and (line := unscored(lines, classes or [])):
+                print(line, flush=True)
             write_result(
                 config.target.output_dir, f"{name}{network.suffix}", metrics, full_protocol,
                 grid=[

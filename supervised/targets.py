@@ -24,16 +24,15 @@ from xcit_dino.data.targets.loader import (
     TargetLoader,
     Transform,
     one_pass,
+    refuse_empty,
     require_targets,
 )
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
-from xcit_dino.options import options
-from xcit_dino.provenance import read_results
 from xcit_dino.supervised.target_config import TaskConfig
-from xcit_dino.supervised.validation import OF_THE_MACHINE
+from xcit_dino.supervised.validation import is_recorded, recipe_of
 from xcit_dino.train import optim
 from xcit_dino.train.amp import resolve_precision
 from xcit_dino.train.distributed import dist, sync_batchnorm
@@ -63,8 +62,8 @@ def open_targets(loader: LoaderConfig, kind: str) -> TargetData:
     """The two splits of ``--data_path``; kind: ``mask`` or ``boxes``.
 
     Raises:
-        InputError: a split is missing, has no such targets, or other classes or kinds of images
-            than the other one.
+        InputError: a split is missing, has no such targets, other classes or kinds of images than
+            the other one, or nothing that could be measured.
     """
     path, name = loader.data_path, {"mask": "masks"}.get(kind, kind)
     if path is None:
@@ -82,6 +81,7 @@ def open_targets(loader: LoaderConfig, kind: str) -> TargetData:
         raise InputError(f"--data_path {path}: train and val have {name} of different classes")
     dist.refuse_other_data(train.checksum + val.checksum, path)
     check_same_form(train, val)
+    refuse_empty(val, loader)
     return TargetData(
         train, val, list(train.target_classes or ()), train.pixels.select(loader.bands)
     )
@@ -285,35 +285,40 @@ class TaskEvaluation(ABC):
         first, last = (val.num_samples * (world.rank + i) // world.size for i in (0, 1))
         return one_pass(val, self.config.loader, transform, np.arange(first, last))
 
-    def recorded(self) -> bool:
-        """Whether ``results.json`` has this training's results."""
-        return dist.from_main(lambda: self.name in read_results(self.config.run.output_dir))
-
     def finish(self, log: RunLog, checkpoints: Checkpoints, facts: dict[str, Any]) -> None:
         """Log the final scores and write them to ``results.json``, once."""
-        if self.recorded():  # by an earlier attempt
+        newest = checkpoints.newest()
+        if is_recorded(self.name, self.config, self.data.val, newest):  # by an earlier attempt
             return
         scores = self.measure()
         found = {f"val_{name}": value for name, value in self.metrics(scores).items()}
         log.write(self.schedule.total_steps, found)
-        newest = checkpoints.newest()
         if self.world.is_main:
             assert newest is not None
             self.record(scores, facts, newest)
 
-    def protocol(self, facts: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-        """What every such result states; facts: about the initial weights."""
-        recipe = {key: value for key, value in options(self.config) if key not in OF_THE_MACHINE}
-        return facts | {
-            "evaluation": self.name,
-            "arch": self.config.model.arch,
-            "mean": list(self.task.normalization[0]),
-            "std": list(self.task.normalization[1]),
-            "precision": "fp32",
-            "num_classes": len(self.data.classes),
-            "train_index": self.data.train.checksum,
-            "val_index": self.data.val.checksum,
-            "val_images": self.data.val.num_samples,
-            "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
-            "weights": file_checksum(checkpoint),
-        }
+    def protocol(self, facts: dict[str, Any], checkpoint: Path, images: int) -> dict[str, Any]:
+        """What every such result states.
+
+        Args:
+            facts: about the initial weights.
+            images: validation images that could be read.
+        """
+        unreadable = self.data.val.num_samples - images
+        return (
+            facts
+            | {
+                "evaluation": self.name,
+                "arch": self.config.model.arch,
+                "mean": list(self.task.normalization[0]),
+                "std": list(self.task.normalization[1]),
+                "precision": "fp32",
+                "num_classes": len(self.data.classes),
+                "train_index": self.data.train.checksum,
+                "val_index": self.data.val.checksum,
+                "val_images": self.data.val.num_samples,
+                "recipe": recipe_of(self.config),
+                "weights": file_checksum(checkpoint),
+            }
+            | ({"unreadable_images": unreadable} if unreadable else {})
+        )

@@ -28,6 +28,7 @@ from xcit_dino.train.distributed import dist
 from xcit_dino.train.loop import Training
 from xcit_dino.train.schedules import Hyperparameters, Schedule
 from xcit_dino.train.seeding import seed_drop_path
+from xcit_dino.train.state import newest_checkpoint
 from xcit_dino.train.trainer import crop_loader, images_per_step
 
 
@@ -113,7 +114,7 @@ def train(
 
     trainer = set_up(config, method, model, data, world)
     validation = Validation(method, trainer, data, schedule)
-    if not validation.recorded():
+    if not validation.recorded(newest_checkpoint(run.output_dir)):
         say_average(regularization.model_ema_decay, schedule.total_steps)
     training = Training(
         method.name,

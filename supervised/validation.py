@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Validation:
 
     def finish(self, log: RunLog, checkpoints: Checkpoints, facts: dict[str, Any]) -> None:
         """Log the final accuracies and write them to ``results.json``, once."""
-        if self.recorded():  # by an earlier attempt
+        if self.recorded(checkpoints.newest()):  # by an earlier attempt
             return
         tables: Tables = {}
         results, config = self.measure(tables), self.trainer.config
@@ -75,10 +76,9 @@ class Validation:
                 newest,
             )  # fmt: skip
 
-    def recorded(self) -> bool:
-        """Whether ``results.json`` has this training's results."""
-        folder = self.trainer.config.run.output_dir
-        return dist.from_main(lambda: self.method.name in read_results(folder))
+    def recorded(self, checkpoint: Path | None) -> bool:
+        """See :func:`is_recorded`."""
+        return is_recorded(self.method.name, self.trainer.config, self.data.val, checkpoint)
 
     def measure(self, tables: Tables | None = None) -> Results:
         """Accuracies; with ``tables``, which receives each class, also metrics over classes."""
@@ -94,6 +94,26 @@ class Validation:
             tables[name] = class_rows(scores[name].gathered())
             metrics |= class_means(tables[name])
         return results
+
+
+def is_recorded(name: str, config: Any, val: ShardIndex, checkpoint: Path | None) -> bool:
+    """Whether ``results.json`` has a training's results: with its options, of these validation
+    images and of its newest checkpoint. To be called on all ranks."""
+
+    def found() -> bool:
+        protocol = read_results(config.run.output_dir).get(name, {}).get("protocol", {})
+        before, now = protocol.get("recipe", {}), json.loads(json.dumps(recipe_of(config)))
+        same = all(before[key] == value for key, value in now.items() if key in before)
+        same = same and protocol.get("val_index") == val.checksum
+        return same and checkpoint is not None and protocol["weights"] == file_checksum(checkpoint)
+
+    return dist.from_main(found)
+
+
+def recipe_of(config: Any) -> dict[str, Any]:
+    """The options that are part of a protocol."""
+    recipe = {key: value for key, value in options(config) if key not in OF_THE_MACHINE}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in recipe.items()}
 
 
 def shown(results: Results) -> dict[str, float]:
@@ -165,7 +185,6 @@ def record(
     checkpoint: Path,
 ) -> None:
     """Write ``finetune`` and ``finetune/ema`` (or ``distill`` ...) to ``results.json``."""
-    recipe = {key: value for key, value in options(config) if key not in OF_THE_MACHINE}
     context = context_of(config, dist.World(0, 1, torch.device("cpu")))
     protocol = (
         facts
@@ -178,7 +197,7 @@ def record(
             "train_index": data.train.checksum,
             "val_index": data.val.checksum,
             "val_images": data.val.num_samples,
-            "recipe": {k: list(v) if isinstance(v, tuple) else v for k, v in recipe.items()},
+            "recipe": recipe_of(config),
         }
     )
     weights = file_checksum(checkpoint)

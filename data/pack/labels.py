@@ -92,7 +92,7 @@ def by_rows(
     found: dict[Place, str] = {}
     unknown: list[str] = []
     for name, label, _ in table.rows:
-        key = _key(name)
+        key = one_form(name)
         hits = [whole[key]] if key in whole else endings.get(key, [])
         if not hits:
             hits = [whole[ending] for ending in _tails(key) if ending in whole][:1]
@@ -126,7 +126,8 @@ def by_rows(
     return found
 
 
-def _key(name: str) -> str:
+def one_form(name: str) -> str:
+    """A name as it is compared with others: one form of Unicode, slashes, no ./ before it."""
     if not name.isascii():
         with contextlib.suppress(UnicodeEncodeError):
             name.encode()  # fails for a name on the disk that is not UTF-8: nearly always Latin-1
@@ -142,7 +143,7 @@ def _plain(name: str) -> str:
 
 def _forms(name: str) -> set[str]:
     """A path with and without its extension."""
-    name = _key(name)
+    name = one_form(name)
     stem = name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix) else name
     return {name, stem}
 

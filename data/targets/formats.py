@@ -162,6 +162,14 @@ def decode_target(kind: str, raw: bytes) -> Mask | Boxes | Labels | Measured:
     return decoders[kind](raw)
 
 
+def counts(target: Mask | Boxes | Labels | Measured) -> bool:
+    """Whether something can be measured on a target: a pixel that counts, an object that is neither
+    a crowd nor difficult."""
+    if isinstance(target, Boxes):
+        return not (target.crowd | target.difficult).all()
+    return bool((target != ignored_value(target)).any())  # pyright: ignore[reportArgumentType]
+
+
 def check_target(
     target: Mask | Boxes | Labels | Measured, height: int, width: int, classes: int | None
 ) -> list[int]:

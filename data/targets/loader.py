@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,11 @@ from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex
-from xcit_dino.data.targets.formats import check_target, decode_target
+from xcit_dino.data.targets.formats import check_target, counts, decode_target
 from xcit_dino.data.workers import SUBSTITUTE_STREAM, SUBSTITUTES, Task, run_tasks
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
+
+CHUNK = 64  # targets read at a time
 
 
 class Key(NamedTuple):
@@ -237,7 +239,7 @@ def one_pass(
     targets: bool = True,
 ) -> Iterator[tuple[int, Any]]:
     """(sample number, transformed sample) of some samples in their order, for evaluations; those
-    that are unreadable or have no target are quarantined and skipped.
+    that are unreadable or have no target are quarantined and skipped, with a warning at the end.
 
     targets: read them; without, images of any shards alone.
 
@@ -257,6 +259,28 @@ def one_pass(
             record(quarantine, index, done.bad)
             if done.sources[0] >= 0:
                 yield int(done.sources[0]), done.items[0]
+    if quarantine.bad:
+        warn(f"--data_path {index.root}: skipped {quarantine.summary()}")
+
+
+def refuse_empty(index: ShardIndex, config: LoaderConfig) -> None:
+    """Refuse validation images that nothing can be measured on; reads as few as are needed.
+
+    Raises:
+        InputError: no pixel or object of them counts.
+    """
+    source, kind = open_source(index, config), index.targets
+    assert kind is not None
+    for first in range(0, index.num_samples, CHUNK):
+        samples = range(first, min(first + CHUNK, index.num_samples))
+        for raw in source.read_many([index.locate_target(sample) for sample in samples]):
+            with suppress(BadImage):
+                if isinstance(raw, bytes) and raw and counts(decode_target(kind, raw)):
+                    return
+    what = "pixel of their masks" if kind == "mask" else "object in them"
+    raise InputError(
+        f"--data_path {index.root}: no {what} counts; pack validation images that have some"
+    )
 
 
 def require_targets(index: ShardIndex, kind: str | None = None) -> None:

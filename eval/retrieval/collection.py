@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from xcit_dino.eval.retrieval.ranking import Truth
 from xcit_dino.models.weights.formats import read_pickle
 
 ORIGINAL, STRONG = "original", "strong"  # folders of Copydays
+KINDS = 6  # of files, in a message
 COPYDAYS_DEPTH = 20  # images of a ranking that count (DINO)
 SETUPS = {  # of Oxford and Paris revisited -> (relevant, junk): kinds of images in the ground truth
     "easy": (("easy",), ("junk", "hard")),
@@ -86,6 +87,11 @@ def open_collection(config: RetrieveConfig) -> Collection:
     else:
         found = copies(folder) if copydays else own_folders(config, folder)
     distractors = images_below(config.distractors, "distractors") if config.distractors else []
+    if shared := common(distractors, found.bank):
+        raise InputError(
+            f"--distractors {config.distractors}: {shared:,} of its images are in the bank "
+            "already; name a folder of others"
+        )
     return Collection(
         found.kind, found.queries, [*found.bank, *distractors], found.roots, found.truths,
         found.depth, distractors,
@@ -109,6 +115,27 @@ def images_below(folder: Path, option: str) -> list[Path]:
     if not paths:
         raise InputError(f"--{option} {folder}: holds no images")
     return paths
+
+
+def common(one: Sequence[Path], other: Sequence[Path]) -> int:
+    """How many files are in both."""
+    return len({path.resolve() for path in one} & {path.resolve() for path in other})
+
+
+def other_files(config: RetrieveConfig) -> Iterator[str]:
+    """A line for each folder that holds files that are not read, without hidden ones and what
+    belongs to a benchmark."""
+    given = (config.bank, config.queries, config.distractors, config.whitening)
+    for folder in dict.fromkeys(filter(None, given)):
+        found = [
+            path.suffix.lower() or "no suffix"
+            for path in folder.rglob("*")
+            if path.suffix.lower() not in (*SUFFIXES, ".pkl") and path.name[0] != "."
+            if path.is_file()
+        ]
+        if found:
+            kinds = ", ".join(sorted(set(found))[:KINDS])
+            yield f"skipped: {len(found):,} files in {folder} that are no images ({kinds})"
 
 
 # -- Oxford and Paris revisited --------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Parts:
             with np.load(key) as kept:
                 rows = json.loads(str(kept["reasons"]))
                 return Part(kept["features"], {int(row): reason for row, reason in rows.items()})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
     def save(self, key: Path, part: Part) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from xcit_dino.errors import warn
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.knn import unit_rows
 from xcit_dino.eval.neighbors import evenly_spaced
@@ -24,7 +25,13 @@ from xcit_dino.eval.pictures.attention import Pixels
 from xcit_dino.eval.pictures.false_color import picture
 from xcit_dino.eval.pictures.render import SIDE, framed, mosaic
 from xcit_dino.eval.results import write_result
-from xcit_dino.eval.retrieval.collection import Collection, images_below, open_collection
+from xcit_dino.eval.retrieval.collection import (
+    Collection,
+    common,
+    images_below,
+    open_collection,
+    other_files,
+)
 from xcit_dino.eval.retrieval.config import RetrieveConfig
 from xcit_dino.eval.retrieval.duplicates import write_csv
 from xcit_dino.eval.retrieval.extract import Extractor
@@ -41,6 +48,7 @@ FOLDER = "retrieve"
 KS = (1, 5, 10)  # of precision and recall
 CELLS = 1 << 24  # cosines ranked at a time
 SHOWN = 8  # neighbors in a row of the picture
+NAMED = 3  # queries named in a message
 
 
 class Found(NamedTuple):
@@ -69,6 +77,9 @@ def run(config: RetrieveConfig) -> None:
     context = dataclasses.replace(context, precision=config.precision)
     if context.inputs.channels > 3:
         context = dataclasses.replace(context, show_channels=(1, 2, 3))
+    if world.is_main:
+        for line in other_files(config):
+            print(line, flush=True)
     search = Search(config, collection, context)
     for network in networks(config, target):
         began = time.monotonic()
@@ -111,9 +122,21 @@ class Search:
         counts = {"unreadable_images": len(bad) + len(more)}
         if config.whitening:
             files = images_below(config.whitening, "whitening")
+            if dist.is_main() and (shared := common(files, collection.queries + collection.bank)):
+                warn(
+                    f"--whitening {config.whitening}: {shared:,} of its images are searched too; "
+                    "scores are optimistic"
+                )
             others, unread = extractor.all_of(files, "whitening")
             more |= unread
-            whiten = Whitening.of(others[readable(others)])
+            usable = others[readable(others)]
+            if len(usable) < usable.shape[1] and dist.is_main():
+                warn(
+                    f"--whitening {config.whitening}: {len(usable):,} images for "
+                    f"{usable.shape[1]:,} features; as many as features are needed, better ten "
+                    "times as many"
+                )
+            whiten = Whitening.of(usable)
             queries, bank = whiten(queries), whiten(bank)
             counts["whitening_images"] = len(files) - len(unread)
         if not dist.is_main():
@@ -178,6 +201,7 @@ class Search:
                 Image.fromarray(mosaic(rows)).save(new / "neighbors.png")
         print(f"neighbors: {folder}", flush=True)
         metrics = self.metrics(found)
+        without = self.without(found)
         if not metrics:
             print(
                 "no mAP: what is relevant follows from equal names of folders, or --relevant",
@@ -186,10 +210,36 @@ class Search:
             return
         shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
         print(f"retrieve, {network.name}: {shown}", flush=True)
+        for setup, names in without.items():
+            print(
+                f"{len(names):,} of {len(found):,} queries have nothing relevant in the bank"
+                f"{f' ({setup})' if setup else ''} and do not count: {', '.join(names[:NAMED])}"
+                f"{', ...' if len(names) > NAMED else ''}",
+                flush=True,
+            )
+        if without:
+            facts = facts | {
+                "queries_without_relevant": {n or "all": len(q) for n, q in without.items()}
+            }
         write_result(
             self.config.output_dir, f"retrieve{network.suffix}", metrics, protocol,
             neighbors=str(folder.relative_to(self.config.output_dir)), **facts,
         )  # fmt: skip
+
+    def without(self, found: Sequence[Found]) -> dict[str, list[str]]:
+        """Setup -> queries that have nothing relevant in the bank; of Copydays, whose setups divide
+        the queries, those of all."""
+        truths = self.collection.truths
+        setups = [""] if "" in truths else list(truths)
+        every = {
+            setup: [
+                self.collection.name_of_query(one.query)
+                for one in found
+                if not len(truths[setup][one.query].relevant)
+            ]
+            for setup in setups
+        }
+        return {setup: names for setup, names in every.items() if names}
 
     def relevant(self, query: int) -> np.ndarray:
         """int64 [R]: rows that are relevant in any setup."""

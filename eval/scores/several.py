@@ -11,6 +11,8 @@ import numpy as np
 
 from xcit_dino.eval.scores.metrics import binary_auroc
 
+SHOWN = 6  # labels named in a message
+
 
 @dataclass(frozen=True)
 class LabelRow:
@@ -77,3 +79,16 @@ def lines_of_labels(rows: list[LabelRow], classes: list[str]) -> list[str]:
         values = (round(v, 4) if isinstance(v, float) else v for v in astuple(row))
         writer.writerow((classes[row.label], *values))
     return text.getvalue().splitlines()
+
+
+def unscored(lines: list[str], names: list[str]) -> str:
+    """A line on the labels that no image has, or all, from the lines of :func:`lines_of_labels`;
+    empty where there is none."""
+    scored = {row[0] for row in csv.reader(lines[1:])}
+    idle = [name for name in names if name not in scored]
+    if not idle or not lines[0].startswith("class,"):
+        return ""
+    return (
+        f"  {len(idle)} of {len(names)} labels do not count, as no image of val has them, or all: "
+        f"{', '.join(idle[:SHOWN])}{', ...' if len(idle) > SHOWN else ''}"
+    )

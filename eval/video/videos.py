@@ -103,15 +103,22 @@ def plain_places(folder: Path, masks: Path | None) -> dict[str, tuple[Path, Path
         raise InputError(f"--masks {masks}: no such file or folder")
     if images_in(folder):
         return {folder.resolve().name or "video": (folder, masks)}
-    inner = sorted(each for each in folder.iterdir() if each.is_dir() and images_in(each))
-    if not inner:
+    inner = sorted(each for each in folders_in(folder) if not each.samefile(masks))
+    if not any(images_in(each) for each in inner):
         raise InputError(f"--videos {folder}: holds no frames; known are {' '.join(SUFFIXES)}")
     if masks.is_file():
         raise InputError(
             f"--masks {masks}: {folder} holds several videos; name a folder with a folder of masks "
             "for each"
         )
-    return {each.name: (each, masks / each.name) for each in inner}
+    # what has no frames, or masks alone, is named as a video that cannot be used
+    names = sorted({each.name for each in (*inner, *folders_in(masks))})
+    return {name: (folder / name, masks / name) for name in names}
+
+
+def folders_in(folder: Path) -> set[Path]:
+    """Folders inside a folder, without hidden ones."""
+    return {each for each in folder.iterdir() if each.is_dir() and each.name[0] != "."}
 
 
 def images_in(folder: Path) -> list[Path]:

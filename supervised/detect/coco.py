@@ -40,6 +40,8 @@ class Scores:
     """Without those of sizes of which there is no object."""
     by_class: dict[str, dict[str, float]]
     """``ap`` and ``ap50`` of every class that has an object."""
+    images: int = 0
+    """That could be read."""
 
     def with_masks(self, masks: Scores) -> Scores:
         """These, and those of masks under ``mask_ap`` and so on."""
@@ -48,7 +50,7 @@ class Scores:
             for name, values in self.by_class.items()
         }
         renamed = {f"mask_{name}": value for name, value in masks.metrics.items()}
-        return Scores(self.metrics | renamed, by_class)
+        return Scores(self.metrics | renamed, by_class, self.images)
 
 
 def require_pycocotools() -> Any:

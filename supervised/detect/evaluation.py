@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class DetectEvaluation(TaskEvaluation):
 
     def _scores(self, parts: list[Any]) -> Scores:
         truth, found = ({n: x for part in parts for n, x in part[side].items()} for side in (0, 1))
-        boxes = coco_scores(truth, found, self.data.classes)
+        boxes = replace(coco_scores(truth, found, self.data.classes), images=len(truth))
         if not self.config.detection.masks:
             return boxes
         return boxes.with_masks(coco_scores(truth, found, self.data.classes, masks=True))
@@ -78,7 +78,7 @@ class DetectEvaluation(TaskEvaluation):
     def record(self, scores: Scores, facts: dict[str, Any], checkpoint: Path) -> None:
         """Print the scores and write ``detect`` to ``results.json``."""
         task = self.config.detection
-        protocol = self.protocol(facts, checkpoint) | {
+        protocol = self.protocol(facts, checkpoint, scores.images) | {
             "detector": "Mask R-CNN" if task.masks else "Faster R-CNN",
             "backbone": "finetuned" if task.finetune else "frozen",
             "resize": task.eval_side,

@@ -38,6 +38,8 @@ class Scores:
     """Mean share of a class's pixels that are found, over the classes that occur in masks."""
     iou: NDArray[np.float64]
     """[C]; NaN for classes that occur nowhere."""
+    images: int = 0
+    """That could be read."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -49,7 +51,7 @@ class Scores:
         }
 
 
-def scores_of(confusion: NDArray[np.int64]) -> Scores:
+def scores_of(confusion: NDArray[np.int64], images: int = 0) -> Scores:
     """Scores of a confusion matrix [C, C]: rows are the masks' classes, columns the predicted."""
     matrix = confusion.astype(np.float64)
     right, truth = np.diag(matrix), matrix.sum(1)
@@ -58,7 +60,11 @@ def scores_of(confusion: NDArray[np.int64]) -> Scores:
         iou, recall = 100 * right / union, 100 * right / truth
     total = max(matrix.sum(), 1)
     return Scores(
-        float(np.nanmean(iou)), float(100 * right.sum() / total), float(np.nanmean(recall)), iou
+        float(np.nanmean(iou)),
+        float(100 * right.sum() / total),
+        float(np.nanmean(recall)),
+        iou,
+        images,
     )
 
 
@@ -143,9 +149,11 @@ class SegmentEvaluation(TaskEvaluation):
         classes, task = len(self.data.classes), self.config.segmentation
         heads = len(self.config.optim.lrs) if task.head == "linear" else 1
         totals = torch.zeros(heads, classes, classes, dtype=torch.int64)
+        images = 0
         predict = Predictor(self.model, self.config, self.world.device)
         with dist.together(), eval_mode(self.model), torch.inference_mode():
             for _, scene in self.views(SceneTransform(task)):
+                images += 1
                 mask = to_device(torch.from_numpy(scene.mask.astype(np.int64)), self.world.device)
                 for total, predicted in zip(totals, predict(scene), strict=True):
                     total += confusion_of(mask, predicted, classes).cpu()
@@ -154,12 +162,13 @@ class SegmentEvaluation(TaskEvaluation):
             torch.distributed.all_reduce(totals)
         if not totals.any():
             raise InputError(f"--data_path {self.data.val.root}: no pixel of it counts")
-        return [scores_of(total) for total in totals.cpu().numpy()]
+        images = sum(dist.on_all_ranks(torch.tensor([images])).flatten().tolist())
+        return [scores_of(total, images) for total in totals.cpu().numpy()]
 
     def record(self, scores: list[Scores], facts: dict[str, Any], checkpoint: Path) -> None:
         """Print the scores and write ``segment`` to ``results.json``."""
         task, best = self.config.segmentation, best_of(scores)
-        protocol = self.protocol(facts, checkpoint) | {
+        protocol = self.protocol(facts, checkpoint, scores[best].images) | {
             "head": task.head,
             "backbone": "finetuned" if task.finetune else "frozen",
             "resize": task.short_side,

@@ -98,6 +98,35 @@ def test_values_are_packed_by_columns(photos: Path, tmp_path: Path, capsys) -> N
     assert "not every cell of note is a number" in capsys.readouterr().err
 
 
+def test_columns_that_are_not_read_are_named(photos: Path, tmp_path: Path, capsys) -> None:
+    """Such as CheXpert's, where -1 is uncertain, and measurements below a limit."""
+    table = tmp_path / "labels.csv"
+    table.write_text("path,age,edema,mass\na.png,50,1,1.0\nb.png,60,0,-1.0\nc.png,,1,\n")
+    assert make(photos, table) == 0
+    printed = capsys.readouterr().out
+    assert "labels of labels.csv: 1 (edema)" in printed
+    assert "columns not read: age (50), mass (-1.0)\n" in printed
+    table.write_text("path,age,size\na.png,50,1\nb.png,60,<5\n")
+    words = ["shards", "make", photos, tmp_path / "v", "--values", table, "--num_workers", 1]
+    assert main([*map(str, words)]) == 0
+    assert "columns not read: size (<5)\n" in capsys.readouterr().out
+    words[3] = tmp_path / "w"
+    assert main([*map(str, words), "--label_column", "age"]) == 0
+    assert "not read" not in capsys.readouterr().out
+
+
+def test_an_image_has_one_row_of_values(photos: Path, tmp_path: Path, capsys) -> None:
+    table = tmp_path / "values.csv"
+    words = ["shards", "make", photos, tmp_path / "v", "--values", table, "--num_workers", 1]
+    for rows, shown in (("a.png,3\na.png,4\n", "3 and 4"), ("a.png,\na.png,4\n", "a gap and 4")):
+        table.write_text(f"path,age\n{rows}b.png,5\n")
+        assert main([*map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert f"a.png has two rows, {shown}; keep one row for each image" in error
+    table.write_text("path,age\na.png,3\na.png,3.0\nb.png,5\n")
+    assert main([*map(str, words)]) == 0
+
+
 def test_bad_tables_are_refused(photos: Path, tmp_path: Path, capsys) -> None:
     table = tmp_path / "labels.csv"
 
@@ -111,6 +140,8 @@ def test_bad_tables_are_refused(photos: Path, tmp_path: Path, capsys) -> None:
     assert "name it with --label_column" in refused("image,x,y\na.png,cat,1 2\n")
     assert "has no such column" in refused(TABLES["bars"], "--label_column", "z")
     assert "names none of the images" in refused("image,label\nz.png,cat\n")
+    same = refused(TABLES["bars"], "--label_column", "finding", "--group_column", "finding")
+    assert "--group_column names it too" in same
     both = refused(TABLES["bars"], "--boxes", table)
     assert "--boxes and --multi_labels: an image has one target" in both
     assert "leave one of them out" in refused(TABLES["bars"], "--labels", table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -291,7 +292,8 @@ def test_boxes_of_coco(tmp_path: Path, capsys: Any):
     a = found["a"]
     assert a.boxes.tolist() == [[1, 1, 3, 4], [6, 4, 8, 5], [0, 0, 8, 6]]
     assert a.labels.tolist() == [0, 1, 0] and a.crowd.tolist() == [False, False, True]
-    assert a.area.tolist() == [5.5] * 3 and a.image_id == 7 and not a.difficult.any()
+    assert a.area.tolist() == [5.5, 2, 5.5]  # the second box is cut to 2 x 1 pixels
+    assert a.image_id == 7 and not a.difficult.any()
     assert a.segmentation[0] == [[1, 1, 3, 1, 3, 4, 1, 4]]
     assert a.segmentation[2] == {"counts": [0, 48], "size": [6, 8]}
     assert len(found["b"]) == len(found["c"]) == 0 and "d" not in found
@@ -304,6 +306,33 @@ def test_boxes_of_coco(tmp_path: Path, capsys: Any):
         assert line in text, line
     assert check(CheckConfig(dst=str(tmp_path / "dst"), num_workers=1)) == 0
     assert "boxes of 3 classes" in capsys.readouterr().out
+
+
+def test_names_in_another_form_of_unicode_and_unknown_sizes(
+    tmp_path: Path, classes: str, capsys: Any
+):
+    """macOS writes é as two code points; some tools write sizes as null or 0."""
+    one, two = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    save(tmp_path / f"src/{one}.png", photo(0))
+    save(tmp_path / f"src/{one}2.png", photo(1))
+    save(tmp_path / f"masks/{two}.png", np.zeros((6, 8), np.uint8))
+    index = pack(tmp_path / "src", tmp_path / "m", masks=(str(tmp_path / "masks"),),
+                 mask_classes=classes)  # fmt: skip
+    assert index.num_samples == 1
+    images = [{"id": 1, "file_name": f"{two}.png", "width": None, "height": None},
+              {"id": 2, "file_name": f"{two}2.png", "width": 0, "height": 0}]  # fmt: skip
+    boxes = [{"image_id": n, "category_id": 1, "bbox": [0, 0, 4, 4]} for n in (1, 2)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    index = pack(tmp_path / "src", tmp_path / "b", boxes=(tmp_path / "boxes.json",))
+    assert index.num_samples == 2
+    (tmp_path / "xml").mkdir()
+    box = "<bndbox><xmin>2</xmin><ymin>1</ymin><xmax>8</xmax><ymax>6</ymax></bndbox>"
+    (tmp_path / f"xml/{two}.xml").write_text(
+        f"<annotation><object><name>x</name>{box}</object></annotation>"
+    )
+    index = pack(tmp_path / "src", tmp_path / "v", boxes=(tmp_path / "xml",))
+    assert index.num_samples == 1
 
 
 def test_boxes_of_pascal_voc(tmp_path: Path):

@@ -206,6 +206,15 @@ def test_a_folder_of_frames_and_one_mask(run_folder, tmp_path: Path, capsys) -> 
     assert main(command(run_folder, "--videos", frames, "--masks", every)) == 0
     whole = main(command(run_folder, "--videos", frames.parent, "--masks", every.parent))
     assert whole == 0 and (run_folder.path / "results.json").exists()
+    capsys.readouterr()
+    (frames.parent / "empty").mkdir()
+    shutil.copytree(every, every.parent / "lost")
+    assert main(command(run_folder, "--videos", frames.parent, "--masks", every.parent)) == 0
+    printed = capsys.readouterr().out
+    for name in ("empty", "lost"):
+        assert f"skipped: {name}: {frames.parent / name} holds 0 frames; two are needed" in printed
+    saved = json.loads((run_folder.path / "results.json").read_text())
+    assert saved["propagate"]["protocol"]["unusable_videos"] == 2
 
 
 OTHER_SIZE = "is 9 x 8, its frame 96 x 64"

@@ -383,12 +383,18 @@ def test_own_folders(run_folder, tmp_path: Path, capsys) -> None:
     photo(queries / "c/5.jpg", 5)
     (bank / "b/broken.jpg").write_bytes(b"no")
     (queries / "a/broken.jpg").write_bytes(b"no")
+    for name in ("c/6.mov", "c/7", ".DS_Store"):
+        (queries / name).write_bytes(b"no")
     words = ["--bank", bank, "--baselines", "true"]
     assert main(command(run_folder, *words, "--queries", queries)) == 0
     printed = capsys.readouterr().out
     assert f"skipped: {bank / 'b/broken.jpg'}" in printed
+    assert f"skipped: 2 files in {queries} that are no images (.mov, no suffix)" in printed
+    lost = "1 of 5 queries have nothing relevant in the bank and do not count: c/5.jpg"
+    assert lost in printed
     entry = results(run_folder)["retrieve/pixels"]
     assert entry["protocol"]["unreadable_images"] == 2
+    assert entry["queries_without_relevant"] == {"all": 1}
     # of three images of class b one cannot be read: it counts as not found
     assert entry["metrics"]["map"] == pytest.approx(100 * (1 + 1 + 2 / 3 + 2 / 3) / 4)
     assert {line["relevant"] for line in listed(run_folder) if line["query"] == "c/5.jpg"} == {""}
@@ -422,6 +428,18 @@ def test_a_table_of_pairs(run_folder, tmp_path: Path, capsys) -> None:
     pairs.write_text("query,image\n0.jpg,4.jpg\n5.jpg,3.jpg\n")
     assert main(command(run_folder, *words)) == 2
     assert "2 of its names are not among the images, the first is 4.jpg" in capsys.readouterr().err
+
+
+def test_a_whitening_of_few_or_of_searched_images_is_said(run_folder, tmp_path, capsys) -> None:
+    for n in range(3):
+        photo(tmp_path / f"bank/{n}.jpg", n)
+    photo(tmp_path / "others/3.jpg", 3)
+    bank = tmp_path / "bank"
+    assert main(command(run_folder, "--bank", bank, "--whitening", tmp_path / "others")) == 0
+    error = capsys.readouterr().err
+    assert "others: 1 images for" in error and "searched too" not in error
+    assert main(command(run_folder, "--bank", bank, "--whitening", bank)) == 0
+    assert "bank: 3 of its images are searched too" in capsys.readouterr().err
 
 
 def test_every_resize_and_scale(run_folder, tmp_path: Path) -> None:
@@ -460,6 +478,7 @@ def test_bad_folders_are_named(run_folder, tmp_path: Path, capsys) -> None:
     assert "no column image" in refused("--bank", jpg, "--relevant", pairs)
     assert "cannot be read" in refused("--bank", jpg, "--relevant", empty)
     assert "holds no images" in refused("--bank", jpg, "--whitening", empty)
+    assert "are in the bank already" in refused("--bank", jpg, "--distractors", jpg)
     (jpg / "im4.jpg").unlink()
     assert "1 of its images are missing" in refused("--bank", folder)
     for path in jpg.iterdir():

@@ -49,6 +49,26 @@ def test_equal_to_scikit_learn(ties: bool) -> None:
     }, abs=1e-9)  # fmt: skip
 
 
+def test_labels_that_do_not_count_are_named(
+    run_folder, tmp_path: Path, demo_shards: Path, capsys
+) -> None:
+    shards = repacked(
+        demo_shards, tmp_path / "tagged", "labels", ["x", "never", "always"],
+        lambda label: [*[0][: label % 2], 2],
+    )  # fmt: skip
+    words = ["--output_dir", run_folder.path, "--data_path", shards, "--num_workers", 0]
+    words += ["--pretrained_weights", run_folder.weights, "--device", "cpu"]
+    words = [str(word) for word in words]
+    line = "  2 of 3 labels do not count, as no image of val has them, or all: never, always\n"
+    assert main(["knn", *words]) == 0
+    assert line in capsys.readouterr().out
+    assert main(["linear", *words, "--epochs", "1"]) == 0
+    assert line in capsys.readouterr().out
+    head = str(run_folder.path / "linear_head.safetensors")
+    assert main(["evaluate", *words, "--head", head]) == 0
+    assert line in capsys.readouterr().out
+
+
 def test_a_step_is_that_of_autograd() -> None:
     torch.manual_seed(0)
     features, labels = torch.randn(8, 5), (torch.rand(8, 3) < 0.4).to(torch.uint8)

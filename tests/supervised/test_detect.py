@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from xcit_dino.cli import main
 from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.data.pack.make import make
 from xcit_dino.data.shards.config import MakeConfig
+from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.targets.formats import Boxes
 from xcit_dino.data.targets.loader import Key
 from xcit_dino.errors import InputError
@@ -601,6 +603,28 @@ def test_shards_without_boxes_are_refused(demo_shards: Path, tmp_path: Path, cap
     assert main([*words, "--arch", "xcit_pico_6_p8", "--device", "cpu"]) == 2
     assert "--boxes FILE_OR_FOLDER" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_images_without_objects(rectangles: Path, tmp_path: Path, capsys: Any):
+    """None has one, or crowds alone: refused before the training. One is damaged: counted."""
+    content = json.loads((rectangles.parent / "boxes.json").read_text())
+    for box in content["annotations"]:
+        box["iscrowd"] = int(box["image_id"] >= 8)
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    make(MakeConfig(str(rectangles.parent / "src"), tmp_path / "crowds", num_workers=1,
+                    boxes=(tmp_path / "boxes.json",)))  # fmt: skip
+    with pytest.raises(InputError, match="no object in them counts"):
+        detect(tiny(tmp_path / "crowds", tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    shutil.copytree(rectangles, tmp_path / "damaged")
+    index = ShardIndex.load(tmp_path / "damaged/val")
+    shard, offset, size = index.locate_target(2)
+    with Path(index.path(shard)).open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    detect(tiny(tmp_path / "damaged", tmp_path / "run", epochs=1))
+    assert result(tmp_path / "run")["protocol"]["unreadable_images"] == 1
+    assert "val: skipped 1 unreadable samples: shard-000000.tar:" in capsys.readouterr().err
 
 
 def test_a_stage_of_the_launcher(rectangles: Path, tmp_path: Path):

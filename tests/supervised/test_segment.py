@@ -25,6 +25,7 @@ from xcit_dino.data.shards.config import MakeConfig
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
 from xcit_dino.data.targets.loader import Key, one_pass
 from xcit_dino.errors import InputError
+from xcit_dino.files import file_checksum
 from xcit_dino.models.weights.load import load_backbone
 from xcit_dino.models.zoo import create_model
 from xcit_dino.options import replace
@@ -524,6 +525,56 @@ def test_shards_without_masks_are_refused(demo_shards: Path, tmp_path: Path, cap
     assert main([*words, "--arch", "xcit_pico_6_p8", "--device", "cpu"]) == 2
     assert "have neither masks nor boxes; pack them with" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_results_follow_changed_options_and_trained_on_weights(squares: Path, tmp_path: Path):
+    """--may_change stride evaluates a finished run again, --may_change epochs trains on; the
+    same command once more leaves the results as they are."""
+    run = tmp_path / "run"
+    segment(tiny(squares, run, epochs=1))
+    first = result(run)
+    segment(tiny(squares, run, epochs=1, stride=0.5, may_change=("stride",)))
+    second = result(run)
+    assert second["protocol"]["stride"] == 0.5
+    assert second["weights_file"] == first["weights_file"]
+    changes = {"epochs": 2, "stride": 0.5, "may_change": ("epochs", "stride")}
+    segment(tiny(squares, run, **changes))
+    third = result(run)
+    assert third["protocol"]["recipe"]["epochs"] == 2
+    assert third["weights_file"] != second["weights_file"]
+    assert third["protocol"]["weights"] == file_checksum(
+        run / "checkpoints" / third["weights_file"]
+    )
+    before = (run / "results.json").read_bytes()
+    segment(tiny(squares, run, **changes))
+    assert (run / "results.json").read_bytes() == before
+    shutil.rmtree(run / "checkpoints")  # trained anew, with another seed
+    segment(tiny(squares, run, seed=1, **changes | {"may_change": ("epochs", "stride", "seed")}))
+    assert result(run)["protocol"]["weights"] != third["protocol"]["weights"]
+
+
+def test_validation_masks_that_do_not_count(squares: Path, tmp_path: Path, capsys: Any):
+    """None counts: refused before the training. One is damaged: said and counted."""
+    shutil.copytree(squares, tmp_path / "damaged")
+    index = ShardIndex.load(tmp_path / "damaged/val")
+    shard, offset, size = index.locate_target(2)
+    with Path(index.path(shard)).open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    segment(tiny(tmp_path / "damaged", tmp_path / "run", epochs=1))
+    protocol = result(tmp_path / "run")["protocol"]
+    assert protocol["unreadable_images"] == 1 and protocol["val_images"] == 4
+    assert "val: skipped 1 unreadable samples: shard-000000.tar:" in capsys.readouterr().err
+    src = tmp_path / "src"
+    shutil.copytree(squares.parent / "src", src)
+    for path in (src / "masks/val").iterdir():
+        Image.new("L", (48, 40), 255).save(path)
+    names = str(squares.parent / "classes.txt")
+    make(MakeConfig(str(src), tmp_path / "empty", masks=("masks",), mask_classes=names,
+                    num_workers=1))  # fmt: skip
+    with pytest.raises(InputError, match="no pixel of their masks counts"):
+        segment(tiny(tmp_path / "empty", tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_recipes_and_run_folders(tmp_path: Path):

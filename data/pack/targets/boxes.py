@@ -14,6 +14,7 @@ import numpy as np
 
 from xcit_dino.data.decode.rgb import BadImage
 from xcit_dino.data.pack.image_file import Image
+from xcit_dino.data.pack.labels import one_form
 from xcit_dino.errors import InputError
 
 PER_BOX = ("boxes", "labels", "crowd", "difficult", "area", "segmentation")
@@ -107,7 +108,8 @@ def _take_coco(
             item["segmentation"].append(a.get("segmentation"))
         if not any(item["segmentation"]):
             del item["segmentation"]
-        size = (image["height"], image["width"]) if "height" in image else None
+        size = (image.get("height"), image.get("width"))
+        size = size if all(size) else None  # some tools write null or 0
         found.objects[name] = item | {"image_id": image["id"], "size": size}
     if of_image:
         count = sum(map(len, of_image.values()))
@@ -176,11 +178,11 @@ def pair_boxes(images: Sequence[Image], found: Annotated) -> tuple[list[Image], 
     """
     by_name: dict[str, list[Image]] = defaultdict(list)
     for image in images:
-        path = PurePosixPath(image.name)
+        path = PurePosixPath(one_form(image.name))
         by_name[path.stem if found.is_xml else path.name].append(image)
     paired, missing = {}, []
     for name, item in found.objects.items():
-        path = PurePosixPath(name)
+        path = PurePosixPath(one_form(name))
         fitting = by_name.get(path.name, [])
         if len(fitting) > 1:
             parts = path.parts
@@ -213,7 +215,7 @@ def pair_boxes(images: Sequence[Image], found: Annotated) -> tuple[list[Image], 
 
 
 def _ends_with(name: str, parts: Sequence[str], stem_only: bool) -> bool:
-    path = PurePosixPath(name)
+    path = PurePosixPath(one_form(name))
     mine = (*path.parts[:-1], path.stem if stem_only else path.name)
     return mine[-len(parts) :] == tuple(parts)
 
@@ -238,18 +240,23 @@ def checked_boxes(raw: bytes, height: int, width: int, notes: Counter[str]) -> b
         )
     boxes = np.asarray(item["boxes"], np.float64).reshape(-1, 4)
     limits = np.array([width, height, width, height], np.float64)
-    clipped = np.clip(boxes, 0, limits)
+    clipped = np.round(np.clip(boxes, 0, limits), 3).astype(np.float32)  # as it will be read
     with np.errstate(invalid="ignore"):
         keep = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
         # half a pixel is how annotations round
         notes["boxes clipped to their image"] += int(
             ((np.abs(clipped - boxes) > 0.5).any(1) & keep).sum()
         )
-        inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        stored = np.round(boxes, 3).astype(np.float32)
+        inside = (stored[:, 2] > stored[:, 0]) & (stored[:, 3] > stored[:, 1])
     notes["boxes outside their image left out"] += int((inside & ~keep).sum())
     notes["boxes of no area left out"] += int((~inside).sum())
+    if "area" in item:  # of an object cannot exceed that of its box
+        most = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1)
+        cut = (np.clip(boxes, 0, limits) != boxes).any(1)
+        item["area"] = np.where(cut, np.minimum(item["area"], most), item["area"]).tolist()
     for key in PER_BOX:
         if key in item:
             item[key] = [value for value, kept in zip(item[key], keep, strict=True) if kept]
-    item["boxes"] = np.round(clipped[keep], 3).tolist()
+    item["boxes"] = np.round(clipped[keep].astype(np.float64), 3).tolist()
     return json.dumps(item, sort_keys=True, separators=(",", ":")).encode()

@@ -13,6 +13,7 @@ import PIL.Image
 
 from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage
 from xcit_dino.data.pack.image_file import Image, read_image
+from xcit_dino.data.pack.labels import one_form
 from xcit_dino.data.pack.targets.conventions import CONVENTIONS, MaskCoding, voc_colors
 from xcit_dino.data.targets.formats import Mask
 from xcit_dino.errors import InputError, one_line
@@ -74,7 +75,7 @@ def _of_coding(masks: Sequence[Image], coding: MaskCoding) -> list[Image]:
 
 
 def _stem(name: str, endings: Sequence[str]) -> str:
-    stem = PurePosixPath(name).stem
+    stem = PurePosixPath(one_form(name)).stem
     return next((stem.removesuffix(end) for end in endings if stem.endswith(end)), stem)
 
 
@@ -197,12 +198,12 @@ def shown(value: int, colored: bool) -> str:
 
 def values_in(masks: Sequence[Image]) -> str:
     """The values of some masks, to be shown: ``0, 1, 2, 255``."""
-    values: set[int] = set()
+    values, unreadable = set[int](), ""
     step = max(1, len(masks) // SAMPLED)
     for mask in masks[::step][:SAMPLED]:
         try:
             values |= set(np.unique(raw_values(mask, None)).tolist())
         except BadImage as error:
-            return f"(unreadable: {error})"
-    listed = ", ".join(map(str, sorted(values)[:SHOWN]))
+            unreadable = f"(unreadable: {error})"
+    listed = ", ".join(map(str, sorted(values)[:SHOWN])) or unreadable
     return listed + (", ..." if len(values) > SHOWN else "")

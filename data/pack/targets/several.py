@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xcit_dino.data.pack.image_file import Image
@@ -26,6 +26,7 @@ from xcit_dino.data.pack.tables import (
 from xcit_dino.errors import InputError, suggest
 
 SEPARATORS = "|;,"
+SHOWN = 12  # columns named
 
 
 def attach_labels(
@@ -48,7 +49,7 @@ def attach_labels(
     Raises:
         InputError: it cannot be read, or it is not clear which columns hold the labels.
     """
-    found, classes = read_labels(path, column, group)
+    found, classes = read_labels(path, column, group, notes)
     numbers = {name: number for number, name in enumerate(classes)}
     texts = {
         name: json.dumps(sorted(numbers[label] for label in labels))
@@ -75,7 +76,7 @@ def attach_values(
     Raises:
         InputError: it cannot be read, or has no column of numbers.
     """
-    heads, columns, name, body = _table(path, "values", group)
+    heads, columns, name, body = _table(path, "values", column, group)
     chosen = _label_column(path, heads, columns, range(len(heads)), column) if column else None
     given = [n for n in range(len(heads)) if n != name and columns[n] not in INDEX_COLUMNS]
     used = [chosen] if chosen is not None else [n for n in given if _is_numeric(body, n)]
@@ -84,13 +85,50 @@ def attach_values(
             f"--values {path}: {f'not every cell of {column}' if column else 'no column'} is a "
             "number; name a column of numbers with --label_column"
         )
-    texts = {row[name]: [_number(row[n]) for n in used] for row in body}
+    texts = _one_each(path, [(row[name], [_number(row[n]) for n in used]) for row in body])
     whole = {name: json.dumps(values) for name, values in texts.items() if None not in values}
     if gaps := len(texts) - len(whole):
         notes.append(f"skipped: {gaps:,} rows of {path.name} with a gap")
     names = [heads[n] for n in used]
     notes.append(f"values of {path.name}: {', '.join(names)}")
+    if not column:
+        notes += _idle(heads, given, used, body, lambda cell: _number(cell) is not None)
     return _attached(images, path, whole, "values", notes), names
+
+
+def _one_each(
+    path: Path, rows: Sequence[tuple[str, list[float | None]]]
+) -> dict[str, list[float | None]]:
+    """{name of an image: its numbers}; refuses two rows that differ."""
+    found: dict[str, list[float | None]] = {}
+    for name, numbers in rows:
+        if found.setdefault(name, numbers) != numbers:
+            shown = " and ".join(
+                ", ".join("a gap" if n is None else f"{n:g}" for n in each)
+                for each in (found[name], numbers)
+            )
+            raise InputError(
+                f"--values {path}: {name} has two rows, {shown}; keep one row for each image"
+            )
+    return found
+
+
+def _idle(
+    heads: Sequence[str],
+    given: Sequence[int],
+    used: Sequence[int],
+    body: Sequence[Sequence[str]],
+    fits: Callable[[str], bool],
+) -> list[str]:
+    """A note on the columns of a table that are not read, each with its first cell that does not
+    fit."""
+    idle = [
+        f"{heads[n]} ({next(row[n] for row in body if row[n] and not fits(row[n]))})"
+        for n in given
+        if n not in used and any(row[n] and not fits(row[n]) for row in body)
+    ]
+    more = f" and {len(idle) - SHOWN} more" if len(idle) > SHOWN else ""
+    return [f"columns not read: {', '.join(idle[:SHOWN])}{more}"] if idle else []
 
 
 def _number(cell: str) -> float | None:
@@ -124,12 +162,16 @@ def _attached(
 
 
 def _table(
-    path: Path, option: str, group: str | None
+    path: Path, option: str, column: str | None, group: str | None
 ) -> tuple[list[str], list[str], int, list[list[str]]]:
     """(headings, these normalized, number of the column of names, the other rows), without the
     column of groups."""
     rows = cells_of(path, read_text(path)) or [[]]
     if group in rows[0]:
+        if column == group:
+            raise InputError(
+                f"--label_column {column}: --group_column names it too, and a column is one of them"
+            )
         at = rows[0].index(group)
         rows = [row[:at] + row[at + 1 :] for row in rows]
     heads, *body = rows
@@ -144,14 +186,14 @@ def _table(
 
 
 def read_labels(
-    path: Path, column: str | None, group: str | None = None
+    path: Path, column: str | None, group: str | None, notes: list[str]
 ) -> tuple[dict[str, set[str]], list[str]]:
     """({name of an image: its labels}, all labels); an image in several rows has those of all.
 
     Raises:
         InputError: see :func:`attach_labels`.
     """
-    heads, columns, name, body = _table(path, "multi_labels", group)
+    heads, columns, name, body = _table(path, "multi_labels", column, group)
     given = [n for n, head in enumerate(heads) if n != name and columns[n] not in INDEX_COLUMNS]
     hot = [n for n in given if all(row[n] in (*YES, *NO, "") for row in body)]
     chosen = _label_column(path, heads, columns, given, column)
@@ -160,6 +202,7 @@ def read_labels(
         for row in body:
             labels = {heads[n] for n in hot if row[n] in YES}
             found.setdefault(row[name], set()).update(labels)
+        notes += _idle(heads, given, hot, body, lambda cell: cell in (*YES, *NO))
         return found, [heads[n] for n in hot]
     if chosen is None:
         others = [n for n in given if columns[n] not in SPLIT_COLUMNS]
