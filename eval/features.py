@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from xcit_dino.data.shards.index import ShardIndex, sparse_labels
+from xcit_dino.data.targets.checks import SEVERAL, check_labels
 from xcit_dino.data.targets.several import target_table
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
@@ -37,7 +38,6 @@ from xcit_dino.train.async_copy import HostCopy
 from xcit_dino.train.distributed import dist
 
 FORMAT = 2
-SEVERAL = ("labels", "values")  # kinds of targets in place of one label
 LAYERS = {  # feature sets of a linear probe -> blocks, concatenated
     "cls": ("cls",),
     "cls+patch": ("cls", "patch"),
@@ -94,28 +94,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
-
-
-def check_labels(index: ShardIndex) -> None:
-    """Check that there are labels; single images without one count as unreadable.
-
-    Raises:
-        InputError: no image has one, or there are no images.
-    """
-    if not index.num_samples:
-        raise InputError(f"--data_path {index.root}: holds no images")
-    if index.targets in SEVERAL and (np.asarray(index.labels) < 0).all():
-        what = "several labels" if index.targets == "labels" else "values"
-        raise InputError(
-            f"--data_path {index.root}: the images have {what}, which are for `xcit-dino knn`, "
-            "`linear` and `evaluate` alone; pack them with one label each (--labels) for this "
-            "command"
-        )
-    if (np.asarray(index.labels) < 0).all():
-        raise InputError(
-            f"--data_path {index.root}: the images have no labels, which an accuracy needs; "
-            "pack class sub-folders or a list of path,label with: xcit-dino shards make SRC DST"
-        )
 
 
 def count_classes(*indexes: ShardIndex) -> int:

@@ -17,6 +17,8 @@ FILES = (
     "init_from", "pretrained_weights", "teacher_path", "head", "shard_url", "videos", "masks",
     "bank", "queries", "relevant", "distractors", "whitening",
 )  # fmt: skip
+TARGETS = {"segment": "mask", "masks": "mask", "detect": "boxes"}  # of stages
+LABELED = ("knn", "linear", "evaluate", "finetune", "distill")
 
 
 def check_input(launch: Launch) -> None:
@@ -27,19 +29,19 @@ def check_input(launch: Launch) -> None:
     """
     from xcit_dino.data.shards.index import ShardIndex, resolve_split
 
+    shards = dict(options(launch.stages[0].config)).get("data_path")
     for stage in launch.stages:
         values = dict(options(stage.config))
         if stage.name == "propagate":
             check_folder("propagate.videos", values["videos"], "of DAVIS 2017 or of frames")
         if stage.name == "retrieve":
             check_folder("retrieve.bank", values["bank"], "of the images to search")
+        check_images(stage.name, values.get("data_path") or shards, values.get("split"))
         if stage.name != "pretrain":
             continue
         if values["data_path"] is None:
             raise InputError("--data_path: name the folder with the shards (xcit-dino shards make)")
         index = ShardIndex.load(resolve_split(values["data_path"], "train"))
-        if {"knn", "linear"} & {later.name for later in launch.stages}:
-            resolve_split(values["data_path"], "val")
         batch = global_batch(stage)
         if index.num_samples < batch:
             raise InputError(
@@ -50,6 +52,30 @@ def check_input(launch: Launch) -> None:
     pretrains = any(stage.name == "pretrain" for stage in launch.stages)
     if not pretrains and not (launch.run / CONFIG_FILE).is_file():
         raise InputError(f"--output_dir {launch.run}: contains no run; add pretrain to --stages")
+
+
+def check_images(stage: str, shards: Path | str | None, split: str | None) -> None:
+    """Check that the images of a stage have the labels, masks or boxes that it needs: it would find
+    out only after the stages before it.
+
+    Args:
+        split: the one that it reads; None: that of its kind.
+
+    Raises:
+        InputError: they have not.
+    """
+    if shards is None or stage not in (*TARGETS, *LABELED):
+        return
+    from xcit_dino.data.shards.index import ShardIndex, resolve_split
+    from xcit_dino.data.targets.checks import SEVERAL, check_labels, require_targets
+
+    of_kind = ("val",) if stage == "evaluate" else ("train", "val")
+    for name in (split,) if split else of_kind:
+        index = ShardIndex.load(resolve_split(shards, name))
+        if stage in TARGETS:
+            require_targets(index, TARGETS[stage])
+        elif index.targets not in SEVERAL or stage in ("finetune", "distill"):
+            check_labels(index)
 
 
 def check_folder(option: str, folder: Path | None, what: str) -> None:

@@ -19,13 +19,13 @@ from xcit_dino.data.native.scaling import check_same_form
 from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex, resolve_split
+from xcit_dino.data.targets.checks import require_targets
 from xcit_dino.data.targets.loader import (
     TargetBatch,
     TargetLoader,
     Transform,
     one_pass,
     refuse_empty,
-    require_targets,
 )
 from xcit_dino.errors import InputError
 from xcit_dino.files import file_checksum
@@ -42,6 +42,7 @@ from xcit_dino.train.schedules import Hyperparameters, Schedule
 from xcit_dino.train.state import Checkpoints, TrainState, has_checkpoint, weights_file
 from xcit_dino.train.trainer import Trainer, data_parallel, images_per_step
 
+SHOWN = 6  # classes named in a message
 LR_IMAGES = 16  # images per step that --lr is for (XCiT: 8 GPUs x 2)
 
 # ---------------------------------------------------------------------------- data
@@ -78,7 +79,12 @@ def open_targets(loader: LoaderConfig, kind: str) -> TargetData:
                 f"{index.root} --rebuild"
             )
     if train.target_classes != val.target_classes:
-        raise InputError(f"--data_path {path}: train and val have {name} of different classes")
+        only = sorted({*(train.target_classes or ())} ^ {*(val.target_classes or ())})
+        raise InputError(
+            f"--data_path {path}: train and val have {name} of different classes "
+            f"({', '.join(only[:SHOWN]) or 'in another order'}); pack both with one command, which "
+            "numbers the classes of all"
+        )
     dist.refuse_other_data(train.checksum + val.checksum, path)
     check_same_form(train, val)
     refuse_empty(val, loader)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from xcit_dino.errors import Stopped, warn
+from xcit_dino.errors import InputError, Stopped, warn
 from xcit_dino.options import absolute, dump_yaml
 from xcit_dino.train import memory, signals
 from xcit_dino.train.distributed import dist, fsdp
@@ -138,11 +138,23 @@ def resume(training: Training, checkpoints: Checkpoints) -> None:
     else:
         saved = load_checkpoint(newest)
         training.state.load_state_dict(saved)
+        refuse_shorter(training)
         training.facts = saved.get("facts", training.facts)
         if dist.is_main():
             say_changes(saved.get("config", ""), config, training.state.step)
     dist.from_main(lambda: open_run(config, config.run))
     dist.from_main(checkpoints.clean)
+
+
+def refuse_shorter(training: Training) -> None:
+    """Raise InputError where a run is beyond the last step of its options."""
+    step, last = training.state.step, training.schedule.total_steps
+    if step > last:
+        raise InputError(
+            f"--epochs {training.config.run.epochs}: ends at step {last}, and the run in "
+            f"{training.config.run.output_dir} is at step {step} already; give as many epochs as "
+            "it has, or another --output_dir"
+        )
 
 
 def train_loop(training: Training, checkpoints: Checkpoints, watchdog: Watchdog) -> None:

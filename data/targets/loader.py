@@ -28,6 +28,7 @@ from xcit_dino.data.quarantine import Quarantine
 from xcit_dino.data.ring import Ring
 from xcit_dino.data.rng import random_bits
 from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.data.targets.checks import require_targets
 from xcit_dino.data.targets.formats import check_target, counts, decode_target
 from xcit_dino.data.workers import SUBSTITUTE_STREAM, SUBSTITUTES, Task, run_tasks
 from xcit_dino.errors import InputError, warn
@@ -281,22 +282,6 @@ def refuse_empty(index: ShardIndex, config: LoaderConfig) -> None:
     raise InputError(
         f"--data_path {index.root}: no {what} counts; pack validation images that have some"
     )
-
-
-def require_targets(index: ShardIndex, kind: str | None = None) -> None:
-    """Refuse shards without targets, or with targets of another kind.
-
-    Raises:
-        InputError: names the option that packs them.
-    """
-    if index.targets is None or (kind and index.targets != kind):
-        wanted = kind or "mask"
-        options = "--masks FOLDER" if wanted == "mask" else "--boxes FILE_OR_FOLDER"
-        has = f"{index.targets}, not {wanted}" if index.targets else "neither masks nor boxes"
-        raise InputError(
-            f"--data_path {index.root}: its images have {has}; pack them with: "
-            f"xcit-dino shards make SRC DST {options}"
-        )
 
 
 def _results(work: TargetWork, tasks: Iterator[Task], config: LoaderConfig) -> Generator[_Done]:

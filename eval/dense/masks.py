@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from xcit_dino.data.shards.index import ShardIndex
+from xcit_dino.data.targets.checks import require_targets
 from xcit_dino.data.targets.formats import Mask, ignored_value
-from xcit_dino.data.targets.loader import Key, Pixels, one_pass, require_targets
+from xcit_dino.data.targets.loader import Key, Pixels, one_pass
 from xcit_dino.errors import InputError
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.dense.config import MasksConfig

@@ -214,6 +214,42 @@ def test_masks_that_do_not_fit_are_skipped_and_listed(tmp_path: Path, classes: s
     assert np.unique(decode_mask(again["b"])).tolist() == [255]
 
 
+def test_a_mask_belongs_to_one_image(tmp_path: Path, classes: str, capsys: Any):
+    """Of images of one name in several folders, to that of the folder of its name."""
+    for folder in "ab":
+        save(tmp_path / f"src/images/{folder}/1.png", photo(0))
+    save(tmp_path / "src/masks/a/1.png", np.zeros((6, 8), np.uint8))
+    options: Any = {"masks": ("masks",), "mask_classes": classes, "labels": Path("none")}
+    index = pack(tmp_path / "src", tmp_path / "dst", **options)
+    assert index.num_samples == 1
+    assert "1 images without a mask (the first: images/b/1.png)" in capsys.readouterr().out
+    (tmp_path / "src/masks/a/1.png").rename(tmp_path / "src/masks/1.png")
+    with pytest.raises(InputError, match=r"masks/1.png has the name of images/a/1.png and of"):
+        pack(tmp_path / "src", tmp_path / "other", **options)
+
+
+def test_boxes_of_one_name_belong_to_one_image(tmp_path: Path, capsys: Any):
+    save(tmp_path / "src/a/1.png", photo(0))
+    boxes = [{"image_id": n, "category_id": 1, "bbox": [0, 0, n, 4]} for n in (1, 2)]
+    images = [{"id": n, "file_name": f"/data/src/{'ab'[n - 1]}/1.png"} for n in (1, 2)]
+    content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    index = pack(tmp_path / "src", tmp_path / "dst", boxes=(tmp_path / "boxes.json",))
+    found = decode_boxes(next(iter(contents(index).values())))
+    assert found.boxes.tolist() == [[0, 0, 1, 4]]
+    text = capsys.readouterr().out
+    assert "skipped: boxes of 1 images that the source lacks (the first: /data/src/b/1.png)" in text
+    save(tmp_path / "src/b/1.png", photo(1))
+    index = pack(tmp_path / "src", tmp_path / "both", boxes=(tmp_path / "boxes.json",))
+    widths = {name: decode_boxes(raw).boxes[0, 2] for name, raw in contents(index).items()}
+    assert widths == {"a": 1, "b": 2}
+    for image, folder in zip(images, "cd", strict=True):
+        image["file_name"] = f"{folder}/1.png"
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="c/1.png and d/1.png may both be 1.png"):
+        pack(tmp_path / "src/a", tmp_path / "x", boxes=(tmp_path / "boxes.json",))
+
+
 REFUSED = [
     (["--masks", "masks"], "what do the values 0, 1, 2, 3, 255 of --masks mean"),
     (["--masks", "masks", "--mask_classes", "nothing"], "no such file, and no convention"),

@@ -13,6 +13,7 @@ from xcit_dino.cli import COMMANDS
 from xcit_dino.errors import InputError
 from xcit_dino.options import option_types, replace
 from xcit_dino.slurm import attempts, launch, launched, local, submit
+from xcit_dino.slurm.checks import check_input
 from xcit_dino.slurm.config import Launch, LaunchConfig
 from xcit_dino.slurm.stages import ENTRIES, launch_config
 from xcit_dino.slurm.tools.dry_run import ineffective_options
@@ -203,3 +204,21 @@ def test_a_job_trains_as_the_command_does(name, monkeypatch):
     assert f"xcit_dino.{COMMANDS[name].run}" == f"{module}:main"
     home.main("the config")
     assert called == ["the config"]
+
+
+@pytest.mark.parametrize("stage, said", [
+    ("segment", "have neither masks nor boxes"), ("masks", "have neither masks nor boxes"),
+    ("detect", "--boxes FILE_OR_FOLDER"),
+    ("knn", "the images have no labels"), ("linear", "the images have no labels"),
+    ("finetune", "the images have no labels"), ("distill", "the images have no labels"),
+])  # fmt: skip
+def test_a_stage_whose_images_lack_what_it_needs(
+    unlabeled: Path, tmp_path: Path, stage: str, said: str
+) -> None:
+    """It would find out only when the stages before it are done."""
+    words = [*ARCH, "--data_path", str(unlabeled), "--batch_size_per_gpu", "4"]
+    words += ["--output_dir", str(tmp_path / "run")]
+    check_input(launch_config([*words, "--stages", "pretrain,embed,duplicates"]))
+    with pytest.raises(InputError, match=said):
+        check_input(launch_config([*words, "--stages", f"pretrain,{stage}"]))
+    assert not (tmp_path / "run").exists()

@@ -548,6 +548,8 @@ def test_results_follow_changed_options_and_trained_on_weights(squares: Path, tm
     before = (run / "results.json").read_bytes()
     segment(tiny(squares, run, **changes))
     assert (run / "results.json").read_bytes() == before
+    with pytest.raises(InputError, match="--epochs 1: ends at step 2, and the run in .* at step 4"):
+        segment(tiny(squares, run, **changes | {"epochs": 1}))
     shutil.rmtree(run / "checkpoints")  # trained anew, with another seed
     segment(tiny(squares, run, seed=1, **changes | {"may_change": ("epochs", "stride", "seed")}))
     assert result(run)["protocol"]["weights"] != third["protocol"]["weights"]

@@ -91,7 +91,9 @@ def _take_coco(
     for image in images:
         name, mine = str(image["file_name"]), of_image.pop(image["id"], [])
         if name in found.objects:
-            raise InputError(f"--boxes {path}: {name} is listed twice")
+            raise InputError(
+                f"--boxes {path}: {name} is listed twice; pack the splits one by one, with --split"
+            )
         item: dict[str, Any] = {key: [] for key in PER_BOX if key != "difficult"}
         for a in mine:
             number = numbers.get(a["category_id"])
@@ -178,25 +180,30 @@ def pair_boxes(images: Sequence[Image], found: Annotated) -> tuple[list[Image], 
     """
     by_name: dict[str, list[Image]] = defaultdict(list)
     for image in images:
-        path = PurePosixPath(one_form(image.name))
-        by_name[path.stem if found.is_xml else path.name].append(image)
-    paired, missing = {}, []
-    for name, item in found.objects.items():
-        path = PurePosixPath(one_form(name))
-        fitting = by_name.get(path.name, [])
+        by_name[_parts(image.name, found.is_xml)[-1]].append(image)
+    claims: dict[str, list[str]] = defaultdict(list)
+    of_name, missing = dict[str, Image](), []
+    for name in found.objects:
+        parts = _parts(name, False)
+        fitting = by_name.get(parts[-1], [])
         if len(fitting) > 1:
-            parts = path.parts
-            fitting = [i for i in fitting if _ends_with(i.name, parts, found.is_xml)]
+            fitting = [i for i in fitting if _agree(_parts(i.name, found.is_xml), parts)]
         if len(fitting) > 1:
             raise InputError(
                 f"--boxes: {name} may be {fitting[0].name} or {fitting[1].name}; name the folder "
                 "of one kind of images as SRC"
             )
-        if not fitting:
+        if fitting:
+            of_name[name] = fitting[0]
+            claims[fitting[0].name].append(name)
+        else:
             missing.append(name)
-            continue
-        data = json.dumps(item, separators=(",", ":")).encode()
-        paired[fitting[0].name] = fitting[0]._replace(target=data)
+    paired = {}
+    for image_name, names in claims.items():
+        name = _own(image_name, names, found.is_xml)
+        missing += [other for other in names if other != name]
+        data = json.dumps(found.objects[name], separators=(",", ":")).encode()
+        paired[image_name] = of_name[name]._replace(target=data)
     if not paired:
         raise InputError(
             f"--boxes: none of {len(found.objects):,} names is that of an image (the first is "
@@ -214,10 +221,29 @@ def pair_boxes(images: Sequence[Image], found: Annotated) -> tuple[list[Image], 
     return list(paired.values()), notes
 
 
-def _ends_with(name: str, parts: Sequence[str], stem_only: bool) -> bool:
+def _own(image: str, names: Sequence[str], stem_only: bool) -> str:
+    """The one of several names that is the image's; raises InputError where it is not clear."""
+    if len(names) == 1:
+        return names[0]
+    own = [name for name in names if _agree(_parts(image, stem_only), _parts(name, False))]
+    if len(own) != 1:
+        raise InputError(
+            f"--boxes: {names[0]} and {names[1]} may both be {image}; name the folder that holds "
+            "the images of all of them as SRC"
+        )
+    return own[0]
+
+
+def _parts(name: str, stem_only: bool) -> tuple[str, ...]:
+    """Folders and name of a file, with or without its suffix."""
     path = PurePosixPath(one_form(name))
-    mine = (*path.parts[:-1], path.stem if stem_only else path.name)
-    return mine[-len(parts) :] == tuple(parts)
+    return (*path.parts[:-1], path.stem if stem_only else path.name)
+
+
+def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether one of two paths ends with the other."""
+    length = min(len(one), len(other))
+    return one[-length:] == other[-length:]
 
 
 # ---------------------------------------------------------------------------- one image

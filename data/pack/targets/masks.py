@@ -34,7 +34,8 @@ def pair_masks(
     """Images with their masks as targets, and notes on those without.
 
     A mask belongs to the image of the same stem; usual endings (``_mask``, ``_gtFine_labelIds``)
-    do not count. Of several of one stem the one whose folders resemble the image's most is taken.
+    do not count. Of several of one stem the one whose folders resemble the image's most is taken,
+    and a mask belongs to one image.
 
     Raises:
         InputError: none fits, or two fit equally well.
@@ -42,15 +43,19 @@ def pair_masks(
     by_stem: dict[str, list[Image]] = defaultdict(list)
     for mask in _of_coding(masks, coding):
         by_stem[_stem(mask.name, MASK_ENDINGS)].append(mask)
-    paired, without, used = [], [], set[str]()
-    for image in images:
+    wishes = dict[int, Image]()
+    for number, image in enumerate(images):
         found = by_stem.get(_stem(image.name, IMAGE_ENDINGS)) or by_stem.get(_stem(image.name, ()))
-        if found is None:
-            without.append(image.name)
-            continue
-        mask = _best(image, found)
-        used.add(mask.name)
-        paired.append(image._replace(target=mask))
+        if found is not None:
+            wishes[number] = _best(image, found)
+    owners = _owners(images, wishes)
+    paired = [
+        image._replace(target=wishes[number])
+        for number, image in enumerate(images)
+        if number in owners
+    ]
+    without = [image.name for number, image in enumerate(images) if number not in owners]
+    used = {wishes[number].name for number in owners}
     if not paired:
         raise InputError(
             f"--masks: none of {len(masks):,} masks has the name of an image (the first mask is "
@@ -79,16 +84,43 @@ def _stem(name: str, endings: Sequence[str]) -> str:
     return next((stem.removesuffix(end) for end in endings if stem.endswith(end)), stem)
 
 
+def _likeness(image: Image, mask: Image) -> int:
+    """How many folders their paths share."""
+    one, other = (Counter(PurePosixPath(one_form(x.name)).parts[:-1]) for x in (image, mask))
+    return (one & other).total()
+
+
+def _owners(images: Sequence[Image], wishes: dict[int, Image]) -> set[int]:
+    """Numbers of the images that get the masks they ask for: of several that ask for the same one,
+    the one whose folders resemble the mask's most.
+
+    Raises:
+        InputError: two resemble it equally.
+    """
+    asking: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    for number, mask in wishes.items():
+        asking[mask.name, mask.path, mask.offset].append(number)
+    owners = set[int]()
+    for numbers in asking.values():
+        mask = wishes[numbers[0]]
+        ranked = sorted(numbers, key=lambda n: _likeness(images[n], mask), reverse=True)
+        if len(ranked) > 1:
+            first, second = (images[number] for number in ranked[:2])
+            if _likeness(first, mask) == _likeness(second, mask):
+                raise InputError(
+                    f"--masks: {mask.name} has the name of {first.name} and of {second.name}; name "
+                    "the folder of one kind of images as SRC, or put the masks into folders like "
+                    "the images'"
+                )
+        owners.add(ranked[0])
+    return owners
+
+
 def _best(image: Image, masks: list[Image]) -> Image:
     if len(masks) == 1:
         return masks[0]
-    folders = Counter(PurePosixPath(image.name).parts[:-1])
-
-    def likeness(mask: Image) -> int:
-        return (folders & Counter(PurePosixPath(mask.name).parts[:-1])).total()
-
-    ranked = sorted(masks, key=likeness, reverse=True)
-    if likeness(ranked[0]) == likeness(ranked[1]):
+    ranked = sorted(masks, key=lambda mask: _likeness(image, mask), reverse=True)
+    if _likeness(image, ranked[0]) == _likeness(image, ranked[1]):
         raise InputError(
             f"--masks: {ranked[0].name} and {ranked[1].name} both have the name of {image.name}; "
             "name the folder of one kind of masks"
