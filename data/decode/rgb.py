@@ -29,7 +29,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
-from xcit_dino.errors import one_line
+from xcit_dino.errors import one_line, warn
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # it logs what it then raises
 MAX_PIXELS = 89_478_485  # Pillow's own limit: 256 MiB of RGB
@@ -75,6 +75,25 @@ class Deep(NamedTuple):
             f"WARNING: {self.images:,} images have 16 bits, but no value uses more than "
             f"{self.bits}: {remain}; pack the originals with --bits {max(self.bits, 8)}"
         ]
+
+
+_said: set[int] = set()
+
+
+def say_deep(deep: Deep, name: str) -> None:
+    """Say of a single file of 16 bits that an 8-bit network gets the upper 8; once in a process for
+    each number of bits in use."""
+    if deep.images and deep.bits not in _said:
+        _said.add(deep.bits)
+        rest = "of which the upper 8 are used"
+        if deep.bits < 16:
+            levels = 1 << max(deep.bits - 8, 0)
+            rest = (
+                f"but no value uses more than {deep.bits}: {levels:,} gray "
+                f"level{'s' * (levels > 1)} remain; convert such images to 8 bits, or take a "
+                "network that was trained on them"
+            )
+        warn(f"{one_line(name)}: 16 bits, {rest}")
 
 
 class BadImage(Exception):
@@ -241,7 +260,7 @@ def _foreign(raw: bytes, max_pixels: int) -> Image.Image:
 def _pillow_decode(image: Image.Image, raw: bytes = b"") -> Pixels:
     try:
         with quietly():
-            return np.asarray(_to_rgb(image))
+            return np.asarray(to_rgb(image))
     except BadImage:
         raise
     except Exception as error:
@@ -251,7 +270,12 @@ def _pillow_decode(image: Image.Image, raw: bytes = b"") -> Pixels:
         raise BadImage(f"cannot be decoded: {one_line(error)}") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; of 16 bits the upper 8.
+
+    Raises:
+        BadImage: its values have no known range.
+    """
     if image.mode == "F":
         raise BadImage("floating-point pixels have no known range; convert them to 8 or 16 bits")
     if image.mode == "I" and image.format == "TIFF":

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from xcit_dino.data.augment import normalize
 from xcit_dino.data.crops import center_view
-from xcit_dino.data.decode.rgb import BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import (
+    BadImage,
+    Deep,
+    Scratch,
+    decode,
+    read_header,
+    say_deep,
+    to_rgb,
+)
 from xcit_dino.data.native import crops
 from xcit_dino.data.native.single import values_of_array, values_of_file
 from xcit_dino.data.pixels import PixelFormat
@@ -124,7 +132,7 @@ def pixels_of(image: Image) -> np.ndarray:
     if isinstance(image, str | os.PathLike | bytes):
         return decoded(image)
     if isinstance(image, PIL.Image.Image):
-        return np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))
+        return from_pil(image)
     if isinstance(image, Tensor):
         image = image.detach().cpu().numpy()
         image = image.transpose(1, 2, 0) if image.ndim == 3 else image
@@ -136,11 +144,25 @@ def decoded(image: Any) -> np.ndarray:
     name = "the image" if isinstance(image, bytes) else str(image)
     try:
         raw = image if isinstance(image, bytes) else Path(image).read_bytes()
-        return decode(raw, read_header(raw), Scratch()).copy()
+        pixels = decode(raw, read_header(raw), scratch := Scratch()).copy()
+        say_deep(scratch.deep, name)
+        return pixels
     except OSError as error:
         raise InputError(f"{name}: {error.strerror}") from None
     except BadImage as error:
         raise InputError(f"{name}: {error}") from None
+
+
+def from_pil(image: PIL.Image.Image) -> np.ndarray:
+    """As a file of it would be decoded."""
+    try:
+        upright = to_rgb(PIL.ImageOps.exif_transpose(image))
+    except BadImage as error:
+        raise InputError(f"the image: {error}") from None
+    if image.mode.startswith("I"):
+        bits = int(np.asarray(image).max(initial=0)).bit_length()
+        say_deep(Deep(1, min(bits, 16)), "the image")
+    return np.asarray(upright)
 
 
 def from_array(array: np.ndarray) -> np.ndarray:

@@ -20,7 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
 from xcit_dino.data import video
-from xcit_dino.data.decode.rgb import MAX_PIXELS, BadImage, Scratch, decode, read_header
+from xcit_dino.data.decode.rgb import (
+    MAX_PIXELS,
+    BadImage,
+    Scratch,
+    decode,
+    read_header,
+    say_deep,
+)
 from xcit_dino.data.native.crops import resized_values
 from xcit_dino.data.native.single import values_of_file
 from xcit_dino.errors import InputError
@@ -123,7 +130,9 @@ def read_frames(path: Path) -> Iterator[tuple[Pixels, int]]:
     raw = path.read_bytes()
     header = read_header(raw)
     if path.suffix.lower() not in ANIMATED:
-        yield decode(raw, header, Scratch()), 0
+        pixels = decode(raw, header, scratch := Scratch())
+        say_deep(scratch.deep, str(path))
+        yield pixels, 0
         return
     with Image.open(path) as image:
         if image.width * image.height * getattr(image, "n_frames", 1) > MAX_PIXELS:

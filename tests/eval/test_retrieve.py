@@ -18,7 +18,9 @@ from PIL import Image
 from tests import victims
 from tests.conftest import ARCH
 from xcit_dino.cli import main
+from xcit_dino.data.decode import rgb
 from xcit_dino.errors import InputError
+from xcit_dino.eval.api.preprocess import Preprocess
 from xcit_dino.eval.retrieval import extract
 from xcit_dino.eval.retrieval.collection import revisited
 from xcit_dino.eval.retrieval.extract import (
@@ -31,6 +33,7 @@ from xcit_dino.eval.retrieval.extract import (
 from xcit_dino.eval.retrieval.ranking import Truth, positions_of, scores
 from xcit_dino.eval.retrieval.retrieve import rankings
 from xcit_dino.eval.retrieval.whitening import Whitening
+from xcit_dino.inputs import InputSettings
 from xcit_dino.models.tokens import pooled_and_patches
 from xcit_dino.models.zoo import create_model
 from xcit_dino.report.images import Images
@@ -509,3 +512,25 @@ def test_a_network_that_takes_one_size(tmp_path: Path, capsys) -> None:
     assert main([str(word) for word in words]) == 2
     assert "add --resize square" in capsys.readouterr().err
     assert main([str(word) for word in (*words, "--resize", "square")]) == 0
+
+
+def test_files_of_12_bits_are_said(run_folder, tmp_path: Path, capsys, monkeypatch) -> None:
+    """An 8-bit network gets the upper 8 of 16 bits; one line names the first file, the gray levels
+    that remain and the remedy. In Python too, from files and from Pillow's images."""
+    monkeypatch.setattr(rgb, "_said", set())
+    rng = np.random.default_rng(0)
+    for n in range(3):
+        values = rng.integers(0, 4096, (40, 40)).astype(np.uint16)
+        (tmp_path / "bank").mkdir(exist_ok=True)
+        Image.fromarray(values).save(tmp_path / f"bank/{n}.png")
+    line = "0.png: 16 bits, but no value uses more than 12: 16 gray levels remain; convert such"
+    assert main(command(run_folder, "--bank", tmp_path / "bank")) == 0
+    assert capsys.readouterr().err.count(line) == 1
+
+    transform = Preprocess.of(InputSettings(size=32))
+    found = transform(tmp_path / "bank/0.png")
+    assert "gray levels" not in capsys.readouterr().err, "once"
+    rgb._said.clear()
+    with Image.open(tmp_path / "bank/0.png") as image:
+        torch.testing.assert_close(transform(image), found)
+    assert "16 gray levels remain" in capsys.readouterr().err
