@@ -97,9 +97,19 @@ FAMILIES = (
 ).split()
 
 
+def shapes_alone() -> str:
+    """The meta device, or the CPU where this timm cannot make networks without memory (1.0.19)."""
+    try:
+        with torch.device("meta"):
+            timm.create_model("test_vit")
+    except (NotImplementedError, RuntimeError):
+        return "cpu"
+    return "meta"
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if timm.is_model(name)])
 def test_timm_backbones_have_the_width_of_their_features_and_take_both_crops(name) -> None:
-    with torch.device("meta"):  # shapes alone
+    with torch.device(shapes_alone()):
         model, images = create_model(f"timm/{name}"), [torch.empty(1, 3, s, s) for s in (96, 224)]
     widths = {model.eval()(batch).shape for batch in images}
     assert widths == {(1, model.embed_dim)}
