@@ -61,6 +61,8 @@ def run(config: EmbedConfig) -> None:
     dst = config.dst or config.target.output_dir / "embeddings" / config.split
     dst = Path(os.path.abspath(dst))
     dist.from_main(lambda: check_free(dst))
+    names = dst / "images.csv"
+    before = names.read_bytes() if names.is_file() else None
     places: list[Place | None] = []
     with unfinished_folder(dst) if world.is_main else nullcontext(dst) as own:
         unfinished = dist.from_main(lambda: own)
@@ -92,7 +94,8 @@ def run(config: EmbedConfig) -> None:
                 draw_patches(dense, index, shown, grids, places)
             print(f"{network.name}: {len(samples):,} images, {features.shape[1]} features each")
     if world.is_main:
-        print(f"features: {dst}", flush=True)
+        replaced = before not in (None, names.read_bytes())
+        print(f"features: {dst}{', in place of those of other images' * replaced}", flush=True)
     dist.barrier()
 
 

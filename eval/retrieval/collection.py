@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from xcit_dino.data.pack.listing import hidden
 from xcit_dino.errors import InputError, one_line
 from xcit_dino.eval.pictures.media import SUFFIXES
 from xcit_dino.eval.retrieval.config import RetrieveConfig
@@ -106,12 +107,13 @@ def existing(folder: Path, option: str) -> Path:
 
 
 def images_below(folder: Path, option: str) -> list[Path]:
-    """All images in a folder and below it, sorted by path.
+    """All images in a folder and below it but hidden ones (macOS's ``._a.jpg``), sorted by path.
 
     Raises:
         InputError: there is none.
     """
-    paths = sorted(p for p in existing(folder, option).rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = (p for p in existing(folder, option).rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in found if not hidden(p.relative_to(folder).as_posix()))
     if not paths:
         raise InputError(f"--{option} {folder}: holds no images")
     return paths

@@ -45,15 +45,18 @@ def test_rows_are_the_networks_features_and_their_images(run_folder, tmp_path):
         assert picture.height == 3 * 132
 
 
-def test_images_without_labels_and_unreadable_ones(run_folder, unlabeled, tmp_path):
+def test_images_without_labels_and_unreadable_ones(run_folder, unlabeled, tmp_path, capsys):
     broken = broken_copy(ShardIndex.load(unlabeled / "val"), unlabeled / "broken")
     shutil.rmtree(unlabeled / "train")
     broken.rename(unlabeled / "train")
-    words = ["--output_dir", run_folder.path, "--data_path", unlabeled, "--device", "cpu"]
+    words = ["--output_dir", run_folder.path, "--device", "cpu"]
     words += ["--pretrained_weights", run_folder.weights, "--num_workers", 0]
     found = run_folder.path / "embeddings" / "train"
-    for _ in range(2):  # the second time it takes the place of the first, with a name as it was
+    assert main(["embed", *map(str, words)]) == 0
+    words += ["--data_path", unlabeled]
+    for replaced in (1, 0):  # takes the place of the one before, with a name as it was
         assert main(["embed", *map(str, words)]) == 0
+        assert capsys.readouterr().out.count("in place of those of other images") == replaced
         assert not (found / "neighbours.png").exists()
         (found / "neighbors.png").rename(found / "neighbours.png")
     rows = rows_of(found)
