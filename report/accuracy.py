@@ -29,10 +29,10 @@ from xcit_dino.train.run.reader import (
 )
 
 FURTHER = {  # metrics beside the headline, in percent
-    "top5": "top-5", "macro_f1": "macro F1", "auroc": "AUROC",
-    "ap50": "AP50", "mask_ap": "mask AP", "mask_ap50": "mask AP50",
-    "pixel_accuracy": "pixels", "mean_accuracy": "mean of classes", "j_mean": "J", "f_mean": "F",
-    "map_easy": "mAP Easy", "map_hard": "mAP Hard", "recall_1": "recall at 1",
+    "macro_f1": "macro F1", "auroc": "AUROC", "ap50": "AP50", "mask_ap": "mask AP",
+    "mask_ap50": "mask AP50", "pixel_accuracy": "pixels", "mean_accuracy": "mean of classes",
+    "j_mean": "J", "f_mean": "F", "map_easy": "mAP Easy", "map_hard": "mAP Hard",
+    "recall_1": "recall at 1",
 }  # fmt: skip
 WITH_BASELINES = ("knn", "linear", "linear-dino", "masks", "retrieve", "propagate")
 HELD_OUT = "held-out training images"
@@ -234,11 +234,12 @@ def all_results(run: Run) -> Section:
 
 
 def further(metrics: dict[str, float]) -> str:
-    """Metrics beside the headline: ``"AP50 61.20, mask AP 38.10"``."""
-    named = FURTHER | ({f"top5_k{headline_k(metrics)}": "top-5"} if ks_of(metrics) else {})
-    return ", ".join(
-        f"{text} {metrics[name]:.2f}" for name, text in named.items() if name in metrics
-    )
+    """Metrics beside the headline: top-5 where there are so many classes, else the others:
+    ``"AP50 61.20, mask AP 38.10"``."""
+    top5 = f"top5_k{headline_k(metrics)}" if ks_of(metrics) else "top5"
+    named = {top5: "top-5"} if top5 in metrics else FURTHER
+    found = [f"{text} {metrics[name]:.2f}" for name, text in named.items() if name in metrics]
+    return ", ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in found)
 
 
 def differences_from_newest(run: Run, key: str) -> str:
