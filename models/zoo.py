@@ -172,7 +172,8 @@ def _create_timm(name: str, **kwargs: Any) -> nn.Module:
         try:
             model = timm.create_model(name, pretrained=False, **any_size, **kwargs)
             model.any_size = any_size
-            break
+            if not _takes_one_size(model):
+                break
         except TypeError as error:  # an argument this model does not have
             if not any_size:
                 unknown = "drop_path_rate" in str(error)
@@ -181,6 +182,12 @@ def _create_timm(name: str, **kwargs: Any) -> nn.Module:
     # convolutional networks have a wider layer before the classifier
     model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
     return model
+
+
+def _takes_one_size(model: Any) -> bool:
+    """Whether it refuses other sizes all the same: timm's Swins before 1.0.31 ignore
+    ``dynamic_img_size``."""
+    return bool(getattr(getattr(model, "patch_embed", None), "strict_img_size", False))
 
 
 def _first_line(error: Exception) -> str:
