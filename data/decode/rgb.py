@@ -69,12 +69,16 @@ class Deep(NamedTuple):
             return []
         if self.bits >= 16:
             return [f"{self.images:,} images have 16 bits, of which the upper 8 are used"]
-        levels = 1 << max(self.bits - 8, 0)
-        remain = f"{levels:,} gray level{'s' * (levels > 1)} remain"
         return [
             f"WARNING: {self.images:,} images have 16 bits, but no value uses more than "
-            f"{self.bits}: {remain}; pack the originals with --bits {max(self.bits, 8)}"
+            f"{self.bits}: {self.remain}; pack the originals with --bits {max(self.bits, 8)}"
         ]
+
+    @property
+    def remain(self) -> str:
+        """What the upper 8 bits leave of the values."""
+        levels = 1 << max(self.bits - 8, 0)
+        return f"{levels:,} gray level{'s' * (levels > 1)} remain"
 
 
 _said: set[int] = set()
@@ -87,11 +91,9 @@ def say_deep(deep: Deep, name: str) -> None:
         _said.add(deep.bits)
         rest = "of which the upper 8 are used"
         if deep.bits < 16:
-            levels = 1 << max(deep.bits - 8, 0)
             rest = (
-                f"but no value uses more than {deep.bits}: {levels:,} gray "
-                f"level{'s' * (levels > 1)} remain; convert such images to 8 bits, or take a "
-                "network that was trained on them"
+                f"but no value uses more than {deep.bits}: {deep.remain}; convert such images to 8 "
+                "bits, or take a network that was trained on them"
             )
         warn(f"{one_line(name)}: 16 bits, {rest}")
 

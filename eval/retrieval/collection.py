@@ -61,7 +61,8 @@ class Collection:
         """Of names and sizes of all images, and of what is relevant."""
         found = hashlib.sha256()
         for path in (*self.queries, *self.bank):
-            found.update(f"{path.name} {path.stat().st_size}\n".encode())
+            size = path.stat().st_size if path.exists() else None
+            found.update(f"{path.name} {size}\n".encode(errors="surrogateescape"))
         for setup, truths in self.truths.items():
             found.update(setup.encode())
             for truth in truths:

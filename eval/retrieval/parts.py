@@ -45,8 +45,9 @@ class Parts:
         """
         found = hashlib.sha256(settings.encode())
         for file in files:
-            stat = file.stat()
-            found.update(f"\n{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode())
+            stat = file.stat() if file.exists() else None  # a link to nothing cannot be read
+            stamp = stat and (stat.st_size, stat.st_mtime_ns)
+            found.update(f"\n{file.resolve()} {stamp}".encode(errors="surrogateescape"))
         return self.folder / f"{found.hexdigest()}.npz"
 
     def load(self, key: Path) -> Part | None:

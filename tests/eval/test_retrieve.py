@@ -385,7 +385,7 @@ def test_own_folders(run_folder, tmp_path: Path, capsys) -> None:
         photo(queries / f"{'abc'[n // 2]}/{n}.jpg", n // 2)
     photo(queries / "c/5.jpg", 5)
     (bank / "b/broken.jpg").write_bytes(b"no")
-    (queries / "a/broken.jpg").write_bytes(b"no")
+    (queries / "a/broken.jpg").symlink_to("nowhere.jpg")
     (bank / "b/._3.jpg").write_bytes(b"macOS")
     for name in ("c/6.mov", "c/7", ".DS_Store"):
         (queries / name).write_bytes(b"no")
