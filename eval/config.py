@@ -148,12 +148,13 @@ class LinearConfig:
     """Learning rates for batch size 256, scaled linearly with the batch size; one head each."""
     weight_decays: tuple[float, ...] = (0.0,)
     """Weight decays, combined with every learning rate (DINO: 0)."""
-    layers: tuple[Literal["cls", "cls+patch", "cls2", "cls2+patch"], ...] = (
+    layers: tuple[Literal["cls", "cls+patch", "cls2", "cls2+patch", "deep"], ...] = (
         "cls", "cls+patch", "cls2", "cls2+patch",
     )  # fmt: skip
     """Features, combined with every learning rate: the class token after the last layer (DINO for
     XCiT), with the mean of the patch tokens, with the class token one class-attention layer
-    earlier, with both."""
+    earlier, with both; deep: these and the mean patch tokens of the last four cross-covariance
+    blocks (DINO, for ViTs: their class tokens), which are extracted for it."""
     probe_batch_size: int = 1024
     """Batch size of the heads (cached); dino uses batch_size_per_gpu x processes."""
     decoder: Literal["host", "cuda"] | None = None

@@ -23,6 +23,7 @@ from xcit_dino.eval.features import (
     count_labels,
     kind_of_labels,
     load_features,
+    wants_deep,
 )
 from xcit_dino.eval.ranges import OutputRange, warn_constant
 from xcit_dino.eval.results import write_result
@@ -189,7 +190,7 @@ def head_accuracy(
     checksum, facts, weight, bias = read_head(head)
     layers = facts.get("layers", "cls")
     check_kind(head, facts, val)
-    features = load_features(network, val, "val", context)
+    features = load_features(network, val, "val", context, wants_deep([layers]))
     label_map = None if map_file is None else read_map(map_file, val.classes, len(weight))
     outputs = num_classes if label_map is None else len(weight)
     check_head(head, layers, weight, network, features.blocks, outputs)

@@ -1,8 +1,9 @@
 """Features of all images of a split, extracted once to disk and memory-mapped.
 
 They are in ``RUN/features/NETWORK-SPLIT-KEY/``: one float32 ``.npy`` per *block* (``cls``,
-``patch``, ``cls2``), ``seen.npy`` (0 if the image could not be read) and ``meta.json``. KEY is a
-hash of everything that affects them (weights, network, index checksum, input settings, precision).
+``patch``, ``cls2``, on request ``deep``), ``seen.npy`` (0 if the image could not be read) and
+``meta.json``. KEY is a hash of everything that affects them (weights, network, index checksum,
+input settings, precision); features with ``deep`` are a set of their own, NETWORK+deep-SPLIT-KEY.
 Every rank writes its own rows; the folder gets its name when all are done
 (``eval/feature_cache.py``).
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcit_dino.data.shards.index import ShardIndex, sparse_labels
@@ -43,7 +45,9 @@ LAYERS = {  # feature sets of a linear probe -> blocks, concatenated
     "cls+patch": ("cls", "patch"),
     "cls2": ("cls", "cls2"),
     "cls2+patch": ("cls", "cls2", "patch"),
+    "deep": ("cls", "cls2", "patch", "deep"),
 }
+DEEP = 4  # cross-covariance blocks; DINO and DINOv2 probe as many of a ViT
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,30 @@ class Features:
         return len(self.labels)
 
 
-def feature_blocks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def wants_deep(layers: Iterable[str]) -> bool:
+    """Whether feature sets have the block ``deep``."""
+    return any("deep" in LAYERS.get(each, ()) for each in layers)
+
+
+def feature_blocks(model: nn.Module, images: Tensor, deep: bool = False) -> dict[str, Tensor]:
     """Feature blocks of a batch, each (B, D).
 
     ``cls`` is the network's output (XCiT: class token after the last norm). XCiT adds ``patch``,
     the mean patch token, and ``cls2``, the class token one class-attention layer earlier, both
-    after the same norm.
+    after the same norm; with ``deep`` also the mean patch tokens of the last four cross-covariance
+    blocks, normalized without weights, as (B, 4 D): these have no class token, whose last four
+    DINO concatenates for ViTs (``eval_linear.py --n_last_blocks 4``).
     """
     if not hasattr(model, "get_intermediate"):
         return {"cls": model(images)}
-    (earlier, _), (cls, patch) = model.get_intermediate(images, 2)  # type: ignore[operator]
-    return {"cls": cls, "patch": patch, "cls2": earlier}
+    maps: dict[int, Tensor] | None = {} if deep else None
+    (earlier, _), (cls, patch) = model.get_intermediate(images, 2, maps)  # type: ignore[operator]
+    blocks = {"cls": cls, "patch": patch, "cls2": earlier}
+    if maps:
+        last = [maps[number].flatten(2).transpose(1, 2) for number in sorted(maps)[-DEEP:]]
+        normed = [F.layer_norm(tokens, tokens.shape[-1:]).mean(1) for tokens in last]
+        blocks["deep"] = torch.cat(normed, dim=1)
+    return blocks
 
 
 @contextmanager
@@ -148,9 +165,11 @@ def count_labels(*indexes: ShardIndex) -> int:
     return len(lists[0])
 
 
-def load_features(network: Network, index: ShardIndex, split: str, context: Context) -> Features:
+def load_features(
+    network: Network, index: ShardIndex, split: str, context: Context, deep: bool = False
+) -> Features:
     """Load features and labels of a split, to compute accuracies; see :func:`cached_features`."""
-    cache = cached_features(network, index, split, context)
+    cache = cached_features(network, index, split, context, deep)
     if index.targets not in SEVERAL:
         labels = np.asarray(index.labels, dtype=np.int64)
         return _open(cache, index, labels, labels >= 0, count_classes(index))
@@ -159,10 +178,10 @@ def load_features(network: Network, index: ShardIndex, split: str, context: Cont
 
 
 def cached_features(
-    network: Network, index: ShardIndex, split: str, context: Context
+    network: Network, index: ShardIndex, split: str, context: Context, deep: bool = False
 ) -> CachedFeatures:
     """Features of all readable images of a split, labeled or not: from the run folder's cache, or
-    computed by all ranks and cached.
+    computed by all ranks and cached. deep: see :func:`feature_blocks`.
 
     Raises:
         InputError: they are not finite.
@@ -177,12 +196,13 @@ def cached_features(
             "precision": str(dtype).removeprefix("torch."),
         }
     )
+    facts |= {"deep": DEEP} if deep else {}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    folder = context.output_dir / "features"
-    cache = CachedFeatures(folder / f"{network.name}-{split}-{key}")
+    folder, name = context.output_dir / "features", network.name + "+deep" * deep
+    cache = CachedFeatures(folder / f"{name}-{split}-{key}")
     while cache.claim():
         try:
-            constant = _compute(network, index, split, context, cache.unfinished).constant()
+            constant = _compute(network, index, split, context, cache.unfinished, deep).constant()
         except BaseException:
             cache.abandon()
             raise
@@ -195,12 +215,13 @@ def cached_features(
 
 
 def _compute(
-    network: Network, index: ShardIndex, split: str, context: Context, folder: Path
+    network: Network, index: ShardIndex, split: str, context: Context, folder: Path, deep: bool
 ) -> OutputRange:
     """Compute features of this rank's part of the images and write its rows."""
     world, model, count = context.world, network.model.to(context.device), index.num_samples
     with torch.inference_mode():
-        shapes = feature_blocks(model, context.blank())
+        function = partial(feature_blocks, model, deep=deep)
+        shapes = function(context.blank())
         ranges = OutputRange(shapes["cls"].shape[1], context.device)
         if world.is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -212,9 +233,7 @@ def _compute(
         rows = {name: Rows(folder / f"{name}.npy") for name in (*shapes, "seen")}
         first, last = (count * (world.rank + i) // world.size for i in (0, 1))
         label = f"features {network.name} {split}"
-        batches = context.batches(
-            partial(feature_blocks, model), index, np.arange(first, last), label, labeled=False
-        )
+        batches = context.batches(function, index, np.arange(first, last), label, labeled=False)
         for copied, samples in one_behind(batches, lambda blocks: ranges.add(blocks["cls"])):
             for name, block in copied.items():
                 rows[name].write(samples, block.numpy())

@@ -30,6 +30,7 @@ from xcit_dino.eval.features import (
     count_labels,
     kind_of_labels,
     load_features,
+    wants_deep,
 )
 from xcit_dino.eval.linear_augmented import state_file, train_augmented
 from xcit_dino.eval.linear_grid import (
@@ -81,10 +82,11 @@ def run(config: LinearConfig) -> None:
         began = time.monotonic()
         choices = choices_for(config, network)
         facts = protocol(config, context, network, train) | kind
-        val_features = load_features(network, val, "val", context)
+        deep = wants_deep(choice.layers for choice in choices)
+        val_features = load_features(network, val, "val", context, deep)
         train_features = None
         if config.protocol == "cached":
-            train_features = load_features(network, train, "train", context)
+            train_features = load_features(network, train, "train", context, deep)
         if train_features is not None and config.few.labels_per_class:
             few_labels(train_features, val_features, choices, num_classes, config, network, world,
                        facts | {"val_index": val.checksum}, began)  # fmt: skip

@@ -30,7 +30,7 @@ from xcit_dino.data.plan import Plan
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.eval.config import LinearConfig
 from xcit_dino.eval.context import Context
-from xcit_dino.eval.features import feature_blocks
+from xcit_dino.eval.features import feature_blocks, wants_deep
 from xcit_dino.eval.linear_grid import Blocks, Choice, Heads, Probe, best, hold_out
 from xcit_dino.eval.target import Network
 from xcit_dino.files import write_atomic
@@ -60,6 +60,7 @@ def train_augmented(
     loader = crop_loader(train, context, config)
     plan = loader.plan
     held_out = hold_out(train.num_samples, config.holdout, config.seed)
+    deep = wants_deep(choice.layers for choice in choices)
     selection, final = two_grids(network, context, choices, num_classes, config, plan)
 
     saved = SavedHeads(state_file(config, network, facts), json.dumps(facts, sort_keys=True))
@@ -69,7 +70,7 @@ def train_augmented(
     with progress(f"{len(choices)} linear heads", steps, "steps", start) as bar, torch.no_grad():
         for (batch,) in islice(loader, steps - start):
             labels = to_device(batch.labels, context.device)
-            blocks = gather_rows(features_of(batch, network, context, config.seed))
+            blocks = gather_rows(features_of(batch, network, context, config.seed, deep))
             rows = gather_rows({"labels": labels, "held_out": held_out[batch.sources]})
             factor = cosine(batch.epoch, config.epochs, 1.0, 0.0)
             step_grids(selection, final, blocks, rows, factor)
@@ -79,7 +80,8 @@ def train_augmented(
 
     rows = np.flatnonzero(held_out.numpy())
     with torch.inference_mode():
-        scores = selection.score(held_out_batches(network, train, context, rows))
+        batches = held_out_batches(network, train, context, rows, deep)
+        scores = selection.score(batches)
     chosen = best(scores)
     return Probe(choices, scores, chosen, *final.head(chosen))
 
@@ -116,9 +118,9 @@ def two_grids(
     plan: Plan,
 ) -> tuple[Heads, Heads]:
     """Two sets of untrained heads: for selection, and to report."""
-    device = context.device
+    device, deep = context.device, wants_deep(choice.layers for choice in choices)
     with torch.inference_mode():
-        blocks = feature_blocks(network.model.to(device), context.blank())
+        blocks = feature_blocks(network.model.to(device), context.blank(), deep)
     dims = {name: block.shape[1] for name, block in blocks.items()}
     selection, final = (
         Heads(choices, dims, num_classes, plan.batch_size, config.seed, device) for _ in range(2)
@@ -126,11 +128,11 @@ def two_grids(
     return selection, final
 
 
-def features_of(batch: Batch, network: Network, context: Context, seed: int) -> Blocks:
+def features_of(batch: Batch, network: Network, context: Context, seed: int, deep: bool) -> Blocks:
     """float32 feature blocks (B, d) of a batch of crops, half of them flipped."""
     with autocast(context.device, resolve_precision(context.precision, context.device)):
         images = flip_half(context.normalize(batch.global_crops[0]), batch, seed)
-        blocks = feature_blocks(network.model, images)
+        blocks = feature_blocks(network.model, images, deep)
     return {name: block.float() for name, block in blocks.items()}
 
 
@@ -202,10 +204,10 @@ def flip_half(crops: Tensor, batch: Batch, seed: int) -> Tensor:
 
 
 def held_out_batches(
-    network: Network, train: ShardIndex, context: Context, rows: np.ndarray
+    network: Network, train: ShardIndex, context: Context, rows: np.ndarray, deep: bool
 ) -> Iterator[tuple[Blocks, Tensor]]:
     """Center-crop features and labels of the held-out images, a batch at a time."""
-    function = partial(feature_blocks, network.model)
+    function = partial(feature_blocks, network.model, deep=deep)
     for blocks, samples in context.batches(function, train, rows, "held-out images"):
         labels = torch.from_numpy(train.labels[samples].astype(np.int64)).to(context.device)
         yield blocks, labels

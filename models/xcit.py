@@ -302,12 +302,16 @@ class XCiT(nn.Module):
             self._patches(images, maps, frozenset(blocks))
         return maps
 
-    def get_intermediate(self, images: Tensor, n: int = 1) -> list[tuple[Tensor, Tensor]]:
+    def get_intermediate(
+        self, images: Tensor, n: int = 1, maps: dict[int, Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """(class token, mean of patch tokens), each (B, D) after the norm, of the last n class
-        attention layers, the last one last. n: 1 or 2."""
+        attention layers, the last one last. n: 1 or 2; maps: is filled with the outputs (B, D, H,
+        W) of all cross-covariance blocks, in the same pass."""
         if not 1 <= n <= len(self.cls_attn_blocks):
             raise InputError(f"n {n}: XCiT has {len(self.cls_attn_blocks)} class attention layers")
-        outputs = self._class_attention(self._patches(images))[-n:]
+        every = frozenset(range(len(self.blocks)))
+        outputs = self._class_attention(self._patches(images, maps, every))[-n:]
         normed = [self.norm(tokens) for tokens, _ in outputs]
         return [(tokens[:, 0], tokens[:, 1:].mean(dim=1)) for tokens in normed]
 

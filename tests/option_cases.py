@@ -541,7 +541,9 @@ LINEAR = (
         "epochs": [turn("9", **A)],
         "lrs": [turn("0.01", **A)],
         "weight_decays": [turn("0.5", **A)],
-        "layers": [turn("cls+patch", "cls2+patch", "cls", "cls2", **A, given={"lrs": "0.01"})],
+        "layers": [
+            turn("cls+patch", "cls2+patch", "cls", "cls2", "deep", **A, given={"lrs": "0.01"})
+        ],
         "probe_batch_size": [
             turn("4", **A),
             refused("4", by="--probe_batch_size", given={"protocol": "dino"}),

@@ -61,6 +61,26 @@ def test_features_are_the_networks_outputs(run_folder):
     assert found.num_classes == len(index.classes or []) and found.unreadable == 0
 
 
+def test_deep_features_are_the_mean_tokens_of_the_last_four_blocks(run_folder):
+    target, context = resolve(run_folder.target(batch_size_per_gpu=20), ONE)
+    index, network = context.index("val"), pretrained(target)
+    plain = load_features(network, index, "val", context)
+    found = load_features(network, index, "val", context, deep=True)
+    seen: list[torch.Tensor] = []
+    for block in network.model.blocks[-4:]:
+        block.register_forward_hook(lambda *given: seen.append(given[2].flatten(1, 2)))
+    with torch.no_grad():
+        network.model(images_of(index, range(48)))
+    centered = [tokens - tokens.mean(-1, keepdim=True) for tokens in seen]
+    normed = [x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() for x in centered]
+    expected = torch.cat([tokens.mean(1) for tokens in normed], dim=1)
+    np.testing.assert_allclose(found.blocks["deep"], expected, atol=1e-4)
+    for name, block in plain.blocks.items():
+        np.testing.assert_array_equal(found.blocks[name], block)
+    folders = sorted(path.name[:-17] for path in (context.output_dir / "features").glob("*-val-*/"))
+    assert {"pretrained+deep-val", "pretrained-val"} <= set(folders), "both stay"
+
+
 def test_a_batch_is_written_once_the_next_one_is_queued():
     """So a GPU computes while the host writes; what is written is that of its own batch."""
     order = []

@@ -258,6 +258,10 @@ def test_attention_maps_and_intermediates_agree_with_the_forward_pass() -> None:
     assert close(last, model(images)) and close(patches, tokens[:, 1:].mean(1))
     assert not close(first, last)
     assert len(model.get_intermediate(images)) == 1
+    maps: dict[int, torch.Tensor] = {}
+    assert close(model.get_intermediate(images, 1, maps)[0][0], last)
+    expected = model.block_maps(images, range(len(model.blocks)))
+    assert list(maps) == list(expected) and all(close(maps[n], expected[n]) for n in maps)
     with pytest.raises(InputError, match="2 class attention layers"):
         model.get_intermediate(images, n=3)
 
