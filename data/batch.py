@@ -44,10 +44,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``; queued, where the crops lie in page-locked memory."""
+        queued = device.type == "cuda"  # elsewhere the crops' memory may be filled again too early
         return replace(
             self,
-            global_crops=self.global_crops.to(device, non_blocking=True),
-            local_crops=self.local_crops.to(device, non_blocking=True),
+            global_crops=self.global_crops.to(device, non_blocking=queued),
+            local_crops=self.local_crops.to(device, non_blocking=queued),
             labels=to_device(self.labels, device),
             recipes=self.recipes and self.recipes.to(device),
         )

@@ -165,6 +165,8 @@ class CropLoader:
                 if self.recipes is not None:
                     step = [replace(batch, recipes=self.recipes(batch)) for batch in step]
                 read_ahead.reached(step[0].step)
+                if self.device.type == "mps":
+                    step = [batch.to(self.device) for batch in step]
                 yield copier.copied(step) if copier else step
 
     def _tasks(self, num_slots: int, steps: Iterable[int]) -> Iterator[Task]:

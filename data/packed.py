@@ -67,6 +67,8 @@ class Packed:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on ``device``. Copies to a GPU go through page-locked memory, which torch caches and
     reuses only once the copy is done."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

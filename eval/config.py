@@ -12,6 +12,7 @@ import tyro
 from xcit_dino.errors import InputError, needs, within
 from xcit_dino.inputs import check_window
 from xcit_dino.paths import Location
+from xcit_dino.train.config import Device
 
 NetworkName = Literal["teacher", "student", "model", "model_ema"]
 
@@ -67,7 +68,7 @@ class EvalTargetConfig:
     """Decoding processes; 0 decodes in the main process."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Precision of the forward pass; published numbers use fp32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     """auto: cuda if available."""
 
     def __post_init__(self) -> None:
@@ -352,7 +353,7 @@ class AttentionConfig:
     shared_colors: bool = False
     """Find the components in all files together, so that a color means the same in each of them:
     frames of a video, photos of one kind of thing. By default each file has its own."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     """auto: cuda if available."""
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xcit_dino.errors import RunError
-from xcit_dino.files import FileLock, write_atomic
+from xcit_dino.files import FileLock, alive, write_atomic
 from xcit_dino.train.distributed import dist
 
 POLL = 0.5  # seconds between checks for features being computed by another command
@@ -92,7 +92,7 @@ class CachedFeatures:
             if old != self.path:
                 _remove(old, old)
         for left in self.path.parent.glob(f".{prefix}-*.{platform.node()}.*.tmp"):
-            if not Path("/proc", left.name.split(".")[-2]).exists():  # its process was killed
+            if not alive(int(left.name.split(".")[-2])):  # it was killed
                 _remove(self.path.with_name(left.name.split(".")[1]), left)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from xcit_dino.data.packed import to_device
 from xcit_dino.errors import InputError
 from xcit_dino.eval.features import LAYERS, Features
+from xcit_dino.train.amp import widest
 
 MOMENTUM = 0.9  # DINO eval_linear.py
 INIT_STD = 0.01  # DINO eval_linear.py: LinearClassifier
@@ -118,20 +119,21 @@ class HeadGroup:
         self.weight_CGD.addcmul_(self.momentum_CGD, self.lr_G, value=-factor)
 
     def score(self, blocks: Blocks, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(correct predictions, summed loss) on a batch, each float64 (G,); with several labels an
-        image, images all of whose labels are right, and with values none."""
+        """(correct predictions, summed loss) on a batch, each float64 (G,), float32 on MPS; with
+        several labels an image, images all of whose labels are right, and with values none."""
         logits_CGB = self.logits(self.inputs(blocks))
+        wide = widest(logits_CGB.device)
         if labels.ndim == 2:
             wanted_CGB = labels.t()[:, None].to(logits_CGB).expand_as(logits_CGB)
             if labels.is_floating_point():
-                loss = (logits_CGB - wanted_CGB).double().square().sum((0, 2)) / 2
+                loss = (logits_CGB - wanted_CGB).to(wide).square().sum((0, 2)) / 2
                 return torch.zeros_like(loss), loss
             loss = F.binary_cross_entropy_with_logits(logits_CGB, wanted_CGB, reduction="none")
             right = ((logits_CGB > 0) == (wanted_CGB > 0)).all(0)
-            return right.double().sum(1), loss.double().sum((0, 2))
+            return right.to(wide).sum(1), loss.to(wide).sum((0, 2))
         right_GB = logits_CGB.argmax(0) == labels
         own_GB = logits_CGB.gather(0, labels.expand(1, *right_GB.shape)).squeeze(0)
-        return right_GB.double().sum(1), (logits_CGB.logsumexp(0) - own_GB).double().sum(1)
+        return right_GB.to(wide).sum(1), (logits_CGB.logsumexp(0) - own_GB).to(wide).sum(1)
 
     def head(self, number: int) -> tuple[Tensor, Tensor]:
         """Weight (C, D - 1) and bias (C,) of one head."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import glob
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 from xcit_dino.errors import InputError
 from xcit_dino.files import write_atomic
 from xcit_dino.provenance import now
+
+PROC = Path("/proc")
 
 
 def folder(run: Path) -> Path:
@@ -78,10 +81,14 @@ def clear_cancel(run: Path) -> None:
 
 
 def process_start_time(pid: int | None = None) -> str:
-    """Start time of a process in clock ticks since boot, '' if there is none. With the pid it
-    identifies a process, as pids are reused."""
+    """Start time of a process in clock ticks since boot, or without /proc (macOS) as `ps` prints
+    it; '' if there is none. With the pid it identifies a process, as pids are reused."""
+    pid = pid or os.getpid()
+    if not (PROC / "self").exists():
+        line = ["ps", "-o", "lstart=", "-p", str(pid)]
+        return subprocess.run(line, capture_output=True, text=True).stdout.strip()
     try:
-        stat = Path(f"/proc/{pid or os.getpid()}/stat").read_text()
+        stat = (PROC / str(pid) / "stat").read_text()
     except OSError:
         return ""
     return stat.rpartition(")")[2].split()[19]

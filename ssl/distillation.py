@@ -25,7 +25,7 @@ from xcit_dino.inputs import InputSettings
 from xcit_dino.models.probe import check_sizes
 from xcit_dino.models.tokens import Tokens, stride_of, tokens_of, widths_of
 from xcit_dino.ssl.config import ObjectiveConfig
-from xcit_dino.train.amp import autocast
+from xcit_dino.train.amp import autocast, widest
 from xcit_dino.train.distributed import dist
 
 BETA = 2.0  # of smooth L1, as in feature distillation
@@ -88,7 +88,7 @@ def standardize(tokens: Tensor) -> Tensor:
     token, the targets of all images would be nearly the same.
     """
     rows = widened(tokens).flatten(0, -2)
-    moments = torch.stack([rows.mean(0), rows.square().mean(0)]).double()
+    moments = torch.stack([rows.mean(0), rows.square().mean(0)]).to(widest(rows.device))
     mean, square = dist.all_reduce_mean(moments)
     std = (square - mean.square()).clamp_min(0).sqrt()
     floor = STD_FLOOR * std.mean() + torch.finfo(rows.dtype).tiny

@@ -629,6 +629,11 @@ RUN = [
         f"{KNN} --data_path {{shards}} --device cpu",
     ),
     case(
+        "--device mps: this torch sees no GPU of a Mac",
+        f"{KNN} --data_path {{shards}} --device mps",
+        f"{KNN} --data_path {{shards}} --device cpu",
+    ),
+    case(
         "--precision fp16 needs a GPU",
         f"{PRETRAIN} --data_path {{shards}} --precision fp16",
         f"{PRETRAIN} --data_path {{shards}} --precision bf16",

@@ -50,7 +50,7 @@ class HostCopy:
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
             buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             self.buffers[place] = buffer
-        return buffer.copy_(value.detach(), non_blocking=True)
+        return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
 
 
 class Hashed:

@@ -9,6 +9,7 @@ from typing import Literal
 from xcit_dino.errors import InputError, needs, within
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Device = Literal["auto", "cuda", "mps", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class RunConfig:
     """Seed of weights, data order, augmentation and drop-path."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the forward pass; weights stay fp32. auto: bf16 if supported, else fp32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: cuda if available."""
+    device: Device = "auto"
+    """auto: cuda if available, else cpu; mps: the GPU of a Mac, not yet tried on one."""
     saveckp_freq: int = 20
     """Epochs between checkpoints that are kept permanently, besides the newest ones."""
     keep_checkpoints: int = 2

@@ -146,6 +146,10 @@ def step_unless_nonfinite(
         1.0 if the step was skipped, else 0.0, a device scalar.
     """
     skipped = (~torch.isfinite(norms.sum())).float()
+    if skipped.device.type == "mps":  # its fused kernels may not know found_inf: the host waits
+        if not skipped:
+            optimizer.step()
+        return skipped
     if not scaler.is_enabled():
         optimizer.found_inf = skipped  # type: ignore[attr-defined] # the fused kernels look here
     scaler.step(optimizer)

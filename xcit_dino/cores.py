@@ -13,7 +13,8 @@ OWN = Path("/proc/self/cgroup")
 def usable_cores() -> int:
     """At least 1. A container with a quota of 2 cores sees all of its host's in the affinity."""
     quota = cgroup_quota()
-    cores = len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 

@@ -81,13 +81,24 @@ def write_atomic(path: Path, content: str | bytes | Iterable[bytes], *, sync: bo
             file.write(piece)
 
 
+def alive(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 @contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
     """A new folder next to ``target``, which replaces it when the block ends and is removed if the
     block fails; leftovers of killed processes of this machine are removed first."""
     for left in target.parent.glob(_temporary(target.name, "*")):
         pid = left.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and not alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
     folder = target.with_name(_temporary(target.name))
     shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ import tyro
 from xcit_dino.errors import InputError, within
 from xcit_dino.eval.config import EvalTargetConfig, NetworkName
 from xcit_dino.inputs import check_window
+from xcit_dino.train.config import Device
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class RetrieveConfig:
     """Also search by a randomly initialized backbone and by raw pixels, for comparison."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Precision of the forward pass; published numbers use fp32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     """auto: cuda if available."""
 
     def __post_init__(self) -> None:

@@ -84,4 +84,4 @@ def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
     """float64 (2,): number of labels ranked first, and among the first five (fewer classes: all of
     them)."""
     found = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack((found[:, 0].sum(), found.sum())).double().cpu()
+    return torch.stack((found[:, 0].sum(), found.sum())).cpu().double()

@@ -10,6 +10,7 @@ from typing import Literal
 from xcit_dino.errors import InputError, within
 from xcit_dino.eval.config import NetworkName
 from xcit_dino.inputs import check_window
+from xcit_dino.train.config import Device
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PropagateConfig:
     mask in every frame, for comparison."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32"
     """Precision of the forward pass; published numbers use fp32."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Device = "auto"
     """auto: cuda if available."""
 
     def __post_init__(self) -> None:

@@ -40,19 +40,26 @@ def init(device: str = "auto") -> World:
     """Join the process group, if there is one, and select this process's device.
 
     Args:
-        device: ``auto`` (cuda if available), ``cuda`` or ``cpu``.
+        device: ``auto`` (cuda if available, else cpu), ``cuda``, ``mps`` or ``cpu``.
 
     Raises:
-        InputError: cuda was requested but is unavailable, or has fewer GPUs than processes.
+        InputError: what was requested is unavailable, or there are fewer GPUs than processes.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "--device cuda: no GPU is visible; use --device cpu, or check CUDA_VISIBLE_DEVICES"
         )
-    cuda = device != "cpu" and torch.cuda.is_available()
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InputError(
+            "--device mps: this torch sees no GPU of a Mac (it takes Apple silicon and macOS 14); "
+            "use --device cpu"
+        )
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "mps" and size > 1:
+        raise InputError(f"--device mps: takes one process, not {size}; use --device cpu for more")
     if not cuda:
-        here = torch.device("cpu")
+        here = torch.device("mps" if device == "mps" else "cpu")
     else:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,6 +17,7 @@ from xcit_dino.progress import progress
 from xcit_dino.provenance import provenance
 from xcit_dino.train.config import RunConfig
 from xcit_dino.train.distributed import dist
+from xcit_dino.train.memory import peak_bytes
 from xcit_dino.train.run.metrics import RunFiles, process_seconds, read_metrics
 from xcit_dino.train.run.tensorboard_log import Board
 from xcit_dino.train.run.trackers import Mirror, mirrors
@@ -68,7 +68,7 @@ class Meter:
         must be finite, and a skipped step's loss need not be. All ranks call it."""
         if not self.steps:
             return {}
-        sums = torch.stack(list(self.sums.values())).double().cpu()
+        sums = torch.stack(list(self.sums.values())).cpu().double()
         columns = dist.on_all_ranks(sums).T.tolist()
         return {"steps": self.steps, "sums": dict(zip(self.sums, columns, strict=True))}
 
@@ -250,6 +250,4 @@ def shown(line: dict[str, float]) -> dict[str, str]:
 
 def peak_memory() -> float:
     """Peak memory in GiB: of tensors on the GPU, or of this process on the host."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_bytes() / 2**30

@@ -21,6 +21,8 @@ from xcit_dino.errors import warn
 from xcit_dino.files import write_atomic
 from xcit_dino.provenance import now, provenance
 
+READ = time.monotonic()  # when this file was
+
 METRICS, TRIES = "metrics.jsonl", "tries.jsonl"
 Line = dict[str, Any]
 
@@ -115,6 +117,9 @@ def tolerated(path: Path) -> Iterator[None]:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    """Seconds since this process was started; without /proc (macOS) since it read this file."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return time.monotonic() - READ
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
