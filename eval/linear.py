@@ -159,8 +159,19 @@ def few_labels(
 
 
 def choices_for(config: LinearConfig, network: Network) -> list[Choice]:
-    """The grid; networks other than XCiT have only the layer choice ``cls``."""
-    layers = config.layers if hasattr(network.model, "get_intermediate") else ("cls",)
+    """The grid; networks other than XCiT have only the layer choice ``cls``.
+
+    Raises:
+        InputError: the options name others only.
+    """
+    layers = config.layers
+    if not hasattr(network.model, "get_intermediate"):
+        if network.name == "pretrained" and "cls" not in layers:
+            raise InputError(
+                f"--layers {' '.join(layers)}: {network.facts['arch']} has its output only; use "
+                "--layers cls"
+            )
+        layers = ("cls",)
     return grid(layers, config.lrs, config.weight_decays)
 
 

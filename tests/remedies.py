@@ -782,6 +782,8 @@ RUN = [
 # -- not run here, and why -------------------------------------------------------------------------
 
 ELSEWHERE = {
+    "--device mps: takes one process, not {}": "a Mac: test_mps.py",
+    "--layers {}: {} has its output only; use": "weights of another network: test_linear.py",
     "--container {}: no such file; build it from apptainer.def": "a container: "
     "test_launch_options.py",
     "--container: cannot mount {}, whose name has a colon or comma": "a container: "

@@ -248,3 +248,14 @@ def test_the_edge_of_the_grid_is_pointed_out_with_a_wider_one(capsys):
     for lr, wider in ((0.1, "0.01 0.1 0.2 0.5"), (0.01, "0.002 0.005 0.01 0.1")):
         linear.print_result(network, Choice("cls", lr, 0.0), {"top1": 1.0, "top5": 2.0}, config)
         assert capsys.readouterr().out.endswith(f"add --lrs {wider}\n")
+
+
+def test_layers_that_a_network_lacks_are_refused():
+    plain = torch.nn.Linear(2, 2)
+    network = Network("pretrained", plain, {"arch": "timm/resnet18"})
+    with pytest.raises(InputError, match="--layers deep: timm/resnet18 has its output only"):
+        linear.choices_for(LinearConfig(layers=("deep",)), network)
+    pixels = Network("pixels", plain, {})
+    for config in (LinearConfig(), LinearConfig(layers=("deep", "cls"))):
+        found = [linear.choices_for(config, each) for each in (network, pixels)]
+        assert {choice.layers for choices in found for choice in choices} == {"cls"}
