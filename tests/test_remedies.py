@@ -203,12 +203,7 @@ def parse(line: str, places: dict[str, Path]) -> object:
     """The config that a command line comes to."""
     name, rest = cli.find_command(shlex.split(line.format(**places)))
     assert name is not None
-    make = cli.load(cli.COMMANDS[name].config)
-    if isinstance(make, type):
-        from xcit_dino.command_line import parse
-
-        return parse(make(), rest, name)
-    return make(rest, name)
+    return cli.make_config(name, rest)
 
 
 @pytest.mark.parametrize("one", RUN, ids=names)

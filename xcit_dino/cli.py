@@ -164,7 +164,7 @@ def exit_code(args: list[str]) -> int:
         name, rest = find_command(args)
         if name is None:
             return 0
-        return run_command(name, rest)
+        return run_command(name, make_config(name, rest))
     except InputError as error:
         print(f"xcit-dino: {error}", file=sys.stderr)
         return 2
@@ -222,17 +222,24 @@ def overview(names: Sequence[str] = tuple(COMMANDS)) -> str:
     )
 
 
-def run_command(name: str, argv: Sequence[str]) -> int:
-    """Build the config of a command, then import and run it."""
-    command = COMMANDS[name]
-    make_config, prog = load(command.config), f"xcit-dino {name}"
-    if isinstance(make_config, type):
-        from xcit_dino.command_line import parse
+def make_config(name: str, argv: Sequence[str]) -> Any:
+    """The config of a command, from its options.
 
-        config = parse(make_config(), argv, prog, command.about)
-    else:
-        config = make_config(argv, prog)
-    return int(load(command.run)(config) or 0)
+    Raises:
+        InputError: an unknown option, or a bad value.
+    """
+    command = COMMANDS[name]
+    config, prog = load(command.config), f"xcit-dino {name}"
+    if not isinstance(config, type):
+        return config(argv, prog)
+    from xcit_dino.command_line import parse
+
+    return parse(config(), argv, prog, command.about)
+
+
+def run_command(name: str, config: Any) -> int:
+    """Import and run a command; returns its exit code."""
+    return int(load(COMMANDS[name].run)(config) or 0)
 
 
 def load(path: str) -> Any:

@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from xcit_dino.errors import InputError
-
 
 def pretrain(**options: Any) -> Path:
     """DINO pretraining, or its resumption; returns the run folder."""
@@ -60,25 +58,27 @@ def _word(value: Any) -> str:
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
-def _run(name: str, options: dict[str, Any]) -> None:
-    from xcit_dino.cli import run_command
+def _run(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Call a command; returns all its options, with the defaults of those that were not given."""
+    from xcit_dino.cli import make_config, run_command
+    from xcit_dino.options import options as every_option
 
-    if code := run_command(name, command_line(options)):
+    config = make_config(name, command_line(options))
+    if code := run_command(name, config):
         raise RuntimeError(f"xcit-dino {name} ended with exit code {code}")
+    return dict(every_option(config))
 
 
 def _train(name: str, options: dict[str, Any]) -> Path:
-    if "output_dir" not in options:
-        raise InputError(f"{name}: output_dir is missing: the folder of the run, new or to resume")
-    _run(name, options)
-    return Path(options["output_dir"])
+    return Path(_run(name, options)["output_dir"])
 
 
 def _evaluate(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    from xcit_dino.provenance import read_results
+    from xcit_dino.provenance import recording
 
-    if "output_dir" not in options:
-        raise InputError(f"{name}: output_dir is missing: the run folder, or one for the result")
-    _run(name, options)
-    stored = "linear-dino" if options.get("protocol") == "dino" else name
-    return read_results(Path(options["output_dir"]))[stored]
+    with recording() as results:
+        _run(name, options)
+
+    from xcit_dino.train.distributed import dist
+
+    return dist.from_main(lambda: results[0])  # of the network; those of baselines follow

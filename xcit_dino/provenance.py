@@ -7,6 +7,9 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -29,6 +32,7 @@ LIBRARIES = (
     "webdataset",
     "submitit",
 )
+_recorded: ContextVar[list[dict[str, Any]] | None] = ContextVar("recorded", default=None)
 
 
 def provenance() -> dict[str, Any]:
@@ -132,7 +136,21 @@ def record_result(
             results[f"{name}@{digest(protocol_before)}"] = before
         results.pop(f"{name}@{digest(protocol)}", None)
         results[name] = {"metrics": metrics, "protocol": protocol, **facts, **provenance()}
-        write_atomic(folder / RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(results, indent=1, sort_keys=True) + "\n"
+        write_atomic(folder / RESULTS, text)
+    if (entries := _recorded.get()) is not None:
+        entries.append(json.loads(text)[name])
+
+
+@contextmanager
+def recording() -> Iterator[list[dict[str, Any]]]:
+    """The entries that this process adds to any ``results.json`` meanwhile, as they are read back,
+    in order."""
+    token = _recorded.set(entries := [])
+    try:
+        yield entries
+    finally:
+        _recorded.reset(token)
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from xcit_dino.eval.linear import choices_for
 from xcit_dino.eval.scores.heads import accuracy
 from xcit_dino.eval.target import pretrained, resolve
 from xcit_dino.files import file_checksum
+from xcit_dino.provenance import read_results
 from xcit_dino.train.distributed.dist import init as cpu_world
 
 ROOT = Path(__file__).parents[3]
@@ -145,8 +146,41 @@ def test_commands_as_functions(run_folder, tmp_path):
     assert xcit_dino.load(run)[0](torch.zeros(1, 3, 32, 32)).shape == (1, 80)
     with pytest.raises(InputError, match="unknown option --nb_kn"):
         xcit_dino.knn(nb_kn=3, output_dir=run_folder.path)
-    with pytest.raises(InputError, match="output_dir is missing"):
-        xcit_dino.pretrain(data_path=run_folder.data)
+
+
+def test_evaluations_return_what_they_wrote(run_folder, tmp_path):
+    """Not an older result, whatever name the new one is stored under."""
+    options = {
+        "pretrained_weights": run_folder.weights, "output_dir": run_folder.path, "num_workers": 0,
+        "device": "cpu", "batch_size_per_gpu": 48,
+    }  # fmt: skip
+    few, probe = {"labels_per_class": 2, "draws": 2}, {"epochs": 1, "lrs": (0.1,), "layers": "cls"}
+    xcit_dino.knn(**options, nb_knn=5, baselines=True)
+    xcit_dino.linear(**options, **probe)
+    found = {
+        "knn-few": xcit_dino.knn(**options, **few, nb_knn=(1, 2), baselines=True),
+        "linear-few": xcit_dino.linear(**options, **few, **probe),
+        "linear-dino": xcit_dino.linear(**options, **probe, protocol="dino"),
+        "evaluate/head": xcit_dino.evaluate(
+            **options, head=run_folder.path / "linear_head.safetensors"
+        ),
+    }
+    stored = read_results(run_folder.path)
+    assert found == {name: stored[name] for name in found}
+
+
+def test_functions_have_the_defaults_of_the_commands(run_folder, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = {"num_workers": 0, "device": "cpu", "batch_size_per_gpu": 4, "input_size": 32}
+    run = xcit_dino.finetune(
+        pretrained_weights=trained, data_path=run_folder.data, max_steps=1, eval_every=0,
+        **common,
+    )  # fmt: skip
+    assert run == trained / "finetune" and (run / "config.yaml").is_file()
+    with pytest.raises(InputError, match="unknown option --epochz; did you mean epochs"):
+        xcit_dino.finetune(epochz=1)
+    with pytest.raises(InputError, match="--output_dir runs/default holds no checkpoint"):
+        xcit_dino.knn(arch=ARCH, data_path=run_folder.data)
 
 
 def test_exported_files_and_folders(run_folder, val_images, tmp_path):
