@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from xcit_dino.report import compare
+from xcit_dino.report import baselines, compare
 from xcit_dino.report.charts import number
 from xcit_dino.report.page import Section, Table, sentence, tables, timestamp
 from xcit_dino.report.published import differences_from_published, published
@@ -78,16 +78,21 @@ def judged(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> tup
     if evaluation not in ("knn", "linear"):
         return None
     title = f"{title_of(evaluation, entry['metrics'])}: {top1:.1f} %"
-    names = ("random", "pixels")
-    found = [compare.baseline(run, entry, f"{evaluation}/{network}") for network in names]
-    others = {
-        NETWORKS[network].lower(): value
-        for network, other in zip(names, found, strict=True)
-        if other is not None and (value := headline(other["metrics"])) is not None
-    }
+    others, lacking, notes = dict[str, float](), list[str](), list[str]()
+    for network in ("random", "pixels"):
+        name, words = f"{evaluation}/{network}", NETWORKS[network].lower()
+        same = compare.baseline(run, entry, name)
+        if same is not None and (value := headline(same["metrics"])) is not None:
+            others[words] = value
+            continue
+        lacking.append(words)
+        notes += [sentence(f"{words}: {other_protocol(entry, other, name)}")
+                  for other in run.entries(name)[:1]]  # fmt: skip
+    if lacking:
+        command = baselines.command(run, evaluation, entry)
+        notes.insert(0, f"Not compared with {' and '.join(lacking)}; {command} does it.")
     if not others:
-        command = f"xcit-dino {evaluation} --output_dir {run.folder} --baselines true"
-        return f"{title}.", f"Not compared with random weights and raw pixels; {command} does it."
+        return f"{title}.", " ".join(notes)
     metrics = entry["metrics"]
     is_share = "top1" in metrics or metric_by_k(metrics) == "top1"  # no mAP, no R2
     images = val_images(run, entry) if is_share else None
@@ -102,7 +107,13 @@ def judged(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> tup
     numbers = ", ".join(f"{name} {value:.1f} %" for name, value in others.items())
     widest = max(margins.values())
     error = f" Differences below {widest:.1f} points may be chance." if images and widest else ""
-    return f"{title}, {word}.", f"{sentence(numbers)}{error}"
+    return f"{title}, {word}.", " ".join([sentence(numbers) + error, *notes])
+
+
+def other_protocol(entry: dict[str, Any], other: dict[str, Any], name: str) -> str:
+    """Why a result is not compared with a baseline of that name."""
+    fields = compare.listed(compare.baseline_differences(entry, other, name))
+    return f"measured by another protocol ({fields})"
 
 
 def margin(one: float, other: float, images: int | None) -> float:
@@ -140,8 +151,7 @@ def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -
             continue
         same = compare.baseline(run, entry, name)
         if same is None:
-            fields = compare.listed(compare.baseline_differences(entry, others[0]))
-            notes.append(f"{title}: measured by another protocol ({fields})")
+            notes.append(f"{title}: {other_protocol(entry, others[0], name)}")
         elif (value := headline(same["metrics"])) is not None:
             bars[title] = value
             if network in ("random", "pixels", "copy"):

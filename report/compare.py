@@ -25,8 +25,10 @@ MAY_DIFFER = frozenset(
 # A file with one network does not record whether it is a teacher or a student, but it is never the
 # weight average of a finetuning.
 UNSPECIFIED, NEVER_UNSPECIFIED = "model", "model_ema"
-# Fields in which a baseline (random weights, raw pixels) differs by nature.
-BASELINE_FIELDS = frozenset("network side features layers".split())
+# Fields in which another network differs by nature: raw pixels, or one of the same file. Random
+# weights differ in nothing but the weights, so the layers and the architecture have to be the same.
+BY_NATURE = MAY_DIFFER | frozenset("network side features layers".split())
+BY_WEIGHTS = MAY_DIFFER - {"arch"} | {"network"}
 Entry = dict[str, Any]
 CHECKSUM = re.compile("[0-9a-f]{32,}")
 LONGEST_VALUE = 60  # characters
@@ -203,12 +205,12 @@ def comparable(name: str, values: Sequence[Any]) -> bool:
 
 def baseline(run: Run, entry: Entry, name: str) -> Entry | None:
     """The newest result of a baseline (``knn/random``) with the protocol of ``entry``."""
-    return next((b for b in run.entries(name) if not baseline_differences(entry, b)), None)
+    return next((b for b in run.entries(name) if not baseline_differences(entry, b, name)), None)
 
 
-def baseline_differences(entry: Entry, other: Entry) -> dict[str, list[Any]]:
-    """Fields of the protocol that make a result and a baseline incomparable."""
-    return differences_of(entry, other, MAY_DIFFER | BASELINE_FIELDS)
+def baseline_differences(entry: Entry, other: Entry, name: str) -> dict[str, list[Any]]:
+    """Fields of the protocol that make a result and a baseline of that name incomparable."""
+    return differences_of(entry, other, BY_WEIGHTS if name.endswith("/random") else BY_NATURE)
 
 
 def flatten(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:

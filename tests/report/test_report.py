@@ -18,7 +18,7 @@ from jinja2 import UndefinedError
 
 from xcit_dino.errors import InputError
 from xcit_dino.eval import knn, neighbors
-from xcit_dino.eval.config import KnnConfig, ReportConfig
+from xcit_dino.eval.config import KnnConfig, LinearConfig, ReportConfig
 from xcit_dino.files import write_atomic
 from xcit_dino.options import read_yaml
 from xcit_dino.provenance import record_result
@@ -155,11 +155,65 @@ def test_is_it_good_beside_baselines_start_and_teacher(tmp_path):
     assert "27.3 %, not clearly better than random weights or raw pixels" in written(small)[1].text
     worse = make_run(tmp_path / "worse", lift=-15)  # by 15.0 and 11.8; two errors are 9.8 and 9.4
     assert "7.3 %, worse than random weights and raw pixels." in written(worse)[1].text
-    alone = make_run(tmp_path / "alone")
-    known = json.loads((alone / "results.json").read_text())
-    (alone / "results.json").write_text(json.dumps({"knn": known["knn"]}))
-    command = f"xcit-dino knn --output_dir {alone} --baselines true"
-    assert command in written(alone)[1].text
+
+
+LINEAR = {"evaluation": "linear", "network": "teacher", "arch": "demo", "crop": 32, "resize": 32,
+          "seed": 0, "epochs": 100, "layers": ["cls"], "weights": "a",
+          "val_index": "v"}  # fmt: skip
+
+
+def record_linear(folder: Path, top1: float, baseline: str = "", **protocol: object) -> None:
+    facts = LINEAR | ({"network": baseline} if baseline else {}) | protocol
+    name = f"linear/{baseline}" if baseline else "linear"
+    record_result(folder, name, {"top1": top1}, facts, val_images=180)
+
+
+def only_linear(folder: Path, **options: object) -> Path:
+    """A run without results yet."""
+    run = make_run(folder, global_crops_size=32, data_path="shards", **options)
+    (run / "results.json").unlink()
+    return run
+
+
+def test_random_weights_are_compared_at_the_same_layers_only(tmp_path):
+    run = only_linear(tmp_path / "run")
+    record_linear(run, 61.1, "random", layers=["deep"])
+    record_linear(run, 66.1, "pixels", layers=["deep"])  # which have no layers
+    record_linear(run, 70.6)
+    text = written(run)[1].text
+    assert "over random weights" not in text and "+4.5 over raw pixels" in text
+    assert "Not compared with random weights; xcit-dino linear" in text
+    assert text.count("andom weights: measured by another protocol (layers cls / deep)") == 2
+    record_linear(run, 63.3, "random")
+    assert "+7.3 over random weights" in written(run)[1].text
+    record_linear(run, 72.8, layers=["deep"])
+    assert "+11.7 over random weights" in written(run)[1].text, "of the older one that fits"
+    record_linear(run, 40.0, layers=["deep"], arch="other")
+    assert "over random weights" not in written(run)[1].text
+
+
+def test_the_command_for_baselines_measures_them_alike(tmp_path):
+    run = only_linear(tmp_path / "a run")
+    begins = f"random weights and raw pixels; xcit-dino linear --output_dir '{run}'"
+    for options, words in (
+        ({}, ""),
+        ({"layers": ["deep"]}, "--layers deep "),
+        ({"crop": 48, "resize": 48, "layers": ["cls", "deep"]},
+         "--layers cls deep --crop_size 48 "),
+        ({"resize": 40, "epochs": 5, "batch": 64, "chosen_on": "20 % of the training images"},
+         "--epochs 5 --probe_batch_size 64 --holdout 0.2 --resize_size 40 "),
+        ({"network": "student"}, "--checkpoint_key student "),
+    ):  # fmt: skip
+        default = {"layers": list(LinearConfig().layers)}
+        record_linear(run, 70.6, **default | options)
+        text = written(run)[1].text
+        assert f"{begins} {words}--baselines true does it." in text
+    again = "raw pixels; the command that measured it, again with --baselines true, does it."
+    record_result(run, "linear", {"top1": 70.0}, LINEAR, weights_file="elsewhere.pth")
+    assert again in written(run)[1].text
+    (run / "config.yaml").unlink()
+    record_linear(run, 70.6)
+    assert again in written(run)[1].text
 
 
 def test_nothing_is_loaded_and_only_the_named_script_runs(tmp_path):
