@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -42,7 +43,7 @@ from xcit_dino.eval.linear_grid import (
     best,
     fast_matmul,
     grid,
-    hold_out,
+    hold_outs,
 )
 from xcit_dino.eval.results import write_result
 from xcit_dino.eval.scores.few import check_classes, draw, mean_and_spread, subset
@@ -139,7 +140,7 @@ def few_labels(
     began: float,
 ) -> None:
     """Train the grid on each draw of few labels, and write the means as ``linear-few``. The head is
-    chosen on a held-out part of the few images."""
+    chosen by cross-validation on the few images."""
     few, found, chosen = config.few, [], []
     check_classes(train.labels, few.labels_per_class)
     for number in range(few.draws):
@@ -206,31 +207,57 @@ def train_cached(
     config: LinearConfig,
     device: torch.device,
 ) -> Probe:
-    """Train the grid on extracted features without the held-out images, then the best choice alone
-    on all of them; every rank does the same work, as the heads are small."""
+    """Train the grid on extracted features without the held-out images, part after part where they
+    are few, then the best choice alone on all of them; every rank does the same work, as the
+    heads are small."""
     names = sorted({block for choice in choices for block in LAYERS[choice.layers]})
     table = Table(features, names, device)
     mean, std = table.standardize()
-    held_out = hold_out(len(features), config.holdout, config.seed)
-    heads = fit(table, torch.nonzero(~held_out).squeeze(1), choices, num_classes, config)
-    held_out_rows = torch.nonzero(held_out).squeeze(1).split(CHUNK)
-    scores = heads.score(table.rows(part) for part in held_out_rows)
-    chosen = best(scores, by_loss=table.labels.ndim == 2)
-    final = fit(table, torch.arange(len(features)), [choices[chosen]], num_classes, config)
+    parts = hold_outs(table.labels, config.holdout, config.seed)
+    scores = score_choices(table, parts, choices, num_classes, config)
+    chosen = best(scores, by_loss=table.labels.ndim == 2 or not parts)
+    everyone, chosen_one = torch.arange(len(features)), [choices[chosen]]
+    what = "the best head, on all images"
+    final = fit(table, everyone, chosen_one, num_classes, config, what)
     weight, bias = final.head(0)
     return Probe(choices, scores, chosen, weight * std[:, None], bias * std + mean)
 
 
+def score_choices(
+    table: Table, parts: list[Tensor], choices: list[Choice], num_classes: int, config: LinearConfig
+) -> list[tuple[float, float]]:
+    """(accuracy, cross-entropy) of each choice on the held-out images, trained on the others; the
+    mean over all that are held out in a part. Without a part: on the images trained on."""
+    everyone = torch.ones(len(table.labels), dtype=torch.bool)
+    found, weights = [], []
+    turns = [(~part, part) for part in parts] or [(everyone, everyone)]
+    for number, (trained, tried) in enumerate(turns, start=1):
+        what = f"{len(choices)} linear heads"
+        what += f", part {number} of {len(turns)} held out" if len(turns) > 1 else ""
+        heads = fit(table, torch.nonzero(trained).squeeze(1), choices, num_classes, config, what)
+        rows = torch.nonzero(tried).squeeze(1)
+        found.append(heads.score(table.rows(some) for some in rows.split(CHUNK)))
+        weights.append(len(rows))
+    if len(found) == 1:
+        return found[0]
+    means = np.average(np.array(found), axis=0, weights=weights)
+    return [(float(top1), float(loss)) for top1, loss in means]
+
+
 def fit(
-    table: Table, images: Tensor, choices: list[Choice], num_classes: int, config: LinearConfig
+    table: Table,
+    images: Tensor,
+    choices: list[Choice],
+    num_classes: int,
+    config: LinearConfig,
+    what: str,
 ) -> Heads:
-    """Train heads on some rows of a table. images: int64 (n,)."""
+    """Train heads on some rows of a table. images: int64 (n,); what: they are called."""
     size = min(config.probe_batch_size, len(images))
     heads = Heads(choices, table.dims, num_classes, size, config.seed, table.device)
     steps = len(images) // size  # an epoch's last, smaller batch is dropped
     generator = torch.Generator().manual_seed(config.seed)
-    many = f"{len(choices)} linear heads" if len(choices) > 1 else "the best head, on all images"
-    with progress(many, config.epochs, "epochs") as bar, fast_matmul():
+    with progress(what, config.epochs, "epochs") as bar, fast_matmul():
         for epoch in range(config.epochs):
             order = images[torch.randperm(len(images), generator=generator)[: steps * size]]
             for step, rows in enumerate(order.view(steps, size)):
@@ -293,7 +320,9 @@ def protocol(
             "lrs": sorted(config.lrs),
             "weight_decays": sorted(config.weight_decays),
             "layers": list(config.layers),
-            "chosen_on": f"{100 * config.holdout:g} % of the training images, held out",
+            "chosen_on": "the few images, cross-validated"
+            if config.few.labels_per_class
+            else f"{100 * config.holdout:g} % of the training images, held out",
             "augmentation": "RandomResizedCrop + flip" if dino else "none",
             "precision": config.target.precision,
             "seed": config.seed,

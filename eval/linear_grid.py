@@ -27,6 +27,7 @@ from xcit_dino.train.amp import widest
 MOMENTUM = 0.9  # DINO eval_linear.py
 INIT_STD = 0.01  # DINO eval_linear.py: LinearClassifier
 CHUNK = 4096  # batch size when heads are only applied
+FEW, MOST_PARTS = 100, 10  # held-out images; with fewer, several parts of them take turns
 Blocks = dict[str, Tensor]
 
 
@@ -57,6 +58,28 @@ def hold_out(count: int, share: float, seed: int) -> Tensor:
     held_out = torch.zeros(count, dtype=torch.bool)
     held_out[chosen[: min(count - 1, max(1, round(share * count)))]] = True
     return held_out
+
+
+def hold_outs(labels: Tensor, share: float, seed: int) -> list[Tensor]:
+    """bool (count,) each: images that are held out together, to choose a head by the others.
+
+    One random ``share`` of the images. Where these are fewer than 100, or fewer than there are
+    classes, as many such parts as there are, ten at most, take turns (cross-validation); each has
+    the images of every class as evenly as can be. An image that is alone in its class is never held
+    out; if all are, there is no part. labels: (count,), or (count, C) of several labels or values.
+    """
+    held_out, count = hold_out(len(labels), share, seed), len(labels)
+    group = labels if labels.ndim == 1 else torch.zeros(count, dtype=torch.int64)
+    _, group, sizes = group.unique(return_inverse=True, return_counts=True)
+    if held_out.sum() >= max(FEW, len(sizes)):
+        return [held_out]
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 1))
+    order = order[group[order].argsort(stable=True)]  # class after class, at random within it
+    part = torch.empty(count, dtype=torch.int64)
+    part[order] = torch.arange(count) % min(MOST_PARTS, round(1 / share))
+    if labels.ndim == 1:
+        part[sizes[group] == 1] = -1
+    return [part == number for number in range(int(part.max()) + 1) if (part == number).any()]
 
 
 class HeadGroup:

@@ -111,7 +111,7 @@ def test_cached_training_learns():
 def test_the_choice_is_made_by_heads_that_never_saw_the_held_out_images(monkeypatch, labels_turned):
     """The judged heads know nothing of the held-out images' labels, the reported one learns all."""
     train, choices = clusters(400, seed=1), grid(("cls",), (0.1,), (0.0,))
-    config = LinearConfig(epochs=3, probe_batch_size=64)
+    config = LinearConfig(epochs=3, probe_batch_size=64, holdout=0.25)
     held_out = hold_out(400, config.holdout, config.seed).numpy()
     changed = held_out if labels_turned == "held out" else ~held_out
     turned = Features(train.blocks, np.where(changed, (train.labels + 1) % 4, train.labels), 4, 0)
@@ -248,6 +248,37 @@ def test_the_edge_of_the_grid_is_pointed_out_with_a_wider_one(capsys):
     for lr, wider in ((0.1, "0.01 0.1 0.2 0.5"), (0.01, "0.002 0.005 0.01 0.1")):
         linear.print_result(network, Choice("cls", lr, 0.0), {"top1": 1.0, "top5": 2.0}, config)
         assert capsys.readouterr().out.endswith(f"add --lrs {wider}\n")
+
+
+def test_few_held_out_images_take_turns():
+    """As many parts as the share has it, classes spread evenly, an only image never held out."""
+    labels = torch.tensor([0] * 20 + [1] * 10 + [2])
+    for share, number in ((0.1, 10), (0.2, 5), (0.5, 2)):
+        parts = linear_grid.hold_outs(labels, share, 0)
+        assert len(parts) == number
+        assert torch.stack(parts).sum(0).tolist() == [1] * 30 + [0]
+        counts = torch.stack([labels[part].bincount(minlength=2)[:2] for part in parts])
+        assert (counts.max(0).values - counts.min(0).values <= 1).all()
+    assert linear_grid.hold_outs(torch.arange(5), 0.1, 0) == []
+    several = torch.zeros(30, 4, dtype=torch.uint8)
+    assert torch.stack(linear_grid.hold_outs(several, 0.1, 0)).sum(0).tolist() == [1] * 30
+    many = torch.arange(2000) % 10
+    (only,) = linear_grid.hold_outs(many, 0.1, 3)
+    assert torch.equal(only, hold_out(2000, 0.1, 3))
+    assert len(linear_grid.hold_outs(torch.arange(2000) % 400, 0.1, 3)) == 10, "classes are many"
+
+
+@pytest.mark.parametrize("per_class", [1, 3, 10])
+def test_of_few_images_no_untrained_head_is_chosen(per_class):
+    """The lowest learning rate, which leaves the head as it began, won every tie."""
+    many = clusters(400, seed=1)
+    rows = np.concatenate([np.flatnonzero(many.labels == c)[:per_class] for c in range(4)])
+    few = Features({n: b[rows] for n, b in many.blocks.items()}, many.labels[rows], 4, 0)
+    choices = grid(("cls+patch",), LinearConfig.lrs, (0.0,))
+    probe = train_cached(few, choices, 4, LinearConfig(), CPU)
+    test = clusters(1000, seed=2)
+    metrics, _ = accuracy(test, "cls+patch", probe.weight, probe.bias)
+    assert metrics["top1"] > 60, probe.choice
 
 
 def test_layers_that_a_network_lacks_are_refused():
