@@ -29,10 +29,12 @@ from xcit_dino.data.native.single import values_of_array, values_of_file
 from xcit_dino.data.pixels import PixelFormat
 from xcit_dino.errors import InputError
 from xcit_dino.inputs import BYTES, InputSettings
+from xcit_dino.options import brief
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | np.ndarray | Tensor
 """A path, an encoded file, a PIL image, an array [H, W, C] or [H, W], or a tensor [C, H, W]: of
-uint8 in 3 channels or 1, or of what the network was trained on."""
+uint8 in 1, 3 or 4 channels (alpha is dropped), or of what the network was trained on."""
+KINDS = (str, os.PathLike, bytes, PIL.Image.Image, np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ class Preprocess:
         Raises:
             InputError: not an image, or not one that the network takes; says what it is.
         """
+        if not isinstance(image, KINDS):
+            raise InputError(
+                f"{brief(image)} is no image; give a path, the bytes of a file, a PIL image, an "
+                "array or a tensor"
+            )
         inputs = self.inputs
         if self.is_rgb8:
             view = torch.empty(1, self.crop, self.crop, 3, dtype=torch.uint8).permute(0, 3, 1, 2)

@@ -29,7 +29,7 @@ from xcit_dino.eval.context import (
 from xcit_dino.eval.teacher import timm_weights
 from xcit_dino.inputs import InputSettings
 from xcit_dino.models.checkpoints import resolve_checkpoint
-from xcit_dino.models.tokens import first_layer
+from xcit_dino.models.tokens import channels_of, first_layer
 from xcit_dino.models.weights import formats, layouts
 from xcit_dino.models.weights.load import FoundNetwork, classifier_names, find_network, fit
 from xcit_dino.models.weights.timm_folder import CONFIG, settings_in
@@ -170,7 +170,8 @@ def embed(
 
     Args:
         images: paths, PIL images, arrays or tensors of single images (:data:`Image`), one or many;
-            or a DataLoader of transformed batches [B, C, H, W], alone or first in a tuple.
+            many also as one array [N, H, W, C] or tensor [N, C, H, W]; or a DataLoader of
+            transformed batches [B, C, H, W], alone or first in a tuple.
         model: a network and its ``transform`` as :func:`load` returns them, or what :func:`load`
             takes. It runs where it is, in evaluation mode.
         batch_size: images at once; of a DataLoader it is its own.
@@ -180,12 +181,12 @@ def embed(
     """
     if not isinstance(model, nn.Module):
         model, transform = load(model)
-    batches = _batches(images, transform, batch_size)
-    device = next(model.parameters()).device
+    batches = _batches(images, transform, batch_size, channels_of(model))
+    weight = next(model.parameters())
     training, found = model.training, []
     try:
         with torch.inference_mode():
-            found = [model.eval()(batch.to(device)).float().cpu().numpy() for batch in batches]
+            found = [model.eval()(batch.to(weight)).float().cpu().numpy() for batch in batches]
     finally:
         model.train(training)
     if not found:
@@ -193,34 +194,55 @@ def embed(
     return np.concatenate(found)
 
 
-def _batches(images: Any, transform: Preprocess | None, batch_size: int) -> Iterator[Tensor]:
+def _batches(
+    images: Any, transform: Preprocess | None, batch_size: int, channels: int
+) -> Iterator[Tensor]:
     if isinstance(images, torch.utils.data.DataLoader):
-        for batch in images:
-            yield batch if isinstance(batch, Tensor) else batch[0]
+        yield from (_transformed(batch, channels) for batch in images)
         return
     if transform is None:
         raise InputError("embed: give the transform too, as load returns it with the network")
-    several: Iterable[Any] = [images] if _is_one(images, transform) else images
-    remaining, done = iter(several), 0
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise InputError(f"embed: batch_size={batch_size!r}; give a whole number from 1")
+    stack = isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3
+    if _is_one(images):
+        images = [images]
+    elif not isinstance(images, Iterable):
+        raise InputError(f"embed: {images!r} is no image; give a path, a PIL image, an array ...")
+    remaining, done = iter(images), 0
     while chunk := list(islice(remaining, batch_size)):
         tensors = []
         for number, image in enumerate(chunk, start=done):
             try:
                 tensors.append(transform(image))
             except InputError as error:
-                raise InputError(f"image {number}: {error}") from None
+                several = "; several images are [N, H, W, C], as a tensor [N, C, H, W]"
+                raise InputError(f"image {number}: {error}{several if stack else ''}") from None
         done += len(chunk)
         yield torch.stack(tensors)
 
 
-def _is_one(images: Any, transform: Preprocess) -> bool:
-    """Whether this is one image: not a list of them, nor an array of them."""
+def _transformed(batch: Any, channels: int) -> Tensor:
+    """The images of a DataLoader's batch.
+
+    Raises:
+        InputError: it is not what ``transform`` makes; says what it is.
+    """
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        what = type(images).__name__
+    elif not images.is_floating_point() or images.ndim != 4 or images.shape[1] != channels:
+        what = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+    else:
+        return images
+    raise InputError(
+        f"embed: the DataLoader gives {what}; its data set needs the transform that load returned, "
+        f"for batches of float32 [B, {channels}, H, W], alone or first in a tuple"
+    )
+
+
+def _is_one(images: Any) -> bool:
+    """Whether this is one image; an array of three dimensions is, whatever its channels."""
     if isinstance(images, (np.ndarray, Tensor)):
-        if images.ndim != 3:
-            return images.ndim == 2
-        ends = (images.shape[0], images.shape[-1])
-        if transform.is_rgb8:
-            return 3 in ends  # else gray images [N, H, W]
-        channels = images.shape[0 if isinstance(images, Tensor) else -1]
-        return transform.inputs.channels > 1 or bool(transform.inputs.bands) or channels == 1
+        return images.ndim < 4
     return isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")

@@ -150,7 +150,7 @@ def test_an_array_is_one_image_and_a_list_several():
     for settings, shown, count in (
         (BANDS, five, 1), (BANDS, torch.from_numpy(five).permute(2, 0, 1), 1),
         (BANDS, [five, five], 2), (gray, one, 1), (gray, one[..., 0], 1),
-        (gray, np.stack([one[..., 0]] * 3), 3),
+        (gray, np.stack([one] * 3), 3),
     ):  # fmt: skip
         found = xcit_dino.embed(shown, model, Preprocess.of(settings))
         assert found.shape == (count, settings.channels)

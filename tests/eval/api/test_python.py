@@ -217,6 +217,8 @@ def test_timms_folders_and_classifiers(val_images, tmp_path):
         (np.zeros((4, 4, 13), np.uint8), "13 channels"),
         (b"no image", "the image: cannot be decoded"),
         ("missing.jpg", "missing.jpg: No such file"),
+        (None, "None is no image; give a path"),
+        ((torch.zeros(3, 32, 32), 0), "is no image; give a path"),
     ],
 )
 def test_images_that_the_transform_cannot_take(run_folder, image, words):
@@ -226,6 +228,59 @@ def test_images_that_the_transform_cannot_take(run_folder, image, words):
     good = np.zeros((40, 40, 3), np.uint8)
     with pytest.raises(InputError, match=f"image 2: .*{words}"):
         xcit_dino.embed([good, good, image], model, transform)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "words"),
+    [
+        (None, {}, "embed: None is no image"),
+        (3, {}, "embed: 3 is no image"),
+        ([], {}, "embed: no images were given"),
+        (["a.jpg"], {"batch_size": 0}, "batch_size=0; give a whole number from 1"),
+        (["a.jpg"], {"batch_size": -1}, "batch_size=-1; give"),
+        (["a.jpg"], {"batch_size": 2.5}, "batch_size=2.5; give"),
+    ],
+)
+def test_what_embed_cannot_take(run_folder, images, options, words):
+    model, transform = xcit_dino.load(run_folder.weights, arch=ARCH)
+    with pytest.raises(InputError, match=words):
+        xcit_dino.embed(images, model, transform, **options)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), r"uint8 \[1, 3, 32, 32\]"),
+        ((torch.zeros(1, 32, 32), 0), r"float32 \[1, 1, 32, 32\]"),
+        (torch.zeros(32, 32), r"float32 \[1, 32, 32\]"),
+        ("a.jpg", "str"),
+        ({"image": torch.zeros(3, 32, 32)}, "dict"),
+    ],
+)
+def test_loaders_without_the_transform(run_folder, item, words):
+    model, _ = xcit_dino.load(run_folder.weights, arch=ARCH)
+    loader = torch.utils.data.DataLoader([item])  # pyright: ignore
+    with pytest.raises(InputError, match=f"the DataLoader gives {words}; its data set needs the"):
+        xcit_dino.embed(loader, model)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_one_array_is_one_image(run_folder, channels):
+    """Of any channels: it counts as the transform takes it, and is never split into its rows."""
+    model, transform = xcit_dino.load(run_folder.weights, arch=ARCH)
+    image = np.arange(48 * 32 * channels).reshape(48, 32, channels).astype(np.uint8)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for shown in (image, tensor):
+        if channels in (2, 7):
+            with pytest.raises(InputError, match=f"image 0: .*has {channels} channels"):
+                xcit_dino.embed(shown, model, transform)
+            continue
+        expected = xcit_dino.embed([shown], model, transform)
+        np.testing.assert_array_equal(xcit_dino.embed(shown, model, transform), expected)
+        assert xcit_dino.embed(shown[None], model, transform).shape == (1, 80)
+    stack = np.zeros((5, 48, 32), np.uint8)
+    with pytest.raises(InputError, match="32 channels; give .* several images are .N, H, W, C"):
+        xcit_dino.embed(stack, model, transform)
 
 
 @pytest.mark.parametrize(
