@@ -119,6 +119,7 @@ def run(config: LinearConfig) -> None:
                 ],
                 chosen=asdict(probe.choice),
                 per_class=lines,
+                val_images=len(val_features),
                 weights_file=target.weights.name if network.name == "pretrained" else None,
                 wall_seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
@@ -155,7 +156,8 @@ def few_labels(
         print(f"linear probe, {network.name}, {few.labels_per_class} labels a class: {shown}")
         write_result(
             config.target.output_dir, f"linear-few{network.suffix}", metrics, facts,
-            chosen_in_draws=chosen, wall_seconds=round(time.monotonic() - began, 2),
+            chosen_in_draws=chosen, val_images=len(val),
+            wall_seconds=round(time.monotonic() - began, 2),
         )  # fmt: skip
 
 

@@ -93,20 +93,22 @@ def judged(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -> tup
         notes.insert(0, f"Not compared with {' and '.join(lacking)}; {command} does it.")
     if not others:
         return f"{title}.", " ".join(notes)
-    metrics = entry["metrics"]
-    is_share = "top1" in metrics or metric_by_k(metrics) == "top1"  # no mAP, no R2
-    images = val_images(run, entry) if is_share else None
+    images = compare.val_images(run, entry) if compare.is_share(entry["metrics"]) else None
     margins = {name: margin(top1, value, images) for name, value in others.items()}
     better = [name for name, value in others.items() if top1 - value > margins[name]]
     worse = [name for name, value in others.items() if value - top1 > margins[name]]
     rest = [name for name in others if name not in better + worse]
-    words = [f"better than {' and '.join(better)}"] if better else []
-    words += [f"not clearly better than {' or '.join(rest)}"] if rest else []
-    words += [f"worse than {' and '.join(worse)}"] if worse else []
+    above, same, below = ("better than", "not clearly better than", "worse than")
+    if not images:
+        above, same, below = ("higher than", "equal to", "lower than")
+    words = [f"{above} {' and '.join(better)}"] if better else []
+    words += [f"{same} {' or '.join(rest)}"] if rest else []
+    words += [f"{below} {' and '.join(worse)}"] if worse else []
     word = ", but ".join(words)
     numbers = ", ".join(f"{name} {value:.1f} %" for name, value in others.items())
     widest = max(margins.values())
     error = f" Differences below {widest:.1f} points may be chance." if images and widest else ""
+    error = error if images else " Which differences may be chance is not known."
     return f"{title}, {word}.", " ".join([sentence(numbers) + error, *notes])
 
 
@@ -166,7 +168,7 @@ def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -
 def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
     """The protocol in one line."""
     protocol = entry["protocol"]
-    images = val_images(run, entry)
+    images = compare.val_images(run, entry)
     facts = [
         f"the {protocol['network']}" if protocol.get("network") else None,
         f"{protocol['initial_share']:.0%} of it still the weights before the first step"
@@ -188,14 +190,6 @@ def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
     return "  ·  ".join(str(fact) for fact in facts if fact)
 
 
-def val_images(run: Run, entry: dict[str, Any]) -> int | None:
-    """Number of validation images, if need be from another result on the same index."""
-    index = entry["protocol"].get("val_index")
-    same = (e["protocol"] for e in run.results.values() if e["protocol"].get("val_index") == index)
-    found = (protocol.get("val_images") for protocol in (entry["protocol"], *same))
-    return next((count for count in found if count), None)
-
-
 def beside_published(run: Run) -> Section:
     """Published numbers of the same model, and how the protocols differ."""
     title = "Compared with published numbers"
@@ -203,7 +197,7 @@ def beside_published(run: Run) -> Section:
     for evaluation, entry, top1 in newest_results(run):
         protocol = entry["protocol"]
         arch = protocol.get("arch", arch)
-        fields = differences_from_published(evaluation, protocol, val_images(run, entry))
+        fields = differences_from_published(evaluation, protocol, compare.val_images(run, entry))
         rows += [
             [
                 title_of(evaluation, entry["metrics"]), f"{top1:.1f}", f"{other.top1:.1f}",

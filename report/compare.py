@@ -15,7 +15,15 @@ from typing import Any
 from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import CompareConfig
 from xcit_dino.report.page import plain
-from xcit_dino.train.run.reader import Run, bare, headline, in_order, read_runs, title_of
+from xcit_dino.train.run.reader import (
+    Run,
+    bare,
+    headline,
+    in_order,
+    metric_by_k,
+    read_runs,
+    title_of,
+)
 
 # What is compared, as opposed to how it is measured: these may differ.
 MAY_DIFFER = frozenset(
@@ -45,7 +53,8 @@ class Ranking:
     differences: dict[str, list[Any]]
     """Field of the protocol -> its values, one per run that has the evaluation."""
     error: float | None
-    """Standard error of a difference in points, from the number of validation images."""
+    """Standard error of a difference in points, from the number of validation images; None where
+    that is not known, or the headline is no share of images."""
     networks: tuple[str, ...] = ()
     """Which network of its file was measured in each run, where the names differ."""
 
@@ -66,9 +75,9 @@ class Ranking:
         if len(found) < 2:
             return "measured once"
         lead = found[0] - found[1]
-        error = f" ± {self.error:.1f}" if self.error is not None else ""
+        known = f"± {self.error:.1f} points" if self.error is not None else "points, ± not known"
         networks = f" (network {versus(self.networks)})" if self.networks else ""
-        return f"lead {lead:.2f}{error} points{networks}" if lead else f"equal{networks}"
+        return f"lead {lead:.2f} {known}{networks}" if lead else f"equal{networks}"
 
     def cells(self, best: str, absent: str = "") -> list[str]:
         """Accuracies as text, the best one inserted into ``best`` ("{} best")."""
@@ -148,7 +157,7 @@ def rankings_of(name: str, runs: Sequence[Run]) -> list[Ranking]:
     if any(entry is not None and not any(entry in row for row in shared) for entry in newest):
         shared.append(newest)
     hints = differences([first(row)["protocol"] for row in shared]) if len(shared) > 1 else {}
-    return [ranking_of(name, row, hints) for row in shared]
+    return [ranking_of(name, runs, row, hints) for row in shared]
 
 
 def differences_of(
@@ -163,15 +172,18 @@ def first(row: Sequence[Entry | None]) -> Entry:
     return next(entry for entry in row if entry is not None)
 
 
-def ranking_of(name: str, row: Sequence[Entry | None], hints: Iterable[str]) -> Ranking:
+def ranking_of(
+    name: str, runs: Sequence[Run], row: Sequence[Entry | None], hints: Iterable[str]
+) -> Ranking:
     """Results of several runs; hints: fields that distinguish this protocol from other results of
     the same name."""
     measured = [entry for entry in row if entry is not None]
     top1 = [None if entry is None else headline(entry["metrics"]) for entry in row]
     found = [value for value in top1 if value is not None]
-    images = measured[0]["protocol"].get("val_images")
+    counts = (val_images(run, entry) for run, entry in zip(runs, row, strict=True) if entry)
+    images = next(filter(None, counts), None)
     error = None
-    if images and found:
+    if images and found and is_share(measured[0]["metrics"]):
         variances = [value * (100 - value) / images for value in sorted(found)[-2:]]
         error = math.sqrt(sum(variances))
     protocols = [flatten(entry["protocol"]) for entry in measured]
@@ -183,6 +195,19 @@ def ranking_of(name: str, row: Sequence[Entry | None], hints: Iterable[str]) -> 
     networks = tuple(str(protocol.get("network")) for protocol in protocols)
     same = len(set(networks)) == 1
     return Ranking(name, title, top1, different, error, () if same else networks)
+
+
+def val_images(run: Run, entry: Entry) -> int | None:
+    """Number of validation images, if need be from another result on the same index."""
+    index = entry["protocol"].get("val_index")
+    same = (e for e in run.results.values() if index and e["protocol"].get("val_index") == index)
+    found = (e["protocol"].get("val_images") or e.get("val_images") for e in (entry, *same))
+    return next(filter(None, found), None)
+
+
+def is_share(metrics: dict[str, float]) -> bool:
+    """Whether the headline is a share of the images: no mAP, no R2."""
+    return "top1" in metrics or metric_by_k(metrics) == "top1"
 
 
 def differences(

@@ -141,6 +141,7 @@ def test_run_cached(run_folder):
     assert set(entry["metrics"]) == {
         "top1", "top5", "balanced_accuracy", "macro_f1", "auroc", "holdout_top1"
     }  # fmt: skip
+    assert {found["val_images"] for found in results.values()} == {48}
     assert len(entry["grid"]) == 3 * len(config.weight_decays) * len(config.layers)
     assert entry["chosen"] in [
         {k: point[k] for k in ("layers", "lr", "weight_decay")} for point in entry["grid"]

@@ -103,3 +103,18 @@ def test_results_of_one_protocol_find_each_other(tmp_path):
     make(b, 70.0, crop=32)
     *_, newest = rank([read_run(a), read_run(b)])
     assert newest.differences == {"crop": [96, 32]}, "newest results without a match"
+
+
+def test_the_number_of_images_may_stand_beside_the_protocol_or_with_another_result(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder, top1 in ((a, 50.0), (b, 60.0)):
+        record_result(folder, "linear", {"top1": top1}, {"val_index": "v"})
+    assert verdicts(a, b) == ["lead 10.00 points, ± not known"]
+    record_result(b, "knn", {"top1_k20": 1.0}, PROTOCOL | {"val_index": "v"})
+    assert verdicts(a, b)[1] == "lead 10.00 ± 0.7 points"
+    record_result(a, "linear", {"top1": 50.0}, {"val_index": "v"}, val_images=100)
+    assert verdicts(a, b)[1] == "lead 10.00 ± 7.0 points"
+
+
+def verdicts(*folders):
+    return [ranking.verdict for ranking in rank(read_runs(folders))]

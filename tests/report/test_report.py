@@ -192,6 +192,25 @@ def test_random_weights_are_compared_at_the_same_layers_only(tmp_path):
     assert "over random weights" not in written(run)[1].text
 
 
+def test_leads_within_chance_are_no_better_by_linear_alone(tmp_path):
+    run = only_linear(tmp_path / "run")
+    for network, top1 in {"random": 61.1, "pixels": 66.1, "": 70.6}.items():
+        record_linear(run, top1, network)
+    # 2 sqrt((70.6 * 29.4 + 61.1 * 38.9) / 180) = 9.95
+    assert (
+        "Linear probe: 70.6 %, not clearly better than random weights or raw pixels. Random "
+        "weights 61.1 %, raw pixels 66.1 %. Differences below 9.9 points may be chance."
+    ) in written(run)[1].text
+    entries = json.loads((run / "results.json").read_text())
+    for entry in entries.values():
+        del entry["val_images"]  # results of earlier versions
+    (run / "results.json").write_text(json.dumps(entries))
+    assert (
+        "Linear probe: 70.6 %, higher than random weights and raw pixels. Random weights 61.1 %, "
+        "raw pixels 66.1 %. Which differences may be chance is not known."
+    ) in written(run)[1].text
+
+
 def test_the_command_for_baselines_measures_them_alike(tmp_path):
     run = only_linear(tmp_path / "a run")
     begins = f"random weights and raw pixels; xcit-dino linear --output_dir '{run}'"
