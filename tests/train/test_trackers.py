@@ -23,9 +23,10 @@ mlflow = pytest.importorskip("mlflow")
 def store(tmp_path, monkeypatch):
     """A client of MLflow on a file store of its own."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")  # taken back after what the tracker sets
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
     mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
-    yield mlflow.tracking.MlflowClient()
+    yield trackers.mlflow_client()
     mlflow.set_tracking_uri(None)
 
 
@@ -49,6 +50,20 @@ def test_two_attempts_are_one_run_with_the_lines_of_the_log(name, shards, store,
     assert found.data.params["arch"] == trainings.config(name, shards, run).model.arch
     write_result(run, "knn", {"top1_k20": 33.0, "top5_k20": 70}, {"k": 20})
     assert store.get_run(first).data.metrics["final/knn/top1_k20"] == 33.0
+
+
+def test_without_a_server_or_a_database_lines_go_to_mlruns(shards, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    try:
+        trainings.train("pretrain", shards, tmp_path / "run", logger=("mlflow",), max_steps=2)
+        assert len(curve(trackers.mlflow_client(), tmp_path / "run", "loss")) == 2
+        assert (tmp_path / "mlruns").is_dir()
+    finally:
+        mlflow.set_tracking_uri(None)
 
 
 def test_what_a_killed_attempt_logged_is_not_logged_again(shards, store, tmp_path):

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,13 +39,13 @@ class Tracker(Protocol):
 
 class Mlflow:
     """MLflow: server and experiment as its own variables say (``MLFLOW_TRACKING_URI``,
-    ``MLFLOW_EXPERIMENT_NAME``)."""
+    ``MLFLOW_EXPERIMENT_NAME``); without a server, the folder mlruns where only the small package
+    is installed."""
 
     def start(self, folder: Path, known: str | None, options: dict[str, Any]) -> str:
         import mlflow
-        from mlflow.tracking import MlflowClient
 
-        self.client, self.last = MlflowClient(), -1
+        self.client, self.last = mlflow_client(), -1
         if known is not None:
             run = self.client.get_run(known)
             if "epoch" in run.data.metrics:  # what a killed attempt logged already
@@ -72,6 +73,18 @@ class Mlflow:
 
     def finish(self) -> None:
         self.client.set_terminated(self.id)
+
+
+def mlflow_client() -> Any:
+    """MLflow's client, for the server or folder that ``MLFLOW_TRACKING_URI`` names."""
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    if not os.environ.get("MLFLOW_TRACKING_URI") and find_spec("sqlalchemy") is None:
+        mlflow.set_tracking_uri(Path("mlruns").absolute().as_uri())  # the default, a database
+    if mlflow.get_tracking_uri().startswith(("file:", "/", ".")):
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # who names a folder wants it
+    return MlflowClient()
 
 
 class Wandb:
@@ -151,7 +164,7 @@ class Mirror:
         except Exception as error:  # whatever a client, a server or a network raises
             self.failed.set()
             warn(
-                f"--logger {self.name}: {one_line(error, 200)}; training continues without it, and "
+                f"--logger {self.name}: {one_line(error, 500)}; training continues without it, and "
                 "the next attempt tries again"
             )
             while self.calls.get() is not None:  # nothing may wait for a place in the queue
