@@ -31,9 +31,16 @@ from xcit_dino.inputs import InputSettings
 from xcit_dino.models.checkpoints import resolve_checkpoint
 from xcit_dino.models.tokens import channels_of, first_layer
 from xcit_dino.models.weights import formats, layouts
-from xcit_dino.models.weights.load import FoundNetwork, classifier_names, find_network, fit
+from xcit_dino.models.weights.load import (
+    FoundNetwork,
+    classifier_names,
+    find_network,
+    fit,
+    name_of,
+)
 from xcit_dino.models.weights.timm_folder import CONFIG, settings_in
 from xcit_dino.models.zoo import TIMM_PREFIX, canonical_name, create_model, list_models
+from xcit_dino.options import brief
 
 Loaded = tuple[nn.Module, Preprocess]
 
@@ -51,8 +58,9 @@ def load(
     Args:
         source: a run folder (its newest checkpoint), a checkpoint or exported file of any layout, a
             folder of ``weights export --format timm-hub``, or ``timm/NAME`` for timm's own weights.
-        arch: where the file does not say it: a name from ``xcit_dino.list_models()``, a published
-            one such as ``xcit_small_12_p8_224_dist``, or ``timm/NAME``.
+        arch: needed where the file does not say it; refused where it says another: a name from
+            ``xcit_dino.list_models()``, a published one such as ``xcit_small_12_p8_224_dist``, or
+            ``timm/NAME``.
         which: teacher, student, model or model_ema; by default the teacher of a DINO checkpoint,
             else the only network.
         classifier: load the classifier too: the network then returns logits [B, classes], else
@@ -60,9 +68,15 @@ def load(
         device: of the network.
 
     Raises:
-        InputError: nothing there, no weights, an unknown architecture, or no classifier.
+        InputError: nothing there, no weights, an unknown architecture or another than the file's,
+            no classifier, or no such device.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"load: {brief(source)} is no source; give a run folder, a file or timm/NAME"
+        )
     name, form = os.fspath(source), None
+    _check_device(device)
     if name.startswith(TIMM_PREFIX):
         model, settings = _from_timm(name, classifier)
     elif (Path(name) / CONFIG).is_file():
@@ -71,8 +85,22 @@ def load(
         _check_there(Path(name))
         model, settings, form = _from_file(Path(name), arch, which, classifier)
     if classifier and not getattr(model, "num_classes", 0):
-        raise InputError(f"{name}: has no classifier; train one with linear or finetune")
+        raise InputError(
+            f"{name}: has no classifier; load the folder of a run of finetune, or fit "
+            "xcit_dino.LinearProbe on features of embed (linear's head is for evaluate(head=...))"
+        )
+    if arch is not None and name_of(create_model(canonical_name(arch))) != name_of(model):
+        raise InputError(f"{name}: holds {name_of(model)}, not arch={arch!r}; leave arch out")
     return model.to(device).eval().requires_grad_(False), Preprocess.of(settings, form)
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except Exception:  # torch raises different types
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        found = ", ".join(["cpu", *(name for name, is_there in there.items() if is_there)])
+        raise InputError(f"device={str(device)!r}: torch finds none here; it has {found}") from None
 
 
 def _from_timm(name: str, classifier: bool) -> tuple[nn.Module, InputSettings]:

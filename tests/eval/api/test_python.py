@@ -289,6 +289,7 @@ def test_one_array_is_one_image(run_folder, channels):
         ("xcit_small_12_p8_dino", "give the file of its weights"),
         ("nothing/here", "no such file or folder"),
         ("timm/resnet18x", "no such model; did you mean"),
+        (None, "load: None is no source; give a run folder"),
     ],
 )
 def test_sources_that_cannot_be_loaded(source, words):
@@ -297,8 +298,28 @@ def test_sources_that_cannot_be_loaded(source, words):
 
 
 def test_no_classifier(run_folder):
-    with pytest.raises(InputError, match="has no classifier"):
+    with pytest.raises(InputError, match="has no classifier; load the folder of a run of finetune"):
         xcit_dino.load(run_folder.weights, arch=ARCH, classifier=True)
+
+
+@pytest.mark.parametrize("arch", ["xcit_pico_6_p16", "timm/resnet18"])
+def test_another_arch_than_that_of_the_weights(run_folder, trained, arch, tmp_path):
+    from xcit_dino.cli import main
+
+    hub = tmp_path / "hub"
+    torch.save({"model": xcit_dino.create_model("timm/test_resnet").state_dict()}, tmp_path / "t")
+    words = ["weights", "export", tmp_path / "t", "--format", "timm-hub", "--output", hub]
+    assert main([str(word) for word in [*words, "--arch", "timm/test_resnet"]]) == 0
+    for source, held in ((run_folder.weights, ARCH), (trained, ARCH), (hub, "timm/test_resnet")):
+        with pytest.raises(InputError, match=f"holds {held}, not arch='{arch}'; leave arch out"):
+            xcit_dino.load(source, arch=arch)
+        xcit_dino.load(source, arch=held)
+
+
+@pytest.mark.parametrize("device", ["cuda:63", "xpu", "foo", "cpu:x"])
+def test_devices_that_are_not_there(run_folder, device):
+    with pytest.raises(InputError, match="torch finds none here; it has cpu"):
+        xcit_dino.load(run_folder.weights, device=device)
 
 
 def test_importing_the_package_imports_no_torch():
