@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xcit_dino.data.shards.index import ShardIndex
 from xcit_dino.data.targets.several import target_table
-from xcit_dino.errors import InputError
+from xcit_dino.errors import InputError, warn
 from xcit_dino.eval.config import EvaluateConfig
 from xcit_dino.eval.context import Context
 from xcit_dino.eval.features import (
@@ -190,6 +190,7 @@ def head_accuracy(
     checksum, facts, weight, bias = read_head(head)
     layers = facts.get("layers", "cls")
     check_kind(head, facts, val)
+    warn_of_others(head, facts, network.facts | context.protocol)
     features = load_features(network, val, "val", context, wants_deep([layers]))
     label_map = None if map_file is None else read_map(map_file, val.classes, len(weight))
     outputs = num_classes if label_map is None else len(weight)
@@ -243,6 +244,16 @@ def check_kind(path: Path, facts: dict[str, str], val: ShardIndex) -> None:
             f"--head {path}: its labels are {mine}, and those of the data {theirs}; train a head "
             "on these data with xcit-dino linear"
         )
+
+
+def warn_of_others(path: Path, facts: dict[str, str], now: dict[str, Any]) -> None:
+    """Print in what the features that a head of ours was trained on differ from these."""
+    trained = json.loads(facts.get("protocol", "{}"))
+    now = json.loads(json.dumps(now))
+    names = [name for name in now if name in trained and trained[name] != now[name]]
+    if names and dist.is_main():
+        found = " and ".join("weights file" if name == "weights" else name for name in names)
+        warn(f"--head {path}: was trained on features of another {found}")
 
 
 def check_head(

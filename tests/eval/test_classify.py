@@ -51,13 +51,17 @@ def test_a_classifier_checkpoint(run_folder, tmp_path):
     assert result(run_folder, "evaluate")["protocol"]["val_images"] == 48
 
 
-def test_backbone_and_head_repeat_the_probes_accuracy(run_folder):
+def test_backbone_and_head_repeat_the_probes_accuracy(run_folder, capsys):
     linear.run(LinearConfig(run_folder.target(), epochs=3))
     evaluate.run(EvaluateConfig(run_folder.target(), head=run_folder.path / linear.HEAD_FILE))
     probe, again = result(run_folder, "linear"), result(run_folder, "evaluate/head")
+    assert "was trained on features" not in capsys.readouterr().err
     assert again["metrics"] == {k: v for k, v in probe["metrics"].items() if k != "holdout_top1"}
     assert again["per_class"] == probe["per_class"]
     assert again["protocol"]["weights"] == probe["protocol"]["weights"]
+    other = run_folder.target(crop_size=24, checkpoint_key="student")
+    evaluate.run(EvaluateConfig(other, head=run_folder.path / linear.HEAD_FILE))
+    assert "features of another network and resize and crop" in capsys.readouterr().err
     assert again["protocol"]["layers"] == probe["chosen"]["layers"]
 
 
