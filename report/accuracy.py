@@ -10,7 +10,7 @@ from typing import Any
 
 from xcit_dino.report import baselines, compare
 from xcit_dino.report.charts import number
-from xcit_dino.report.page import Section, Table, sentence, tables, timestamp
+from xcit_dino.report.page import Section, Table, plain, sentence, tables, timestamp
 from xcit_dino.report.published import differences_from_published, published
 from xcit_dino.train.run.metrics import Line
 from xcit_dino.train.run.reader import (
@@ -34,7 +34,11 @@ FURTHER = {  # metrics beside the headline, in percent
     "j_mean": "J", "f_mean": "F", "map_easy": "mAP Easy", "map_hard": "mAP Hard",
     "recall_1": "recall at 1",
 }  # fmt: skip
-WITH_BASELINES = ("knn", "linear", "linear-dino", "masks", "retrieve", "propagate")
+PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+UNBROKEN = str.maketrans(" -", "\N{NO-BREAK SPACE}\N{NON-BREAKING HYPHEN}")
+WITH_BASELINES = (
+    "knn", "linear", "linear-dino", "knn-few", "linear-few", "masks", "retrieve", "propagate",
+)  # fmt: skip
 HELD_OUT = "held-out training images"
 RANKED = (
     "Top-1 accuracy, or what the first column names. Runs are ranked only where their protocols "
@@ -159,24 +163,44 @@ def headline_of(run: Run, evaluation: str, entry: dict[str, Any], top1: float) -
             if network in ("random", "pixels", "copy"):
                 lifts.append(f"{round(top1, 1) - round(value, 1):+.1f} over {title.lower()}")
     notes.append(protocol_summary(run, entry))
-    title = title_of(evaluation, entry["metrics"])
+    title = title_in_full(evaluation, entry)
     name = headline_name(entry["metrics"])
     title += "" if title.endswith(name) else f", {name}"
     return Headline(title, top1, bars, lifts, notes)
 
 
+def title_in_full(name: str, entry: dict[str, Any]) -> str:
+    """The title of a result; of few labels with their number: ``Linear probe, 10 labels a
+    class``."""
+    labels = entry["protocol"].get("labels_per_class", "few")
+    words = f"{labels} label{'' if labels == 1 else 's'} a class"
+    return title_of(name, entry["metrics"]).replace("few labels", words)
+
+
+def spread(metrics: dict[str, float]) -> float | None:
+    """Standard deviation of the headline over the draws of few labels."""
+    return metrics.get(f"top1_k{headline_k(metrics)}_std" if ks_of(metrics) else "top1_std")
+
+
 def protocol_summary(run: Run, entry: dict[str, Any]) -> str:
     """The protocol in one line."""
-    protocol = entry["protocol"]
-    images = compare.val_images(run, entry)
+    protocol, deviation = entry["protocol"], spread(entry["metrics"])
+    images, layers = compare.val_images(run, entry), protocol.get("layers")
+    many = isinstance(layers, list) and len(layers) > 1
     facts = [
+        f"mean of {protocol['draws']} draws ± {deviation:.1f} (their standard deviation)"
+        if deviation is not None
+        else None,
         f"the {protocol['network']}" if protocol.get("network") else None,
         f"{protocol['initial_share']:.0%} of it still the weights before the first step"
         if "initial_share" in protocol
         else None,
         f"T = {protocol['temperature']}" if "temperature" in protocol else None,
         f"{protocol['epochs']} epochs" if "epochs" in protocol else None,
-        f"lr {entry['chosen']['lr']:g} chosen on {protocol.get('chosen_on', HELD_OUT)}"
+        f"layers {plain(layers)}" if layers else None,
+        f"lr {entry['chosen']['lr']:g}"
+        + (f" and layers {entry['chosen'].get('layers')}" if many else "")
+        + f" chosen on {protocol.get('chosen_on', HELD_OUT)}"
         if "chosen" in entry
         else None,
         f"start {protocol['start']}" if "start" in protocol else None,
@@ -218,15 +242,16 @@ def all_results(run: Run) -> Section:
     rows = []
     for name, entry in ordered(run.results):
         metrics = entry["metrics"]
-        top1 = headline(metrics)
+        top1, std = headline(metrics), spread(metrics)
+        deviation = "" if std is None else f"{PLUS_MINUS}{std:.2f}"
         rows.append([
-            title_of(name, metrics),
-            "" if top1 is None else f"{top1:.2f}",
+            title_in_full(name, entry),
+            "" if top1 is None else f"{top1:.2f}{deviation}",
             further(metrics),
             f"{entry['wall_seconds']:,.1f}" if "wall_seconds" in entry else "",
             str(entry["protocol"].get("weights") or entry["protocol"].get("network", "")),
             timestamp(entry.get("time", "")),
-            differences_from_newest(run, name),
+            differences_within_name(run, name),
         ])  # fmt: skip
     measures = dict.fromkeys(headline_name(entry["metrics"]) for entry in run.results.values())
     header = ["result", f"{' or '.join(measures)}, %", "further, %", "seconds", "weights"]
@@ -243,14 +268,20 @@ def further(metrics: dict[str, float]) -> str:
     top5 = f"top5_k{headline_k(metrics)}" if ks_of(metrics) else "top5"
     named = {top5: "top-5"} if top5 in metrics else FURTHER
     found = [f"{text} {metrics[name]:.2f}" for name, text in named.items() if name in metrics]
-    return ", ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in found)
+    return ", ".join(one.translate(UNBROKEN) for one in found)
 
 
-def differences_from_newest(run: Run, key: str) -> str:
-    """Fields of an older result's protocol that differ from the newest result of its name."""
-    entries = run.results[key], run.results.get(bare(key), run.results[key])
-    fields = compare.aligned([compare.flatten(entry["protocol"]) for entry in entries])
-    return "; ".join(f"{name} {compare.versus([a])}" for name, (a, b) in fields.items() if a != b)
+def differences_within_name(run: Run, key: str) -> str:
+    """Fields of an older result's protocol that differ from the newest result of its name; of the
+    newest those in which an older one differs."""
+    entry, newest = run.results[key], run.results.get(bare(key), run.results[key])
+    others = run.entries(key) if entry is newest else [newest]
+    fields = compare.aligned([compare.flatten(e["protocol"]) for e in (entry, *others)])
+    return "; ".join(
+        f"{name} {compare.versus([own])}"
+        for name, (own, *values) in fields.items()
+        if any(value != own for value in values)
+    )
 
 
 def beside_start(run: Run) -> Section:
@@ -297,10 +328,11 @@ def knn_table(runs: Sequence[Run]) -> Table:
             metrics = entry["metrics"]
             if not (ks := ks_of(metrics)):
                 continue
-            network = bare(name).partition("/")[2]
+            evaluation, _, network = bare(name).partition("/")
             title = f"{run.name}: " if len(runs) > 1 else ""
             title += NETWORKS.get(network, network)
-            if fields := differences_from_newest(run, name):
+            title += title_in_full(evaluation, entry).removeprefix("k-NN").partition(", k =")[0]
+            if fields := differences_within_name(run, name):
                 title += f" ({fields})"
             shown = [metric_by_k(metrics)] + ["top5"] * (f"top5_k{ks[0]}" in metrics)
             cells = [" / ".join(f"{metrics[f'{name}_k{k}']:.2f}" for name in shown) for k in ks]

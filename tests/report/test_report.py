@@ -211,6 +211,37 @@ def test_leads_within_chance_are_no_better_by_linear_alone(tmp_path):
     ) in written(run)[1].text
 
 
+FEW = {"labels_per_class": 10, "draws": 3}
+
+
+def test_few_labels_say_how_few_and_how_far_the_draws_differ(tmp_path):
+    run = make_run(tmp_path / "run")
+    metrics = {"top1_k5": 58.33, "top1_k5_std": 6.19, "top5_k5": 100.0}
+    record_result(run, "knn-few", metrics, FEW | {"nb_knn": [5]})
+    record_result(run, "linear-few/random", {"top1": 40.0, "top1_std": 3.0}, FEW)
+    record_result(run, "linear-few", {"top1": 49.63, "top1_std": 4.04}, FEW)
+    text = written(run)[1].text
+    assert "Linear probe, 10 labels a class, top-149.6" in text and "Last weights" not in text
+    assert "+9.6 over random weights" in text
+    assert "mean of 3 draws ± 4.0 (their standard deviation)" in text
+    assert "k-NN, 10 labels a class, k = 558.33 ± 6.19" in text, "in the table of all results"
+    _, by_k = accuracy.all_results(read_run(run)).data
+    names = [row[0] for row in by_k.rows]
+    assert names[-1] == "Pretrained, 10 labels a class" and len(set(names)) == len(names) == 4
+
+
+def test_the_newest_linear_result_names_its_layers(tmp_path):
+    run = only_linear(tmp_path / "run")
+    record_linear(run, 72.8, layers=["deep"])
+    record_linear(run, 71.1)
+    table, *_ = accuracy.all_results(read_run(run)).data
+    assert [row[-1] for row in table.rows] == ["layers cls", "layers deep"]
+    assert "layers cls  ·" in written(run)[1].text
+    protocol = LINEAR | {"layers": ["cls", "deep"]}
+    record_result(run, "linear", {"top1": 70.0}, protocol, chosen={"lr": 0.5, "layers": "deep"})
+    assert "layers cls, deep  ·  lr 0.5 and layers deep chosen on" in written(run)[1].text
+
+
 def test_the_command_for_baselines_measures_them_alike(tmp_path):
     run = only_linear(tmp_path / "a run")
     begins = f"random weights and raw pixels; xcit-dino linear --output_dir '{run}'"
@@ -416,6 +447,7 @@ def test_metrics_beside_the_headline(tmp_path):
     """Of k-NN the top-5 of the k that the headline is of; empty columns are left out."""
     knn = {"top1_k20": 40.0, "top5_k20": 70.25, "top5_k10": 60.0, "auroc": 81.5}
     assert plain(accuracy.further(knn)) == "top-5 70.25"
+    assert not {"-", " "} & set(accuracy.further(knn)), "a line may break there"
     assert plain(accuracy.further({"top1_k20": 40.0, "auroc": 81.5})) == "AUROC 81.50"
     boxes = {"ap": 32.67, "ap50": 49.34, "mask_ap": 33.5, "mask_ap50": 48.9, "ar_100": 50.0}
     folder = make_run(tmp_path / "run")
@@ -428,8 +460,8 @@ def test_metrics_beside_the_headline(tmp_path):
 
 
 def plain(text: str) -> str:
-    """With spaces that break."""
-    return text.replace("\N{NO-BREAK SPACE}", " ")
+    """With spaces and hyphens that break."""
+    return text.replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
 
 
 def test_pictures_of_a_real_run(run_folder):
