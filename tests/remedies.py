@@ -782,6 +782,7 @@ RUN = [
 # -- not run here, and why -------------------------------------------------------------------------
 
 ELSEWHERE = {
+    "=--{}: {}": "paths that are empty, or of no user: test_paths.py",
     "--device mps: takes one process, not {}": "a Mac: test_mps.py",
     "--layers {}: {} has its output only; use": "weights of another network: test_linear.py",
     "--container {}: no such file; build it from apptainer.def": "a container: "

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from xcit_dino.cli import COMMANDS, load
+from xcit_dino.cli import COMMANDS, load, make_config
 from xcit_dino.command_line import parse
 from xcit_dino.errors import InputError
-from xcit_dino.options import option_types, options, replace
+from xcit_dino.options import coerce, option_types, options, replace
 from xcit_dino.paths import LOCATION, expand
 from xcit_dino.slurm.config import LaunchConfig
 from xcit_dino.slurm.stages import launch_config, return_class
@@ -120,3 +120,23 @@ def test_what_is_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_home_folder_that_does_not_exist_is_refused_with_the_option():
     with pytest.raises(InputError, match="cache_dir: ~nobody-here/x: no user 'nobody-here'"):
         replace(PretrainConfig(), {"cache_dir": "~nobody-here/x"})
+
+
+@pytest.mark.parametrize("command", CLASSES)
+def test_an_empty_path_is_refused(command: str) -> None:
+    config_class = CLASSES[command]
+    for name in paths(config_class):
+        nothing: Any = ""
+        if tuple in map(typing.get_origin, kinds(option_types(config_class)[name])):
+            nothing = [""]
+        with pytest.raises(InputError, match="^an empty path; write . for"):
+            coerce(nothing, option_types(config_class)[name])
+
+
+def test_an_empty_path_on_the_command_line() -> None:
+    for command, words in (
+        ("pretrain", ["--output_dir", ""]), ("pretrain", ["--config="]),
+        ("finetune", ["--pretrained_weights", " "]), ("shards make", ["photos", "", ]),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="^--.*: an empty path; write . for"):
+            make_config(command, words)

@@ -154,12 +154,17 @@ def _from_words(name: str, words: list[str], kind: Any) -> Any:
         return coerce(value, kind)
     except Mismatch as expected:
         raise InputError(f"--{name} {' '.join(words)}: must be {expected}") from None
+    except InputError as error:  # no path
+        raise InputError(f"--{name}: {error}") from None
 
 
 def pop_path(argv: Sequence[str], name: str) -> tuple[Path | None, list[str]]:
     """:func:`pop_option` of an option that is a path, its ``~`` opened."""
     value, rest = pop_option(argv, name)
-    return (None if value is None else Path(expand(value))), rest
+    try:
+        return (None if value is None else Path(expand(value))), rest
+    except InputError as error:
+        raise InputError(f"--{name}: {error}") from None
 
 
 def pop_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:

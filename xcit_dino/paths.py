@@ -21,8 +21,10 @@ def expand(text: str) -> str:
     are passed unexpanded.
 
     Raises:
-        InputError: there is no such user.
+        InputError: there is no such user, or nothing, which would be the current folder.
     """
+    if not text.strip():
+        raise InputError("an empty path; write . for the current folder, or leave the option out")
     opened = os.path.expanduser(text)
     if opened.startswith("~"):
         user = opened.partition("/")[0]
