@@ -5,8 +5,9 @@ The same arithmetic as the commands ``knn`` and ``linear``, on arrays instead of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from xcit_dino.eval.features import Features
 from xcit_dino.eval.knn import Search, vote_tables
 from xcit_dino.eval.linear import train_cached
 from xcit_dino.eval.linear_grid import grid
+from xcit_dino.options import replace
 
 
 class _Classifier(ABC):
@@ -27,13 +29,17 @@ class _Classifier(ABC):
     classes_: NDArray[Any]
     """The labels seen by ``fit``, sorted."""
 
+    _dimensions: int
+    """Of the features given to ``fit``; missing before."""
+
     def _numbered(self, X: ArrayLike, y: Sequence[Any] | NDArray[Any]) -> tuple[Any, Any]:
-        features, labels = as_features(X), np.asarray(y)
+        features, labels = as_features(X, type(self).__name__), np.asarray(y)
         if labels.shape != (len(features),):
             raise InputError(
                 f"fit: {len(features)} rows of features, but labels of shape {labels.shape}; give "
                 "one label a row"
             )
+        self._dimensions = features.shape[1]
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         return features, numbers.astype(np.int64)
 
@@ -43,11 +49,31 @@ class _Classifier(ABC):
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The label of each row [N]; the first in order where two are equally likely."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        numbers = self.predict_proba(X).argmax(1)
+        return self.classes_[numbers]
 
     def score(self, X: ArrayLike, y: Sequence[Any] | NDArray[Any]) -> float:
         """Share of rows whose label is predicted, from 0 to 1."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        predicted, labels = self.predict(X), np.asarray(y)
+        if labels.shape != predicted.shape:
+            raise InputError(
+                f"score: {len(predicted)} rows of features, but labels of shape {labels.shape}; "
+                "give one label a row"
+            )
+        return float((predicted == labels).mean())
+
+    def _like_those_of_fit(self, X: ArrayLike) -> NDArray[np.float32]:
+        """float32 [Q, D] of as many dimensions as ``fit`` was given."""
+        name = type(self).__name__
+        if not hasattr(self, "_dimensions"):
+            raise InputError(f"{name}: knows no features yet; call fit first")
+        features = as_features(X, name)
+        if features.shape[1] != self._dimensions:
+            raise InputError(
+                f"{name}: features of {features.shape[1]} dimensions, but fit was given "
+                f"{self._dimensions}; embed both with the same network"
+            )
+        return features
 
 
 class KNN(_Classifier):
@@ -59,9 +85,9 @@ class KNN(_Classifier):
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07):
-        if k < 1 or temperature <= 0:
-            raise InputError(f"KNN(k={k}, temperature={temperature}): both must be above 0")
-        self.k, self.temperature = k, temperature
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise InputError(f"KNN: temperature={temperature!r}; give a number above 0")
+        self.k, self.temperature = _neighbors(k, "KNN"), temperature
 
     def fit(self, X: ArrayLike, y: Sequence[Any] | NDArray[Any]) -> KNN:
         """Remember features [N, D] and their labels [N]."""
@@ -71,7 +97,9 @@ class KNN(_Classifier):
 
     def kneighbors(self, X: ArrayLike, k: int | None = None) -> tuple[Any, Any]:
         """Cosines float32 [Q, k] and rows int64 [Q, k] of the nearest, the most similar first."""
-        return self._search(as_features(X), min(k or self.k, len(self._bank)))
+        features = self._like_those_of_fit(X)
+        k = self.k if k is None else _neighbors(k, "kneighbors")
+        return self._search(features, min(k, len(self._bank)))
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Share of the votes [Q, classes]."""
@@ -103,8 +131,10 @@ class LinearProbe(_Classifier):
         holdout: float = 0.1,
         seed: int = 0,
     ):
-        self._config = LinearConfig(
-            epochs=epochs, lrs=tuple(lrs), probe_batch_size=batch_size, holdout=holdout, seed=seed
+        lrs = tuple(lrs) if isinstance(lrs, Iterable) else lrs
+        values = {"epochs": epochs, "lrs": lrs, "probe_batch_size": batch_size}
+        self._config = replace(
+            LinearConfig(), values | {"holdout": holdout, "seed": seed}, "LinearProbe"
         )
 
     def fit(self, X: ArrayLike, y: Sequence[Any] | NDArray[Any]) -> LinearProbe:
@@ -120,7 +150,7 @@ class LinearProbe(_Classifier):
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float32]:
         """Logits [Q, classes]."""
-        return as_features(X) @ self.coef_.T + self.intercept_
+        return self._like_those_of_fit(X) @ self.coef_.T + self.intercept_
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities [Q, classes]."""
@@ -128,15 +158,24 @@ class LinearProbe(_Classifier):
         return logits.softmax(1).numpy()
 
 
-def as_features(X: ArrayLike) -> NDArray[np.float32]:
+def _neighbors(k: Any, of: str) -> int:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise InputError(f"{of}: k={k!r}; give a whole number from 1")
+    return int(k)
+
+
+def as_features(X: ArrayLike, of: str) -> NDArray[np.float32]:
     """float32 [N, D], contiguous.
 
     Raises:
-        InputError: not two-dimensional, empty, or with NaN or infinite values.
+        InputError: not numbers, not two-dimensional, empty, or with NaN or infinite values.
     """
-    features = np.ascontiguousarray(X, np.float32)
+    try:
+        features = np.ascontiguousarray(X, np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"{of}: features are no numbers; give [rows, dimensions]") from None
     if features.ndim != 2 or not features.size:
-        raise InputError(f"features have shape {features.shape}; give [rows, dimensions]")
+        raise InputError(f"{of}: features of shape {features.shape}; give [rows, dimensions]")
     if not np.isfinite(features).all():
-        raise InputError("features contain NaN or infinite values")
+        raise InputError(f"{of}: features contain NaN or infinite values")
     return features

@@ -394,3 +394,54 @@ def test_the_page_runs(trained, photos, run_folder, tmp_path, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "(2, 80)" in done.stdout
+
+
+CLASSIFIERS = [lambda: xcit_dino.KNN(k=1), lambda: xcit_dino.LinearProbe(epochs=1, lrs=(0.1,))]
+
+
+@pytest.mark.parametrize("make", CLASSIFIERS)
+def test_what_classifiers_cannot_take(make):
+    rows, labels = np.eye(8, 4, dtype=np.float32), [0, 1] * 4
+    classifier = make()
+    with pytest.raises(InputError, match="knows no features yet; call fit first"):
+        classifier.predict(rows)
+    classifier.fit(rows, labels)
+    for call, words in (
+        (lambda: classifier.predict(rows[:, :3]), "of 3 dimensions, but fit was given 4"),
+        (lambda: classifier.score(rows, labels[:3]), r"score: 8 rows .* shape \(3,\)"),
+        (lambda: classifier.predict(rows[0]), r"shape \(4,\); give .rows, dimensions"),
+        (lambda: classifier.fit([["a"]], [0]), "features are no numbers"),
+        (lambda: classifier.fit(rows * np.nan, labels), "features contain NaN"),
+    ):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("k", [0, 1.5, "3", None, True])
+def test_numbers_of_neighbors(k):
+    with pytest.raises(InputError, match="KNN: k=.*; give a whole number from 1"):
+        xcit_dino.KNN(k=k)
+    classifier = xcit_dino.KNN(k=2).fit(np.eye(4), range(4))
+    if k is not None:
+        with pytest.raises(InputError, match="kneighbors: k=.*; give a whole number from 1"):
+            classifier.kneighbors(np.eye(4), k)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lrs": 0.1}, "LinearProbe: lrs must be .*, got 0.1"),
+        ({"lrs": ()}, "lrs: give at least one"),
+        ({"epochs": "many"}, "LinearProbe: epochs must be int, got 'many'"),
+        ({"epochs": 0}, "epochs 0: must be from 1"),
+    ],
+)
+def test_options_of_the_linear_probe(options, words):
+    with pytest.raises(InputError, match=words):
+        xcit_dino.LinearProbe(**options)
+
+
+def test_temperatures():
+    for temperature in (0, "x", np.nan):
+        with pytest.raises(InputError, match="KNN: temperature=.*; give a number above 0"):
+            xcit_dino.KNN(temperature=temperature)  # pyright: ignore
