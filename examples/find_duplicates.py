@@ -6,6 +6,7 @@ Prints pairs of files whose features are nearly the same, the most similar first
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,10 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.97, help="cosine of a pair, at most 1")
     args = parser.parse_args()
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise xcit_dino.InputError(
+            f"{args.folder}: {len(files)} images in it; give a folder of two or more"
+        )
     model, transform = xcit_dino.load(args.weights)
     features = xcit_dino.embed(files, model, transform)
     for cosine, a, b in pairs(features, args.least):
@@ -43,4 +48,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except xcit_dino.InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -6,6 +6,7 @@ Prints the files most similar to QUERY, with the cosine of their features.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10)
     args = parser.parse_args()
     files = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if args.most < 1:
+        raise xcit_dino.InputError(f"--most {args.most}: must be at least 1")
+    if not files:
+        raise xcit_dino.InputError(f"{args.folder}: no images in it, or no such folder")
     model, transform = xcit_dino.load(args.weights)
     bank = xcit_dino.KNN(k=args.most).fit(
         xcit_dino.embed(files, model, transform), np.arange(len(files))
@@ -33,4 +38,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except xcit_dino.InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

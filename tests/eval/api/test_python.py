@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -362,6 +363,34 @@ def test_the_examples_run(name, run_folder, photos, tmp_path):
     else:
         assert "copy.png" in done.stdout and "000.png" in done.stdout
         assert done.stdout.startswith("1.000")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("few_labels {tmp}/none --weights w", "none: 0 images in 0 class folders; give two or"),
+        ("few_labels {one} --weights w", "1 images in 1 class folders; give two or more classes"),
+        ("few_labels {one} --weights w --draws 0", "--draws 0: must be at least 1"),
+        ("few_labels {one} --weights w --labels 0", "--labels 0: must be at least 1"),
+        ("find_duplicates {tmp}/none --weights w", "none: 0 images in it; give a folder of two"),
+        ("find_duplicates {one} --weights w", "1 images in it; give a folder of two or more"),
+        ("search_by_image {tmp}/none q.png --weights w", "none: no images in it, or no such"),
+        ("search_by_image {one} q.png --weights w", "w: no such file or folder"),
+        ("search_by_image {one} q.png --weights w --most 0", "--most 0: must be at least 1"),
+    ],
+)
+def test_the_examples_refuse_bad_input(line, words, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "one" / "class"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    name, *rest = line.format(tmp=tmp_path, one=folder.parent).split()
+    file = ROOT / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(file), *rest])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(file), run_name="__main__")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said and said.count("\n") == 1
 
 
 @pytest.mark.slow
