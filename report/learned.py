@@ -18,13 +18,14 @@ from xcit_dino.eval.features import eval_mode, feature_blocks
 from xcit_dino.eval.pictures import render
 from xcit_dino.models.checkpoints import FOLDER, all_checkpoints, step_of
 from xcit_dino.options import replace
+from xcit_dino.report import compare
 from xcit_dino.report.images import Images, tile
 from xcit_dino.report.page import Tile, sentence
 from xcit_dino.report.training import last_step
 from xcit_dino.ssl.config import PretrainConfig
 from xcit_dino.ssl.diagnostics import LOW_RANK, health
 from xcit_dino.ssl.forgetting import neighbors_kept
-from xcit_dino.train.run.reader import Run
+from xcit_dino.train.run.reader import EVALUATIONS, Run
 from xcit_dino.train.state import newest_checkpoint
 
 QUERIES, SHOWN = 6, 7
@@ -53,7 +54,7 @@ def did_it_learn(images: Images) -> dict[str, Any]:
     """The verdict in numbers, and the neighbors of a few images by both networks; {} where an
     accuracy beside that of random weights answers the question."""
     run = images.run
-    if run.kind != "pretrain" or any("/random" in name for name in run.results):
+    if run.kind != "pretrain" or beside_random(run):
         return {}
     pair = features_of_both(images)
     matched = views_matched(images, pair.samples)
@@ -63,6 +64,12 @@ def did_it_learn(images: Images) -> dict[str, Any]:
     else:
         lines = [(word, reasons), *early]
     return {"lines": lines, "summary": how(images, pair), "groups": {"": shown(images, pair)}}
+
+
+def beside_random(run: Run) -> bool:
+    """Whether a newest accuracy stands beside that of random weights by the same protocol."""
+    newest = {name: entry for name in EVALUATIONS if (entry := run.entry(name))}
+    return any(compare.baseline(run, entry, f"{name}/random") for name, entry in newest.items())
 
 
 def features_of_both(images: Images) -> Pair:

@@ -151,3 +151,6 @@ def test_where_an_accuracy_answers_nothing_is_computed(tmp_path):
     run = read_run(make_run(tmp_path / "run"))
     assert "knn/random" in run.results and read_yaml(run.folder / "config.yaml")
     assert learned.did_it_learn(images.Images(run)) == {}
+    for entry in run.entries("knn"):
+        entry["protocol"]["crop"] = 64
+    assert not learned.beside_random(run), "of another protocol it answers nothing"
