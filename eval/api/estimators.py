@@ -173,7 +173,7 @@ def as_features(X: ArrayLike, of: str) -> NDArray[np.float32]:
     try:
         features = np.ascontiguousarray(X, np.float32)
     except (TypeError, ValueError):
-        raise InputError(f"{of}: features are no numbers; give [rows, dimensions]") from None
+        raise InputError(f"{of}: features are not numbers; give [rows, dimensions]") from None
     if features.ndim != 2 or not features.size:
         raise InputError(f"{of}: features of shape {features.shape}; give [rows, dimensions]")
     if not np.isfinite(features).all():

@@ -439,7 +439,7 @@ def test_what_classifiers_cannot_take(make):
         (lambda: classifier.predict(rows[:, :3]), "of 3 dimensions, but fit was given 4"),
         (lambda: classifier.score(rows, labels[:3]), r"score: 8 rows .* shape \(3,\)"),
         (lambda: classifier.predict(rows[0]), r"shape \(4,\); give .rows, dimensions"),
-        (lambda: classifier.fit([["a"]], [0]), "features are no numbers"),
+        (lambda: classifier.fit([["a"]], [0]), "features are not numbers"),
         (lambda: classifier.fit(rows * np.nan, labels), "features contain NaN"),
     ):
         with pytest.raises(InputError, match=words):
