@@ -170,7 +170,10 @@ def following(patch: pytest.MonkeyPatch) -> None:
 # -- training --------------------------------------------------------------------------------------
 
 W = {"shows": "weights"}
-NO_GPU = refused("cuda", by="no GPU is visible")
+NO_GPU = [
+    refused("cuda", by="no GPU is visible"),
+    refused("mps", by="this torch sees no GPU of a Mac"),
+]
 URL = "file://{here}/data/train"
 
 BANDS = {"data_path": "bands"}
@@ -183,7 +186,7 @@ RUN: Cases = {
     "accum_iter": [turn("2", **W)],
     "seed": [turn("1", "7", **W)],
     "precision": [turn("bf16", **W), refused("fp16", by="needs a GPU")],
-    "device": [NO_GPU],
+    "device": NO_GPU,
     "fsdp": [turn("true", shows="printed")],
     "saveckp_freq": [turn("1", shows="files", given={"keep_checkpoints": "1"})],
     "keep_checkpoints": [turn("1", shows="files")],
@@ -511,7 +514,7 @@ EVAL_TARGET: Cases = {
     "batch_size_per_gpu": [turn("4", shows="calls")],
     "num_workers": [turn("1", shows="calls")],
     "precision": [turn("bf16", **F), refused("fp16", by="needs a GPU")],
-    "device": [NO_GPU],
+    "device": NO_GPU,
 }
 LIMITED = {"labels_per_class": "4"}
 
@@ -630,7 +633,7 @@ ATTENTION: Cases = {
         refused("true", by="--shared_colors"),
     ],
     "tap": [turn("0", **C, given={"draw": "patches"}), refused("0", by="--tap")],
-    "device": [NO_GPU],
+    "device": NO_GPU,
 }
 MASKS_COPIED = {"data_path": "file://{here}/masked", "cache_dir": "copies"}
 ATTENTION_MASKS = EVAL_TARGET | {
@@ -686,7 +689,7 @@ RETRIEVE: Cases = {
     "std": [turn("0.5 0.5 0.5", **C)],
     "baselines": [turn("true", **C)],
     "precision": [turn("bf16", **C), refused("fp16", by="needs a GPU")],
-    "device": [NO_GPU],
+    "device": NO_GPU,
 }
 PROPAGATE: Cases = {
     "output_dir": [turn("other", shows="files")],
@@ -716,7 +719,7 @@ PROPAGATE: Cases = {
     "std": [turn("0.5 0.5 0.5", **C)],
     "baselines": [turn("true", **C)],
     "precision": [turn("bf16", **C), refused("fp16", by="needs a GPU")],
-    "device": [NO_GPU],
+    "device": NO_GPU,
 }
 
 

@@ -784,6 +784,8 @@ RUN = [
 ELSEWHERE = {
     "=--{}: {}": "paths that are empty, or of no user: test_paths.py",
     "--device mps: takes one process, not {}": "a Mac: test_mps.py",
+    "--head {}: was trained on features of another": "a line of a command that goes on: "
+    "test_classify.py",
     "--layers {}: {} has its output only; use": "weights of another network: test_linear.py",
     "--container {}: no such file; build it from apptainer.def": "a container: "
     "test_launch_options.py",
