@@ -165,11 +165,11 @@ def choices_for(config: LinearConfig, network: Network) -> list[Choice]:
     """The grid; networks other than XCiT have only the layer choice ``cls``.
 
     Raises:
-        InputError: the options name others only.
+        InputError: the options name others.
     """
     layers = config.layers
     if not hasattr(network.model, "get_intermediate"):
-        if network.name == "pretrained" and "cls" not in layers:
+        if network.name == "pretrained" and layers not in (("cls",), LinearConfig.layers):
             raise InputError(
                 f"--layers {' '.join(layers)}: {network.facts['arch']} has its output only; use "
                 "--layers cls"

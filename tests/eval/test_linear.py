@@ -285,9 +285,11 @@ def test_of_few_images_no_untrained_head_is_chosen(per_class):
 def test_layers_that_a_network_lacks_are_refused():
     plain = torch.nn.Linear(2, 2)
     network = Network("pretrained", plain, {"arch": "timm/resnet18"})
-    with pytest.raises(InputError, match="--layers deep: timm/resnet18 has its output only"):
-        linear.choices_for(LinearConfig(layers=("deep",)), network)
-    pixels = Network("pixels", plain, {})
-    for config in (LinearConfig(), LinearConfig(layers=("deep", "cls"))):
-        found = [linear.choices_for(config, each) for each in (network, pixels)]
-        assert {choice.layers for choices in found for choice in choices} == {"cls"}
+    for named in (("deep",), ("cls", "deep")):
+        message = f"--layers {' '.join(named)}: timm/resnet18 has its output only"
+        with pytest.raises(InputError, match=message):
+            linear.choices_for(LinearConfig(layers=named), network)
+    pixels = linear.choices_for(LinearConfig(layers=("deep",)), Network("pixels", plain, {}))
+    plainly = [linear.choices_for(LinearConfig(layers=each), network)
+               for each in (("cls",), LinearConfig.layers)]  # fmt: skip
+    assert {choice.layers for each in (pixels, *plainly) for choice in each} == {"cls"}
