@@ -40,9 +40,9 @@ def changed(
     own = {name: value for name, value in vars(defaults).items() if name in OPTIONS}
     found = {name: (protocol.get(name), default) for name, default in own.items()}
     if isinstance(defaults, LinearConfig):
-        share = str(protocol.get("chosen_on", "")).partition(" %")[0]
+        share, percent, _ = str(protocol.get("chosen_on", "")).partition(" %")
         found["probe_batch_size"] = protocol.get("batch"), defaults.probe_batch_size
-        found["holdout"] = float(share) / 100 if share else None, defaults.holdout
+        found["holdout"] = float(share) / 100 if percent else None, defaults.holdout
     crop, network = protocol.get("crop", inputs.crop), protocol.get("network")
     found |= {
         "checkpoint_key": (network if network == "student" else None, None),

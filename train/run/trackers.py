@@ -81,7 +81,7 @@ def mlflow_client() -> Any:
     from mlflow.tracking import MlflowClient
 
     if not os.environ.get("MLFLOW_TRACKING_URI") and find_spec("sqlalchemy") is None:
-        mlflow.set_tracking_uri(Path("mlruns").absolute().as_uri())  # the default, a database
+        mlflow.set_tracking_uri(Path("mlruns").absolute().as_uri())  # not its database
     if mlflow.get_tracking_uri().startswith(("file:", "/", ".")):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # who names a folder wants it
     return MlflowClient()
